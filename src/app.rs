@@ -1,0 +1,1 @@
+//! Bind everything, then run it; owns tasks and shutdown.

@@ -1,0 +1,1 @@
+//! Two regions on one machine, for `make demo`.

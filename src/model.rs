@@ -1,0 +1,590 @@
+//! Job: the values that every stage speaks: numbers with types, changes, whole revisions, key ranges, the position, a link's status.
+//! Input: plain values. Output: plain values.
+//! Pure: no clock, no I/O, no async.
+//! Always true: a `WholeRevision` holds each key once, in key order; `Ranges` never contain a key under `/etcd-ferry/`.
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fmt;
+
+/// The prefix of everything that etcd-ferry itself keeps in an etcd; never replicated.
+pub const FERRY_PREFIX: &[u8] = b"/etcd-ferry/";
+/// The part of [`FERRY_PREFIX`] that every link watches: positions and waymarks.
+pub const LINKS_PREFIX: &[u8] = b"/etcd-ferry/v1/links/";
+
+/// A revision number of an etcd cluster (`mod_revision`, `header.revision`). 0: none yet.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Revision(pub u64);
+
+/// The global event sequence number of a link: +1 for each revision that it carries, 0 at an anchor.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Seq(pub u64);
+
+/// Names an unbroken run of seqs; every anchor opens the next one. 0: none yet.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Epoch(pub u64);
+
+/// The term of the shipper's election; 0 before there is one.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Term(pub u64);
+
+impl Revision {
+    /// etcd's signed revision; a negative one is taken for 0, which no revision has.
+    pub fn from_etcd(revision: i64) -> Self {
+        Self(u64::try_from(revision).unwrap_or(0))
+    }
+
+    /// As etcd's API wants it.
+    pub fn to_etcd(self) -> i64 {
+        i64::try_from(self.0).unwrap_or(i64::MAX)
+    }
+
+    pub fn next(self) -> Self {
+        Self(self.0 + 1)
+    }
+}
+
+impl Seq {
+    pub fn next(self) -> Self {
+        Self(self.0 + 1)
+    }
+}
+
+impl Epoch {
+    pub fn next(self) -> Self {
+        Self(self.0 + 1)
+    }
+}
+
+impl fmt::Display for Revision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl fmt::Display for Seq {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl fmt::Display for Epoch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl fmt::Display for Term {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// A cluster's id, as in etcd's response header. Shown in hexadecimal, as etcdctl does.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ClusterId(pub u64);
+
+impl fmt::Display for ClusterId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:x}", self.0)
+    }
+}
+
+impl Serialize for ClusterId {
+    fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for ClusterId {
+    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(d)?;
+        u64::from_str_radix(&text, 16)
+            .map(ClusterId)
+            .map_err(|_| serde::de::Error::custom("a cluster id is a hexadecimal number of at most 16 digits"))
+    }
+}
+
+/// A 128-bit digest (BLAKE3, cut). Shown as 32 hexadecimal digits.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Digest(pub [u8; 16]);
+
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for byte in self.0 {
+            write!(f, "{byte:02x}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::str::FromStr for Digest {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        const RULE: &str = "a digest is 32 hexadecimal digits";
+        if text.len() != 32 || !text.is_ascii() {
+            return Err(RULE);
+        }
+        let number = u128::from_str_radix(text, 16).map_err(|_| RULE)?;
+        Ok(Digest(number.to_be_bytes()))
+    }
+}
+
+impl Serialize for Digest {
+    fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Digest {
+    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        String::deserialize(d)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// One put or delete of one key, inside one revision.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Change {
+    Put { key: Bytes, value: Bytes },
+    Delete { key: Bytes },
+}
+
+impl Change {
+    pub fn key(&self) -> &Bytes {
+        match self {
+            Change::Put { key, .. } | Change::Delete { key } => key,
+        }
+    }
+
+    /// Key plus value, in bytes.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Change::Put { key, value } => key.len() + value.len(),
+            Change::Delete { key } => key.len(),
+        }
+    }
+}
+
+/// Never shows a key or a value: logs may hold what this prints.
+impl fmt::Debug for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Change::Put { key, value } => write!(f, "Put({} B key, {} B value)", key.len(), value.len()),
+            Change::Delete { key } => write!(f, "Delete({} B key)", key.len()),
+        }
+    }
+}
+
+/// All changes that etcd committed under one `mod_revision` and that lie in the link's ranges; never torn apart.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WholeRevision {
+    pub revision: Revision,
+    /// In key order, each key once.
+    pub changes: Vec<Change>,
+}
+
+impl WholeRevision {
+    /// Keys plus values, in bytes: what the memory bounds of every queue count.
+    pub fn bytes(&self) -> usize {
+        self.changes.iter().map(Change::bytes).sum()
+    }
+}
+
+/// Keys from `from` up to, not including, `to`; an empty `to` means to the end of the keyspace.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct KeyRange {
+    pub from: Bytes,
+    pub to: Bytes,
+}
+
+impl fmt::Debug for KeyRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "[{}, {})", self.from.escape_ascii(), self.to.escape_ascii())
+    }
+}
+
+impl KeyRange {
+    /// All keys that start with `prefix` (etcd's prefix rule: the end is the prefix with its last byte below 0xff raised).
+    pub fn prefix(prefix: &[u8]) -> Self {
+        Self { from: Bytes::copy_from_slice(prefix), to: prefix_end(prefix) }
+    }
+
+    pub fn contains(&self, key: &[u8]) -> bool {
+        key >= &self.from[..] && (self.to.is_empty() || key < &self.to[..])
+    }
+
+    pub fn overlaps(&self, other: &KeyRange) -> bool {
+        (self.to.is_empty() || other.from < self.to) && (other.to.is_empty() || self.from < other.to)
+    }
+
+    /// `range_end` as etcd's API wants it: a single zero byte stands for the end of the keyspace.
+    pub fn etcd_end(&self) -> Vec<u8> {
+        if self.to.is_empty() { vec![0] } else { self.to.to_vec() }
+    }
+
+    /// `key` as etcd's API wants it: a single zero byte stands for the start of the keyspace.
+    pub fn etcd_from(&self) -> Vec<u8> {
+        if self.from.is_empty() { vec![0] } else { self.from.to_vec() }
+    }
+}
+
+fn prefix_end(prefix: &[u8]) -> Bytes {
+    let mut end = prefix.to_vec();
+    while let Some(last) = end.pop() {
+        if last < 0xff {
+            end.push(last + 1);
+            return Bytes::from(end);
+        }
+    }
+    Bytes::new()
+}
+
+/// The set of keys that a link carries: prefixes less excludes, and never [`FERRY_PREFIX`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ranges {
+    /// Disjoint, not touching, in key order.
+    pieces: Vec<KeyRange>,
+}
+
+impl Ranges {
+    /// No prefix means the whole keyspace.
+    pub fn new(prefixes: &[Bytes], excludes: &[Bytes]) -> Self {
+        let whole = [Bytes::new()];
+        let prefixes = if prefixes.is_empty() { &whole[..] } else { prefixes };
+        let mut pieces: Vec<KeyRange> = prefixes.iter().map(|p| KeyRange::prefix(p)).collect();
+        pieces.sort();
+        let mut merged: Vec<KeyRange> = Vec::new();
+        for piece in pieces {
+            match merged.last_mut() {
+                Some(last) if last.to.is_empty() || piece.from <= last.to => {
+                    if piece.to.is_empty() || (!last.to.is_empty() && piece.to > last.to) {
+                        last.to = piece.to;
+                    }
+                }
+                _ => merged.push(piece),
+            }
+        }
+        let ferry = Bytes::from_static(FERRY_PREFIX);
+        for exclude in excludes.iter().chain([&ferry]) {
+            merged = subtract(merged, &KeyRange::prefix(exclude));
+        }
+        Self { pieces: merged }
+    }
+
+    /// From pieces that came over the wire: sorted, disjoint and non-empty, or `None`.
+    pub fn from_pieces(pieces: Vec<KeyRange>) -> Option<Self> {
+        let ordered = pieces.windows(2).all(|w| !w[0].to.is_empty() && w[0].to <= w[1].from);
+        let ferry = KeyRange::prefix(FERRY_PREFIX);
+        let valid = pieces.iter().all(|p| (p.to.is_empty() || p.from < p.to) && !p.overlaps(&ferry));
+        (ordered && valid && !pieces.is_empty()).then_some(Self { pieces })
+    }
+
+    pub fn pieces(&self) -> &[KeyRange] {
+        &self.pieces
+    }
+
+    pub fn contains(&self, key: &[u8]) -> bool {
+        let after = self.pieces.partition_point(|p| &p.from[..] <= key);
+        after > 0 && self.pieces[after - 1].contains(key)
+    }
+
+    pub fn overlaps(&self, other: &Ranges) -> bool {
+        self.pieces.iter().any(|a| other.pieces.iter().any(|b| a.overlaps(b)))
+    }
+
+    /// True if every key of `other` is a key of `self`.
+    pub fn covers(&self, other: &Ranges) -> bool {
+        other.pieces.iter().all(|b| {
+            self.pieces.iter().any(|a| a.from <= b.from && (a.to.is_empty() || (!b.to.is_empty() && b.to <= a.to)))
+        })
+    }
+
+    /// The smallest single range over all pieces and [`LINKS_PREFIX`]: what the one watcher of a link watches.
+    pub fn covering(&self) -> KeyRange {
+        let links = KeyRange::prefix(LINKS_PREFIX);
+        let mut from = links.from;
+        let mut to = links.to;
+        for piece in &self.pieces {
+            from = from.min(piece.from.clone());
+            to = if to.is_empty() || piece.to.is_empty() { Bytes::new() } else { to.max(piece.to.clone()) };
+        }
+        KeyRange { from, to }
+    }
+}
+
+fn subtract(pieces: Vec<KeyRange>, hole: &KeyRange) -> Vec<KeyRange> {
+    let mut left = Vec::new();
+    for piece in pieces {
+        if !piece.overlaps(hole) {
+            left.push(piece);
+            continue;
+        }
+        if piece.from < hole.from {
+            left.push(KeyRange { from: piece.from.clone(), to: hole.from.clone() });
+        }
+        if !hole.to.is_empty() && (piece.to.is_empty() || hole.to < piece.to) {
+            left.push(KeyRange { from: hole.to.clone(), to: piece.to });
+        }
+    }
+    left
+}
+
+/// A link's name: 1 to 63 of `a-z 0-9 -`, starting with a letter or digit.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(transparent)]
+pub struct LinkName(String);
+
+impl LinkName {
+    pub const RULE: &'static str = "a link's name is 1 to 63 of a-z, 0-9 and '-', starting with a letter or digit";
+
+    pub fn new(name: &str) -> Result<Self, &'static str> {
+        let shape = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+        if name.is_empty() || name.len() > 63 || name.starts_with('-') || !name.chars().all(shape) {
+            return Err(Self::RULE);
+        }
+        Ok(Self(name.to_owned()))
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The key of this link's position in the replica's etcd.
+    pub fn position_key(&self) -> Bytes {
+        Bytes::from(format!("/etcd-ferry/v1/links/{}/position", self.0))
+    }
+
+    /// The key of this link's waymark in the origin's etcd.
+    pub fn waymark_key(&self) -> Bytes {
+        Bytes::from(format!("/etcd-ferry/v1/links/{}/waymark", self.0))
+    }
+}
+
+impl fmt::Display for LinkName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A note that the shipper keeps in the origin's etcd, so that a restored origin is known by its age.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Waymark {
+    pub counter: u64,
+    /// Random, so that two histories with the same counter differ.
+    pub id: u64,
+}
+
+/// Where a replica stands in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    Copying,
+    Repairing,
+    Following,
+}
+
+/// How far the replica has come. One key in the replica's own etcd, written in the same transaction as the changes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Position {
+    pub epoch: Epoch,
+    pub term: Term,
+    /// The last seq of this epoch that is applied; 0 at an anchor.
+    pub seq: Seq,
+    pub origin_cluster: ClusterId,
+    /// Everything that the origin committed up to this revision is in (while `following`).
+    pub origin_revision: Revision,
+    /// The last revision that the link carried (0: none since the anchor), and its digest.
+    pub carried_revision: Revision,
+    pub carried_digest: Digest,
+    pub waymark: Waymark,
+    /// Digest of the link's ranges, see `wire::digest::of_ranges`.
+    pub ranges_digest: Digest,
+    pub state: Phase,
+    /// The highest revision at which a page of the present base copy was read: following starts when it is passed.
+    pub anchor_revision: Revision,
+    /// While `copying`: every key below it is copied (hexadecimal); `None`: all are.
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "hex_key")]
+    pub cursor: Option<Bytes>,
+    /// While a revision larger than a request is applied in parts: how many of its changes are in.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub part: u64,
+    /// Seqs that an operator chose to go on without.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub skipped: Vec<Seq>,
+}
+
+fn is_zero(n: &u64) -> bool {
+    *n == 0
+}
+
+impl Position {
+    /// The bytes kept in etcd: JSON, readable with etcdctl.
+    pub fn to_json(&self) -> Vec<u8> {
+        serde_json::to_vec(self).unwrap_or_default()
+    }
+
+    pub fn from_json(bytes: &[u8]) -> Result<Self, serde_json::Error> {
+        serde_json::from_slice(bytes)
+    }
+}
+
+/// Keys may hold any bytes, JSON strings may not: a cursor is hexadecimal.
+mod hex_key {
+    use bytes::Bytes;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(key: &Option<Bytes>, s: S) -> Result<S::Ok, S::Error> {
+        match key {
+            Some(key) => s.serialize_str(&key.iter().map(|b| format!("{b:02x}")).collect::<String>()),
+            None => s.serialize_none(),
+        }
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Option<Bytes>, D::Error> {
+        let Some(text) = Option::<String>::deserialize(d)? else { return Ok(None) };
+        let digit = |i: usize| text.get(i..i + 2).and_then(|pair| u8::from_str_radix(pair, 16).ok());
+        let bytes: Option<Vec<u8>> = (0..text.len()).step_by(2).map(digit).collect();
+        bytes.map(|b| Some(Bytes::from(b))).ok_or_else(|| serde::de::Error::custom("a cursor is hexadecimal digits"))
+    }
+}
+
+/// Which end of a link a status, metric or stage belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Side {
+    Origin,
+    Replica,
+}
+
+impl Side {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Side::Origin => "origin",
+            Side::Replica => "replica",
+        }
+    }
+}
+
+/// What a link is doing, as `status` shows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LinkState {
+    Connecting,
+    Copying,
+    Repairing,
+    Following,
+    SpoolFull,
+    Paused,
+    Stopped,
+}
+
+impl LinkState {
+    pub const ALL: [LinkState; 7] = [
+        LinkState::Connecting,
+        LinkState::Copying,
+        LinkState::Repairing,
+        LinkState::Following,
+        LinkState::SpoolFull,
+        LinkState::Paused,
+        LinkState::Stopped,
+    ];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            LinkState::Connecting => "connecting",
+            LinkState::Copying => "copying",
+            LinkState::Repairing => "repairing",
+            LinkState::Following => "following",
+            LinkState::SpoolFull => "spool_full",
+            LinkState::Paused => "paused",
+            LinkState::Stopped => "stopped",
+        }
+    }
+}
+
+/// One link, seen from one side; what `status --json` prints. Only the link's own task writes it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct LinkStatus {
+    pub link: LinkName,
+    pub side: Side,
+    pub state: LinkState,
+    /// Why the link is not following, and what to do; empty when all is well.
+    pub reason: String,
+    /// The SAN of the other side.
+    pub peer: String,
+    pub epoch: Epoch,
+    pub term: Term,
+    /// The last seq given (origin) or received (replica).
+    pub seq: Seq,
+    /// Everything up to this origin revision is in the replica.
+    pub origin_revision: Revision,
+    /// The origin's head, as last read.
+    pub head_revision: Revision,
+    pub applied_seq: Seq,
+    pub durable_seq: Seq,
+    pub lag_revisions: u64,
+    pub lag_seconds: f64,
+    pub rpo_revisions: u64,
+    pub rpo_seconds: f64,
+    /// Keys and values carried, before encoding.
+    pub bytes_raw: u64,
+    /// Frames and pages, after encoding.
+    pub bytes_sent: u64,
+    /// Monotonic counts with names from the glossary (`skipped`, `repeated`, `refused`, `conflicts`, ...).
+    pub counts: BTreeMap<&'static str, u64>,
+    /// The base copy while it runs: keys done, keys in all (0: not known).
+    pub copy: Option<CopyProgress>,
+    pub stages: Vec<StageStatus>,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct CopyProgress {
+    pub keys_done: u64,
+    pub keys_total: u64,
+}
+
+/// One stage of a link, for `/healthz?full=1`.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct StageStatus {
+    /// `watch`, `spool`, `ship`, `receive`, `journal` or `apply`.
+    pub stage: &'static str,
+    pub ok: bool,
+    /// What it is doing or waiting for; no key, no value.
+    pub detail: String,
+    /// What waits before it, in bytes.
+    pub queue_bytes: u64,
+}
+
+impl LinkStatus {
+    pub fn new(link: LinkName, side: Side, peer: String) -> Self {
+        Self {
+            link,
+            side,
+            state: LinkState::Connecting,
+            reason: String::new(),
+            peer,
+            epoch: Epoch(0),
+            term: Term(0),
+            seq: Seq(0),
+            origin_revision: Revision(0),
+            head_revision: Revision(0),
+            applied_seq: Seq(0),
+            durable_seq: Seq(0),
+            lag_revisions: 0,
+            lag_seconds: 0.0,
+            rpo_revisions: 0,
+            rpo_seconds: 0.0,
+            bytes_raw: 0,
+            bytes_sent: 0,
+            counts: BTreeMap::new(),
+            copy: None,
+            stages: Vec::new(),
+        }
+    }
+}

@@ -1,0 +1,2 @@
+//! Append-only files.
+pub mod feed;

@@ -1,0 +1,11 @@
+//! The wire: what two sidecars say to each other.
+pub mod delta;
+pub mod digest;
+pub mod frame;
+pub mod window;
+
+/// Generated from proto/replicate.proto.
+#[allow(clippy::all, clippy::pedantic)]
+pub mod replicate {
+    tonic::include_proto!("etcd_ferry.replicate.v1");
+}
