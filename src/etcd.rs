@@ -1,1 +1,387 @@
-//! To come.
+//! Job: the narrow typed door to etcd: connect, read, commit a transaction, watch.
+//! Input: an `EtcdConfig`, ranges, transactions. Output: plain values, or an `EtcdError` that says what kind of doubt it leaves.
+//! Always true: each call ends within its deadline; reads are linearizable unless they name a revision; nothing retries by itself.
+
+use crate::config::EtcdConfig;
+use crate::model::{Change, ClusterId, KeyRange, Revision};
+use bytes::Bytes;
+use etcd_client::{
+    Certificate, Client, ConnectOptions, Error as ClientError, GetOptions, Identity, KvClient, TlsOptions,
+    WatchOptions, WatchRequestSender, WatchResponse, WatchResponseStream,
+};
+use std::future::Future;
+use std::time::Duration;
+use tonic::Code;
+
+pub use etcd_client::{Compare, CompareOp, DeleteOptions, Txn, TxnOp, TxnOpResponse, TxnResponse};
+
+/// etcd's own client gives an unanswered request this long; so do we.
+const CALL_DEADLINE: Duration = Duration::from_secs(10);
+const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
+/// etcd answers pings more frequent than 5 s with GOAWAY.
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// A page holds at least one key, and a value may be as large as a request: far above etcd's default of 1.5 MiB.
+const READ_BYTES_MAX: usize = 256 << 20;
+
+/// Why etcd did not do what was asked. Each variant is one planned reaction.
+#[derive(Debug, thiserror::Error)]
+pub enum EtcdError {
+    #[error("etcd cannot be reached at {endpoints}: {reason}; check [etcd] endpoints and that etcd runs")]
+    Unreachable { endpoints: String, reason: String },
+    #[error("etcd has no leader: {0}")]
+    NoLeader(String),
+    #[error("etcd did not answer within {} s", CALL_DEADLINE.as_secs())]
+    TimedOut,
+    #[error("etcd is out of space (NOSPACE): compact and defragment it or raise its quota, then disarm the alarm")]
+    NoSpace,
+    #[error("etcd refused: {0}; check the user's rights (README, etcd rights)")]
+    Denied(String),
+    #[error("etcd no longer accepts the login: {0}")]
+    LoginLost(String),
+    #[error("revision is compacted")]
+    Compacted,
+    #[error("etcd's head is below the revision asked for")]
+    FutureRevision,
+    #[error("the transaction has more operations than etcd's --max-txn-ops")]
+    TooManyOps,
+    #[error("the request is larger than etcd's --max-request-bytes")]
+    TooLarge,
+    #[error("an answer of etcd is larger than the limit of {limit_bytes} B")]
+    AnswerTooLarge { limit_bytes: usize },
+    #[error("[etcd] is not usable: {0}")]
+    Config(String),
+    #[error("etcd failed: {0}")]
+    Other(String),
+}
+
+impl EtcdError {
+    /// True if the request surely changed nothing. False leaves doubt: the caller must read before it goes on.
+    pub fn changed_nothing(&self) -> bool {
+        match self {
+            EtcdError::NoSpace
+            | EtcdError::Denied(_)
+            | EtcdError::LoginLost(_)
+            | EtcdError::Compacted
+            | EtcdError::FutureRevision
+            | EtcdError::TooManyOps
+            | EtcdError::TooLarge
+            | EtcdError::Config(_) => true,
+            EtcdError::Unreachable { .. }
+            | EtcdError::NoLeader(_)
+            | EtcdError::TimedOut
+            | EtcdError::AnswerTooLarge { .. }
+            | EtcdError::Other(_) => false,
+        }
+    }
+}
+
+/// One key as etcd holds it.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Kv {
+    pub key: Bytes,
+    pub value: Bytes,
+    pub mod_revision: Revision,
+}
+
+/// A linearizable look at one key, and at the head.
+pub struct Look {
+    pub kv: Option<Kv>,
+    pub head: Revision,
+    pub cluster: ClusterId,
+}
+
+/// Part of a range, in key order.
+pub struct PageRead {
+    pub kvs: Vec<Kv>,
+    /// The head at which etcd answered (for a pinned read: not the pin).
+    pub head: Revision,
+    pub more: bool,
+    /// Keys in the whole range, whatever the page's limit.
+    pub count: u64,
+}
+
+/// How much of a value a read asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Columns {
+    KeysAndValues,
+    KeysOnly,
+    CountOnly,
+}
+
+/// One connection (one HTTP/2 channel, balanced over the endpoints); cheap to clone.
+#[derive(Clone)]
+pub struct Etcd {
+    client: Client,
+    kv: KvClient,
+    endpoints: String,
+}
+
+impl Etcd {
+    /// Connects and, with a user, logs in.
+    pub async fn connect(config: &EtcdConfig) -> Result<Self, EtcdError> {
+        let endpoints = config.endpoints.join(", ");
+        let options = connect_options(config)?;
+        let connecting = Client::connect(&config.endpoints, Some(options));
+        let client = match tokio::time::timeout(CONNECT_DEADLINE, connecting).await {
+            Ok(client) => client.map_err(|e| reaction(&e, &endpoints))?,
+            Err(_) => {
+                let reason = format!("no answer within {} s", CONNECT_DEADLINE.as_secs());
+                return Err(EtcdError::Unreachable { endpoints, reason });
+            }
+        };
+        let kv = client.kv_client().max_decoding_message_size(READ_BYTES_MAX).max_encoding_message_size(usize::MAX);
+        Ok(Self { client, kv, endpoints })
+    }
+
+    /// One key and the head, linearizable.
+    pub async fn look(&self, key: &[u8]) -> Result<Look, EtcdError> {
+        let mut kv = self.kv.clone();
+        let mut answer = self.within(kv.get(key, None)).await?;
+        let (head, cluster) = head_of(answer.header());
+        let found = answer.take_kvs().into_iter().next().map(kv_of);
+        Ok(Look { kv: found, head, cluster })
+    }
+
+    /// The first `limit` keys of `range` (0: all), at `at` or linearizable at the head.
+    pub async fn page(
+        &self,
+        range: &KeyRange,
+        limit: usize,
+        at: Option<Revision>,
+        columns: Columns,
+    ) -> Result<PageRead, EtcdError> {
+        let mut options = GetOptions::new().with_range(range.etcd_end());
+        options = options.with_limit(i64::try_from(limit).unwrap_or(i64::MAX));
+        if let Some(at) = at {
+            options = options.with_revision(at.to_etcd());
+        }
+        options = match columns {
+            Columns::KeysAndValues => options,
+            Columns::KeysOnly => options.with_keys_only(),
+            Columns::CountOnly => options.with_count_only(),
+        };
+        let mut kv = self.kv.clone();
+        let mut answer = self.within(kv.get(range.etcd_from(), Some(options))).await?;
+        let (head, _) = head_of(answer.header());
+        let kvs = answer.take_kvs().into_iter().map(kv_of).collect();
+        Ok(PageRead { kvs, head, more: answer.more(), count: u64::try_from(answer.count()).unwrap_or(0) })
+    }
+
+    /// Commits, or finds that a compare failed. Never retried here: see [`EtcdError::changed_nothing`].
+    pub async fn txn(&self, txn: Txn) -> Result<TxnResponse, EtcdError> {
+        let mut kv = self.kv.clone();
+        self.within(kv.txn(txn)).await
+    }
+
+    /// Opens a watch stream with one watcher, with fragments. `message_bytes_max` bounds one message.
+    pub async fn watch(&self, range: &KeyRange, from: Revision, message_bytes_max: usize) -> Result<Watch, EtcdError> {
+        let options = WatchOptions::new()
+            .with_range(range.etcd_end())
+            .with_start_revision(from.to_etcd())
+            .with_progress_notify()
+            .with_fragment();
+        let mut client = self.client.watch_client().max_decoding_message_size(message_bytes_max);
+        let stream = self.within(client.watch(range.etcd_from(), Some(options))).await?;
+        let (requests, responses) = stream.split();
+        Ok(Watch { requests, responses, message_bytes_max, endpoints: self.endpoints.clone() })
+    }
+
+    /// etcd's version, as its Status tells.
+    pub async fn version(&self) -> Result<String, EtcdError> {
+        let mut client = self.client.maintenance_client();
+        Ok(self.within(client.status()).await?.version().to_owned())
+    }
+
+    async fn within<T>(&self, call: impl Future<Output = Result<T, ClientError>>) -> Result<T, EtcdError> {
+        match tokio::time::timeout(CALL_DEADLINE, call).await {
+            Ok(answer) => answer.map_err(|e| reaction(&e, &self.endpoints)),
+            Err(_) => Err(EtcdError::TimedOut),
+        }
+    }
+}
+
+/// What a watch stream says, one message at a time.
+pub enum WatchSignal {
+    Created,
+    Events {
+        /// Each with its `mod_revision`, in the order in which etcd sent them.
+        events: Vec<(Revision, Change)>,
+        /// True if the last revision goes on in the next message.
+        fragment: bool,
+        header: Revision,
+    },
+    /// Every event up to this revision has been sent.
+    Progress(Revision),
+    /// The watch began below this compacted revision, or fell behind it.
+    Compacted(Revision),
+    Canceled(String),
+}
+
+/// A watch stream. After an error or an end it gives nothing more: open another one.
+pub struct Watch {
+    requests: WatchRequestSender,
+    responses: WatchResponseStream,
+    message_bytes_max: usize,
+    endpoints: String,
+}
+
+impl Watch {
+    /// The next message; cancel-safe. `Ok(None)`: etcd closed the stream.
+    pub async fn next(&mut self) -> Result<Option<WatchSignal>, EtcdError> {
+        match self.responses.message().await {
+            Ok(Some(response)) => Ok(Some(signal_of(response))),
+            Ok(None) => Ok(None),
+            Err(e) => Err(match reaction(&e, &self.endpoints) {
+                EtcdError::AnswerTooLarge { .. } => EtcdError::AnswerTooLarge { limit_bytes: self.message_bytes_max },
+                other => other,
+            }),
+        }
+    }
+
+    /// Asks etcd how far this stream is; the answer comes as [`WatchSignal::Progress`].
+    pub async fn request_progress(&mut self) -> Result<(), EtcdError> {
+        self.requests.request_progress().await.map_err(|e| reaction(&e, &self.endpoints))
+    }
+}
+
+fn signal_of(response: WatchResponse) -> WatchSignal {
+    let inner = response.0;
+    let header = Revision::from_etcd(inner.header.as_ref().map_or(0, |h| h.revision));
+    if inner.compact_revision > 0 {
+        return WatchSignal::Compacted(Revision::from_etcd(inner.compact_revision));
+    }
+    if inner.canceled || inner.watch_id < 0 && !inner.cancel_reason.is_empty() {
+        return WatchSignal::Canceled(inner.cancel_reason);
+    }
+    if inner.created {
+        return WatchSignal::Created;
+    }
+    if inner.events.is_empty() && !inner.fragment {
+        return WatchSignal::Progress(header);
+    }
+    let events = inner.events.into_iter().filter_map(|event| {
+        let kv = event.kv?;
+        let (key, revision) = (Bytes::from(kv.key), Revision::from_etcd(kv.mod_revision));
+        let change = match event.r#type {
+            0 => Change::Put { key, value: Bytes::from(kv.value) },
+            _ => Change::Delete { key },
+        };
+        Some((revision, change))
+    });
+    WatchSignal::Events { events: events.collect(), fragment: inner.fragment, header }
+}
+
+fn kv_of(kv: etcd_client::KeyValue) -> Kv {
+    let mod_revision = Revision::from_etcd(kv.mod_revision());
+    let (key, value) = kv.into_key_value();
+    Kv { key: Bytes::from(key), value: Bytes::from(value), mod_revision }
+}
+
+fn head_of(header: Option<&etcd_client::ResponseHeader>) -> (Revision, ClusterId) {
+    header.map_or((Revision(0), ClusterId(0)), |h| (Revision::from_etcd(h.revision()), ClusterId(h.cluster_id())))
+}
+
+/// The head in a transaction's answer: the revision that it made, if it committed.
+pub fn txn_revision(response: &TxnResponse) -> Revision {
+    head_of(response.header()).0
+}
+
+fn connect_options(config: &EtcdConfig) -> Result<ConnectOptions, EtcdError> {
+    let mut options = ConnectOptions::new()
+        .with_keep_alive(KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT)
+        .with_keep_alive_while_idle(false)
+        .with_connect_timeout(CONNECT_DEADLINE)
+        .with_tcp_keepalive(KEEP_ALIVE_INTERVAL)
+        .with_auto_token_refresh(true)
+        .with_require_leader(true);
+    if let (Some(user), Some(file)) = (&config.username, &config.password_file) {
+        let password = std::fs::read_to_string(file)
+            .map_err(|e| EtcdError::Config(format!("password_file {}: {e}", file.display())))?;
+        options = options.with_user(user, password.trim_end_matches(['\r', '\n']));
+    }
+    if config.endpoints.iter().any(|e| e.starts_with("https://")) {
+        let read = |file: &std::path::Path| {
+            std::fs::read(file).map_err(|e| EtcdError::Config(format!("{}: {e}", file.display())))
+        };
+        let mut tls = TlsOptions::new();
+        if let Some(ca) = &config.ca {
+            tls = tls.ca_certificate(Certificate::from_pem(read(ca)?));
+        }
+        if let (Some(cert), Some(key)) = (&config.cert, &config.key) {
+            tls = tls.identity(Identity::from_pem(read(cert)?, read(key)?));
+        }
+        options = options.with_tls(tls);
+    }
+    Ok(options)
+}
+
+/// One file, one place, where etcd's errors become ours. The texts are etcd's own (its api/v3rpc/rpctypes/error.go).
+fn reaction(error: &ClientError, endpoints: &str) -> EtcdError {
+    let unreachable = |reason: String| EtcdError::Unreachable { endpoints: endpoints.to_owned(), reason };
+    match error {
+        ClientError::GRpcStatus(status) => status_reaction(status, endpoints),
+        ClientError::TransportError(e) => unreachable(with_sources(e)),
+        ClientError::IoError(e) => unreachable(e.to_string()),
+        ClientError::InvalidArgs(e) | ClientError::EndpointError(e) => EtcdError::Config(e.clone()),
+        ClientError::InvalidUri(e) => EtcdError::Config(e.to_string()),
+        ClientError::InvalidMetadataValue(e) => EtcdError::Other(e.to_string()),
+        ClientError::WatchError(e)
+        | ClientError::LeaseKeepAliveError(e)
+        | ClientError::ElectError(e)
+        | ClientError::Internal(e) => EtcdError::Other(e.clone()),
+        ClientError::Utf8Error(e) => EtcdError::Other(e.to_string()),
+        ClientError::EndpointsNotManaged => EtcdError::Other(error.to_string()),
+    }
+}
+
+fn status_reaction(status: &tonic::Status, endpoints: &str) -> EtcdError {
+    let text = status.message();
+    let has = |needle: &str| text.contains(needle);
+    if has("mvcc: required revision has been compacted") {
+        EtcdError::Compacted
+    } else if has("mvcc: required revision is a future revision") {
+        EtcdError::FutureRevision
+    } else if has("too many operations in txn request") {
+        EtcdError::TooManyOps
+    } else if has("request is too large") || has("trying to send message larger than max") {
+        EtcdError::TooLarge
+    } else if has("received message larger than max") {
+        EtcdError::TooLarge
+    } else if has("decoded message length too large") || has("message length too large") {
+        EtcdError::AnswerTooLarge { limit_bytes: READ_BYTES_MAX }
+    } else if has("database space exceeded") {
+        EtcdError::NoSpace
+    } else if has("no leader") || has("leader changed") {
+        EtcdError::NoLeader(text.to_owned())
+    } else if has("permission denied") || has("user name is empty") {
+        EtcdError::Denied(text.to_owned())
+    } else if has("invalid auth token") || has("auth: revision in header is old") || has("authentication failed") {
+        EtcdError::LoginLost(text.to_owned())
+    } else {
+        match status.code() {
+            Code::Unavailable => {
+                EtcdError::Unreachable { endpoints: endpoints.to_owned(), reason: with_sources(status) }
+            }
+            Code::PermissionDenied => EtcdError::Denied(text.to_owned()),
+            Code::Unauthenticated => EtcdError::LoginLost(text.to_owned()),
+            Code::DeadlineExceeded => EtcdError::TimedOut,
+            _ => EtcdError::Other(with_sources(status)),
+        }
+    }
+}
+
+/// An error with the causes below it, without saying the same words twice.
+pub fn with_sources(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let words = cause.to_string();
+        if !text.contains(&words) {
+            text.push_str(": ");
+            text.push_str(&words);
+        }
+        source = cause.source();
+    }
+    text
+}
