@@ -400,7 +400,8 @@ mod tests {
         let (mut from, mut to) = stream.split();
         let mut got = vec![0; 300_000];
         let (sent, received) = tokio::join!(to.write_all(&[7; 300_000]), from.read_exact(&mut got));
-        (sent.unwrap(), received.unwrap());
+        sent.unwrap();
+        received.unwrap();
         let elapsed = start.elapsed();
         assert!((290..1_500).contains(&elapsed.as_millis()), "{elapsed:?} for 0.3 s of line");
     }
