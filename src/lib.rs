@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! main.rs            the command line: parse, call, print, exit code
-//! demo.rs            two regions on one machine, for `make demo`
+//! demo/              mod (two regions on one machine, for `make demo`) proxy (their link) objects(p) ports
 //! app.rs             bind everything, then run it; owns tasks and shutdown
 //! origin/            mod watch sequence(p) lag(p) spool resume(p) ship anchor
 //! replica/           mod receive admit(p) journal dedupe(the only file that knows sled) plan(p) apply

@@ -1,0 +1,28 @@
+# etcd-ferry: build, test and show it. `make demo` and `make test` install what is missing (Debian 12 and newer).
+
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+# An etcd that .ci/install unpacked goes before the distribution's own, which may be too old.
+export PATH := $(CURDIR)/target/etcd/bin:$(PATH)
+
+.PHONY: demo test build lint install clean
+
+# Two regions on this machine for about 30 seconds. ARGS is passed on, for example: make demo ARGS=--keep
+demo: build
+	@$(TARGET)/release/etcd-ferry demo $(ARGS)
+
+# Every test, with real etcd processes. ARGS is passed on, for example: make test ARGS="--test it bank"
+test: install
+	cargo test $(ARGS)
+
+build: install
+	cargo build --release
+
+lint: install
+	cargo fmt --check
+	cargo clippy --all-targets -- -D warnings
+
+install:
+	@.ci/install
+
+clean:
+	cargo clean

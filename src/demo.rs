@@ -1,1 +1,0 @@
-//! Two regions on one machine, for `make demo`.

@@ -1,0 +1,462 @@
+//! Job: a TCP link that can be made as bad as one between regions: slow, narrow, cut, deaf, bent.
+//! Input: connections to a loopback port, and what the holder of a `LinkProxy` sets. Output: the same bytes at the target, later.
+//! Always true: bytes of one direction keep their order; what is in flight is bounded; dropping the `LinkProxy` ends every connection.
+//! Limits: connecting is not delayed, and a refused target or a cut shows as a connection that is reset right after it opened.
+
+use bytes::{Bytes, BytesMut};
+use socket2::SockRef;
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::tcp::{ReadHalf, WriteHalf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{mpsc, watch};
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::Instant;
+
+/// One read, and so one unit of the delay line.
+const CHUNK_BYTES_MAX: usize = 32 * 1024;
+/// Chunks in flight in one direction of one connection: 64 MiB, more than 1 s of a 400 Mbit/s link.
+const CHUNKS_MAX: usize = 2_048;
+/// A narrow link is read in slices of about this long, so that its rate is smooth.
+const SLICES_PER_SECOND: u64 = 100;
+const CONNECTIONS_MAX: usize = 1_024;
+
+/// Seen from the side that connects.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    ToTarget,
+    FromTarget,
+}
+
+/// What one direction does to the bytes it carries.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Shape {
+    delay: Duration,
+    /// 0: as fast as it goes.
+    rate_bytes_per_second: u64,
+    /// Bytes wait, and arrive when it thaws: what TCP makes of a loss that ends.
+    frozen: bool,
+    /// Bytes are read and thrown away, and a close is not passed on: what a half-open connection looks like.
+    black_hole: bool,
+}
+
+/// Whether connections live. Every change of `resets` ends those that are open.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Gate {
+    cut: bool,
+    resets: u64,
+}
+
+/// One direction of all connections: they share its rate, as they would share a line.
+struct Lane {
+    shape: watch::Sender<Shape>,
+    /// When the last byte that was read has left the narrow place.
+    free_at: Mutex<Instant>,
+    /// Bytes until the one to bend, and the bit to flip in it.
+    flip: Mutex<Option<(u64, u8)>>,
+    bytes: AtomicU64,
+}
+
+struct Shared {
+    to_target: Lane,
+    from_target: Lane,
+    gate: watch::Sender<Gate>,
+    connections: AtomicU64,
+}
+
+/// What has passed since the start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Counters {
+    pub bytes_to_target: u64,
+    pub bytes_from_target: u64,
+    /// All that were ever accepted.
+    pub connections: u64,
+}
+
+/// A running proxy on a loopback port; ends when dropped.
+pub struct LinkProxy {
+    address: SocketAddr,
+    shared: Arc<Shared>,
+    acceptor: JoinHandle<()>,
+}
+
+impl LinkProxy {
+    /// Listens on a free loopback port and forwards to `target`, which need not be up yet.
+    pub async fn start(target: SocketAddr) -> io::Result<Self> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+        let address = listener.local_addr()?;
+        let shared = Arc::new(Shared {
+            to_target: Lane::new(),
+            from_target: Lane::new(),
+            gate: watch::Sender::new(Gate::default()),
+            connections: AtomicU64::new(0),
+        });
+        let acceptor = tokio::spawn(accept(listener, target, shared.clone()));
+        Ok(Self { address, shared, acceptor })
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// One-way delay of both directions; bytes that are in flight already keep theirs.
+    pub fn set_delay(&self, one_way: Duration) {
+        for lane in [&self.shared.to_target, &self.shared.from_target] {
+            lane.shape.send_modify(|shape| shape.delay = one_way);
+        }
+    }
+
+    /// The width of each direction; `None`: as fast as it goes.
+    pub fn set_rate(&self, bytes_per_second: Option<u64>) {
+        for lane in [&self.shared.to_target, &self.shared.from_target] {
+            lane.shape.send_modify(|shape| shape.rate_bytes_per_second = bytes_per_second.unwrap_or(0));
+        }
+    }
+
+    /// Resets every connection, and each new one, until `heal`.
+    pub fn cut(&self) {
+        self.shared.gate.send_modify(|gate| {
+            gate.cut = true;
+            gate.resets += 1;
+        });
+    }
+
+    /// Resets every connection; new ones are let through.
+    pub fn reset(&self) {
+        self.shared.gate.send_modify(|gate| gate.resets += 1);
+    }
+
+    /// Bytes of this direction wait, and arrive after `heal`. Connections stay.
+    pub fn freeze(&self, direction: Direction) {
+        self.lane(direction).shape.send_modify(|shape| shape.frozen = true);
+    }
+
+    /// Bytes of this direction vanish, and closes are not passed on. Connections stay until `heal`, which resets those that lost bytes.
+    pub fn black_hole(&self, direction: Direction) {
+        self.lane(direction).shape.send_modify(|shape| shape.black_hole = true);
+    }
+
+    /// Ends `cut`, `freeze` and `black_hole`; delay and rate stay.
+    pub fn heal(&self) {
+        for lane in [&self.shared.to_target, &self.shared.from_target] {
+            lane.shape.send_modify(|shape| {
+                shape.frozen = false;
+                shape.black_hole = false;
+            });
+        }
+        self.shared.gate.send_modify(|gate| gate.cut = false);
+    }
+
+    /// Flips bit `bit` (0 to 7) of the byte that comes `after_bytes` bytes from now in this direction, whatever connection carries it.
+    pub fn flip_bit(&self, direction: Direction, after_bytes: u64, bit: u8) {
+        *locked(&self.lane(direction).flip) = Some((after_bytes, bit & 7));
+    }
+
+    pub fn counters(&self) -> Counters {
+        Counters {
+            bytes_to_target: self.shared.to_target.bytes.load(Ordering::Relaxed),
+            bytes_from_target: self.shared.from_target.bytes.load(Ordering::Relaxed),
+            connections: self.shared.connections.load(Ordering::Relaxed),
+        }
+    }
+
+    fn lane(&self, direction: Direction) -> &Lane {
+        match direction {
+            Direction::ToTarget => &self.shared.to_target,
+            Direction::FromTarget => &self.shared.from_target,
+        }
+    }
+}
+
+impl Drop for LinkProxy {
+    fn drop(&mut self) {
+        // The acceptor owns the connections.
+        self.acceptor.abort();
+    }
+}
+
+async fn accept(listener: TcpListener, target: SocketAddr, shared: Arc<Shared>) {
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            Some(_) = connections.join_next() => {}
+            accepted = listener.accept(), if connections.len() < CONNECTIONS_MAX => match accepted {
+                Ok((inbound, _)) => {
+                    shared.connections.fetch_add(1, Ordering::Relaxed);
+                    connections.spawn(carry(inbound, target, shared.clone()));
+                }
+                // Out of file descriptors, most likely: let some be closed.
+                Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+            }
+        }
+    }
+}
+
+/// One connection, until both directions have ended, one of them failed, or the gate says so.
+async fn carry(mut inbound: TcpStream, target: SocketAddr, shared: Arc<Shared>) {
+    let mut gate = shared.gate.subscribe();
+    let opened = *gate.borrow_and_update();
+    let connected = if opened.cut { None } else { TcpStream::connect(target).await.ok() };
+    let Some(mut outbound) = connected else {
+        reset_on_drop(&inbound);
+        return;
+    };
+    let _ = inbound.set_nodelay(true);
+    let _ = outbound.set_nodelay(true);
+    let ended_well = {
+        let (in_read, in_write) = inbound.split();
+        let (out_read, out_write) = outbound.split();
+        let both = async {
+            tokio::try_join!(pump(in_read, out_write, &shared.to_target), pump(out_read, in_write, &shared.from_target))
+        };
+        tokio::select! {
+            biased;
+            _ = gate.wait_for(|gate| gate.resets != opened.resets) => false,
+            ended = both => ended.is_ok(),
+        }
+    };
+    if !ended_well {
+        // Through a black hole not even a reset gets.
+        let mut to_target = shared.to_target.shape.subscribe();
+        let mut from_target = shared.from_target.shape.subscribe();
+        tokio::select! {
+            _ = gate.wait_for(|gate| gate.resets != opened.resets) => {}
+            _ = async {
+                let _ = to_target.wait_for(|shape| !shape.black_hole).await;
+                let _ = from_target.wait_for(|shape| !shape.black_hole).await;
+            } => {}
+        }
+        reset_on_drop(&inbound);
+        reset_on_drop(&outbound);
+    }
+}
+
+/// Closing with a zero linger sends RST.
+fn reset_on_drop(stream: &TcpStream) {
+    let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
+}
+
+/// One direction of one connection: a reader that stamps each chunk with its time of arrival, and a writer that waits for it. Both run
+/// at once, so a delay does not narrow the link.
+async fn pump(from: ReadHalf<'_>, to: WriteHalf<'_>, lane: &Lane) -> io::Result<()> {
+    let (sender, receiver) = mpsc::channel(CHUNKS_MAX);
+    tokio::try_join!(read(from, sender, lane), write(to, receiver, lane)).map(|_| ())
+}
+
+async fn read(mut from: ReadHalf<'_>, line: mpsc::Sender<(Instant, Bytes)>, lane: &Lane) -> io::Result<()> {
+    loop {
+        let shape = *lane.shape.borrow();
+        let slice = usize::try_from(shape.rate_bytes_per_second / SLICES_PER_SECOND).unwrap_or(CHUNK_BYTES_MAX);
+        let limit = if slice == 0 { CHUNK_BYTES_MAX } else { slice.min(CHUNK_BYTES_MAX) };
+        let mut chunk = BytesMut::with_capacity(limit);
+        if (&mut from).take(limit as u64).read_buf(&mut chunk).await? == 0 {
+            return Ok(());
+        }
+        let passed_at = lane.pass(chunk.len(), shape.rate_bytes_per_second);
+        if line.send((passed_at + shape.delay, chunk.freeze())).await.is_err() {
+            return Ok(());
+        }
+        // Nothing more is read before this chunk has left the narrow place: the sender feels the width as TCP lets it.
+        tokio::time::sleep_until(passed_at).await;
+    }
+}
+
+async fn write(mut to: WriteHalf<'_>, mut line: mpsc::Receiver<(Instant, Bytes)>, lane: &Lane) -> io::Result<()> {
+    let mut shape = lane.shape.subscribe();
+    let mut lost = false;
+    loop {
+        let next = tokio::select! {
+            biased;
+            _ = shape.wait_for(|shape| !shape.black_hole), if lost => return Err(io::ErrorKind::ConnectionReset.into()),
+            next = line.recv() => next,
+        };
+        let Some((due, chunk)) = next else { break };
+        tokio::time::sleep_until(due).await;
+        let now = *shape.wait_for(|shape| !shape.frozen).await.map_err(io::Error::other)?;
+        lost |= now.black_hole;
+        if lost {
+            continue;
+        }
+        let chunk = lane.bend(chunk);
+        lane.bytes.fetch_add(chunk.len() as u64, Ordering::Relaxed);
+        to.write_all(&chunk).await?;
+    }
+    // The other end closed. A black hole hides that too.
+    let now = *shape.wait_for(|shape| !shape.frozen && !shape.black_hole).await.map_err(io::Error::other)?;
+    tokio::time::sleep(now.delay).await;
+    if lost { Err(io::ErrorKind::ConnectionReset.into()) } else { to.shutdown().await }
+}
+
+impl Lane {
+    fn new() -> Self {
+        Self {
+            shape: watch::Sender::new(Shape::default()),
+            free_at: Mutex::new(Instant::now()),
+            flip: Mutex::new(None),
+            bytes: AtomicU64::new(0),
+        }
+    }
+
+    /// When the last of `bytes` bytes that came now has passed the narrow place.
+    fn pass(&self, bytes: usize, rate_bytes_per_second: u64) -> Instant {
+        let now = Instant::now();
+        if rate_bytes_per_second == 0 {
+            return now;
+        }
+        let mut free_at = locked(&self.free_at);
+        *free_at = now.max(*free_at) + Duration::from_secs_f64(bytes as f64 / rate_bytes_per_second as f64);
+        *free_at
+    }
+
+    /// Flips the bit that was asked for, if it lies in this chunk.
+    fn bend(&self, chunk: Bytes) -> Bytes {
+        let mut flip = locked(&self.flip);
+        let Some((after_bytes, bit)) = *flip else { return chunk };
+        let length = chunk.len() as u64;
+        if after_bytes >= length {
+            *flip = Some((after_bytes - length, bit));
+            return chunk;
+        }
+        *flip = None;
+        let mut bent = BytesMut::from(&chunk[..]);
+        if let Some(byte) = usize::try_from(after_bytes).ok().and_then(|at| bent.get_mut(at)) {
+            *byte ^= 1 << bit;
+        }
+        bent.freeze()
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WAIT: Duration = Duration::from_secs(10);
+
+    /// A server that sends back what it gets, behind a proxy.
+    async fn echo() -> (LinkProxy, JoinHandle<()>) {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let target = listener.local_addr().unwrap();
+        let server = tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                tokio::spawn(async move {
+                    let (mut from, mut to) = stream.split();
+                    let _ = tokio::io::copy(&mut from, &mut to).await;
+                });
+            }
+        });
+        (LinkProxy::start(target).await.unwrap(), server)
+    }
+
+    async fn read_exactly(stream: &mut TcpStream, bytes: usize) -> io::Result<Vec<u8>> {
+        let mut got = vec![0; bytes];
+        tokio::time::timeout(WAIT, stream.read_exact(&mut got)).await.map_err(io::Error::other)??;
+        Ok(got)
+    }
+
+    #[tokio::test]
+    async fn bytes_cross_unchanged_and_are_counted() {
+        let (proxy, _server) = echo().await;
+        let mut stream = TcpStream::connect(proxy.address()).await.unwrap();
+        stream.write_all(b"revision").await.unwrap();
+        assert_eq!(read_exactly(&mut stream, 8).await.unwrap(), b"revision");
+        assert_eq!(proxy.counters(), Counters { bytes_to_target: 8, bytes_from_target: 8, connections: 1 });
+    }
+
+    #[tokio::test]
+    async fn a_delay_is_paid_once_by_what_is_sent_in_a_row() {
+        let (proxy, _server) = echo().await;
+        proxy.set_delay(Duration::from_millis(50));
+        let mut stream = TcpStream::connect(proxy.address()).await.unwrap();
+        let start = Instant::now();
+        let (mut from, mut to) = stream.split();
+        let send = async {
+            for _ in 0..20 {
+                to.write_all(&[7; 100]).await.unwrap();
+                tokio::task::yield_now().await;
+            }
+        };
+        let mut got = [0; 2_000];
+        let receive = async { from.read_exact(&mut got).await.unwrap() };
+        tokio::join!(send, receive);
+        let elapsed = start.elapsed();
+        assert!(elapsed >= Duration::from_millis(100), "{elapsed:?}");
+        assert!(elapsed < Duration::from_millis(1_000), "20 stop-and-wait round trips take 2 s, this took {elapsed:?}");
+    }
+
+    #[tokio::test]
+    async fn a_narrow_link_carries_its_rate_and_no_more() {
+        let (proxy, _server) = echo().await;
+        proxy.set_rate(Some(1_000_000));
+        let mut stream = TcpStream::connect(proxy.address()).await.unwrap();
+        let start = Instant::now();
+        let (mut from, mut to) = stream.split();
+        let mut got = vec![0; 300_000];
+        let (sent, received) = tokio::join!(to.write_all(&[7; 300_000]), from.read_exact(&mut got));
+        sent.unwrap();
+        received.unwrap();
+        let elapsed = start.elapsed();
+        assert!((290..1_500).contains(&elapsed.as_millis()), "{elapsed:?} for 0.3 s of line");
+    }
+
+    #[tokio::test]
+    async fn a_cut_ends_old_and_new_connections_until_it_is_healed() {
+        let (proxy, _server) = echo().await;
+        let mut old = TcpStream::connect(proxy.address()).await.unwrap();
+        old.write_all(b"a").await.unwrap();
+        read_exactly(&mut old, 1).await.unwrap();
+        proxy.cut();
+        assert_eq!(read_exactly(&mut old, 1).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+        if let Ok(mut new) = TcpStream::connect(proxy.address()).await {
+            read_exactly(&mut new, 1).await.unwrap_err();
+        }
+        proxy.heal();
+        let mut healed = TcpStream::connect(proxy.address()).await.unwrap();
+        healed.write_all(b"b").await.unwrap();
+        assert_eq!(read_exactly(&mut healed, 1).await.unwrap(), b"b");
+    }
+
+    #[tokio::test]
+    async fn what_waits_in_a_frozen_direction_arrives_after_it() {
+        let (proxy, _server) = echo().await;
+        let mut stream = TcpStream::connect(proxy.address()).await.unwrap();
+        proxy.freeze(Direction::FromTarget);
+        stream.write_all(b"wait").await.unwrap();
+        let early = tokio::time::timeout(Duration::from_millis(100), stream.read_u8()).await;
+        assert!(early.is_err(), "a frozen direction let a byte through");
+        proxy.heal();
+        assert_eq!(read_exactly(&mut stream, 4).await.unwrap(), b"wait");
+    }
+
+    #[tokio::test]
+    async fn a_black_hole_keeps_the_connection_and_swallows_what_is_sent() {
+        let (proxy, _server) = echo().await;
+        let mut stream = TcpStream::connect(proxy.address()).await.unwrap();
+        stream.write_all(b"a").await.unwrap();
+        read_exactly(&mut stream, 1).await.unwrap();
+        proxy.black_hole(Direction::ToTarget);
+        stream.write_all(b"lost").await.unwrap();
+        let early = tokio::time::timeout(Duration::from_millis(100), stream.read_u8()).await;
+        assert!(early.is_err(), "the connection should neither answer nor end");
+        proxy.heal();
+        assert_eq!(read_exactly(&mut stream, 1).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    }
+
+    #[tokio::test]
+    async fn one_bit_is_flipped_where_it_was_asked_for() {
+        let (proxy, _server) = echo().await;
+        let mut stream = TcpStream::connect(proxy.address()).await.unwrap();
+        proxy.flip_bit(Direction::ToTarget, 5, 0);
+        for part in [[0; 4], [0; 4]] {
+            stream.write_all(&part).await.unwrap();
+        }
+        assert_eq!(read_exactly(&mut stream, 8).await.unwrap(), [0, 0, 0, 0, 0, 1, 0, 0]);
+    }
+}
