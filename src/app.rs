@@ -1,1 +1,286 @@
-//! Bind everything, then run it; owns tasks and shutdown.
+//! Job: bind every listener and open every disk, then run all links and services; own their tasks and the shutdown.
+//! Input: a checked configuration. Output: a running sidecar, until SIGTERM or Ctrl-C.
+//! Always true: nothing runs before everything is bound and open; every task is joined; a second Ctrl-C exits at once.
+
+use crate::admin::{self, Directory, EtcdHealth, LinkHandle, Listening};
+use crate::config::{Config, LogConfig, LogFormat};
+use crate::etcd::Etcd;
+use crate::metrics;
+use crate::model::{LinkStatus, Ranges, Side};
+use crate::origin::OriginLink;
+use crate::replica::receive::Receiver;
+use crate::replica::{ReplicaLink, ReplicaTask};
+use crate::tls::{self, accept};
+use crate::wire::HELLO_BYTES_MAX;
+use crate::wire::replicate::handshake_server::HandshakeServer;
+use crate::wire::replicate::replicate_server::ReplicateServer;
+use anyhow::Context;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// A link over 100 ms of round trip needs windows of this size to fill 50 MB/s.
+const STREAM_WINDOW_BYTES: u32 = 8 << 20;
+const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Streams of one peer's connection: a hello and a Ship stream for each link.
+const STREAMS_MAX: u32 = 256;
+/// SIGTERM stops within 5 s.
+const STOP_DEADLINE: Duration = Duration::from_millis(4_500);
+const HEALTH_INTERVAL: Duration = Duration::from_secs(10);
+const METRICS_INTERVAL: Duration = Duration::from_millis(500);
+
+/// Sets up logging; call once.
+pub fn log(config: &LogConfig) -> anyhow::Result<()> {
+    let filter = tracing_subscriber::EnvFilter::try_new(&config.level).with_context(|| format!("[log] level {:?}", config.level))?;
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let installed = match config.format {
+        LogFormat::Text => builder.try_init(),
+        LogFormat::Json => builder.json().try_init(),
+    };
+    installed.map_err(|e| anyhow::anyhow!("logging cannot be set up: {e}"))
+}
+
+/// Runs until SIGTERM or Ctrl-C.
+pub async fn run(config: Config) -> anyhow::Result<()> {
+    let stop = CancellationToken::new();
+    let app = App::bind(config, stop.clone()).await?;
+    let mut signals = JoinSet::new();
+    signals.spawn(wait_for_signals(stop.clone()));
+    app.run().await
+}
+
+async fn wait_for_signals(stop: CancellationToken) -> anyhow::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => tracing::info!("SIGTERM: stopping"),
+            _ = interrupt.recv() => tracing::info!("Ctrl-C: stopping; once more exits at once"),
+        }
+        if stop.is_cancelled() {
+            std::process::exit(1);
+        }
+        stop.cancel();
+    }
+}
+
+/// A sidecar with everything bound and open.
+pub struct App {
+    config: Config,
+    stop: CancellationToken,
+    listening: Listening,
+    peer: TcpListener,
+    admin: admin::service::Server,
+    http: admin::http::Server,
+    exporter: metrics::Exporter,
+    receiver: Receiver,
+    streams: TaskTracker,
+    replicas: Vec<(ReplicaTask, watch::Sender<LinkStatus>)>,
+    origins: Vec<(OriginLink, watch::Sender<LinkStatus>, mpsc::Receiver<admin::LinkCommand>)>,
+    links: Vec<LinkHandle>,
+}
+
+impl App {
+    /// Binds the listeners, opens the disks, loads the certificates.
+    pub async fn bind(config: Config, stop: CancellationToken) -> anyhow::Result<Self> {
+        let bind = |what: &'static str, address| async move {
+            TcpListener::bind(address).await.with_context(|| format!("listen.{what} {address} cannot be bound: is another sidecar running?"))
+        };
+        let peer = bind("peer", config.listen.peer).await?;
+        let admin = admin::service::Server::bind(config.listen.admin, &config.tls).await?;
+        let http = admin::http::Server::bind(config.listen.http).await?;
+        let listening = Listening { peer: peer.local_addr()?, admin: admin.local_addr(), http: http.local_addr() };
+        let exporter = metrics::install()?;
+        let mut links = Vec::new();
+        let mut origins = Vec::new();
+        for send in &config.send {
+            let (status, watching) = watch::channel(LinkStatus::new(send.link.clone(), Side::Origin, send.peer.clone()));
+            let (commands, incoming) = mpsc::channel(1);
+            links.push(LinkHandle { link: send.link.clone(), side: Side::Origin, status: watching, commands: Some(commands) });
+            let overlaps = |ranges: &Option<Ranges>| ranges.as_ref().is_none_or(|r| r.overlaps(&send.ranges));
+            let origin = OriginLink {
+                etcd: config.etcd.clone(),
+                limits: config.limits.clone(),
+                dir: config.data_dir.join("origin").join(send.link.as_str()),
+                tls: tls::client_config(&config.tls, &send.peer)?,
+                region: config.region.clone(),
+                node: config.node.clone(),
+                link_back: config.receive.iter().any(|r| r.peer == send.peer && overlaps(&r.ranges)),
+                send: send.clone(),
+            };
+            origins.push((origin, status, incoming));
+        }
+        let (mut replicas, mut ends) = (Vec::new(), Vec::new());
+        for receive in &config.receive {
+            let (status, watching) = watch::channel(LinkStatus::new(receive.link.clone(), Side::Replica, receive.peer.clone()));
+            links.push(LinkHandle { link: receive.link.clone(), side: Side::Replica, status: watching, commands: None });
+            let replica = ReplicaLink {
+                etcd: config.etcd.clone(),
+                limits: config.limits.clone(),
+                dir: config.data_dir.join("replica").join(receive.link.as_str()),
+                sends_back: config.send.iter().filter(|s| s.peer == receive.peer).map(|s| s.ranges.clone()).collect(),
+                receive: receive.clone(),
+            };
+            let (end, task) = replica.open().await.with_context(|| format!("link {}", receive.link))?;
+            ends.push(end);
+            replicas.push((task, status));
+        }
+        let streams = TaskTracker::new();
+        let receiver = Receiver::new(ends, &config.region, &config.node, streams.clone(), stop.clone());
+        Ok(Self { config, stop, listening, peer, admin, http, exporter, receiver, streams, replicas, origins, links })
+    }
+
+    pub fn listening(&self) -> Listening {
+        self.listening
+    }
+
+    /// Runs everything until `stop`, or until something fails that must not.
+    pub async fn run(self) -> anyhow::Result<()> {
+        let Self { config, stop, listening, peer, admin, http, exporter, receiver, streams, replicas, origins, links } = self;
+        tracing::info!(region = %config.region, node = %config.node, version = env!("CARGO_PKG_VERSION"), peer = %listening.peer,
+            admin = %listening.admin, http = %listening.http, "running");
+        let mut tasks: JoinSet<anyhow::Result<()>> = JoinSet::new();
+        let (health, etcd) = watch::channel(Vec::new());
+        let directory = Arc::new(Directory {
+            region: config.region.clone(),
+            node: config.node.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            started: Instant::now(),
+            listening,
+            links,
+            etcd,
+        });
+        tasks.spawn(poll_health(config.clone(), health, stop.clone()));
+        tasks.spawn(record(directory.clone(), exporter.clone(), stop.clone()));
+        tasks.spawn(serve_peers(config.clone(), peer, receiver, stop.clone()));
+        tasks.spawn({
+            let (directory, stop) = (directory.clone(), stop.clone());
+            async move { admin.run(directory, stop).await.context("the admin service") }
+        });
+        tasks.spawn({
+            let stop = stop.clone();
+            async move {
+                http.run(directory, exporter, stop).await;
+                Ok(())
+            }
+        });
+        for (replica, status) in replicas {
+            tasks.spawn(replica.run(status, stop.clone()));
+        }
+        for (origin, status, commands) in origins {
+            tasks.spawn(origin.run(status, commands, stop.clone()));
+        }
+        let mut outcome = Ok(());
+        let mut deadline = None;
+        loop {
+            let ended = tokio::select! {
+                biased;
+                () = stop.cancelled(), if deadline.is_none() => {
+                    deadline = Some(tokio::time::Instant::now() + STOP_DEADLINE);
+                    continue;
+                }
+                () = until(deadline) => {
+                    tracing::warn!("not everything stopped in time");
+                    break;
+                }
+                ended = tasks.join_next() => ended,
+            };
+            let failed = match ended {
+                None => break,
+                Some(Ok(Ok(()))) => continue,
+                Some(Ok(Err(e))) => e,
+                Some(Err(e)) => anyhow::anyhow!("a task failed: {e}"),
+            };
+            tracing::error!(error = format!("{failed:#}"), "stopping: a task failed");
+            outcome = Err(failed);
+            stop.cancel();
+        }
+        streams.close();
+        let _ = tokio::time::timeout(Duration::from_millis(500), streams.wait()).await;
+        tracing::info!("stopped");
+        outcome
+    }
+}
+
+async fn until(deadline: Option<tokio::time::Instant>) {
+    match deadline {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Both gRPC services behind mutual TLS. Each has a limit of its own for what it reads.
+async fn serve_peers(config: Config, listener: TcpListener, receiver: Receiver, stop: CancellationToken) -> anyhow::Result<()> {
+    let server_config = tls::server_config(&config.tls)?;
+    let (accepting, incoming) = accept::incoming(listener, server_config, accept::AcceptLimits::default(), stop.clone());
+    let shipment_bytes_max = config.limits.revision_bytes_max.saturating_mul(2).saturating_add(1 << 20);
+    let server = tonic::transport::Server::builder()
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .http2_keepalive_interval(Some(KEEP_ALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT))
+        .max_concurrent_streams(STREAMS_MAX)
+        .add_service(HandshakeServer::new(receiver.clone()).max_decoding_message_size(HELLO_BYTES_MAX))
+        .add_service(ReplicateServer::new(receiver).max_decoding_message_size(shipment_bytes_max))
+        .serve_with_incoming_shutdown(incoming, stop.cancelled_owned());
+    let mut accept_loop = JoinSet::new();
+    accept_loop.spawn(accepting.run());
+    server.await.context("the peer listener")?;
+    while accept_loop.join_next().await.is_some() {}
+    Ok(())
+}
+
+/// Asks each etcd endpoint for its version now and then: a balanced connection would ask any of them.
+async fn poll_health(config: Config, health: watch::Sender<Vec<EtcdHealth>>, stop: CancellationToken) -> anyhow::Result<()> {
+    let mut ticks = tokio::time::interval(HEALTH_INTERVAL);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        let look = async {
+            ticks.tick().await;
+            let mut seen = Vec::new();
+            for endpoint in &config.etcd.endpoints {
+                let mut one = config.etcd.clone();
+                one.endpoints = vec![endpoint.clone()];
+                seen.push(look_at(endpoint, &one).await);
+            }
+            seen
+        };
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => return Ok(()),
+            seen = look => { health.send_replace(seen); }
+        }
+    }
+}
+
+async fn look_at(endpoint: &str, config: &crate::config::EtcdConfig) -> EtcdHealth {
+    let asked = async { Etcd::connect(config).await?.member().await };
+    match asked.await {
+        Ok(member) => EtcdHealth { endpoint: endpoint.to_owned(), ok: true, version: member.version, leader: member.leader, detail: String::new() },
+        Err(e) => EtcdHealth { endpoint: endpoint.to_owned(), detail: e.to_string(), ..EtcdHealth::default() },
+    }
+}
+
+/// Writes the links' figures into the metrics.
+async fn record(directory: Arc<Directory>, exporter: metrics::Exporter, stop: CancellationToken) -> anyhow::Result<()> {
+    let mut ticks = tokio::time::interval(METRICS_INTERVAL);
+    loop {
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => return Ok(()),
+            _ = ticks.tick() => {
+                for status in directory.snapshots() {
+                    metrics::record_link(&status);
+                }
+                exporter.upkeep();
+            }
+        }
+    }
+}

@@ -101,6 +101,12 @@ pub struct PageRead {
     pub count: u64,
 }
 
+/// A member, as its Status tells.
+pub struct Member {
+    pub version: String,
+    pub leader: bool,
+}
+
 /// How much of a value a read asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Columns {
@@ -187,10 +193,12 @@ impl Etcd {
         Ok(Watch { requests, responses, message_bytes_max, endpoints: self.endpoints.clone() })
     }
 
-    /// etcd's version, as its Status tells.
-    pub async fn version(&self) -> Result<String, EtcdError> {
+    /// What the member that answers says of itself; connect to one endpoint alone to ask a certain one.
+    pub async fn member(&self) -> Result<Member, EtcdError> {
         let mut client = self.client.maintenance_client();
-        Ok(self.within(client.status()).await?.version().to_owned())
+        let status = self.within(client.status()).await?;
+        let leader = status.header().is_some_and(|h| h.member_id() == status.leader());
+        Ok(Member { version: status.version().to_owned(), leader })
     }
 
     async fn within<T>(&self, call: impl Future<Output = Result<T, ClientError>>) -> Result<T, EtcdError> {

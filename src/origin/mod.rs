@@ -1,4 +1,7 @@
-//! The origin's half of a link.
+//! Job: the origin's half of a link: its three stages (watch, spool, ship) and what `status` says of them.
+//! Input: a `[[send]]` link, the origin's etcd, commands. Output: shipments to the peer, a `LinkStatus`.
+//! Always true: the link's task alone writes the link's status; a stage that ends ends the link.
+
 pub mod anchor;
 pub mod lag;
 pub mod resume;
@@ -6,3 +9,254 @@ pub mod sequence;
 pub mod ship;
 pub mod spool;
 pub mod watch;
+
+use crate::admin::LinkCommand;
+use crate::config::{EtcdConfig, Limits, SendConfig};
+use crate::model::{LinkState, LinkStatus, Revision, Side, StageStatus};
+use lag::LagTracker;
+use ship::{ShipView, Shipper};
+use spool::{Spool, SpoolExtent};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tokio::sync::{mpsc, watch as watch_channel};
+use tokio_util::sync::CancellationToken;
+use watch::{HeadView, Tail, TailState, TailView};
+
+/// Batches of arrivals and head readings that wait for the link's task; it only counts them, so they never gather.
+const EVENTS_MAX: usize = 256;
+const STATUS_INTERVAL: Duration = Duration::from_millis(250);
+
+/// Unix time that never steps back while the process lives: the clock that lag is measured by.
+#[derive(Debug, Clone, Copy)]
+pub struct Clock {
+    started: Instant,
+    started_ms: u64,
+}
+
+impl Clock {
+    pub fn new() -> Self {
+        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self { started: Instant::now(), started_ms: u64::try_from(since_epoch.as_millis()).unwrap_or(0) }
+    }
+
+    pub fn now_ms(&self) -> u64 {
+        self.started_ms + u64::try_from(self.started.elapsed().as_millis()).unwrap_or(0)
+    }
+}
+
+impl Default for Clock {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// What the stages tell the link's task, in order.
+#[derive(Debug)]
+pub enum LinkEvent {
+    Arrived { revisions: Vec<Revision>, at_ms: u64 },
+    Covered(Revision),
+    Head { revision: Revision, at_ms: u64 },
+    Acked { applied: Revision, durable: Revision },
+}
+
+/// Everything that one origin link needs.
+pub struct OriginLink {
+    pub send: SendConfig,
+    pub etcd: EtcdConfig,
+    pub limits: Limits,
+    /// The link's own folder below `data_dir`.
+    pub dir: PathBuf,
+    pub tls: Arc<rustls::ClientConfig>,
+    pub region: String,
+    pub node: String,
+    /// True if this process is also the replica of an overlapping link from the same peer.
+    pub link_back: bool,
+}
+
+impl OriginLink {
+    /// Runs until `stop`; an `Err` means that the link could not even start (its spool cannot be opened).
+    pub async fn run(
+        self,
+        status: watch_channel::Sender<LinkStatus>,
+        commands: mpsc::Receiver<LinkCommand>,
+        stop: CancellationToken,
+    ) -> anyhow::Result<()> {
+        let link = self.send.link.clone();
+        let clock = Clock::new();
+        let spool = Spool::open(&self.dir, &self.limits)?;
+        let (events, mut incoming) = mpsc::channel(EVENTS_MAX);
+        let (head_sender, head) = watch_channel::channel(HeadView::default());
+        let covered = spool.extent().borrow().covered;
+        let (tail_sender, tail) =
+            watch_channel::channel(TailView { state: TailState::Idle, covered, ferry_only: 0 });
+        let (tail_commands, tail_incoming) = mpsc::channel(1);
+        let (ship_sender, ship) = watch_channel::channel(ShipView::default());
+        let mut lag = LagTracker::new();
+        for (revision, at_ms) in spool.arrivals() {
+            lag.arrived(revision, at_ms);
+        }
+        lag.covered(covered);
+
+        let mut stages = tokio::task::JoinSet::new();
+        let watching = Tail {
+            link: link.clone(),
+            etcd: self.etcd.clone(),
+            ranges: self.send.ranges.clone(),
+            limits: self.limits.clone(),
+            spool: spool.clone(),
+            commands: tail_incoming,
+            head: head.clone(),
+            view: tail_sender,
+            events: events.clone(),
+            clock,
+        };
+        stages.spawn(watching.run(stop.clone()));
+        let etcd = self.etcd.clone();
+        stages.spawn(watch::poll_head(etcd, link.clone(), head_sender, events.clone(), clock, stop.clone()));
+        let shipper = Shipper::new(
+            self,
+            spool.clone(),
+            tail_commands,
+            tail.clone(),
+            head.clone(),
+            commands,
+            ship_sender,
+            events,
+            status.subscribe(),
+        );
+        stages.spawn(shipper.run(stop.clone()));
+
+        let mut ticks = tokio::time::interval(STATUS_INTERVAL);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => break,
+                event = incoming.recv() => match event {
+                    Some(event) => take(&mut lag, event),
+                    None => break,
+                },
+                ended = stages.join_next() => {
+                    if let Some(Err(e)) = ended {
+                        anyhow::bail!("a stage of link {link} failed: {e}");
+                    }
+                }
+                _ = ticks.tick() => {
+                    let views = Views { tail: &tail.borrow(), head: &head.borrow(), ship: &ship.borrow(), spool: &spool.extent().borrow() };
+                    status.send_modify(|status| views.write(status, &lag, clock.now_ms()));
+                }
+            }
+        }
+        while stages.join_next().await.is_some() {}
+        spool.close().await;
+        Ok(())
+    }
+}
+
+fn take(lag: &mut LagTracker, event: LinkEvent) {
+    match event {
+        LinkEvent::Arrived { revisions, at_ms } => {
+            for revision in revisions {
+                lag.arrived(revision, at_ms);
+            }
+        }
+        LinkEvent::Covered(revision) => lag.covered(revision),
+        LinkEvent::Head { revision, at_ms } => lag.head(revision, at_ms),
+        LinkEvent::Acked { applied, durable } => {
+            lag.applied(applied);
+            lag.durable(durable);
+        }
+    }
+}
+
+/// One look at all stages, to be written into the status.
+struct Views<'a> {
+    tail: &'a TailView,
+    head: &'a HeadView,
+    ship: &'a ShipView,
+    spool: &'a SpoolExtent,
+}
+
+impl Views<'_> {
+    fn write(&self, status: &mut LinkStatus, lag: &LagTracker, now_ms: u64) {
+        let ship = self.ship;
+        debug_assert!(status.side == Side::Origin);
+        status.state = self.state();
+        status.reason = self.reason();
+        status.epoch = ship.epoch;
+        status.term = ship.term;
+        status.seq = ship.seq;
+        status.origin_revision = ship.applied_revision;
+        status.head_revision = self.head.revision.max(self.tail.covered);
+        status.applied_seq = ship.applied_seq;
+        status.durable_seq = ship.durable_seq;
+        let (behind, at_risk) = (lag.lag(now_ms), lag.rpo(now_ms));
+        status.lag_revisions = behind.revisions;
+        status.lag_seconds = behind.seconds;
+        status.rpo_revisions = at_risk.revisions;
+        status.rpo_seconds = at_risk.seconds;
+        status.bytes_raw = ship.bytes_raw;
+        status.bytes_sent = ship.bytes_sent;
+        status.counts.clone_from(&ship.counts);
+        status.copy = ship.copy;
+        status.stages = vec![
+            StageStatus { stage: "watch", ok: matches!(self.tail.state, TailState::Running), detail: self.tail_detail(), queue_bytes: 0 },
+            StageStatus {
+                stage: "spool",
+                ok: !self.spool.full,
+                detail: format!("holds revisions after {} up to {}", self.spool.base, self.spool.covered),
+                queue_bytes: self.spool.bytes,
+            },
+            StageStatus { stage: "ship", ok: ship.reason.is_empty(), detail: ship.detail.clone(), queue_bytes: 0 },
+        ];
+    }
+
+    fn state(&self) -> LinkState {
+        match self.tail.state {
+            TailState::SpoolFull if self.ship.state != LinkState::Stopped => LinkState::SpoolFull,
+            TailState::Stopped { .. } => LinkState::Stopped,
+            TailState::Idle
+            | TailState::Connecting { .. }
+            | TailState::Running
+            | TailState::SpoolFull
+            | TailState::Lost { .. }
+            | TailState::OtherHistory { .. } => self.ship.state,
+        }
+    }
+
+    fn reason(&self) -> String {
+        let mut reasons = Vec::new();
+        if !self.ship.reason.is_empty() {
+            reasons.push(self.ship.reason.clone());
+        }
+        match &self.tail.state {
+            TailState::SpoolFull => reasons.push(
+                "the spool is full: watching goes on when the replica has applied more; raise [limits] spool_bytes_max if outages last longer"
+                    .to_owned(),
+            ),
+            TailState::Stopped { reason } => reasons.push(reason.clone()),
+            TailState::Connecting { reason } if !reason.is_empty() => reasons.push(format!("the origin's watch: {reason}")),
+            TailState::Idle
+            | TailState::Connecting { .. }
+            | TailState::Running
+            | TailState::Lost { .. }
+            | TailState::OtherHistory { .. } => {}
+        }
+        if let Some(trouble) = &self.head.trouble {
+            reasons.push(format!("the origin's head cannot be read: {trouble}"));
+        }
+        reasons.join("; ")
+    }
+
+    fn tail_detail(&self) -> String {
+        match &self.tail.state {
+            TailState::Idle => "waits until the replica has said where to begin".to_owned(),
+            TailState::Connecting { reason } => format!("connecting: {reason}"),
+            TailState::Running => format!("everything up to revision {} is seen", self.tail.covered),
+            TailState::SpoolFull => "waits for room in the spool".to_owned(),
+            TailState::Lost { compacted } => format!("etcd has compacted up to {compacted}, past the spool's end"),
+            TailState::OtherHistory { reason } | TailState::Stopped { reason } => reason.clone(),
+        }
+    }
+}

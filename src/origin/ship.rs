@@ -1,1 +1,416 @@
-//! To come.
+//! Job: say hello to the replica's sidecar, decide where to resume, and ship revisions as frames.
+//! Input: the spool, the tail's and the head's views, receipts, an operator's commands. Output: shipments, a `ShipView`, acknowledgements.
+//! Always true: seqs count on from what the replica has received; nothing is trimmed from the spool before it is applied;
+//! everything that ends a stream is a value of `Ended` with one planned reaction.
+
+use super::resume::{self, Resume};
+use super::session::{Session, SessionEnd};
+use super::spool::{Spool, SpoolExtent};
+use super::watch::{HeadView, Probed, TailCommand, TailState, TailView, probe};
+use super::{LinkEvent, OriginLink, anchor};
+use crate::admin::LinkCommand;
+use crate::etcd::{Etcd, EtcdError};
+use crate::model::{CopyProgress, Epoch, LinkState, LinkStatus, Revision, Seq, Term, Waymark};
+use crate::retry::Backoff;
+use crate::tls;
+use crate::wire::replicate::handshake_client::HandshakeClient;
+use crate::wire::replicate::{HelloReply, HelloRequest, Range};
+use crate::wire::{PROTOCOL_VERSION, digest};
+use std::collections::BTreeMap;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+use tonic::transport::{Channel, Endpoint};
+
+const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
+const HELLO_DEADLINE: Duration = Duration::from_secs(15);
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What `status` says of shipping.
+#[derive(Debug, Clone)]
+pub struct ShipView {
+    pub state: LinkState,
+    /// Empty while all is well.
+    pub reason: String,
+    pub detail: String,
+    pub epoch: Epoch,
+    pub term: Term,
+    pub seq: Seq,
+    pub applied_seq: Seq,
+    pub durable_seq: Seq,
+    pub applied_revision: Revision,
+    pub bytes_raw: u64,
+    pub bytes_sent: u64,
+    pub counts: BTreeMap<&'static str, u64>,
+    pub copy: Option<CopyProgress>,
+}
+
+impl Default for ShipView {
+    fn default() -> Self {
+        Self {
+            state: LinkState::Connecting,
+            reason: String::new(),
+            detail: String::new(),
+            epoch: Epoch(0),
+            term: Term(0),
+            seq: Seq(0),
+            applied_seq: Seq(0),
+            durable_seq: Seq(0),
+            applied_revision: Revision(0),
+            bytes_raw: 0,
+            bytes_sent: 0,
+            counts: BTreeMap::new(),
+            copy: None,
+        }
+    }
+}
+
+impl ShipView {
+    pub fn count(&mut self, name: &'static str, more: u64) {
+        *self.counts.entry(name).or_default() += more;
+    }
+}
+
+/// An operator's wish for a new base copy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Resync {
+    pub allow_deletes: bool,
+}
+
+pub struct Shipper {
+    pub(super) origin: OriginLink,
+    pub(super) spool: Spool,
+    tail_commands: mpsc::Sender<TailCommand>,
+    pub(super) tail: watch::Receiver<TailView>,
+    pub(super) head: watch::Receiver<HeadView>,
+    pub(super) commands: mpsc::Receiver<LinkCommand>,
+    pub(super) view: watch::Sender<ShipView>,
+    pub(super) events: mpsc::Sender<LinkEvent>,
+    pub(super) status: watch::Receiver<LinkStatus>,
+    known_epoch: Epoch,
+    pub(super) resync: Option<Resync>,
+    next_address: usize,
+}
+
+/// A hello that was answered, and what it led to.
+pub(super) struct Greeted {
+    pub channel: Channel,
+    pub reply: HelloReply,
+    pub etcd: Etcd,
+    pub waymark: resume::WaymarkNote,
+    pub waymark_revision: Revision,
+}
+
+impl Shipper {
+    #[allow(clippy::too_many_arguments)]
+    pub fn new(
+        origin: OriginLink,
+        spool: Spool,
+        tail_commands: mpsc::Sender<TailCommand>,
+        tail: watch::Receiver<TailView>,
+        head: watch::Receiver<HeadView>,
+        commands: mpsc::Receiver<LinkCommand>,
+        view: watch::Sender<ShipView>,
+        events: mpsc::Sender<LinkEvent>,
+        status: watch::Receiver<LinkStatus>,
+    ) -> Self {
+        Self {
+            origin,
+            spool,
+            tail_commands,
+            tail,
+            head,
+            commands,
+            view,
+            events,
+            status,
+            known_epoch: Epoch(0),
+            resync: None,
+            next_address: 0,
+        }
+    }
+
+    /// Ships until `stop`.
+    pub async fn run(mut self, stop: CancellationToken) {
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = self.turns() => {}
+        }
+    }
+
+    async fn turns(&mut self) {
+        let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
+        loop {
+            let end = Box::pin(self.connect_and_ship(&mut backoff)).await;
+            match end {
+                SessionEnd::Wait(reason) => {
+                    let wait = backoff.after_failure(rand::random());
+                    self.log_wait(&reason);
+                    self.rest(LinkState::Connecting, reason);
+                    tokio::select! {
+                        biased;
+                        command = self.commands.recv() => if !self.obey(command) { return },
+                        () = tokio::time::sleep(wait) => {}
+                    }
+                }
+                SessionEnd::Stop(reason) => {
+                    tracing::error!(link = %self.origin.send.link, %reason, "the link stops");
+                    self.rest(LinkState::Stopped, reason);
+                    let command = self.commands.recv().await;
+                    if !self.obey(command) {
+                        return;
+                    }
+                }
+                SessionEnd::HelloAgain(reason) => {
+                    tracing::info!(link = %self.origin.send.link, %reason, "saying hello again");
+                    self.rest(LinkState::Connecting, reason);
+                    tokio::time::sleep(backoff.after_failure(rand::random())).await;
+                }
+                SessionEnd::Commanded(command) => {
+                    if !self.obey(command) {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    /// A failure that repeats is logged once.
+    fn log_wait(&self, reason: &str) {
+        if self.view.borrow().reason != reason {
+            tracing::warn!(link = %self.origin.send.link, %reason, "the replica is not reached; trying again");
+        }
+    }
+
+    fn rest(&self, state: LinkState, reason: String) {
+        self.view.send_modify(|view| {
+            view.state = state;
+            view.detail.clone_from(&reason);
+            view.reason = reason;
+        });
+    }
+
+    /// False: nobody can command any more, the process ends.
+    fn obey(&mut self, command: Option<LinkCommand>) -> bool {
+        match command {
+            Some(LinkCommand::Resync { allow_deletes, reply }) => {
+                self.resync = Some(Resync { allow_deletes });
+                let _ = reply.send(Ok(()));
+                true
+            }
+            None => false,
+        }
+    }
+
+    async fn connect_and_ship(&mut self, backoff: &mut Backoff) -> SessionEnd {
+        let greeted = match self.greet().await {
+            Ok(greeted) => greeted,
+            Err(end) => return end,
+        };
+        let resume = match self.decide(&greeted).await {
+            Ok(resume) => resume,
+            Err(end) => return end,
+        };
+        let outcome = match resume {
+            Resume::Stop { reason } => Err(SessionEnd::Stop(reason)),
+            Resume::ShipFromSpool { after } => self.follow(greeted, after, backoff).await,
+            Resume::WatchFrom { after } => match self.restart_tail(after).await {
+                Ok(()) => self.follow(greeted, after, backoff).await,
+                Err(TailState::Lost { compacted }) => {
+                    let reason = format!("the origin has compacted up to {compacted}, past what the replica holds ({after})");
+                    self.copy(greeted, None, reason, backoff).await
+                }
+                Err(state) => Err(SessionEnd::Wait(format!("the origin's watch did not open: {state:?}"))),
+            },
+            Resume::ResumeCopy { after, cursor } => {
+                let reachable = self.reaches_back(after) || self.restart_tail(after).await.is_ok();
+                if reachable {
+                    self.copy(greeted, Some(cursor), "going on at the cursor".to_owned(), backoff).await
+                } else {
+                    self.copy(greeted, None, "the base copy's start is compacted".to_owned(), backoff).await
+                }
+            }
+            Resume::Copy { reason } => self.copy(greeted, None, reason, backoff).await,
+        };
+        match outcome {
+            Ok(never) => match never {},
+            Err(end) => end,
+        }
+    }
+
+    /// Connects to the next address, reads the origin's waymark, and says hello.
+    async fn greet(&mut self) -> Result<Greeted, SessionEnd> {
+        let addresses = &self.origin.send.to;
+        let address = addresses[self.next_address % addresses.len()].clone();
+        self.next_address += 1;
+        let etcd = Etcd::connect(&self.origin.etcd).await.map_err(|e| at_origin(&e))?;
+        let look = etcd.look(&self.origin.send.link.waymark_key()).await.map_err(|e| at_origin(&e))?;
+        let waymark_revision = look.kv.as_ref().map_or(Revision(0), |kv| kv.mod_revision);
+        let waymark = look.kv.as_ref().and_then(|kv| resume::WaymarkNote::from_json(&kv.value)).unwrap_or_default();
+        let channel = self.channel(&address).await?;
+        let hello = HelloRequest {
+            protocol_version: PROTOCOL_VERSION,
+            link: self.origin.send.link.as_str().to_owned(),
+            epoch: self.known_epoch.0,
+            term: 0,
+            origin_cluster: look.cluster.0,
+            waymark: Some(waymark.now.into()),
+            ranges: self.origin.send.ranges.pieces().iter().map(|p| Range { from: p.from.clone(), to: p.to.clone() }).collect(),
+            window_bytes_max: self.origin.limits.window_bytes_max as u64,
+            frame_bytes_max: self.origin.limits.frame_bytes_max as u64,
+            link_back: self.origin.link_back,
+            region: self.origin.region.clone(),
+            node: self.origin.node.clone(),
+            software: env!("CARGO_PKG_VERSION").to_owned(),
+        };
+        let mut client = HandshakeClient::new(channel.clone());
+        let reply = match tokio::time::timeout(HELLO_DEADLINE, client.hello(hello)).await {
+            Ok(Ok(reply)) => reply.into_inner(),
+            Ok(Err(status)) => return Err(refused(&address, &status)),
+            Err(_) => return Err(SessionEnd::Wait(format!("{address} did not answer the hello within {} s", HELLO_DEADLINE.as_secs()))),
+        };
+        if reply.protocol_version != PROTOCOL_VERSION {
+            let theirs = reply.protocol_version;
+            return Err(SessionEnd::Wait(format!("{address} speaks protocol version {theirs}, this sidecar {PROTOCOL_VERSION}: upgrade the older one")));
+        }
+        Ok(Greeted { channel, reply, etcd, waymark, waymark_revision })
+    }
+
+    async fn channel(&self, address: &str) -> Result<Channel, SessionEnd> {
+        let connector = tls::PeerConnector::new(self.origin.tls.clone(), address, &self.origin.send.peer)
+            .map_err(|e| SessionEnd::Stop(e.to_string()))?;
+        let endpoint = Endpoint::from_static("http://etcd-ferry")
+            .connect_timeout(CONNECT_DEADLINE)
+            .tcp_nodelay(true)
+            .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
+            .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
+            .keep_alive_while_idle(true)
+            .initial_stream_window_size(1 << 20)
+            .initial_connection_window_size(2 << 20);
+        endpoint
+            .connect_with_connector(connector)
+            .await
+            .map_err(|e| SessionEnd::Wait(format!("{address} cannot be reached: {}", tls::explain(&e))))
+    }
+
+    /// The resume table, with its facts gathered.
+    async fn decide(&mut self, greeted: &Greeted) -> Result<Resume, SessionEnd> {
+        let replica = resume::ReplicaFacts::from_reply(&greeted.reply).map_err(SessionEnd::Wait)?;
+        let look = greeted.etcd.look(&self.origin.send.link.waymark_key()).await.map_err(|e| at_origin(&e))?;
+        let mut origin = resume::OriginFacts {
+            cluster: look.cluster,
+            head: look.head,
+            ranges_digest: digest::of_ranges(&self.origin.send.ranges),
+            waymark: greeted.waymark,
+            carried: resume::Carried::NotAsked,
+        };
+        if let Some((revision, expected)) = resume::to_probe(&replica, &origin) {
+            let ranges = &self.origin.send.ranges;
+            let probed = probe(&greeted.etcd, ranges, &self.origin.send.link, revision, &self.origin.limits).await;
+            origin.carried = match probed.map_err(|e| at_origin(&e))? {
+                Probed::Digest(found) if found == expected => resume::Carried::Same,
+                Probed::Digest(_) | Probed::Nothing => resume::Carried::Other,
+                Probed::Compacted => resume::Carried::Compacted,
+            };
+        }
+        let extent: SpoolExtent = self.spool.extent().borrow().clone();
+        let spool = resume::SpoolFacts { base: extent.base, covered: extent.covered };
+        let usable = match &self.tail.borrow().state {
+            TailState::Lost { .. } | TailState::OtherHistory { .. } => None,
+            TailState::Idle
+            | TailState::Connecting { .. }
+            | TailState::Running
+            | TailState::SpoolFull
+            | TailState::Stopped { .. } => (extent.covered > Revision(0)).then_some(spool),
+        };
+        let other_history = match &self.tail.borrow().state {
+            TailState::OtherHistory { reason } => Some(reason.clone()),
+            TailState::Lost { .. }
+            | TailState::Idle
+            | TailState::Connecting { .. }
+            | TailState::Running
+            | TailState::SpoolFull
+            | TailState::Stopped { .. } => None,
+        };
+        let decided = resume::decide(usable, &replica, &origin);
+        let same_origin = replica.position.as_ref().is_some_and(|p| p.origin_cluster == origin.cluster);
+        Ok(match (self.resync, other_history) {
+            (Some(_), _) => Resume::Copy { reason: "an operator asked for it (resync)".to_owned() },
+            (None, Some(reason)) if same_origin => Resume::Stop { reason: resume::restored(&reason) },
+            (None, _) => decided,
+        })
+    }
+
+    fn reaches_back(&self, after: Revision) -> bool {
+        let extent = self.spool.extent().borrow().clone();
+        let lost = matches!(self.tail.borrow().state, TailState::Lost { .. } | TailState::OtherHistory { .. });
+        !lost && extent.covered >= after && extent.base <= after && extent.covered > Revision(0)
+    }
+
+    /// Has the tail drop the spool and watch everything after `after`; returns once etcd has created the watch.
+    pub(super) async fn restart_tail(&mut self, after: Revision) -> Result<(), TailState> {
+        let (opened, waiting) = oneshot::channel();
+        let gone = || TailState::Stopped { reason: "the tail has ended".to_owned() };
+        self.tail_commands.send(TailCommand::Restart { after, opened }).await.map_err(|_| gone())?;
+        match waiting.await {
+            Ok(outcome) => outcome,
+            Err(_) => Err(gone()),
+        }
+    }
+
+    async fn follow(&mut self, greeted: Greeted, after: Revision, backoff: &mut Backoff) -> Result<std::convert::Infallible, SessionEnd> {
+        let mut session = Session::open(self, greeted).await?;
+        backoff.succeeded();
+        session.follow(self, after).await
+    }
+
+    /// A base copy, then following in the same stream. `cursor`: goes on with the position's copy.
+    async fn copy(
+        &mut self,
+        greeted: Greeted,
+        cursor: Option<bytes::Bytes>,
+        reason: String,
+        backoff: &mut Backoff,
+    ) -> Result<std::convert::Infallible, SessionEnd> {
+        tracing::info!(link = %self.origin.send.link, %reason, "base copy");
+        let mut session = Session::open(self, greeted).await?;
+        backoff.succeeded();
+        let after = anchor::copy(self, &mut session, cursor).await?;
+        session.follow(self, after).await
+    }
+
+    pub(super) fn learned_epoch(&mut self, epoch: Epoch) {
+        self.known_epoch = self.known_epoch.max(epoch);
+    }
+
+    /// After a fencing the next hello claims nothing.
+    pub(super) fn forget_epoch(&mut self) {
+        self.known_epoch = Epoch(0);
+    }
+}
+
+impl From<Waymark> for crate::wire::replicate::Waymark {
+    fn from(waymark: Waymark) -> Self {
+        Self { counter: waymark.counter, id: waymark.id }
+    }
+}
+
+impl From<crate::wire::replicate::Waymark> for Waymark {
+    fn from(waymark: crate::wire::replicate::Waymark) -> Self {
+        Self { counter: waymark.counter, id: waymark.id }
+    }
+}
+
+pub(super) fn at_origin(error: &EtcdError) -> SessionEnd {
+    SessionEnd::Wait(format!("the origin's etcd: {error}"))
+}
+
+/// Refusals of a hello are waited out: the cure is at one of the two configurations or in the replica's etcd.
+fn refused(address: &str, status: &tonic::Status) -> SessionEnd {
+    let said = match status.code() {
+        tonic::Code::PermissionDenied | tonic::Code::FailedPrecondition | tonic::Code::Unavailable => status.message().to_owned(),
+        _ => tls::explain(status),
+    };
+    SessionEnd::Wait(format!("{address} refused: {said}"))
+}

@@ -1,1 +1,764 @@
-//! To come.
+//! Job: bring the replica's etcd forward: one transaction in flight, each with its position, the next one being planned meanwhile.
+//! Input: journal entries, what the stream tells (hello, progress, base copy), etcd's answers. Output: transactions; an `ApplyView`.
+//! Always true: changes and position commit together or not at all; after any doubt the position is read again before anything else;
+//! an `Applied` is made here alone, from a committed transaction or from a position that was read.
+
+use super::dedupe::Dedupe;
+use super::journal::Journal;
+use super::plan::{self, Extent, Node, Op, Plan, PlanError, Refusal as LimitRefusal, RequestLimits, RunFacts, Settled, TxnTree, Waiting};
+use crate::config::{EtcdConfig, Limits};
+use crate::etcd::{Columns, Compare, CompareOp, DeleteOptions, Etcd, EtcdError, Txn, TxnOp, TxnOpResponse, TxnResponse, txn_revision};
+use crate::metrics;
+use crate::model::{ClusterId, Digest, Epoch, LinkName, Phase, Position, Ranges, Revision, Seq, Term, Waymark};
+use crate::retry::Backoff;
+use crate::wire::replicate::CopyAck;
+use crate::wire::replicate::refusal::Kind;
+use bytes::Bytes;
+use std::collections::VecDeque;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+/// The longest JSON of a position without a cursor: its names, nine numbers of 20 digits, two digests, one cluster id.
+const POSITION_BYTES_MAX: usize = 700;
+/// A range read before a guarded range delete; its keys are held in memory for a moment.
+const RUN_KEYS_MAX: usize = 200_000;
+/// Guards that failed so often in a row mean that somebody else writes there: then key by key.
+const GUARD_FAILURES_MAX: u32 = 2;
+/// A committed transaction may take so long to answer while the process stops.
+const STOP_DEADLINE: Duration = Duration::from_secs(3);
+
+/// Proof that the replica's etcd holds everything up to `seq`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Applied {
+    epoch: Epoch,
+    seq: Seq,
+    revision: Revision,
+}
+
+impl Applied {
+    fn of(position: &Position) -> Self {
+        Self { epoch: position.epoch, seq: position.seq, revision: position.origin_revision }
+    }
+
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    pub fn seq(&self) -> Seq {
+        self.seq
+    }
+
+    /// Everything that the origin committed up to this revision is in.
+    pub fn revision(&self) -> Revision {
+        self.revision
+    }
+}
+
+/// What the stream and the status see of applying.
+#[derive(Debug, Clone, Default)]
+pub struct ApplyView {
+    pub applied: Option<Applied>,
+    /// As [`Applied::revision`], carried on by the origin's word that nothing of the link is missing in between.
+    pub applied_revision: Revision,
+    pub position: Option<Position>,
+    /// Why applying waits; empty if it does not.
+    pub waiting: String,
+    pub transactions: u64,
+    /// Differing keys that base copies left alone because a link back exists.
+    pub conflicts: u64,
+    /// Only an operator, or a new hello, can make applying go on.
+    pub stopped: bool,
+    pub copy: CopyAck,
+    /// The session that `copy` belongs to.
+    pub copy_session: u64,
+    pub copy_keys_total: u64,
+    /// What ended the stream; the session that it concerns.
+    pub refusal: Option<(u64, Kind, String)>,
+}
+
+/// A hello, checked for name, version and ranges.
+#[derive(Debug)]
+pub struct HelloFacts {
+    pub session: u64,
+    pub epoch: Epoch,
+    pub term: Term,
+    pub ranges: Ranges,
+}
+
+/// What a hello is answered with.
+#[derive(Debug)]
+pub struct HelloAnswer {
+    pub replica_cluster: ClusterId,
+    pub position: Option<Position>,
+    pub received: (Seq, Revision, Digest),
+    pub durable: Seq,
+    pub ranges_empty: bool,
+}
+
+#[derive(Debug)]
+pub enum HelloRefused {
+    /// The replica's etcd does not answer.
+    Unavailable(String),
+    Fenced(String),
+}
+
+/// What the stream asks of the applier, in order.
+pub enum ApplyCommand {
+    Hello { facts: HelloFacts, reply: oneshot::Sender<Result<HelloAnswer, HelloRefused>> },
+    /// Everything of the link up to `through` has seq `after` or less.
+    Progress { through: Revision, after: Seq, waymark: Waymark, persist: bool },
+    Copy { session: u64, step: super::copy::CopyStep },
+}
+
+/// The position as it was last read or written, with the revision that its compare needs. `position` is `None` where etcd has none.
+#[derive(Debug, Clone)]
+pub(super) struct Held {
+    pub position: Option<Position>,
+    pub mod_revision: Revision,
+}
+
+struct InFlight {
+    revisions: usize,
+    settled: Option<Settled>,
+    next: Position,
+    started: Instant,
+    answer: Pin<Box<dyn Future<Output = Result<TxnResponse, EtcdError>> + Send>>,
+}
+
+/// How a commit ended.
+pub(super) enum Committed {
+    Done,
+    /// Nothing was changed: a guard of the transaction failed.
+    GuardFailed,
+    /// The position is not what it was held to be; it has been forgotten.
+    PositionMoved,
+}
+
+pub struct Applier {
+    pub(super) link: LinkName,
+    etcd_config: EtcdConfig,
+    etcd: Option<Etcd>,
+    pub(super) limits: RequestLimits,
+    queue_bytes_max: usize,
+    pub(super) ranges: Option<Ranges>,
+    pub(super) journal: Arc<Journal>,
+    pub(super) dedupe: Dedupe,
+    pub(super) held: Option<Held>,
+    /// The last position that this applier knew: what a fresh read is compared with.
+    expected: Option<Position>,
+    /// Entries up to this seq were taken from the journal.
+    pub(super) read_through: Seq,
+    waiting: VecDeque<(Waiting, Digest)>,
+    waiting_bytes: usize,
+    planned: Option<Plan>,
+    guard_failures: u32,
+    in_flight: Option<InFlight>,
+    pub(super) waymark: Waymark,
+    /// The origin's last word on idle progress, and the seq after which it holds.
+    progress: Option<(Revision, Seq, bool)>,
+    pub(super) backoff: Backoff,
+    retry_at: Option<Instant>,
+    /// Set by what only an operator can cure; a new hello clears it.
+    stopped: bool,
+    pub(super) session: u64,
+    pub(super) latest_session: watch::Receiver<u64>,
+    pub(super) commands: mpsc::Receiver<ApplyCommand>,
+    pub(super) view: watch::Sender<ApplyView>,
+    pub(super) copying: Option<super::copy::Copying>,
+}
+
+/// What an applier is made of.
+pub struct ApplierParts {
+    pub link: LinkName,
+    pub etcd: EtcdConfig,
+    pub limits: Limits,
+    pub ranges: Option<Ranges>,
+    pub journal: Arc<Journal>,
+    pub dedupe: Dedupe,
+    pub latest_session: watch::Receiver<u64>,
+    pub commands: mpsc::Receiver<ApplyCommand>,
+    pub view: watch::Sender<ApplyView>,
+}
+
+impl Applier {
+    pub fn new(parts: ApplierParts) -> Self {
+        let limits = RequestLimits {
+            ops_max: parts.limits.txn_ops_max,
+            bytes_max: parts.limits.request_bytes_max,
+            position_key_bytes: parts.link.position_key().len(),
+            position_value_bytes_max: POSITION_BYTES_MAX,
+        };
+        Self {
+            link: parts.link,
+            etcd_config: parts.etcd,
+            etcd: None,
+            limits,
+            queue_bytes_max: parts.limits.queue_bytes_max,
+            ranges: parts.ranges,
+            journal: parts.journal,
+            dedupe: parts.dedupe,
+            held: None,
+            expected: None,
+            read_through: Seq(0),
+            waiting: VecDeque::new(),
+            waiting_bytes: 0,
+            planned: None,
+            guard_failures: 0,
+            in_flight: None,
+            waymark: Waymark::default(),
+            progress: None,
+            backoff: Backoff::new(Duration::from_millis(100), Duration::from_secs(5)),
+            retry_at: Some(Instant::now()),
+            stopped: false,
+            session: 0,
+            latest_session: parts.latest_session,
+            commands: parts.commands,
+            view: parts.view,
+            copying: None,
+        }
+    }
+
+    /// Applies until `stop`; then what is in flight is waited for, so that nothing needs to be redone.
+    pub async fn run(mut self, stop: CancellationToken) {
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => {}
+            () = self.turns() => {}
+        }
+        if let Some(in_flight) = self.in_flight.take() {
+            let _ = tokio::time::timeout(STOP_DEADLINE, in_flight.answer).await;
+        }
+    }
+
+    async fn turns(&mut self) {
+        loop {
+            let may_read = self.may_read();
+            tokio::select! {
+                biased;
+                answer = answer_of(&mut self.in_flight) => self.finished(answer).await,
+                command = self.commands.recv() => match command {
+                    Some(command) => Box::pin(self.command(command)).await,
+                    None => return,
+                },
+                () = sleep_until(self.retry_at) => self.retry().await,
+                entries = self.journal.read_after(self.read_through, self.queue_bytes_max / 2), if may_read => match entries {
+                    Ok(entries) => {
+                        for entry in entries {
+                            self.read_through = entry.seq;
+                            self.waiting_bytes += entry.revision.bytes();
+                            self.waiting.push_back((Waiting { seq: entry.seq, revision: entry.revision }, entry.digest));
+                        }
+                    }
+                    Err(e) => self.wait(format!("the journal: {e}")),
+                },
+            }
+            self.advance().await;
+        }
+    }
+
+    /// True while following and with room for more.
+    fn may_read(&self) -> bool {
+        self.follows() && self.waiting_bytes < self.queue_bytes_max
+    }
+
+    fn follows(&self) -> bool {
+        let ready = self.held.as_ref().and_then(|h| h.position.as_ref()).is_some_and(|p| p.cursor.is_none());
+        ready && !self.stopped && self.retry_at.is_none() && self.copying.is_none()
+    }
+
+    /// Plans and sends as far as can be done now.
+    async fn advance(&mut self) {
+        if !self.follows() {
+            return;
+        }
+        if self.in_flight.as_ref().is_some_and(|f| f.revisions == 0) {
+            // What comes next depends on how this one ends.
+            return;
+        }
+        if self.planned.is_none() {
+            let in_flight = self.in_flight.as_ref().map_or(0, |f| f.revisions);
+            let part = if in_flight == 0 { self.part() } else { 0 };
+            let (Some(ranges), true) = (&self.ranges, self.waiting.len() > in_flight) else {
+                return self.persist_idle().await;
+            };
+            match plan::plan(self.waiting.iter().skip(in_flight).map(|(w, _)| w), part, ranges, &self.limits) {
+                Ok(planned) => self.planned = planned,
+                Err(e) => return self.refuse_plan(&e),
+            }
+        }
+        if self.in_flight.is_none()
+            && let Some(planned) = self.planned.take()
+        {
+            self.settle(planned).await;
+        }
+    }
+
+    fn part(&self) -> u64 {
+        self.held.as_ref().and_then(|h| h.position.as_ref()).map_or(0, |p| p.part)
+    }
+
+    fn refuse_plan(&mut self, error: &PlanError) {
+        tracing::error!(link = %self.link, %error, "the revision cannot be applied");
+        self.refuse(Kind::TooLarge, error.to_string());
+    }
+
+    /// Tells the stream; nothing more is applied until the next hello.
+    pub(super) fn refuse(&mut self, kind: Kind, reason: String) {
+        self.stopped = true;
+        let session = self.session;
+        self.view.send_modify(|view| {
+            view.waiting.clone_from(&reason);
+            view.stopped = true;
+            view.refusal = Some((session, kind, reason));
+        });
+    }
+
+    /// Asks the replica about the plan's runs, and sends the transaction.
+    async fn settle(&mut self, planned: Plan) {
+        let facts = match self.run_facts(&planned).await {
+            Ok(facts) => facts,
+            Err(e) => return self.doubt(&e),
+        };
+        match planned.settle(&facts, &self.limits) {
+            Ok(settled) => self.submit(settled),
+            Err(PlanError::LimitsShrank) => {}
+            Err(e) => self.refuse_plan(&e),
+        }
+    }
+
+    async fn run_facts(&mut self, planned: &Plan) -> Result<Vec<RunFacts>, EtcdError> {
+        let mut facts = Vec::new();
+        if planned.runs.is_empty() || self.guard_failures >= GUARD_FAILURES_MAX {
+            return Ok(facts);
+        }
+        let etcd = self.etcd().await?;
+        for run in &planned.runs {
+            let page = etcd.page(&run.range, RUN_KEYS_MAX, None, Columns::KeysOnly).await?;
+            let keys: Vec<Bytes> = page.kvs.into_iter().map(|kv| kv.key).collect();
+            let mut fact = planned.run_facts(run, page.head, &keys);
+            fact.same_keys_only &= !page.more;
+            facts.push(fact);
+        }
+        Ok(facts)
+    }
+
+    fn submit(&mut self, settled: Settled) {
+        let Some(position) = self.held.as_ref().and_then(|h| h.position.clone()) else { return };
+        let Some((last, digest)) = self.waiting.get(settled.revisions - 1) else { return };
+        let whole = match settled.extent {
+            Extent::Whole => true,
+            Extent::Part { to, of, .. } => to == of,
+        };
+        let mut next = position;
+        if whole {
+            next.seq = settled.seq;
+            next.origin_revision = last.revision.revision;
+            next.carried_revision = last.revision.revision;
+            next.carried_digest = *digest;
+            next.part = 0;
+        } else if let Extent::Part { to, .. } = settled.extent {
+            next.part = to;
+            tracing::warn!(link = %self.link, revision = %settled.revision, "a revision larger than a request is applied in parts");
+        }
+        self.send(settled.revisions * usize::from(whole), next, settled.tree.clone(), Some(settled));
+    }
+
+    /// Sends a transaction without waiting for it.
+    fn send(&mut self, revisions: usize, mut next: Position, tree: TxnTree, settled: Option<Settled>) {
+        let (Some(held), Some(etcd)) = (&self.held, self.etcd.clone()) else { return };
+        next.waymark = self.waymark;
+        if next.state == Phase::Copying && next.cursor.is_none() && next.origin_revision >= next.anchor_revision {
+            next.state = Phase::Following;
+        }
+        let txn = transaction(&self.link, held, &next, tree);
+        let answer = Box::pin(async move { etcd.txn(txn).await });
+        self.in_flight = Some(InFlight { revisions, settled, next, started: Instant::now(), answer });
+    }
+
+    /// Takes etcd's answer to what was in flight.
+    async fn finished(&mut self, answer: Result<TxnResponse, EtcdError>) {
+        let Some(InFlight { revisions, settled, next, started, .. }) = self.in_flight.take() else { return };
+        let response = match answer {
+            Ok(response) => response,
+            Err(e) => {
+                self.planned = None;
+                return self.refused(e, settled.as_ref());
+            }
+        };
+        match self.judge(&response, next) {
+            Committed::Done => {
+                self.guard_failures = 0;
+                self.backoff.succeeded();
+                metrics::observe_apply(&self.link, started.elapsed().as_secs_f64(), revisions as u64);
+                for _ in 0..revisions {
+                    if let Some((done, _)) = self.waiting.pop_front() {
+                        self.waiting_bytes = self.waiting_bytes.saturating_sub(done.revision.bytes());
+                    }
+                }
+                self.publish(true);
+            }
+            Committed::GuardFailed => {
+                self.guard_failures += 1;
+                self.planned = None;
+            }
+            Committed::PositionMoved => self.retry().await,
+        }
+    }
+
+    /// What the answer means for the position that is held.
+    fn judge(&mut self, response: &TxnResponse, next: Position) -> Committed {
+        if response.succeeded() {
+            self.expected = Some(next.clone());
+            self.held = Some(Held { position: Some(next), mod_revision: txn_revision(response) });
+            return Committed::Done;
+        }
+        let found = response.op_responses().into_iter().find_map(|op| match op {
+            TxnOpResponse::Get(get) => Some(get.kvs().first().map_or(0, etcd_client::KeyValue::mod_revision)),
+            TxnOpResponse::Put(_) | TxnOpResponse::Delete(_) | TxnOpResponse::Txn(_) => None,
+        });
+        let held = self.held.as_ref().map(|h| h.mod_revision.to_etcd());
+        if found.is_some() && found == held {
+            return Committed::GuardFailed;
+        }
+        self.held = None;
+        Committed::PositionMoved
+    }
+
+    /// Commits at once and waits: for what is not a journal entry (a base copy, an idle position, a new term).
+    pub(super) async fn commit(&mut self, next: Position, tree: TxnTree) -> Result<Committed, EtcdError> {
+        debug_assert!(self.in_flight.is_none());
+        self.etcd().await?;
+        self.send(0, next, tree, None);
+        let Some(in_flight) = self.in_flight.take() else {
+            return Ok(Committed::PositionMoved);
+        };
+        match in_flight.answer.await {
+            Ok(response) => {
+                let committed = self.judge(&response, in_flight.next);
+                if matches!(committed, Committed::Done) {
+                    self.backoff.succeeded();
+                    self.publish(true);
+                }
+                Ok(committed)
+            }
+            Err(e) => {
+                if !e.changed_nothing() {
+                    self.held = None;
+                }
+                Err(e)
+            }
+        }
+    }
+
+    /// etcd refused what was in flight: learn a limit, or wait and read the position again.
+    fn refused(&mut self, error: EtcdError, settled: Option<&Settled>) {
+        let learned = match (&error, settled) {
+            (EtcdError::TooManyOps, Some(_)) => Some(LimitRefusal::TooManyOps),
+            (EtcdError::TooLarge, Some(settled)) => Some(LimitRefusal::TooLarge { sent_bytes: settled.request_bytes }),
+            (_, _) => None,
+        };
+        let Some(learned) = learned else { return self.doubt(&error) };
+        match self.limits.learned(learned) {
+            Some(limits) => {
+                tracing::warn!(link = %self.link, %error, ops_max = limits.ops_max, bytes_max = limits.bytes_max,
+                    "the replica's etcd takes less than configured; set [limits] txn_ops_max and request_bytes_max accordingly");
+                self.limits = limits;
+            }
+            None => self.refuse(Kind::TooLarge, format!("the replica's etcd refuses even the smallest transaction: {error}")),
+        }
+    }
+
+    /// Something failed: show why, forget the position unless it surely is as it was, and try again after a wait.
+    pub(super) fn doubt(&mut self, error: &EtcdError) {
+        if !error.changed_nothing() {
+            self.held = None;
+        }
+        if matches!(error, EtcdError::Unreachable { .. } | EtcdError::LoginLost(_) | EtcdError::TimedOut | EtcdError::NoLeader(_)) {
+            self.etcd = None;
+        }
+        self.planned = None;
+        self.wait(format!("the replica's etcd: {error}"));
+    }
+
+    fn wait(&mut self, reason: String) {
+        if self.view.borrow().waiting != reason {
+            tracing::warn!(link = %self.link, %reason, "applying waits");
+        }
+        self.view.send_modify(|view| view.waiting = reason);
+        self.retry_at = Some(Instant::now() + self.backoff.after_failure(rand::random()));
+    }
+
+    async fn retry(&mut self) {
+        self.retry_at = None;
+        if self.held.is_some() {
+            self.resumed();
+            return;
+        }
+        match self.reread().await {
+            Ok(()) => {
+                self.resumed();
+                self.publish(true);
+            }
+            Err(e) => self.doubt(&e),
+        }
+    }
+
+    fn resumed(&mut self) {
+        if self.view.borrow().waiting.is_empty() || self.stopped {
+            return;
+        }
+        tracing::info!(link = %self.link, "applying goes on");
+        self.view.send_modify(|view| view.waiting.clear());
+    }
+
+    pub(super) async fn etcd(&mut self) -> Result<Etcd, EtcdError> {
+        if let Some(etcd) = &self.etcd {
+            return Ok(etcd.clone());
+        }
+        let etcd = Etcd::connect(&self.etcd_config).await?;
+        self.etcd = Some(etcd.clone());
+        Ok(etcd)
+    }
+
+    /// Reads the position afresh, and brings queue and journal in line with it.
+    async fn read_position(&mut self) -> Result<ClusterId, EtcdError> {
+        let etcd = self.etcd().await?;
+        let look = etcd.look(&self.link.position_key()).await?;
+        let mod_revision = look.kv.as_ref().map_or(Revision(0), |kv| kv.mod_revision);
+        let position = match &look.kv {
+            None => None,
+            Some(kv) => match Position::from_json(&kv.value) {
+                Ok(position) => Some(position),
+                Err(e) => {
+                    return Err(EtcdError::Other(format!(
+                        "the position at {} cannot be read ({e}): mend it, or delete it to begin with a new base copy",
+                        self.link.position_key().escape_ascii()
+                    )));
+                }
+            },
+        };
+        self.planned = None;
+        self.align(position.as_ref()).await;
+        self.expected.clone_from(&position);
+        self.held = Some(Held { position, mod_revision });
+        Ok(look.cluster)
+    }
+
+    /// After a fresh read: drops what is in already; where the position moved in a way that is not ours, the stream is closed.
+    async fn align(&mut self, position: Option<&Position>) {
+        let (epoch, seq) = position.map_or((Epoch(0), Seq(0)), |p| (p.epoch, p.seq));
+        let (known_epoch, known_seq) = self.expected.as_ref().map_or((epoch, seq), |p| (p.epoch, p.seq));
+        let ours = self.expected.is_none() || (position.is_some() && epoch == known_epoch && seq >= known_seq);
+        let extent = self.journal.extent().borrow().clone();
+        let last = extent.last.map_or(extent.base, |(seq, _, _)| seq);
+        let continues = extent.epoch == epoch && extent.base <= seq && seq <= last;
+        if ours && continues {
+            while self.waiting.front().is_some_and(|(w, _)| w.seq <= seq) {
+                if let Some((done, _)) = self.waiting.pop_front() {
+                    self.waiting_bytes = self.waiting_bytes.saturating_sub(done.revision.bytes());
+                }
+            }
+            self.read_through = self.read_through.max(seq);
+            return;
+        }
+        self.start_afresh(seq);
+        if !continues && let Err(e) = self.journal.reset(epoch, seq).await {
+            tracing::error!(link = %self.link, error = %e, "the journal cannot be started afresh");
+        }
+        if !ours {
+            let (kind, reason) = if (epoch, seq) > (known_epoch, known_seq) {
+                (Kind::Fenced, format!("another applier has brought the position to epoch {epoch}, seq {seq}"))
+            } else {
+                (Kind::PositionMoved, format!("the position moved back to epoch {epoch}, seq {seq}: was the replica restored?"))
+            };
+            tracing::warn!(link = %self.link, %reason, "the position moved");
+            let session = self.session;
+            self.view.send_modify(|view| view.refusal = Some((session, kind, reason)));
+        }
+    }
+
+    pub(super) async fn reread(&mut self) -> Result<(), EtcdError> {
+        self.read_position().await.map(|_| ())
+    }
+
+    /// Nothing waits any more; the journal's entries after `seq` come next.
+    pub(super) fn start_afresh(&mut self, seq: Seq) {
+        self.waiting.clear();
+        self.waiting_bytes = 0;
+        self.planned = None;
+        self.read_through = seq;
+    }
+
+    async fn command(&mut self, command: ApplyCommand) {
+        if let Some(in_flight) = &mut self.in_flight {
+            let answer = (&mut in_flight.answer).await;
+            self.finished(answer).await;
+        }
+        match command {
+            ApplyCommand::Hello { facts, reply } => {
+                let answer = self.hello(facts).await;
+                let _ = reply.send(answer);
+            }
+            ApplyCommand::Progress { through, after, waymark, persist } => {
+                self.waymark = waymark;
+                let persist = persist || self.progress.is_some_and(|(_, _, p)| p);
+                self.progress = Some((through, after, persist));
+                self.publish(false);
+            }
+            ApplyCommand::Copy { session, step } => {
+                if session == self.session && *self.latest_session.borrow() == session {
+                    self.copy_step(step).await;
+                }
+            }
+        }
+    }
+
+    async fn hello(&mut self, facts: HelloFacts) -> Result<HelloAnswer, HelloRefused> {
+        let unavailable = |e: EtcdError| HelloRefused::Unavailable(format!("the replica's etcd: {e}"));
+        let replica_cluster = self.read_position().await.map_err(unavailable)?;
+        let position = self.held.as_ref().and_then(|h| h.position.clone());
+        if let Some(position) = &position {
+            let claimed = if facts.epoch == Epoch(0) { position.epoch } else { facts.epoch };
+            if (claimed, facts.term) < (position.epoch, position.term) {
+                return Err(HelloRefused::Fenced(format!(
+                    "the position is at epoch {}, term {}; this sender is at epoch {claimed}, term {}",
+                    position.epoch, position.term, facts.term
+                )));
+            }
+            if facts.term > position.term {
+                let next = Position { term: facts.term, ..position.clone() };
+                match self.commit(next, TxnTree { guards: Vec::new(), success: Vec::new() }).await.map_err(unavailable)? {
+                    Committed::Done => {}
+                    Committed::GuardFailed | Committed::PositionMoved => {
+                        return Err(HelloRefused::Unavailable("the position moved while the hello was answered".to_owned()));
+                    }
+                }
+            }
+        }
+        let mut ranges_empty = true;
+        let etcd = self.etcd().await.map_err(unavailable)?;
+        for piece in facts.ranges.pieces() {
+            ranges_empty &= etcd.page(piece, 0, None, Columns::CountOnly).await.map_err(unavailable)?.count == 0;
+        }
+        self.session = facts.session;
+        self.ranges = Some(facts.ranges);
+        self.copying = None;
+        self.progress = None;
+        self.stopped = false;
+        self.retry_at = None;
+        if let Some(position) = &position {
+            self.waymark = position.waymark;
+        }
+        self.view.send_modify(|view| {
+            view.refusal = None;
+            view.stopped = false;
+            view.waiting.clear();
+            view.copy = CopyAck::default();
+            view.copy_session = facts.session;
+        });
+        self.publish(true);
+        let position = self.held.as_ref().and_then(|h| h.position.clone());
+        let extent = self.journal.extent().borrow().clone();
+        let carried = position.as_ref().map_or((Seq(0), Revision(0), Digest::default()), |p| (p.seq, p.carried_revision, p.carried_digest));
+        let received = extent.last.filter(|(seq, _, _)| *seq > carried.0).unwrap_or(carried);
+        let durable = carried.0.max(*self.journal.durable().borrow());
+        Ok(HelloAnswer { replica_cluster, position, received, durable, ranges_empty })
+    }
+
+    /// Makes what is held visible; `committed`: something was applied, so journal and dedupe log may let go of it.
+    pub(super) fn publish(&mut self, committed: bool) {
+        let position = self.held.as_ref().and_then(|h| h.position.clone());
+        let applied = position.as_ref().map(Applied::of);
+        let mut revision = applied.map_or(Revision(0), |a| a.revision);
+        if let (Some((through, after, _)), Some(applied)) = (self.progress, applied)
+            && applied.seq >= after
+        {
+            revision = revision.max(through);
+        }
+        self.view.send_modify(|view| {
+            view.transactions += u64::from(committed && applied != view.applied);
+            view.applied = applied;
+            view.applied_revision = revision;
+            view.position = position;
+        });
+        if let (true, Some(applied)) = (committed, applied) {
+            self.journal.trim(applied.seq);
+            self.dedupe.done_through(applied.epoch, applied.seq);
+        }
+    }
+
+    /// Writes the position without a change: when the origin asks for it, and when a base copy's last page is passed.
+    async fn persist_idle(&mut self) {
+        let Some((through, after, persist)) = self.progress else { return };
+        let Some(position) = self.held.as_ref().and_then(|h| h.position.clone()) else { return };
+        let ends_copy = position.state == Phase::Copying && through >= position.anchor_revision;
+        let caught_up = self.in_flight.is_none() && self.waiting.is_empty() && position.seq >= after;
+        if !caught_up || !(ends_copy || (persist && through > position.origin_revision)) {
+            return;
+        }
+        self.progress = Some((through, after, false));
+        let next = Position { origin_revision: through.max(position.origin_revision), ..position };
+        match self.commit(next, TxnTree { guards: Vec::new(), success: Vec::new() }).await {
+            Ok(Committed::Done) => {}
+            Ok(Committed::GuardFailed | Committed::PositionMoved) => self.retry().await,
+            Err(e) => self.doubt(&e),
+        }
+    }
+}
+
+async fn answer_of(in_flight: &mut Option<InFlight>) -> Result<TxnResponse, EtcdError> {
+    match in_flight {
+        Some(in_flight) => (&mut in_flight.answer).await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The tree with the position's compare, put, and (in the failure branch) get around it.
+fn transaction(link: &LinkName, held: &Held, next: &Position, tree: TxnTree) -> Txn {
+    let key = link.position_key();
+    let mut compares = vec![Compare::mod_revision(key.to_vec(), CompareOp::Equal, held.mod_revision.to_etcd())];
+    for guard in &tree.guards {
+        let below = guard.below.to_etcd();
+        compares.push(Compare::mod_revision(guard.range.etcd_from(), CompareOp::Less, below).with_range(guard.range.etcd_end()));
+    }
+    let mut success: Vec<TxnOp> = tree.success.into_iter().map(node).collect();
+    success.push(TxnOp::put(key.to_vec(), next.to_json(), None));
+    Txn::new().when(compares).and_then(success).or_else([TxnOp::get(key.to_vec(), None)])
+}
+
+fn node(node: Node) -> TxnOp {
+    match node {
+        Node::Op(op) => operation(op),
+        Node::Txn(nodes) => {
+            let nested: Vec<TxnOp> = nodes.into_iter().map(self::node).collect();
+            TxnOp::txn(Txn::new().and_then(nested))
+        }
+    }
+}
+
+fn operation(op: Op) -> TxnOp {
+    match op {
+        Op::Put { key, value } => TxnOp::put(Vec::from(key), Vec::from(value), None),
+        Op::Create { key, value } => TxnOp::txn(
+            Txn::new()
+                .when([Compare::mod_revision(key.to_vec(), CompareOp::Equal, 0)])
+                .and_then([TxnOp::put(Vec::from(key), Vec::from(value), None)]),
+        ),
+        Op::Delete { key } => TxnOp::delete(Vec::from(key), None),
+        Op::DeleteRange { range } => {
+            TxnOp::delete(range.etcd_from(), Some(DeleteOptions::new().with_range(range.etcd_end())))
+        }
+    }
+}

@@ -1,7 +1,225 @@
-//! The replica's half of a link.
+//! Job: the replica's half of a link: receive, journal and apply, and what `status` says of them.
+//! Input: a `[[receive]]` link, the replica's etcd, the peer's stream. Output: an applier that runs, a link's end for the services.
+//! Always true: the link's task alone writes the link's status; what the journal holds is applied whether or not the origin is there.
+
 pub mod admit;
 pub mod apply;
+pub mod copy;
 pub mod dedupe;
 pub mod journal;
 pub mod plan;
 pub mod receive;
+
+use crate::config::{EtcdConfig, Limits, ReceiveConfig};
+use crate::model::{CopyProgress, Epoch, LinkState, LinkStatus, Phase, Ranges, Seq, Side, StageStatus, Term};
+use admit::Admit;
+use apply::{Applier, ApplierParts, ApplyView};
+use dedupe::Dedupe;
+use journal::{Journal, JournalExtent};
+use receive::{LinkEnd, RangesFile, Told};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+/// Copy steps and progress between the stream and the applier; each page is bounded by its sender's page bytes.
+const COMMANDS_MAX: usize = 2;
+const STATUS_INTERVAL: Duration = Duration::from_millis(250);
+
+/// Everything that one replica link needs.
+pub struct ReplicaLink {
+    pub receive: ReceiveConfig,
+    pub etcd: EtcdConfig,
+    pub limits: Limits,
+    /// The link's own folder below `data_dir`.
+    pub dir: PathBuf,
+    /// Ranges of this process's own `[[send]]` links to the same peer.
+    pub sends_back: Vec<Ranges>,
+}
+
+/// A replica link whose disks are open; [`ReplicaTask::run`] runs it.
+pub struct ReplicaTask {
+    end: Arc<LinkEnd>,
+    applier: Applier,
+    view: watch::Receiver<ApplyView>,
+    told: watch::Receiver<Told>,
+}
+
+impl ReplicaLink {
+    /// Opens journal and dedupe log. An `Err` means that the disk cannot be used.
+    pub async fn open(self) -> anyhow::Result<(Arc<LinkEnd>, ReplicaTask)> {
+        let link = self.receive.link.clone();
+        let (journal, opened) = Journal::open(&self.dir.join("journal"), &self.limits).await?;
+        opened.log(&link, "journal");
+        let journal = Arc::new(journal);
+        let (dedupe, remembered) = Dedupe::open(&self.dir.join("dedupe")).await?;
+        if remembered.moved_aside {
+            tracing::warn!(%link, "the dedupe log could not be read and was moved aside; it is made anew from the journal and the position");
+        }
+        let ranges = RangesFile::open(self.dir.join("ranges.json"))?;
+        let (commands, incoming) = mpsc::channel(COMMANDS_MAX);
+        let (view_sender, view) = watch::channel(ApplyView::default());
+        let (latest_session, sessions) = watch::channel(0);
+        let (told_sender, told) = watch::channel(Told::default());
+        let applier = Applier::new(ApplierParts {
+            link,
+            etcd: self.etcd,
+            limits: self.limits.clone(),
+            ranges: ranges.get(),
+            journal: journal.clone(),
+            dedupe: dedupe.clone(),
+            latest_session: sessions,
+            commands: incoming,
+            view: view_sender,
+        });
+        let mut admit = Admit::new(Epoch(0), Term(0), Seq(0));
+        admit.remember(&remembered.recent);
+        let end = Arc::new(LinkEnd::new(receive::LinkEndParts {
+            config: self.receive,
+            limits: self.limits,
+            commands,
+            view: view.clone(),
+            journal,
+            dedupe,
+            latest_session,
+            told: told_sender,
+            sends_back: self.sends_back,
+            ranges,
+            admit,
+        }));
+        Ok((end.clone(), ReplicaTask { end, applier, view, told }))
+    }
+}
+
+impl ReplicaTask {
+    /// Runs until `stop`, then flushes journal and dedupe log.
+    pub async fn run(self, status: watch::Sender<LinkStatus>, stop: CancellationToken) -> anyhow::Result<()> {
+        let Self { end, applier, view, told } = self;
+        let mut applying = tokio::task::JoinSet::new();
+        applying.spawn(applier.run(stop.clone()));
+        let mut ticks = tokio::time::interval(STATUS_INTERVAL);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => break,
+                ended = applying.join_next() => {
+                    let why = ended.map_or_else(String::new, |e| e.err().map_or_else(String::new, |e| e.to_string()));
+                    anyhow::bail!("applying of link {} has ended: {why}", end.config.link);
+                }
+                _ = ticks.tick() => {
+                    let extent = end.journal.extent().borrow().clone();
+                    let durable = *end.journal.durable().borrow();
+                    let views = Views { end: &end, view: &view.borrow(), told: &told.borrow(), extent: &extent, durable };
+                    status.send_modify(|status| views.write(status));
+                }
+            }
+        }
+        while applying.join_next().await.is_some() {}
+        if let Err(e) = end.journal.close().await {
+            tracing::warn!(link = %end.config.link, error = %e, "the journal was not closed well; its tail is checked at the next start");
+        }
+        end.dedupe.close().await;
+        Ok(())
+    }
+}
+
+/// One look at all stages, to be written into the status.
+struct Views<'a> {
+    end: &'a LinkEnd,
+    view: &'a ApplyView,
+    told: &'a Told,
+    extent: &'a JournalExtent,
+    durable: Seq,
+}
+
+impl Views<'_> {
+    fn write(&self, status: &mut LinkStatus) {
+        debug_assert!(status.side == Side::Replica);
+        let position = self.view.position.as_ref();
+        let same_epoch = position.is_some_and(|p| p.epoch == self.extent.epoch);
+        let applied = position.map_or(Seq(0), |p| p.seq);
+        status.state = self.state();
+        status.reason = self.reason();
+        status.epoch = position.map_or(Epoch(0), |p| p.epoch);
+        status.term = position.map_or(Term(0), |p| p.term);
+        status.seq = if same_epoch { self.extent.end.max(applied) } else { applied };
+        status.origin_revision = self.view.applied_revision;
+        status.head_revision = self.told.head.max(self.view.applied_revision);
+        status.applied_seq = applied;
+        status.durable_seq = if same_epoch { self.durable.max(applied).min(status.seq) } else { applied };
+        status.lag_revisions = self.told.lag_revisions;
+        status.rpo_revisions = self.told.rpo_revisions;
+        // While the origin is not heard, what it last said grows older.
+        let older = self.told.at.filter(|_| !self.told.connected).map_or(Duration::ZERO, |at| at.elapsed());
+        status.lag_seconds = (self.told.lag + older).as_secs_f64();
+        status.rpo_seconds = (self.told.rpo + older).as_secs_f64();
+        let counters = &self.end.counters;
+        status.bytes_raw = counters.bytes_raw.load(Ordering::Relaxed);
+        status.bytes_sent = counters.bytes_sent.load(Ordering::Relaxed);
+        let counts = [
+            ("frames", counters.frames.load(Ordering::Relaxed)),
+            ("repeated", counters.repeated.load(Ordering::Relaxed)),
+            ("resets", counters.resets.load(Ordering::Relaxed)),
+            ("refused", counters.refused.load(Ordering::Relaxed)),
+            ("transactions", self.view.transactions),
+            ("conflicts", self.view.conflicts),
+        ];
+        status.counts = counts.into_iter().collect();
+        let copying = position.is_some_and(|p| p.state == Phase::Copying && p.cursor.is_some());
+        status.copy = copying.then_some(CopyProgress {
+            keys_done: self.view.copy.keys_written + self.view.copy.keys_equal,
+            keys_total: self.view.copy_keys_total,
+        });
+        status.stages = vec![
+            StageStatus { stage: "receive", ok: self.told.connected, detail: self.receive_detail(), queue_bytes: 0 },
+            StageStatus {
+                stage: "journal",
+                ok: !self.extent.full && !self.extent.disk_full,
+                detail: format!("holds seqs after {} up to {}", self.extent.base, self.extent.end),
+                queue_bytes: self.extent.bytes,
+            },
+            StageStatus {
+                stage: "apply",
+                ok: self.view.waiting.is_empty(),
+                detail: if self.view.waiting.is_empty() { format!("applied up to seq {applied}") } else { self.view.waiting.clone() },
+                queue_bytes: 0,
+            },
+        ];
+    }
+
+    fn state(&self) -> LinkState {
+        if self.view.stopped {
+            return LinkState::Stopped;
+        }
+        match &self.view.position {
+            Some(position) if self.told.connected => match position.state {
+                Phase::Copying => LinkState::Copying,
+                Phase::Repairing => LinkState::Repairing,
+                Phase::Following => LinkState::Following,
+            },
+            Some(_) | None => LinkState::Connecting,
+        }
+    }
+
+    fn reason(&self) -> String {
+        let mut reasons = Vec::new();
+        if !self.told.connected {
+            let ended = if self.told.ended.is_empty() { String::new() } else { format!(" ({})", self.told.ended) };
+            reasons.push(format!("the origin's sidecar is not connected{ended}"));
+        }
+        if !self.view.waiting.is_empty() {
+            reasons.push(self.view.waiting.clone());
+        }
+        if self.extent.disk_full {
+            reasons.push("the journal's disk takes no more: make room below data_dir".to_owned());
+        }
+        reasons.join("; ")
+    }
+
+    fn receive_detail(&self) -> String {
+        if self.told.connected { "the origin's stream is open".to_owned() } else { format!("no stream: {}", self.told.ended) }
+    }
+}

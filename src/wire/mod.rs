@@ -14,3 +14,20 @@ pub mod window;
 pub mod replicate {
     tonic::include_proto!("etcd_ferry.replicate.v1");
 }
+
+/// What Hello compares: raised when an older peer could misread a newer one.
+pub const PROTOCOL_VERSION: u32 = 1;
+/// Metadata of a Ship stream: the link's name.
+pub const LINK_METADATA: &str = "etcd-ferry-link";
+/// Metadata of a Ship stream: the session that its hello was given, in hexadecimal.
+pub const SESSION_METADATA: &str = "etcd-ferry-session";
+/// A hello is read before the peer's name is checked, so it is small.
+pub const HELLO_BYTES_MAX: usize = 64 << 10;
+
+/// The lesser of our own limit and a peer's; a peer that names none leaves ours.
+pub fn lesser(ours: usize, theirs: u64) -> usize {
+    match usize::try_from(theirs) {
+        Ok(0) | Err(_) => ours,
+        Ok(theirs) => ours.min(theirs),
+    }
+}

@@ -1,0 +1,483 @@
+//! Job: one Ship stream: encode what the spool holds, send it, take receipts, keep the replica told of idle progress.
+//! Input: spool entries, receipts, ticks. Output: shipments; acknowledgements to the lag and the spool.
+//! Always true: frames carry consecutive seqs; a Reset starts a fresh window at the seq it names; the stream has a deadline of its own.
+
+use super::ship::{Greeted, Shipper, at_origin};
+use super::spool::SpoolEntry;
+use super::watch::TailState;
+use super::{LinkEvent, resume};
+use crate::admin::LinkCommand;
+use crate::etcd::{Compare, CompareOp, Etcd, Txn, TxnOp, txn_revision};
+use crate::model::{ClusterId, Digest, Epoch, LinkState, Position, Revision, Seq, Term, Waymark, WholeRevision};
+use crate::tls;
+use crate::wire::replicate::refusal::Kind;
+use crate::wire::replicate::replicate_client::ReplicateClient;
+use crate::wire::replicate::{Ack, CopyAck, HelloReply, Progress, Receipt, Refusal, Shipment, receipt, shipment};
+use crate::wire::window::{Encoder, WindowLimits};
+use crate::wire::{self, LINK_METADATA, SESSION_METADATA};
+use bytes::Bytes;
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Streaming;
+use tonic::metadata::AsciiMetadataValue;
+
+/// Frames between the encoder and the connection; the rest waits in the spool.
+const OUTBOUND_MAX: usize = 4;
+/// Frames that are not durable yet; each costs 16 bytes here, and the replica's own bounds hold the stream back long before.
+const IN_FLIGHT_MAX: usize = 4096;
+const TICK: Duration = Duration::from_secs(1);
+const IDLE_PROGRESS: Duration = Duration::from_secs(5);
+/// The replica answers each progress; so long without any receipt means that the stream is dead.
+const SILENCE_MAX: Duration = Duration::from_secs(20);
+/// Waymarks and idle positions are written at most so often.
+const IDLE_WRITE: Duration = Duration::from_secs(60);
+const OPEN_DEADLINE: Duration = Duration::from_secs(15);
+/// After so many resets in a row frames travel standalone.
+const RESETS_BEFORE_STANDALONE: u32 = 2;
+
+/// Why a stream ended, as its planned reaction.
+#[derive(Debug)]
+pub enum SessionEnd {
+    /// Something outside must change first: try again after a wait, with the reason shown.
+    Wait(String),
+    /// Only an operator can decide how to go on.
+    Stop(String),
+    HelloAgain(String),
+    Commanded(Option<LinkCommand>),
+}
+
+/// How far the replica says it is.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Acked {
+    pub applied: Seq,
+    pub applied_revision: Revision,
+    pub durable: Seq,
+    pub durable_revision: Revision,
+    pub waymark: Waymark,
+    pub following: bool,
+}
+
+/// How much of the origin's movement was not ours, at some moment.
+#[derive(Debug, Clone, Copy, Default)]
+struct Movement {
+    covered: Revision,
+    ferry_only: u64,
+}
+
+impl Movement {
+    /// Revisions since `earlier` that touched something else than etcd-ferry's own keys.
+    fn by_others_since(self, earlier: Movement) -> u64 {
+        let moved = self.covered.0.saturating_sub(earlier.covered.0);
+        moved.saturating_sub(self.ferry_only.saturating_sub(earlier.ferry_only))
+    }
+}
+
+pub struct Session {
+    pub(super) outbound: mpsc::Sender<Shipment>,
+    receipts: Streaming<Receipt>,
+    pub(super) reply: HelloReply,
+    pub(super) etcd: Etcd,
+    encoder: Encoder,
+    pub(super) epoch: Epoch,
+    pub(super) term: Term,
+    seq: Seq,
+    /// The last revision that was read from the spool for shipping.
+    cursor: Revision,
+    /// Frames that are not durable at the replica: their last seq and revision.
+    in_flight: VecDeque<(Seq, Revision)>,
+    received: (Seq, Revision),
+    pub(super) acked: Acked,
+    replica_cluster: ClusterId,
+    resets_in_row: u32,
+    frame_bytes_max: usize,
+    pub(super) waymark: resume::WaymarkNote,
+    waymark_revision: Revision,
+    waymark_at: Option<(Instant, Movement)>,
+    persisted_at: (Instant, Movement),
+    last_receipt: Instant,
+    last_progress: Instant,
+    progressed: Revision,
+    pub(super) copy_ack: CopyAck,
+}
+
+impl Session {
+    /// Opens the Ship stream that the hello allowed.
+    pub(super) async fn open(ship: &mut Shipper, greeted: Greeted) -> Result<Self, SessionEnd> {
+        let Greeted { channel, reply, etcd, waymark, waymark_revision } = greeted;
+        let (outbound, shipments) = mpsc::channel(OUTBOUND_MAX);
+        let mut request = tonic::Request::new(ReceiverStream::new(shipments));
+        let session: String = reply.session.iter().map(|b| format!("{b:02x}")).collect();
+        for (name, value) in [(LINK_METADATA, ship.origin.send.link.as_str()), (SESSION_METADATA, &session)] {
+            let value = AsciiMetadataValue::try_from(value).map_err(|e| SessionEnd::Stop(e.to_string()))?;
+            request.metadata_mut().insert(name, value);
+        }
+        let mut client = ReplicateClient::new(channel);
+        let opening = tokio::time::timeout(OPEN_DEADLINE, client.ship(request));
+        let receipts = match opening.await {
+            Ok(Ok(response)) => response.into_inner(),
+            Ok(Err(status)) => return Err(SessionEnd::Wait(format!("the stream was refused: {}", tls::explain(&status)))),
+            Err(_) => return Err(SessionEnd::Wait("the stream was not opened in time".to_owned())),
+        };
+        let position = Position::from_json(&reply.position).ok();
+        let limits = &ship.origin.limits;
+        let frame_bytes_max = wire::lesser(limits.frame_bytes_max, reply.frame_bytes_max);
+        let window = WindowLimits {
+            window_bytes_max: wire::lesser(limits.window_bytes_max, reply.window_bytes_max),
+            frame: wire::frame_limits(limits.revision_bytes_max),
+        };
+        let now = Instant::now();
+        let received = (Seq(reply.received_seq), Revision(reply.received_revision));
+        let mut acked = Acked { durable: Seq(reply.durable_seq), ..Acked::default() };
+        if let Some(position) = &position {
+            acked.applied = position.seq;
+            acked.applied_revision = position.origin_revision;
+            acked.durable_revision = position.origin_revision;
+            acked.waymark = position.waymark;
+        }
+        let epoch = position.as_ref().map_or(Epoch(0), |p| p.epoch);
+        ship.learned_epoch(epoch);
+        Ok(Self {
+            outbound,
+            receipts,
+            replica_cluster: ClusterId(reply.replica_cluster),
+            reply,
+            etcd,
+            encoder: Encoder::new(window, 1),
+            epoch,
+            term: Term(0),
+            seq: received.0,
+            cursor: Revision(0),
+            in_flight: VecDeque::new(),
+            received,
+            acked,
+            resets_in_row: 0,
+            frame_bytes_max,
+            waymark,
+            waymark_revision,
+            waymark_at: None,
+            persisted_at: (now, movement(ship)),
+            last_receipt: now,
+            last_progress: now,
+            progressed: Revision(0),
+            copy_ack: CopyAck::default(),
+        })
+    }
+
+    /// A base copy is over: seqs start afresh.
+    pub(super) fn opened_epoch(&mut self, ship: &mut Shipper, epoch: Epoch, anchor: Revision) {
+        self.epoch = epoch;
+        self.seq = Seq(0);
+        self.received = (Seq(0), anchor);
+        self.in_flight.clear();
+        self.acked.applied = Seq(0);
+        self.acked.durable = Seq(0);
+        self.acked.applied_revision = anchor;
+        self.acked.durable_revision = anchor;
+        ship.learned_epoch(epoch);
+    }
+
+    /// Ships everything after `after`, as it comes, until something ends the stream.
+    pub(super) async fn follow(&mut self, ship: &mut Shipper, after: Revision) -> Result<Infallible, SessionEnd> {
+        self.cursor = after;
+        self.received.1 = self.received.1.max(after);
+        self.show(ship, true);
+        tracing::info!(link = %ship.origin.send.link, epoch = %self.epoch, seq = %self.seq, after = %after, "following");
+        let mut ticks = tokio::time::interval(TICK);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut pending: Option<Shipment> = None;
+        let mut stream_open = true;
+        loop {
+            let may_read = pending.is_none() && self.in_flight.len() < IN_FLIGHT_MAX;
+            tokio::select! {
+                biased;
+                command = ship.commands.recv() => return Err(SessionEnd::Commanded(command)),
+                receipt = self.receipts.message() => self.take(ship, receipt).await?,
+                changed = ship.tail.changed() => {
+                    if changed.is_err() {
+                        return Err(SessionEnd::Wait("the tail has ended".to_owned()));
+                    }
+                    self.check_tail(ship)?;
+                }
+                permit = self.outbound.reserve(), if pending.is_some() && stream_open => match permit {
+                    Ok(permit) => if let Some(shipment) = pending.take() { permit.send(shipment) },
+                    // The reason comes with the receipts.
+                    Err(_) => stream_open = false,
+                },
+                _ = ticks.tick() => self.tick(ship, pending.is_none()).await?,
+                entries = ship.spool.read_after(self.cursor, self.frame_bytes_max), if may_read => match entries {
+                    Ok(entries) => pending = self.encode(ship, &entries),
+                    Err(e) => return Err(SessionEnd::HelloAgain(format!("the spool: {e}"))),
+                },
+            }
+        }
+    }
+
+    fn check_tail(&self, ship: &mut Shipper) -> Result<(), SessionEnd> {
+        match &ship.tail.borrow_and_update().state {
+            TailState::Lost { compacted } => {
+                Err(SessionEnd::HelloAgain(format!("the origin has compacted up to {compacted}, past the spool's end")))
+            }
+            TailState::OtherHistory { reason } => Err(SessionEnd::Stop(resume::restored(reason))),
+            TailState::Stopped { reason } => Err(SessionEnd::Stop(reason.clone())),
+            TailState::Idle | TailState::Connecting { .. } | TailState::Running | TailState::SpoolFull => Ok(()),
+        }
+    }
+
+    /// One frame of what was read; `None` if all of it came from the replica's own cluster.
+    fn encode(&mut self, ship: &Shipper, entries: &[SpoolEntry]) -> Option<Shipment> {
+        let last = entries.last()?;
+        self.cursor = last.revision.revision;
+        let ours = |e: &&SpoolEntry| !e.came_from.contains(&self.replica_cluster);
+        let carried: Vec<&SpoolEntry> = entries.iter().filter(ours).collect();
+        let skipped = (entries.len() - carried.len()) as u64;
+        let revisions: Vec<Arc<WholeRevision>> = carried.iter().map(|e| e.revision.clone()).collect();
+        let digests: Vec<Digest> = carried.iter().map(|e| e.digest).collect();
+        let frame = revisions.last().map(|last| {
+            let standalone = self.resets_in_row >= RESETS_BEFORE_STANDALONE;
+            let first = self.seq.next();
+            let frame = if standalone {
+                wire::frame::encode_standalone(self.epoch, self.term, first, &revisions, &digests)
+            } else {
+                self.encoder.encode(self.epoch, self.term, first, &revisions, &digests)
+            };
+            self.seq = Seq(self.seq.0 + revisions.len() as u64);
+            self.in_flight.push_back((self.seq, last.revision));
+            frame
+        });
+        let raw: u64 = revisions.iter().map(|r| r.bytes() as u64).sum();
+        ship.view.send_modify(|view| {
+            view.seq = self.seq;
+            view.bytes_raw += raw;
+            view.bytes_sent += frame.as_ref().map_or(0, |f: &Bytes| f.len() as u64);
+            view.count("revisions", revisions.len() as u64);
+            view.count("skipped", skipped);
+        });
+        frame.map(|frame| Shipment { what: Some(shipment::What::Frame(frame)) })
+    }
+
+    /// Takes one receipt; also the stream's end.
+    pub(super) async fn take(
+        &mut self,
+        ship: &mut Shipper,
+        receipt: Result<Option<Receipt>, tonic::Status>,
+    ) -> Result<(), SessionEnd> {
+        self.last_receipt = Instant::now();
+        let receipt = match receipt {
+            Ok(Some(receipt)) => receipt,
+            Ok(None) => return Err(SessionEnd::HelloAgain("the replica's sidecar closed the stream".to_owned())),
+            Err(status) => return Err(SessionEnd::HelloAgain(format!("the stream broke: {}", tls::explain(&status)))),
+        };
+        match receipt.what {
+            Some(receipt::What::Ack(ack)) => self.acknowledge(ship, ack).await,
+            Some(receipt::What::Reset(reset)) => self.reset(ship, Seq(reset.after_seq), &reset.reason),
+            Some(receipt::What::Refusal(refusal)) => Err(end_of(ship, refusal)),
+            Some(receipt::What::CopyAck(ack)) => {
+                self.copy_ack = ack;
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// The next receipt; for the base copy, which waits on receipts between pages.
+    pub(super) async fn next_receipt(&mut self) -> Result<Option<Receipt>, tonic::Status> {
+        self.receipts.message().await
+    }
+
+    async fn acknowledge(&mut self, ship: &mut Shipper, ack: Ack) -> Result<(), SessionEnd> {
+        let durable = Seq(ack.durable_seq.max(ack.applied_seq));
+        if durable > self.seq || Seq(ack.received_seq) > self.seq {
+            return Err(SessionEnd::HelloAgain(format!("the replica acknowledges seq {durable}, of which {} were sent", self.seq)));
+        }
+        if Seq(ack.received_seq) > self.received.0 {
+            self.resets_in_row = 0;
+        }
+        let mut acked = self.acked;
+        while let Some((seq, revision)) = self.in_flight.front().copied() {
+            if seq <= Seq(ack.received_seq) {
+                self.received = self.received.max((seq, revision));
+            }
+            if seq > durable {
+                break;
+            }
+            acked.durable_revision = acked.durable_revision.max(revision);
+            self.in_flight.pop_front();
+        }
+        for (seq, revision) in self.in_flight.iter().copied().take_while(|(seq, _)| *seq <= Seq(ack.received_seq)) {
+            self.received = self.received.max((seq, revision));
+        }
+        acked.applied = acked.applied.max(Seq(ack.applied_seq));
+        acked.applied_revision = acked.applied_revision.max(Revision(ack.applied_origin_revision));
+        acked.durable = acked.durable.max(durable);
+        acked.durable_revision = acked.durable_revision.max(acked.applied_revision);
+        acked.waymark = ack.waymark.map(Waymark::from).unwrap_or_default();
+        acked.following = ack.following;
+        let moved = acked.applied_revision > self.acked.applied_revision || acked.durable_revision > self.acked.durable_revision;
+        let trim = acked.applied_revision > self.acked.applied_revision;
+        self.acked = acked;
+        ship.view.send_modify(|view| {
+            view.counts.insert("repeated", ack.repeated);
+            view.counts.insert("transactions", ack.transactions);
+            view.counts.insert("conflicts", ack.conflicts);
+            view.reason.clone_from(&ack.waiting);
+        });
+        self.show(ship, ack.waiting.is_empty());
+        if trim {
+            ship.spool.trim(acked.applied_revision);
+        }
+        if moved {
+            let event = LinkEvent::Acked { applied: acked.applied_revision, durable: acked.durable_revision };
+            let _ = ship.events.send(event).await;
+        }
+        Ok(())
+    }
+
+    fn show(&self, ship: &Shipper, well: bool) {
+        ship.view.send_modify(|view| {
+            view.state = if self.acked.following { LinkState::Following } else { LinkState::Copying };
+            view.epoch = self.epoch;
+            view.term = self.term;
+            view.seq = self.seq;
+            view.applied_seq = self.acked.applied;
+            view.durable_seq = self.acked.durable;
+            view.applied_revision = self.acked.applied_revision;
+            if well {
+                view.reason.clear();
+                view.detail = format!("shipped up to seq {}", self.seq);
+            } else {
+                view.detail = format!("the replica waits: {}", view.reason);
+            }
+        });
+    }
+
+    fn reset(&mut self, ship: &Shipper, after: Seq, reason: &str) -> Result<(), SessionEnd> {
+        let known = self.in_flight.iter().find(|(seq, _)| *seq == after).copied();
+        let back = match known {
+            Some(known) => known,
+            None if after == self.received.0 => self.received,
+            None => return Err(SessionEnd::HelloAgain(format!("the replica asks to go back to seq {after}, which is no frame's end"))),
+        };
+        self.resets_in_row += 1;
+        tracing::warn!(link = %ship.origin.send.link, %reason, seq = %after, "the replica asks for a fresh window");
+        ship.view.send_modify(|view| view.count("resets", 1));
+        self.encoder.restart();
+        (self.seq, self.cursor) = back;
+        self.in_flight.retain(|(seq, _)| *seq <= after);
+        Ok(())
+    }
+
+    /// Once a second: deadlines, progress, the waymark.
+    async fn tick(&mut self, ship: &mut Shipper, drained: bool) -> Result<(), SessionEnd> {
+        self.check_deadline()?;
+        let extent = ship.spool.extent().borrow().clone();
+        let shipped_all = drained && extent.last.is_none_or(|(last, _)| last <= self.cursor);
+        let through = if shipped_all { extent.covered.max(self.cursor) } else { self.cursor };
+        self.rewrite_waymark(ship).await?;
+        let now = movement(ship);
+        let idle_write = shipped_all
+            && self.acked.following
+            && self.persisted_at.0.elapsed() >= IDLE_WRITE
+            && now.by_others_since(self.persisted_at.1) > 0;
+        let worth = through > self.progressed || idle_write || self.last_progress.elapsed() >= IDLE_PROGRESS;
+        if worth && self.send_progress(ship, through, idle_write) {
+            self.progressed = through;
+            if idle_write {
+                self.persisted_at = (Instant::now(), now);
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn check_deadline(&self) -> Result<(), SessionEnd> {
+        if self.last_receipt.elapsed() > SILENCE_MAX {
+            let silence = SILENCE_MAX.as_secs();
+            return Err(SessionEnd::Wait(format!("the replica's sidecar said nothing for {silence} s")));
+        }
+        Ok(())
+    }
+
+    /// Keeps the stream alive during a base copy; says nothing of revisions.
+    pub(super) fn keep_alive(&mut self, ship: &Shipper) {
+        if self.last_progress.elapsed() >= IDLE_PROGRESS {
+            self.send_progress(ship, Revision(0), false);
+        }
+    }
+
+    /// False if frames fill the way: they say the same.
+    fn send_progress(&mut self, ship: &Shipper, through: Revision, persist: bool) -> bool {
+        let status = ship.status.borrow();
+        let millis = |seconds: f64| Duration::try_from_secs_f64(seconds).map_or(u64::MAX, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX));
+        let progress = Progress {
+            origin_revision: through.0,
+            head_revision: ship.head.borrow().revision.0,
+            waymark: Some(self.waymark.now.into()),
+            lag_ms: millis(status.lag_seconds),
+            rpo_ms: millis(status.rpo_seconds),
+            lag_revisions: status.lag_revisions,
+            rpo_revisions: status.rpo_revisions,
+            persist,
+        };
+        let sent = self.outbound.try_send(Shipment { what: Some(shipment::What::Progress(progress)) }).is_ok();
+        if sent {
+            self.last_progress = Instant::now();
+        }
+        sent
+    }
+
+    /// The waymark is rewritten only once the position holds the present one, so that a position's is always the present
+    /// or the previous one; and only if the origin moved by more than etcd-ferry's own work.
+    async fn rewrite_waymark(&mut self, ship: &Shipper) -> Result<(), SessionEnd> {
+        let now = movement(ship);
+        let due = match self.waymark_at {
+            None => true,
+            Some((at, then)) => at.elapsed() >= IDLE_WRITE && now.by_others_since(then) > 0,
+        };
+        if !due || !self.acked.following || self.acked.waymark != self.waymark.now {
+            return Ok(());
+        }
+        self.write_waymark(ship).await?;
+        self.waymark_at = Some((Instant::now(), movement(ship)));
+        Ok(())
+    }
+
+    /// Writes the next waymark at the origin; a rival writer ends the stream.
+    pub(super) async fn write_waymark(&mut self, ship: &Shipper) -> Result<(), SessionEnd> {
+        let key = ship.origin.send.link.waymark_key();
+        let next = self.waymark.next(rand::random());
+        let txn = Txn::new()
+            .when([Compare::mod_revision(key.to_vec(), CompareOp::Equal, self.waymark_revision.to_etcd())])
+            .and_then([TxnOp::put(key.to_vec(), next.to_json(), None)]);
+        let response = self.etcd.txn(txn).await.map_err(|e| at_origin(&e))?;
+        if !response.succeeded() {
+            return Err(SessionEnd::HelloAgain("another sidecar wrote this link's waymark".to_owned()));
+        }
+        self.waymark = next;
+        self.waymark_revision = txn_revision(&response);
+        Ok(())
+    }
+}
+
+fn movement(ship: &Shipper) -> Movement {
+    let tail = ship.tail.borrow();
+    Movement { covered: tail.covered, ferry_only: tail.ferry_only }
+}
+
+fn end_of(ship: &mut Shipper, refusal: Refusal) -> SessionEnd {
+    match refusal.kind() {
+        Kind::Fenced => {
+            ship.forget_epoch();
+            SessionEnd::HelloAgain(refusal.reason)
+        }
+        Kind::PositionMoved | Kind::Gap | Kind::Closing | Kind::Unspecified => SessionEnd::HelloAgain(refusal.reason),
+        Kind::Guard => {
+            ship.resync = None;
+            SessionEnd::Stop(refusal.reason)
+        }
+        Kind::Conflict | Kind::Outside | Kind::TooLarge => SessionEnd::Stop(refusal.reason),
+    }
+}
