@@ -11,7 +11,7 @@
 //! admin/             service http client
 //! etcd.rs            the narrow typed door to etcd
 //! tls.rs             load and check certificates; peer identity
-//! wire/              mod delta(p) frame(p) window(p) digest(p)
+//! wire/              mod window(p) frame(p) body(p) cache(p) delta(p) digest(p) varint(p) kubernetes_like (tests)
 //! segment/           mod (append-only files) feed (memory first, then files), under spool and journal
 //! config.rs          raw to checked, all faults at once
 //! model.rs(p) retry.rs(p) certs.rs(rcgen) metrics.rs

@@ -1,7 +1,12 @@
 //! The wire: what two sidecars say to each other.
+mod body;
+mod cache;
 pub mod delta;
 pub mod digest;
 pub mod frame;
+#[cfg(test)]
+mod kubernetes_like;
+mod varint;
 pub mod window;
 
 /// Generated from proto/replicate.proto.
