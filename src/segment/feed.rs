@@ -1,6 +1,6 @@
 //! Job: memory first, then files: the bounded, durable queue under the spool and the journal.
 //! Input: entries with growing indexes. Output: the same entries, to readers at any place, at once from memory or later from files.
-//! Always true: readers never wait for the disk to see a new entry; `durable` names only synced entries; memory holds at most twice
+//! Always true: readers never wait for the disk to see a new entry; `durable` names only synced entries; memory holds at most
 //! `queue_bytes_max` and one batch; nothing between `base` and the end is ever missing.
 //!
 //! One `Mutex` guards the ring of recent entries and a few numbers, and is held for pointer moves only. One thread (`writer.rs`) writes:
@@ -9,6 +9,7 @@
 
 use super::writer::{Writer, first_entry};
 use super::{OnDamage, Opened, SegmentError, SegmentLimits, SegmentLog, SegmentReader};
+use crate::config::Limits;
 use bytes::Bytes;
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
@@ -48,6 +49,20 @@ pub struct FeedLimits {
     pub queue_bytes_max: usize,
     /// Of one record, decoded.
     pub plain_bytes_max: usize,
+}
+
+impl FeedLimits {
+    /// For a feed of whole revisions whose files may take `total_bytes_max`.
+    pub fn new(limits: &Limits, total_bytes_max: u64) -> Self {
+        let segment = SegmentLimits {
+            // Files go as a whole: with eight of them or more, what is trimmed and still there is little.
+            segment_bytes: limits.segment_bytes.min(total_bytes_max / 8),
+            total_bytes_max,
+            record_bytes_max: limits.revision_bytes_max.saturating_mul(2).saturating_add(1 << 20),
+        };
+        let plain_bytes_max = limits.revision_bytes_max.max(1 << 20); // several revisions may share a record
+        Self { segment, queue_bytes_max: limits.queue_bytes_max, plain_bytes_max }
+    }
 }
 
 /// What a feed holds.
@@ -189,7 +204,7 @@ impl<T: FeedEntry> Feed<T> {
                     return Ok(Appended::Full(entries));
                 }
                 if state.unwritten == 0 || state.unwritten_bytes + bytes <= self.shared.limits.queue_bytes_max {
-                    state.take(entries, bytes);
+                    state.take(entries, bytes, self.shared.limits.queue_bytes_max);
                     self.shared.publish(&mut state);
                     self.shared.wake_writer.notify_one();
                     return Ok(Appended::Taken);
@@ -480,7 +495,7 @@ impl<T: FeedEntry> State<T> {
         Ok(())
     }
 
-    fn take(&mut self, entries: Vec<T>, bytes: usize) {
+    fn take(&mut self, entries: Vec<T>, bytes: usize, queue_bytes_max: usize) {
         if let (Some(first), Some(last)) = (entries.first(), entries.last()) {
             self.held.first.get_or_insert(first.index());
             self.last = last.index();
@@ -491,6 +506,7 @@ impl<T: FeedEntry> State<T> {
         self.unwritten_bytes += bytes;
         self.unwritten += entries.len();
         self.ring.extend(entries);
+        self.drop_surplus(queue_bytes_max);
     }
 
     fn recent(&self, after: u64, bytes_max: usize) -> Vec<T> {
@@ -542,14 +558,18 @@ impl<T: FeedEntry> State<T> {
         self.unwritten_bytes -= written.iter().map(T::bytes).sum::<usize>();
         self.refresh(log);
         self.durable = self.logged;
-        while self.ring_bytes > limits.queue_bytes_max && self.ring.len() > self.unwritten {
-            self.drop_oldest();
-        }
+        self.drop_surplus(limits.queue_bytes_max);
         self.drop_trimmed();
     }
 
     pub(super) fn refresh(&mut self, log: &SegmentLog) {
         (self.held.base, self.file_bytes, self.logged) = (log.base(), log.bytes(), log.last_index());
+    }
+
+    fn drop_surplus(&mut self, queue_bytes_max: usize) {
+        while self.ring_bytes > queue_bytes_max && self.ring.len() > self.unwritten {
+            self.drop_oldest();
+        }
     }
 
     fn drop_trimmed(&mut self) {

@@ -123,7 +123,8 @@ impl OpenFile {
         }
         payload.clear();
         self.reader.by_ref().take(u64::from(length)).read_to_end(payload)?;
-        if record_crc(length, index, payload) != crc || end - self.offset - RECORD_HEADER_BYTES != payload.len() as u64 {
+        if record_crc(length, index, payload) != crc || end - self.offset - RECORD_HEADER_BYTES != payload.len() as u64
+        {
             return Ok(None);
         }
         self.last = index;
@@ -170,11 +171,7 @@ pub struct Scanned {
 }
 
 /// Reads all of a file and shows each good record to `visit`.
-pub fn scan(
-    mut file: OpenFile,
-    record_bytes_max: usize,
-    visit: &mut dyn FnMut(u64, &[u8]),
-) -> io::Result<Scanned> {
+pub fn scan(mut file: OpenFile, record_bytes_max: usize, visit: &mut dyn FnMut(u64, &[u8])) -> io::Result<Scanned> {
     let mut first = None;
     let mut payload = Vec::new();
     while let Some(index) = file.next(&mut payload, record_bytes_max)? {

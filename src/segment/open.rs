@@ -72,7 +72,8 @@ impl SegmentLog {
             mend(cut, &files, dir)?;
         }
         let (files, active) = open_last(dir, &limits, files, tag)?;
-        let log = Self { dir: dir.to_owned(), limits, tag, files, active, unsynced: false, in_doubt: false, _lock: lock };
+        let log =
+            Self { dir: dir.to_owned(), limits, tag, files, active, unsynced: false, in_doubt: false, _lock: lock };
         Ok((log, opened))
     }
 }
@@ -107,7 +108,8 @@ pub fn numbers(dir: &Path) -> Result<Vec<u64>, SegmentError> {
     let mut numbers = Vec::new();
     for entry in fs::read_dir(dir).map_err(failed("listing", dir))? {
         let name = entry.map_err(failed("listing", dir))?.file_name();
-        let number = name.to_str().and_then(|name| name.strip_suffix(".segment")).and_then(|digits| digits.parse().ok());
+        let number =
+            name.to_str().and_then(|name| name.strip_suffix(".segment")).and_then(|digits| digits.parse().ok());
         numbers.extend(number.filter(|number| file_path(dir, *number).ends_with(&name)));
     }
     numbers.sort_unstable();
@@ -187,9 +189,7 @@ fn mend(cut: &Cut, files: &VecDeque<Span>, dir: &Path) -> Result<(), SegmentErro
         return sync_dir(dir);
     };
     let file = OpenOptions::new().write(true).open(&cut.file).map_err(failed("opening", &cut.file))?;
-    cut_back(&file, good.bytes, good.padded_bytes)
-        .and_then(|()| file.sync_all())
-        .map_err(failed("cutting", &cut.file))
+    cut_back(&file, good.bytes, good.padded_bytes).and_then(|()| file.sync_all()).map_err(failed("cutting", &cut.file))
 }
 
 /// Moves everything from the damage on into `damaged-<unix ms>`, of which the newest are kept.
