@@ -4,15 +4,15 @@
 //!
 //! ```text
 //! main.rs            the command line: parse, call, print, exit code
-//! demo/              mod (two regions on one machine, for `make demo`) proxy (their link) objects(p) ports
+//! demo/              mod proxy: two regions on one machine, for `make demo`
 //! app.rs             bind everything, then run it; owns tasks and shutdown
-//! origin/            mod watch sequence(p) lag(p) spool resume(p) ship anchor
-//! replica/           mod receive admit(p) journal dedupe(the only file that knows sled) plan(p) apply
+//! origin/            mod ship session anchor resume(p) watch sequence(p) spool lag(p)
+//! replica/           mod receive admit(p) copy apply plan/(p) journal dedupe(the only file that knows sled)
 //! admin/             service http client
 //! etcd.rs            the narrow typed door to etcd
 //! tls/               mod (configurations) accept connect verify explain(p)
 //! wire/              mod window(p) frame(p) body(p) cache(p) delta(p) digest(p) varint(p) kubernetes_like (tests)
-//! segment/           mod (append-only files) feed (memory first, then files), under spool and journal
+//! segment/           mod open file writer (append-only files) feed (memory first, then files), under spool and journal
 //! config/            mod check(p) read(p) files: raw to checked, all faults at once
 //! certs/             mod identity load issue(the only file that knows rcgen)
 //! model.rs(p) retry.rs(p) metrics.rs

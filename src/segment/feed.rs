@@ -1,1 +1,590 @@
-//! To come.
+//! Job: memory first, then files: the bounded, durable queue under the spool and the journal.
+//! Input: entries with growing indexes. Output: the same entries, to readers at any place, at once from memory or later from files.
+//! Always true: readers never wait for the disk to see a new entry; `durable` names only synced entries; memory holds at most
+//! `queue_bytes_max` and one batch; nothing between `base` and the end is ever missing.
+//!
+//! One `Mutex` guards the ring of recent entries and a few numbers, and is held for pointer moves only. One thread (`writer.rs`) writes:
+//! it takes what has gathered, writes it, syncs once, says so, and starts again. Stages wait on the `extent` watch, which changes
+//! with every event. Entries that are appended together, or gather while the disk is busy, share records of up to 256 KiB.
+
+use super::writer::{Writer, first_entry};
+use super::{OnDamage, Opened, SegmentError, SegmentLimits, SegmentLog, SegmentReader};
+use crate::config::Limits;
+use bytes::Bytes;
+use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::sync::watch;
+
+/// How long [`Feed::close`] waits for the disk.
+const CLOSE_MAX: Duration = Duration::from_secs(4);
+
+/// What a feed carries. Cheap to clone: its bulk is shared.
+pub trait FeedEntry: Clone + Send + Sync + 'static {
+    /// The index, typed.
+    type Index: Copy + Send + Sync + 'static;
+    /// What is kept of the last entry.
+    type Tail: Clone + Send + Sync + 'static;
+    /// [`Held`], typed.
+    type Extent: Clone + Send + Sync + 'static;
+    /// True if no index may be left out.
+    const DENSE: bool;
+
+    fn index(&self) -> u64;
+    /// What it costs in memory; at least what it costs in a file.
+    fn bytes(&self) -> usize;
+    fn tail(&self) -> Self::Tail;
+    fn typed(index: u64) -> Self::Index;
+    fn extent(held: &Held<Self::Tail>) -> Self::Extent;
+    /// One record from consecutive entries. Never empty: an empty record says that nothing came up to its index.
+    fn encode(run: &[Self]) -> Bytes;
+    fn decode(record: &[u8], plain_bytes_max: usize) -> Result<Vec<Self>, String>;
+}
+
+#[derive(Debug, Clone, Copy)]
+pub struct FeedLimits {
+    pub segment: SegmentLimits,
+    /// Of recent entries in memory; and what may wait for the disk.
+    pub queue_bytes_max: usize,
+    /// Of one record, decoded.
+    pub plain_bytes_max: usize,
+}
+
+impl FeedLimits {
+    /// For a feed of whole revisions whose files may take `total_bytes_max`.
+    pub fn new(limits: &Limits, total_bytes_max: u64) -> Self {
+        let segment = SegmentLimits {
+            // Files go as a whole: with eight of them or more, what is trimmed and still there is little.
+            segment_bytes: limits.segment_bytes.min(total_bytes_max / 8),
+            total_bytes_max,
+            record_bytes_max: limits.revision_bytes_max.saturating_mul(2).saturating_add(1 << 20),
+        };
+        let plain_bytes_max = limits.revision_bytes_max.max(1 << 20); // several revisions may share a record
+        Self { segment, queue_bytes_max: limits.queue_bytes_max, plain_bytes_max }
+    }
+}
+
+/// What a feed holds.
+#[derive(Debug, Clone)]
+pub struct Held<L> {
+    /// As given to [`Feed::reset`].
+    pub tag: u64,
+    /// Every entry after it, up to `covered`, is held.
+    pub base: u64,
+    /// The last entry's index, or further, see [`Feed::cover`].
+    pub covered: u64,
+    pub first: Option<u64>,
+    /// The last entry since the last reset, even if it is trimmed; after a restart only if the files still hold it.
+    pub last: Option<L>,
+    /// Files, and plain what is on the way to them.
+    pub bytes: u64,
+    /// An append was refused, and there is no room yet.
+    pub full: bool,
+    /// The disk refuses to take more; tried again each second.
+    pub disk_full: bool,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum FeedError {
+    #[error(transparent)]
+    Segment(#[from] SegmentError),
+    #[error("nothing before {base} is held, and what follows {index} was asked for")]
+    BeforeBase { index: u64, base: u64 },
+    #[error("what follows {index} was asked for, and only what comes up to {end} is known")]
+    BeyondEnd { index: u64, end: u64 },
+    #[error("entry {index} does not follow {end}")]
+    OutOfOrder { index: u64, end: u64 },
+    #[error("it was reset meanwhile")]
+    Reset,
+    #[error("record {index} cannot be decoded: {reason}")]
+    Undecodable { index: u64, reason: String },
+    #[error("an earlier disk error stopped it: {reason}")]
+    Failed { reason: Arc<str> },
+    #[error("it is closed")]
+    Closed,
+    #[error("the disk did not take the last entries in time")]
+    CloseTooSlow,
+}
+
+/// What became of a batch.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Appended<T> {
+    Taken,
+    /// The files are at their limit, or the disk is full: nothing of the batch was taken. Wait for [`Feed::room`].
+    Full(Vec<T>),
+}
+
+/// The queue. Dropping it closes it in the background.
+pub struct Feed<T: FeedEntry> {
+    shared: Arc<Shared<T>>,
+    finished: watch::Receiver<bool>,
+}
+
+pub(super) struct Shared<T: FeedEntry> {
+    pub(super) limits: FeedLimits,
+    pub(super) state: Mutex<State<T>>,
+    pub(super) wake_writer: Condvar,
+    extent: watch::Sender<T::Extent>,
+    durable: watch::Sender<T::Index>,
+    dir: PathBuf,
+    /// Where the last read from files stopped.
+    cursor: Mutex<Option<Cursor<T>>>,
+}
+
+pub(super) struct State<T: FeedEntry> {
+    /// The entries after `ring_after`, without a gap. Those that are not written yet stand at its end.
+    ring: VecDeque<T>,
+    ring_bytes: usize,
+    ring_after: u64,
+    pub(super) unwritten: usize,
+    unwritten_bytes: usize,
+    pub(super) held: Held<T::Tail>,
+    /// The last entry's index, or the base.
+    last: u64,
+    file_bytes: u64,
+    durable: u64,
+    /// The last record's index.
+    pub(super) logged: u64,
+    pub(super) trim_to: u64,
+    pub(super) trimmed_to: u64,
+    /// The tag and base of a reset that the writer has not done yet.
+    pub(super) reset: Option<(u64, u64)>,
+    /// How many resets were asked for.
+    pub(super) resets: u64,
+    refused_bytes: u64,
+    pub(super) failed: Option<Arc<str>>,
+    pub(super) closing: bool,
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<T: FeedEntry> Feed<T> {
+    /// Opens the files in `dir` and starts the writer. Damaged parts are cut or set aside. `visit` is shown each record that has
+    /// entries. Reads all files: not for an async thread.
+    pub fn open(
+        dir: &Path,
+        limits: FeedLimits,
+        visit: &mut dyn FnMut(u64, &[u8]),
+    ) -> Result<(Self, Opened), FeedError> {
+        let (mut last_index, mut last_record) = (0, Vec::new());
+        let (log, opened) = SegmentLog::open(dir, limits.segment, OnDamage::SetAside, &mut |index, record| {
+            if !record.is_empty() {
+                last_index = index;
+                last_record.clear();
+                last_record.extend_from_slice(record);
+                visit(index, record);
+            }
+        })?;
+        let last = if last_record.is_empty() { None } else { decode(last_index, &last_record, &limits)?.pop() };
+        let first = first_entry::<T>(&log, &limits)?;
+        let shared = Shared::new(dir.to_owned(), limits, &log, first, last);
+        Ok((start(shared, log)?, opened))
+    }
+
+    /// Adds entries, all of them or none. They can be read at once and are written beside that; `durable` tells when they are.
+    /// Waits while what is not written yet fills the memory's limit. Cancel-safe: a cancelled call has added nothing.
+    pub async fn append(&self, entries: Vec<T>) -> Result<Appended<T>, FeedError> {
+        if entries.is_empty() {
+            return Ok(Appended::Taken);
+        }
+        let bytes: usize = entries.iter().map(T::bytes).sum();
+        let mut changed = self.shared.extent.subscribe();
+        loop {
+            {
+                let mut state = lock(&self.shared.state);
+                state.usable()?;
+                state.check_order(&entries)?;
+                if state.is_full_for(bytes as u64, &self.shared.limits) {
+                    state.held.full = true;
+                    state.refused_bytes = bytes as u64;
+                    self.shared.publish(&mut state);
+                    return Ok(Appended::Full(entries));
+                }
+                if state.unwritten == 0 || state.unwritten_bytes + bytes <= self.shared.limits.queue_bytes_max {
+                    state.take(entries, bytes, self.shared.limits.queue_bytes_max);
+                    self.shared.publish(&mut state);
+                    self.shared.wake_writer.notify_one();
+                    return Ok(Appended::Taken);
+                }
+            }
+            changed.changed().await.map_err(|_| FeedError::Closed)?;
+        }
+    }
+
+    /// The entries after `index`, in order: as many as `bytes_max` takes, but at least one, for which it waits. Cancel-safe.
+    pub async fn read_after(&self, index: u64, bytes_max: usize) -> Result<Vec<T>, FeedError> {
+        let mut changed = self.shared.extent.subscribe();
+        let resets = lock(&self.shared.state).resets;
+        let mut after = index;
+        loop {
+            let from_files = {
+                let state = lock(&self.shared.state);
+                state.check_readable(index, after, resets)?;
+                if after >= state.ring_after {
+                    let found = state.recent(after, bytes_max);
+                    if !found.is_empty() {
+                        return Ok(found);
+                    }
+                }
+                (after < state.ring_after).then_some(state.durable)
+            };
+            let Some(through) = from_files else {
+                changed.changed().await.map_err(|_| FeedError::Closed)?;
+                continue;
+            };
+            let shared = Arc::clone(&self.shared);
+            let reading = tokio::task::spawn_blocking(move || shared.read_files(after, through, bytes_max, resets));
+            let found = match reading.await.map_err(|_| FeedError::Closed)? {
+                Ok(found) => found,
+                Err(error) => {
+                    lock(&self.shared.state).check_readable(index, after, resets)?;
+                    return Err(error);
+                }
+            };
+            if !found.is_empty() {
+                return Ok(found);
+            }
+            after = through;
+        }
+    }
+
+    /// Allows everything up to `index` to go. Files go as a whole, so `base` follows in steps.
+    pub fn trim(&self, index: u64) {
+        let mut state = lock(&self.shared.state);
+        state.trim_to = state.trim_to.max(index.min(state.held.covered));
+        state.drop_trimmed();
+        self.shared.publish(&mut state);
+        self.shared.wake_writer.notify_one();
+    }
+
+    /// Says that everything up to `index` is in here, though the last entry comes before it. Remembered at once; on disk within
+    /// 10 s, without a sync of its own.
+    pub fn cover(&self, index: u64) {
+        let mut state = lock(&self.shared.state);
+        if index > state.held.covered {
+            let first = state.held.covered <= state.logged;
+            state.held.covered = index;
+            self.shared.publish(&mut state);
+            if first {
+                self.shared.wake_writer.notify_one();
+            }
+        }
+    }
+
+    /// Drops everything and goes on after `base`. Readers that wait get [`FeedError::Reset`]. When it returns the disk knows too;
+    /// a cancelled call is still carried out.
+    pub async fn reset(&self, tag: u64, base: u64) -> Result<(), FeedError> {
+        let mut changed = self.shared.extent.subscribe();
+        let resets = {
+            let mut state = lock(&self.shared.state);
+            state.usable()?;
+            state.start_anew(tag, base);
+            self.shared.publish(&mut state);
+            self.shared.durable.send_replace(T::typed(base));
+            self.shared.wake_writer.notify_one();
+            state.resets
+        };
+        loop {
+            {
+                let state = lock(&self.shared.state);
+                state.usable()?;
+                if state.reset.is_none() || state.resets != resets {
+                    return Ok(());
+                }
+            }
+            changed.changed().await.map_err(|_| FeedError::Closed)?;
+        }
+    }
+
+    /// Waits until trimming has made room: for the batch that was refused, and a tenth of the limit.
+    pub async fn room(&self) -> Result<(), FeedError> {
+        let mut changed = self.shared.extent.subscribe();
+        loop {
+            {
+                let state = lock(&self.shared.state);
+                state.usable()?;
+                if !state.held.full {
+                    return Ok(());
+                }
+            }
+            changed.changed().await.map_err(|_| FeedError::Closed)?;
+        }
+    }
+
+    pub fn extent(&self) -> watch::Receiver<T::Extent> {
+        self.shared.extent.subscribe()
+    }
+
+    /// Everything up to it survives a power cut.
+    pub fn durable(&self) -> watch::Receiver<T::Index> {
+        self.shared.durable.subscribe()
+    }
+
+    /// Writes and syncs what is left, and gives the directory free. Waits at most 4 s.
+    pub async fn close(&self) -> Result<(), FeedError> {
+        self.shared.ask_to_close();
+        let mut finished = self.finished.clone();
+        let waited = tokio::time::timeout(CLOSE_MAX, finished.wait_for(|finished| *finished)).await;
+        match (waited, &lock(&self.shared.state).failed) {
+            (Err(_), _) => Err(FeedError::CloseTooSlow),
+            (Ok(_), Some(reason)) => Err(FeedError::Failed { reason: Arc::clone(reason) }),
+            (Ok(_), None) => Ok(()),
+        }
+    }
+}
+
+impl<T: FeedEntry> Drop for Feed<T> {
+    fn drop(&mut self) {
+        self.shared.ask_to_close();
+    }
+}
+
+fn start<T: FeedEntry>(shared: Shared<T>, log: SegmentLog) -> Result<Feed<T>, FeedError> {
+    let shared = Arc::new(shared);
+    let (finish, finished) = watch::channel(false);
+    let writer = Writer::new(Arc::clone(&shared), log, finish);
+    let started = std::thread::Builder::new().name("feed-writer".to_owned()).spawn(move || writer.run());
+    let failed = |source| SegmentError::Io { what: "starting the writer of", path: shared.dir.clone(), source };
+    started.map_err(failed)?;
+    Ok(Feed { shared, finished })
+}
+
+pub(super) fn decode<T: FeedEntry>(index: u64, record: &[u8], limits: &FeedLimits) -> Result<Vec<T>, FeedError> {
+    T::decode(record, limits.plain_bytes_max).map_err(|reason| FeedError::Undecodable { index, reason })
+}
+
+impl<T: FeedEntry> Shared<T> {
+    fn new(dir: PathBuf, limits: FeedLimits, log: &SegmentLog, first: Option<u64>, last: Option<T>) -> Self {
+        let (base, covered) = (log.base(), log.last_index());
+        let held = Held {
+            tag: log.tag(),
+            base,
+            covered,
+            first,
+            last: last.as_ref().map(T::tail),
+            bytes: log.bytes(),
+            full: false,
+            disk_full: false,
+        };
+        let extent = watch::Sender::new(T::extent(&held));
+        let state = State {
+            ring: VecDeque::new(),
+            ring_bytes: 0,
+            ring_after: covered,
+            unwritten: 0,
+            unwritten_bytes: 0,
+            held,
+            last: last.as_ref().map_or(base, T::index),
+            file_bytes: log.bytes(),
+            durable: covered,
+            logged: covered,
+            trim_to: base,
+            trimmed_to: base,
+            reset: None,
+            resets: 0,
+            refused_bytes: 0,
+            failed: None,
+            closing: false,
+        };
+        let (wake_writer, durable) = (Condvar::new(), watch::Sender::new(T::typed(covered)));
+        Self { limits, state: Mutex::new(state), wake_writer, extent, durable, dir, cursor: Mutex::new(None) }
+    }
+
+    /// Tells every waiting stage. Called with the lock held, so that the last one told is the last that happened.
+    pub(super) fn publish(&self, state: &mut State<T>) {
+        state.held.bytes = state.file_bytes + state.unwritten_bytes as u64;
+        state.held.full = state.held.full && !state.has_room(&self.limits);
+        self.extent.send_replace(T::extent(&state.held));
+    }
+
+    pub(super) fn publish_durable(&self, state: &mut State<T>) {
+        self.durable.send_replace(T::typed(state.durable));
+        self.publish(state);
+    }
+
+    pub(super) fn forget_cursor(&self) {
+        *lock(&self.cursor) = None;
+    }
+
+    fn ask_to_close(&self) {
+        lock(&self.state).closing = true;
+        self.wake_writer.notify_one();
+    }
+
+    /// Goes on where the last read stopped, if that is `after`: a reader that is far behind reads each file once.
+    fn read_files(&self, after: u64, through: u64, bytes_max: usize, resets: u64) -> Result<Vec<T>, FeedError> {
+        let stopped = lock(&self.cursor).take();
+        let stopped = stopped.filter(|cursor| cursor.after == after && cursor.resets == resets);
+        let mut cursor = stopped.unwrap_or_else(|| Cursor {
+            reader: SegmentReader::new(&self.dir, self.limits.segment.record_bytes_max, after),
+            waiting: VecDeque::new(),
+            after,
+            resets,
+        });
+        let found = cursor.take(through, bytes_max, &self.limits)?;
+        *lock(&self.cursor) = Some(cursor);
+        Ok(found)
+    }
+}
+
+struct Cursor<T> {
+    reader: SegmentReader,
+    /// Decoded entries that the last read had no place for.
+    waiting: VecDeque<T>,
+    after: u64,
+    resets: u64,
+}
+
+impl<T: FeedEntry> Cursor<T> {
+    fn take(&mut self, through: u64, bytes_max: usize, limits: &FeedLimits) -> Result<Vec<T>, FeedError> {
+        let (mut found, mut bytes, mut record) = (Vec::new(), 0, Vec::new());
+        loop {
+            while let Some(entry) = self.waiting.front() {
+                bytes += entry.bytes();
+                if !found.is_empty() && bytes > bytes_max {
+                    return Ok(found);
+                }
+                self.after = entry.index();
+                found.extend(self.waiting.pop_front());
+            }
+            let Some(index) = self.reader.next(through, &mut record)? else { break };
+            if !record.is_empty() {
+                let entries = decode::<T>(index, &record, limits)?;
+                self.waiting.extend(entries.into_iter().filter(|entry| entry.index() > self.after));
+            }
+        }
+        self.after = through;
+        Ok(found)
+    }
+}
+
+impl<T: FeedEntry> State<T> {
+    pub(super) fn usable(&self) -> Result<(), FeedError> {
+        match &self.failed {
+            Some(reason) => Err(FeedError::Failed { reason: Arc::clone(reason) }),
+            None if self.closing => Err(FeedError::Closed),
+            None => Ok(()),
+        }
+    }
+
+    fn check_readable(&self, index: u64, after: u64, resets: u64) -> Result<(), FeedError> {
+        self.usable()?;
+        if self.resets != resets {
+            return Err(FeedError::Reset);
+        }
+        if after < self.held.base {
+            return Err(FeedError::BeforeBase { index, base: self.held.base });
+        }
+        if index > self.held.covered {
+            return Err(FeedError::BeyondEnd { index, end: self.held.covered });
+        }
+        Ok(())
+    }
+
+    fn check_order(&self, entries: &[T]) -> Result<(), FeedError> {
+        let mut end = self.held.covered;
+        for index in entries.iter().map(T::index) {
+            if index <= end || (T::DENSE && index != end + 1) {
+                return Err(FeedError::OutOfOrder { index, end });
+            }
+            end = index;
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, entries: Vec<T>, bytes: usize, queue_bytes_max: usize) {
+        if let (Some(first), Some(last)) = (entries.first(), entries.last()) {
+            self.held.first.get_or_insert(first.index());
+            self.last = last.index();
+            self.held.covered = last.index();
+            self.held.last = Some(last.tail());
+        }
+        self.ring_bytes += bytes;
+        self.unwritten_bytes += bytes;
+        self.unwritten += entries.len();
+        self.ring.extend(entries);
+        self.drop_surplus(queue_bytes_max);
+    }
+
+    fn recent(&self, after: u64, bytes_max: usize) -> Vec<T> {
+        let from = self.ring.partition_point(|entry| entry.index() <= after);
+        let (mut found, mut bytes) = (Vec::new(), 0);
+        for entry in self.ring.range(from..) {
+            bytes += entry.bytes();
+            if !found.is_empty() && bytes > bytes_max {
+                break;
+            }
+            found.push(entry.clone());
+        }
+        found
+    }
+
+    fn start_anew(&mut self, tag: u64, base: u64) {
+        self.ring.clear();
+        (self.ring_bytes, self.ring_after, self.unwritten, self.unwritten_bytes) = (0, base, 0, 0);
+        self.held = Held { tag, base, covered: base, first: None, last: None, ..self.held.clone() };
+        (self.last, self.durable, self.logged, self.trim_to, self.trimmed_to) = (base, base, base, base, base);
+        self.file_bytes = 0;
+        self.reset = Some((tag, base));
+        self.resets += 1;
+    }
+
+    /// True if all entries are trimmed: then even a batch larger than the limit is taken, or it could never be.
+    fn is_all_trimmed(&self) -> bool {
+        self.unwritten == 0 && self.trim_to >= self.last
+    }
+
+    fn is_full_for(&self, bytes: u64, limits: &FeedLimits) -> bool {
+        let used = self.file_bytes + self.unwritten_bytes as u64;
+        self.held.disk_full || (!self.is_all_trimmed() && used + bytes > limits.segment.total_bytes_max)
+    }
+
+    fn has_room(&self, limits: &FeedLimits) -> bool {
+        let used = self.file_bytes + self.unwritten_bytes as u64;
+        let enough = used <= limits.segment.total_bytes_max / 10 * 9;
+        !self.is_full_for(self.refused_bytes, limits) && (enough || self.is_all_trimmed())
+    }
+
+    pub(super) fn first_unwritten(&self) -> Vec<T> {
+        self.ring.range(self.ring.len() - self.unwritten..).cloned().collect()
+    }
+
+    /// The first `written` of the unwritten entries are synced.
+    pub(super) fn advance(&mut self, written: &[T], log: &SegmentLog, limits: &FeedLimits) {
+        self.unwritten -= written.len();
+        self.unwritten_bytes -= written.iter().map(T::bytes).sum::<usize>();
+        self.refresh(log);
+        self.durable = self.logged;
+        self.drop_surplus(limits.queue_bytes_max);
+        self.drop_trimmed();
+    }
+
+    pub(super) fn refresh(&mut self, log: &SegmentLog) {
+        (self.held.base, self.file_bytes, self.logged) = (log.base(), log.bytes(), log.last_index());
+    }
+
+    fn drop_surplus(&mut self, queue_bytes_max: usize) {
+        while self.ring_bytes > queue_bytes_max && self.ring.len() > self.unwritten {
+            self.drop_oldest();
+        }
+    }
+
+    fn drop_trimmed(&mut self) {
+        while self.ring.len() > self.unwritten && self.ring.front().is_some_and(|e| e.index() <= self.trim_to) {
+            self.drop_oldest();
+        }
+    }
+
+    fn drop_oldest(&mut self) {
+        if let Some(entry) = self.ring.pop_front() {
+            self.ring_bytes -= entry.bytes();
+            self.ring_after = entry.index();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

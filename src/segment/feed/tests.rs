@@ -1,0 +1,310 @@
+//! Job: tests of the feed: the same entries from memory and from files, limits that hold, what survives a restart.
+//! Input: small entries, temporary directories. Output: passes or fails.
+//! Always true: no test waits for time; each waits for what it needs.
+
+use super::*;
+use std::os::unix::fs::PermissionsExt;
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Item {
+    index: u64,
+    value: Bytes,
+}
+
+impl FeedEntry for Item {
+    type Index = u64;
+    type Tail = u64;
+    type Extent = Held<u64>;
+    const DENSE: bool = false;
+
+    fn index(&self) -> u64 {
+        self.index
+    }
+
+    fn bytes(&self) -> usize {
+        self.value.len() + 64
+    }
+
+    fn tail(&self) -> u64 {
+        self.index
+    }
+
+    fn typed(index: u64) -> u64 {
+        index
+    }
+
+    fn extent(held: &Held<u64>) -> Held<u64> {
+        held.clone()
+    }
+
+    fn encode(run: &[Self]) -> Bytes {
+        let mut record = Vec::new();
+        for item in run {
+            record.extend(item.index.to_le_bytes());
+            record.extend((item.value.len() as u64).to_le_bytes());
+            record.extend_from_slice(&item.value);
+        }
+        record.into()
+    }
+
+    fn decode(record: &[u8], _: usize) -> Result<Vec<Self>, String> {
+        use bytes::Buf;
+        let mut left = Bytes::copy_from_slice(record);
+        let mut items = Vec::new();
+        while let Ok(index) = left.try_get_u64_le() {
+            let length = left.try_get_u64_le().map_err(|error| error.to_string())?;
+            let value = left.split_to(usize::try_from(length).map_err(|error| error.to_string())?);
+            items.push(Item { index, value });
+        }
+        Ok(items)
+    }
+}
+
+fn item(index: u64, bytes: usize) -> Item {
+    Item { index, value: vec![u8::try_from(index % 251).unwrap_or(0); bytes].into() }
+}
+
+fn items(indexes: impl Iterator<Item = u64>, bytes: usize) -> Vec<Item> {
+    indexes.map(|index| item(index, bytes)).collect()
+}
+
+fn limits(queue_bytes_max: usize, total_bytes_max: u64) -> FeedLimits {
+    let segment = SegmentLimits { segment_bytes: total_bytes_max / 16, total_bytes_max, record_bytes_max: 1 << 20 };
+    FeedLimits { segment, queue_bytes_max, plain_bytes_max: 1 << 20 }
+}
+
+/// Room for everything in files, for little in memory.
+fn roomy() -> FeedLimits {
+    limits(8 * 1024, 16 << 20)
+}
+
+fn private_dir() -> tempfile::TempDir {
+    let only_we = PermissionsExt::from_mode(0o700);
+    tempfile::Builder::new().permissions(only_we).tempdir().unwrap_or_else(|error| panic!("{error}"))
+}
+
+fn open(dir: &Path, limits: FeedLimits) -> Feed<Item> {
+    let opened = Feed::open(dir, limits, &mut |_, _| {});
+    opened.unwrap_or_else(|error| panic!("{error}")).0
+}
+
+async fn append_durably(feed: &Feed<Item>, items: Vec<Item>) {
+    let last = items.last().map_or(0, |item| item.index);
+    assert_eq!(feed.append(items).await.unwrap_or_else(|error| panic!("{error}")), Appended::Taken);
+    let durable = feed.durable().wait_for(|durable| *durable >= last).await.is_ok();
+    assert!(durable, "the feed ended");
+}
+
+async fn read_all(feed: &Feed<Item>, after: u64, bytes_max: usize) -> Vec<Item> {
+    let (end, mut read) = (feed.extent().borrow().last.unwrap_or(0), Vec::<Item>::new());
+    while read.last().map_or(after, |item| item.index) < end {
+        let from = read.last().map_or(after, |item| item.index);
+        read.extend(feed.read_after(from, bytes_max).await.unwrap_or_else(|error| panic!("{error}")));
+    }
+    read
+}
+
+fn ring_bytes(feed: &Feed<Item>) -> usize {
+    lock(&feed.shared.state).ring_bytes
+}
+
+#[tokio::test]
+async fn memory_and_files_give_the_same_entries_whatever_the_reader_takes_at_a_time() {
+    let dir = private_dir();
+    let feed = open(dir.path(), roomy());
+    let written = items((1..2000).map(|n| n * 2), 100);
+    for batch in written.chunks(7) {
+        append_durably(&feed, batch.to_vec()).await;
+    }
+    assert!(ring_bytes(&feed) <= 8 * 1024, "memory holds the newest only");
+    for bytes_max in [1, 1000, 1 << 20] {
+        assert!(read_all(&feed, 0, bytes_max).await == written, "{bytes_max} at a time");
+    }
+    for after in [1, 2, 1001, 1002, 3990, 3997] {
+        assert!(read_all(&feed, after, 5000).await == written[usize::try_from(after / 2).unwrap()..], "after {after}");
+    }
+    feed.close().await.unwrap();
+    let feed = open(dir.path(), roomy());
+    assert!(read_all(&feed, 0, 3000).await == written, "after a restart");
+    feed.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_waiting_reader_gets_a_new_entry_before_the_disk_has_it() {
+    let dir = private_dir();
+    let feed = open(dir.path(), roomy());
+    let state = Arc::clone(&feed.shared);
+    let reading = tokio::join!(feed.read_after(0, 1000), async {
+        assert_eq!(feed.append(items(1..=3, 10)).await.unwrap(), Appended::Taken);
+        lock(&state.state).ring.len()
+    });
+    assert_eq!((reading.0.unwrap(), reading.1), (items(1..=3, 10), 3));
+    feed.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_million_waiting_entries_stay_on_disk_and_not_in_memory() {
+    let dir = private_dir();
+    let feed = open(dir.path(), limits(1 << 20, 4 << 30));
+    for start in (0..1_000_000).step_by(1000) {
+        assert_eq!(feed.append(items(start + 1..=start + 1000, 16)).await.unwrap(), Appended::Taken);
+        assert!(ring_bytes(&feed) <= (1 << 20) + 80_000);
+    }
+    let (mut after, mut count) = (0, 0);
+    while after < 1_000_000 {
+        let read = feed.read_after(after, 256 * 1024).await.unwrap();
+        assert_eq!(read.first().map(|item| item.index), Some(after + 1));
+        count += read.len();
+        after = read.last().map_or(after, |item| item.index);
+    }
+    assert_eq!(count, 1_000_000);
+    feed.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn what_does_not_follow_is_refused() {
+    let dir = private_dir();
+    let feed = open(dir.path(), roomy());
+    append_durably(&feed, items([3, 7].into_iter(), 10)).await;
+    assert!(matches!(feed.append(items(7..9, 10)).await, Err(FeedError::OutOfOrder { index: 7, end: 7 })));
+    assert!(matches!(
+        feed.append(items([9, 8].into_iter(), 10)).await,
+        Err(FeedError::OutOfOrder { index: 8, end: 9 })
+    ));
+    assert!(matches!(feed.read_after(8, 10).await, Err(FeedError::BeyondEnd { index: 8, end: 7 })));
+    feed.cover(20);
+    assert!(matches!(feed.append(items(15..16, 10)).await, Err(FeedError::OutOfOrder { index: 15, end: 20 })));
+    feed.close().await.unwrap();
+    assert!(matches!(feed.append(items(30..31, 10)).await, Err(FeedError::Closed)));
+    assert!(matches!(feed.read_after(3, 10).await, Err(FeedError::Closed)));
+}
+
+#[tokio::test]
+async fn a_full_feed_takes_nothing_until_trimming_made_room() {
+    let dir = private_dir();
+    let limits = limits(16 * 1024, 64 * 1024);
+    let feed = open(dir.path(), limits);
+    let mut last = 0;
+    let refused = loop {
+        let batch = items(last + 1..=last + 10, 400);
+        match feed.append(batch.clone()).await.unwrap() {
+            Appended::Taken => last += 10,
+            Appended::Full(refused) => {
+                assert_eq!(refused, batch);
+                break refused;
+            }
+        }
+    };
+    feed.durable().wait_for(|durable| *durable == last).await.unwrap();
+    let extent = feed.extent().borrow().clone();
+    assert!(extent.full && extent.last == Some(last) && extent.bytes <= 64 * 1024, "{extent:?}");
+    assert!(read_all(&feed, 0, 1000).await == items(1..=last, 400), "a full feed can be read");
+    let (room, ()) = tokio::join!(feed.room(), async { feed.trim(last / 2) });
+    room.unwrap();
+    let extent = feed.extent().borrow().clone();
+    assert!(
+        !extent.full && extent.base > 0 && extent.base <= last / 2 && extent.first == Some(extent.base + 1),
+        "{extent:?}"
+    );
+    assert_eq!(feed.append(refused).await.unwrap(), Appended::Taken);
+    assert!(matches!(feed.read_after(extent.base - 1, 10).await, Err(FeedError::BeforeBase { .. })));
+    feed.close().await.unwrap();
+    let files: u64 = std::fs::read_dir(dir.path()).unwrap().map(|file| file.unwrap().metadata().unwrap().len()).sum();
+    assert!(files <= 64 * 1024 + limits.segment.segment_bytes, "{files} B in files");
+}
+
+#[tokio::test]
+async fn a_batch_larger_than_the_limit_is_taken_once_all_else_is_trimmed() {
+    let dir = private_dir();
+    let feed = open(dir.path(), limits(16 * 1024, 64 * 1024));
+    append_durably(&feed, items(1..=10, 400)).await;
+    let Appended::Full(large) = feed.append(items(11..=12, 100_000)).await.unwrap() else { panic!("it does not fit") };
+    let (room, ()) = tokio::join!(feed.room(), async { feed.trim(10) });
+    room.unwrap();
+    append_durably(&feed, large).await;
+    feed.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_reset_drops_everything_for_good_and_tells_a_waiting_reader() {
+    let dir = private_dir();
+    let feed = open(dir.path(), roomy());
+    append_durably(&feed, items(100..=500, 100)).await;
+    let (read, reset) = tokio::join!(feed.read_after(500, 10), feed.reset(9, 40));
+    reset.unwrap();
+    assert!(matches!(read, Err(FeedError::Reset)));
+    let extent = feed.extent().borrow().clone();
+    assert_eq!((extent.tag, extent.base, extent.covered, extent.first, extent.last), (9, 40, 40, None, None));
+    assert_eq!(*feed.durable().borrow(), 40);
+    assert!(matches!(feed.read_after(39, 10).await, Err(FeedError::BeforeBase { .. })));
+    feed.close().await.unwrap();
+    let feed = open(dir.path(), roomy());
+    let extent = feed.extent().borrow().clone();
+    assert_eq!((extent.tag, extent.base, extent.covered, extent.last), (9, 40, 40, None), "it is remembered");
+    append_durably(&feed, items(41..=42, 100)).await;
+    assert!(read_all(&feed, 40, 1000).await == items(41..=42, 100));
+    feed.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn how_far_it_covers_is_remembered_and_reading_goes_on_after_it() {
+    let dir = private_dir();
+    let feed = open(dir.path(), roomy());
+    append_durably(&feed, items(1..=5, 100)).await;
+    feed.cover(70);
+    feed.cover(60);
+    assert_eq!(feed.extent().borrow().covered, 70);
+    feed.close().await.unwrap();
+    let feed = open(dir.path(), roomy());
+    let extent = feed.extent().borrow().clone();
+    assert_eq!((extent.covered, extent.last, extent.first, extent.base), (70, Some(5), Some(1), 0));
+    let (read, ()) = tokio::join!(feed.read_after(6, 1000), append_durably(&feed, items(71..=72, 10)));
+    assert_eq!(read.unwrap(), items(71..=72, 10));
+    assert!(read_all(&feed, 3, 1000).await.iter().map(|item| item.index).eq([4, 5, 71, 72]));
+    feed.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_crash_before_the_sync_loses_only_what_was_not_durable() {
+    let dir = private_dir();
+    let feed = open(dir.path(), roomy());
+    append_durably(&feed, items(1..=50, 100)).await;
+    let file = std::fs::read_dir(dir.path()).unwrap().map(|file| file.unwrap().path());
+    let file = file.into_iter().find(|path| path.extension().is_some_and(|end| end == "segment")).unwrap();
+    let durable = std::fs::read(&file).unwrap();
+    append_durably(&feed, items(51..=90, 100)).await;
+    feed.close().await.unwrap();
+    let written = std::fs::read(&file).unwrap();
+    let from = durable.iter().rposition(|byte| *byte != 0).unwrap() + 1;
+    for torn in [from, from + 1, from + 20, from + 1000] {
+        let mut bytes = written[..torn].to_vec();
+        bytes.resize(written.len(), 0);
+        std::fs::write(&file, bytes).unwrap();
+        let feed = open(dir.path(), roomy());
+        assert!(read_all(&feed, 0, 1000).await == items(1..=50, 100), "torn at {torn}");
+        append_durably(&feed, items(51..=52, 100)).await;
+        feed.close().await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn appending_waits_while_the_disk_is_behind_and_a_cancelled_append_adds_nothing() {
+    let dir = private_dir();
+    let limits = limits(1000, 1 << 20);
+    let (log, _) = SegmentLog::open(dir.path(), limits.segment, OnDamage::Refuse, &mut |_, _| {}).unwrap();
+    let shared = Arc::new(Shared::<Item>::new(dir.path().to_owned(), limits, &log, None, None));
+    let (finish, finished) = watch::channel(false);
+    let feed = Feed { shared: Arc::clone(&shared), finished };
+    assert_eq!(feed.append(items(1..=9, 100)).await.unwrap(), Appended::Taken, "a single batch always fits");
+    {
+        let waiting = std::pin::pin!(feed.append(items(10..=12, 100)));
+        assert!(futures::poll!(waiting).is_pending(), "the backlog exceeds the memory's limit");
+    }
+    assert_eq!(feed.extent().borrow().covered, 9, "the cancelled append added nothing");
+    let writer = Writer::new(shared, log, finish);
+    let writing = std::thread::spawn(move || writer.run());
+    append_durably(&feed, items(10..=12, 100)).await;
+    assert!(read_all(&feed, 0, 1000).await == items(1..=12, 100));
+    feed.close().await.unwrap();
+    writing.join().unwrap();
+}
