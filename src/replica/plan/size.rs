@@ -1,0 +1,161 @@
+//! Job: what a transaction costs: its bytes as etcd counts them, and whether it fits the replica's limits.
+//! Input: operations, range guards, the limits. Output: byte counts, yes or no, and smaller limits after a refusal.
+//! Pure: no clock, no I/O.
+//! Always true: a transaction that is said to fit is not larger than etcd's own count allows; the count errs by a few bytes, upwards.
+
+use super::nest::Shape;
+use super::{Node, Op, RangeGuard, TxnTree};
+
+/// What etcd wraps around a transaction before it compares the size with `--max-request-bytes` (`InternalRaftRequest`): a header
+/// with a request id, an auth revision and a user name of up to 64 bytes, and the transaction's own tag and length.
+const ENVELOPE_BYTES: usize = 108;
+/// A nested transaction without operations: two tags and two lengths of up to 5 bytes.
+const NODE_BYTES: usize = 12;
+/// A signed 64-bit number is at most this long, with its tag.
+const NUMBER_BYTES: usize = 11;
+/// An enum value that is not zero, with its tag.
+const ENUM_BYTES: usize = 2;
+
+/// What one transaction at the replica may hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RequestLimits {
+    /// etcd's `--max-txn-ops`.
+    pub ops_max: usize,
+    /// etcd's `--max-request-bytes`.
+    pub bytes_max: usize,
+    pub position_key_bytes: usize,
+    /// The longest that the position's JSON can become, without a cursor.
+    pub position_value_bytes_max: usize,
+}
+
+/// How the replica's etcd refused a transaction for what it holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// "too many operations in txn request".
+    TooManyOps,
+    /// "request is too large".
+    TooLarge {
+        /// `Settled::request_bytes` of what was sent.
+        sent_bytes: usize,
+    },
+}
+
+/// What some operations cost, before they are arranged in levels.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Load {
+    pub count: usize,
+    /// Operations and guards, encoded.
+    pub bytes: usize,
+    pub guards: usize,
+    /// 1 if some operation is itself a transaction with a compare (`Op::Create`), which takes a level of its own.
+    pub leaf_width: usize,
+}
+
+impl Load {
+    pub fn of(ops: &[Op]) -> Self {
+        let mut load = Self::default();
+        ops.iter().for_each(|op| load.add(op));
+        load
+    }
+
+    pub fn add(&mut self, op: &Op) {
+        self.count += 1;
+        self.bytes += op_bytes(op);
+        if matches!(op, Op::Create { .. }) {
+            self.leaf_width = 1;
+        }
+    }
+}
+
+impl RequestLimits {
+    /// Smaller limits after a refusal: half of the operations, a tenth less bytes than were refused. `None`: they cannot shrink
+    /// any further, and another try is useless.
+    pub fn learned(self, refusal: Refusal) -> Option<Self> {
+        match refusal {
+            Refusal::TooManyOps => (self.ops_max >= 4).then_some(Self { ops_max: self.ops_max / 2, ..self }),
+            Refusal::TooLarge { sent_bytes } => {
+                let refused = self.bytes_max.min(sent_bytes);
+                let bytes_max = refused - refused.div_ceil(10);
+                (bytes_max > self.fixed_bytes()).then_some(Self { bytes_max, ..self })
+            }
+        }
+    }
+
+    /// What every transaction holds, whatever it carries: the position's compare, its put, and its get in the failure branch.
+    pub(super) fn fixed_bytes(&self) -> usize {
+        let key = field(self.position_key_bytes);
+        let compare = field(ENUM_BYTES + key + NUMBER_BYTES);
+        let put = field(field(key + field(self.position_value_bytes_max)));
+        let get = field(field(key));
+        ENVELOPE_BYTES + compare + put + get
+    }
+
+    /// The bytes of the whole request, never less than etcd counts.
+    pub(super) fn request_bytes(&self, tree: &TxnTree) -> usize {
+        let guards: usize = tree.guards.iter().map(guard_bytes).sum();
+        let success: usize = tree.success.iter().map(node_bytes).sum();
+        self.fixed_bytes() + guards + success
+    }
+
+    pub(super) fn fits(&self, load: &Load) -> bool {
+        let Some(shape) = self.shape(load) else { return false };
+        self.fixed_bytes() + load.bytes + shape.nodes(load.count) * NODE_BYTES <= self.bytes_max
+    }
+
+    pub(super) fn shape(&self, load: &Load) -> Option<Shape> {
+        Shape::of(load.count, load.guards, self.ops_max.saturating_sub(load.leaf_width))
+    }
+}
+
+/// An operation as an entry of a transaction's success branch: `TxnRequest.success` of a `RequestOp`.
+pub(super) fn op_bytes(op: &Op) -> usize {
+    match op {
+        Op::Put { key, value } => put_bytes(key.len(), value.len()),
+        Op::Create { key, value } => {
+            let compare = field(ENUM_BYTES + optional(key.len()) + NUMBER_BYTES);
+            field(field(compare + put_bytes(key.len(), value.len())))
+        }
+        Op::Delete { key } => delete_bytes(key.len()),
+        Op::DeleteRange { range } => field(field(optional(range.from.len()) + optional(range.to.len()))),
+    }
+}
+
+pub(super) fn put_bytes(key: usize, value: usize) -> usize {
+    field(field(optional(key) + optional(value)))
+}
+
+pub(super) fn delete_bytes(key: usize) -> usize {
+    field(field(optional(key)))
+}
+
+/// An entry of `TxnRequest.compare`; `range_end` has tag 64 and so one byte more than the others.
+pub(super) fn guard_bytes(guard: &RangeGuard) -> usize {
+    let ends = optional(guard.range.from.len()) + 1 + optional(guard.range.to.len());
+    field(2 * ENUM_BYTES + NUMBER_BYTES + ends)
+}
+
+fn node_bytes(node: &Node) -> usize {
+    match node {
+        Node::Op(op) => op_bytes(op),
+        Node::Txn(nodes) => field(field(nodes.iter().map(node_bytes).sum())),
+    }
+}
+
+/// A length-delimited protobuf field with a tag below 16.
+fn field(len: usize) -> usize {
+    1 + varint_bytes(len) + len
+}
+
+/// The same, where an empty one is left out, as proto3 does with bytes.
+fn optional(len: usize) -> usize {
+    if len == 0 { 0 } else { field(len) }
+}
+
+fn varint_bytes(mut number: usize) -> usize {
+    let mut bytes = 1;
+    while number >= 0x80 {
+        number >>= 7;
+        bytes += 1;
+    }
+    bytes
+}
