@@ -5,7 +5,7 @@
 use super::{Config, Fault, Faults};
 use crate::certs::identity::PeerIdentity;
 use crate::certs::load::{self, LoadError};
-use std::fs::DirBuilder;
+use std::fs::{DirBuilder, File};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::Path;
 use time::OffsetDateTime;
@@ -74,12 +74,8 @@ fn check_etcd(faults: &mut Vec<Fault>, config: &Config, now: OffsetDateTime) {
         check_secret(faults, "etcd.key", key);
     }
     if let Some(path) = &etcd.password_file {
-        match std::fs::read_to_string(path) {
-            Ok(text) if text.trim().is_empty() => {
-                fault(faults, "etcd.password_file", format!("{} is empty: write the password into it", path.display()));
-            }
-            Ok(_) => {}
-            Err(e) => fault(faults, "etcd.password_file", format!("{} cannot be read: {e}", path.display())),
+        if std::fs::read_to_string(path).is_ok_and(|text| text.trim().is_empty()) {
+            fault(faults, "etcd.password_file", format!("{} is empty: write the password into it", path.display()));
         }
         check_secret(faults, "etcd.password_file", path);
     }
@@ -122,18 +118,23 @@ fn note(faults: &mut Vec<Fault>, field: &str, result: Result<(), LoadError>) {
     }
 }
 
-/// Puts what is wrong with a pair at the field whose file it is.
+/// Puts what is wrong with a pair at the field whose file it is. A key that cannot be read has its fault already.
 fn pair_fault(faults: &mut Vec<Fault>, table: &str, key: &Path, error: LoadError) {
     let of_key = error.path() == key;
-    fault(faults, &format!("{table}.{}", if of_key { "key" } else { "cert" }), error);
+    if !(of_key && matches!(error, LoadError::Read { .. })) {
+        fault(faults, &format!("{table}.{}", if of_key { "key" } else { "cert" }), error);
+    }
 }
 
+/// A secret must be there and readable, by us alone.
 fn check_secret(faults: &mut Vec<Fault>, field: &str, path: &Path) {
-    // A file that is missing has its fault already.
-    let Ok(found) = std::fs::metadata(path) else { return };
-    let mode = found.permissions().mode() & 0o777;
-    if mode & 0o177 != 0 {
-        let shown = path.display();
-        fault(faults, field, format!("{shown} is open to others (mode {mode:04o}): chmod 600 {shown}"));
+    let shown = path.display();
+    match File::open(path).and_then(|file| file.metadata()) {
+        Ok(found) if found.permissions().mode() & 0o177 != 0 => {
+            let mode = found.permissions().mode() & 0o777;
+            fault(faults, field, format!("{shown} is open to others (mode {mode:04o}): chmod 600 {shown}"));
+        }
+        Ok(_) => {}
+        Err(e) => fault(faults, field, format!("{shown} cannot be read: {e}")),
     }
 }

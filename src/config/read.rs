@@ -208,3 +208,48 @@ fn with_article(type_name: &str) -> String {
     let vowel = type_name.starts_with(['a', 'e', 'i', 'o', 'u']);
     format!("{} {type_name}", if vowel { "an" } else { "a" })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_syntax_error_has_its_line_and_column() {
+        let Faults(faults) = parse("a = 1\nb = \"x\nc = 2\n").unwrap_err();
+        assert_eq!(faults.len(), 1);
+        assert!(faults[0].field.starts_with("line 2, column "), "{:?}", faults[0]);
+        let Faults(faults) = parse("a = 1\na = 2\n").unwrap_err();
+        assert_eq!(faults[0].field, "line 2, column 1", "{:?}", faults[0]);
+    }
+
+    #[test]
+    fn unknown_keys_are_faults_at_every_depth_and_name_the_known_ones() {
+        let table = parse("known = 'x'\nunknown = 1\n[inner]\nstray = 1\n[[list]]\n[[list]]\nstray = 1\n").unwrap();
+        let mut root = Section::root(&table);
+        root.text("known", "y");
+        root.table("inner", None, |s| s.text_if_present("taken", "y"));
+        root.tables("list", |s| s.text_if_present("taken", "y"));
+        let faults = root.finish();
+        let fields: Vec<&str> = faults.iter().map(|f| f.field.as_str()).collect();
+        assert_eq!(fields, ["inner.stray", "list[1].stray", "unknown"]);
+        assert!(faults[2].rule.ends_with("one of known, inner, list"), "{}", faults[2].rule);
+    }
+
+    #[test]
+    fn a_value_of_another_type_is_named() {
+        let table = parse("text = 1\nlist = ['a', 2]\ntables = [3]\ntable = 4").unwrap();
+        let mut root = Section::root(&table);
+        root.text("text", "y");
+        assert_eq!(root.texts("list").unwrap().len(), 1);
+        root.tables("tables", |_| Some(()));
+        root.table("table", None, |_| Some(()));
+        let faults: Vec<String> = root.finish().iter().map(|f| format!("{}: {}", f.field, f.rule)).collect();
+        let expected = [
+            "text: must be a string, not an integer",
+            "list[1]: must be a string, not an integer",
+            "tables[0]: must be a table, [[tables]], not an integer",
+            "table: must be a table, [table], not an integer",
+        ];
+        assert_eq!(faults, expected);
+    }
+}

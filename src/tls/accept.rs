@@ -78,6 +78,8 @@ pub struct AcceptLoop {
 struct Refused {
     remote: SocketAddr,
     reason: String,
+    /// It went away by itself before anything was refused, as the probes of load balancers do.
+    left: bool,
 }
 
 enum Event {
@@ -129,7 +131,11 @@ impl AcceptLoop {
                     self.pause(backoff.after_failure(rand::random())).await
                 }
                 Event::Shaken(Ok(Ok(connection))) => self.hand_on(*connection).await,
-                Event::Shaken(Ok(Err(Refused { remote, reason }))) => {
+                Event::Shaken(Ok(Err(Refused { remote, reason, left: true }))) => {
+                    tracing::debug!(%remote, %reason, "a connection ended before its handshake did");
+                    true
+                }
+                Event::Shaken(Ok(Err(Refused { remote, reason, left: false }))) => {
                     log.write(Instant::now(), |left_out| {
                         tracing::warn!(%remote, %reason, left_out, "a connection was refused");
                     });
@@ -171,14 +177,15 @@ async fn handshake(
     remote: SocketAddr,
     timeout: Duration,
 ) -> Result<Box<PeerConnection>, Refused> {
-    let refused = |reason| Refused { remote, reason };
+    let refused = |reason| Refused { remote, reason, left: false };
     // Without it the last part of each small frame would wait for an acknowledgement.
     tcp.set_nodelay(true).map_err(|e| refused(explain(&e)))?;
     match tokio::time::timeout(timeout, acceptor.accept(tcp).into_fallible()).await {
         Err(_) => Err(refused(format!("it did not finish its TLS handshake within {} ms", timeout.as_millis()))),
         Ok(Err((error, tcp))) => {
             linger(tcp).await;
-            Err(refused(explain(&error)))
+            let left = matches!(error.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset);
+            Err(Refused { left, ..refused(explain(&error)) })
         }
         Ok(Ok(stream)) => match identity(&stream) {
             Ok(identity) => Ok(Box::new(PeerConnection { stream, peer: PeerConnectInfo { remote, identity } })),

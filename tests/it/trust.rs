@@ -19,6 +19,7 @@ use tempfile::TempDir;
 use time::OffsetDateTime;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_rustls::TlsConnector;
 use tokio_util::sync::CancellationToken;
@@ -64,36 +65,32 @@ impl Authority {
 
 /// What the server logs, in this thread: each test here has a runtime of one thread.
 #[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<u8>>>);
+struct Log(watch::Sender<String>);
 
 impl Log {
     fn capture() -> (Self, DefaultGuard) {
         let log = Self::default();
         let writer = log.clone();
-        let subscriber = tracing_subscriber::fmt()
-            .with_ansi(false)
-            .with_writer(move || writer.clone())
-            .with_max_level(tracing::Level::WARN);
-        (log, tracing::subscriber::set_default(subscriber.finish()))
+        let subscriber = tracing_subscriber::fmt().with_ansi(false).with_max_level(tracing::Level::WARN);
+        let subscriber = subscriber.with_writer(move || writer.clone()).finish();
+        (log, tracing::subscriber::set_default(subscriber))
     }
 
     fn text(&self) -> String {
-        String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
+        self.0.borrow().clone()
     }
 
-    /// Waits for a line with these words.
     async fn wait_for(&self, words: &str) {
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while !self.text().contains(words) {
-            assert!(Instant::now() < deadline, "the server's log lacks {words:?}:\n{}", self.text());
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        let mut lines = self.0.subscribe();
+        let found = lines.wait_for(|text| text.contains(words));
+        let found = tokio::time::timeout(Duration::from_secs(10), found).await.is_ok();
+        assert!(found, "the server's log lacks {words:?}:\n{}", self.text());
     }
 }
 
 impl Write for Log {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
+        self.0.send_modify(|text| text.push_str(&String::from_utf8_lossy(bytes)));
         Ok(bytes.len())
     }
 
@@ -357,18 +354,39 @@ async fn plain_http_is_refused() {
 }
 
 #[tokio::test]
-async fn a_handshake_that_stalls_holds_up_nobody_and_is_dropped_at_its_time_out() {
+async fn a_probe_that_connects_and_leaves_is_no_warning() {
     let (log, _guard) = Log::capture();
     let authority = Authority::new();
-    let (east, west) = (authority.east(), authority.west());
-    let limits = AcceptLimits { handshake_timeout: Duration::from_millis(500), ..AcceptLimits::default() };
-    let server = Server::start_with(server_config(&west).unwrap(), limits).await;
+    let server = Server::start(&authority.west()).await;
+    drop(TcpStream::connect(server.address).await.unwrap());
+    let mut plain = TcpStream::connect(server.address).await.unwrap();
+    plain.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+    log.wait_for("the peer does not speak TLS").await;
+    assert_eq!(log.text().lines().count(), 1, "{}", log.text());
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_handshake_that_stalls_holds_up_nobody() {
+    let authority = Authority::new();
+    let server = Server::start(&authority.west()).await;
+    let stalled = TcpStream::connect(server.address).await.unwrap();
+    server.call(client_config(&authority.east(), WEST).unwrap()).await.unwrap();
+    let still_open = stalled.try_read(&mut [0]).unwrap_err();
+    assert_eq!(still_open.kind(), std::io::ErrorKind::WouldBlock, "its time-out is not what let the other one in");
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_handshake_that_stalls_is_dropped_at_its_time_out() {
+    let (log, _guard) = Log::capture();
+    let authority = Authority::new();
+    let limits = AcceptLimits { handshake_timeout: Duration::from_millis(100), ..AcceptLimits::default() };
+    let server = Server::start_with(server_config(&authority.west()).unwrap(), limits).await;
     let mut stalled = TcpStream::connect(server.address).await.unwrap();
-    server.call(client_config(&east, WEST).unwrap()).await.unwrap();
-    assert!(!log.text().contains("did not finish"), "the other caller did not wait for the stalled one");
-    let read = tokio::time::timeout(Duration::from_secs(5), stalled.read_u8()).await.expect("it is dropped");
+    let read = tokio::time::timeout(Duration::from_secs(10), stalled.read_u8()).await.expect("it is dropped");
     assert!(read.is_err());
-    log.wait_for("it did not finish its TLS handshake within 500 ms").await;
+    log.wait_for("it did not finish its TLS handshake within 100 ms").await;
     server.stop().await;
 }
 
@@ -378,10 +396,10 @@ async fn handshakes_beyond_the_limit_wait_and_are_served_later() {
     let (east, west) = (authority.east(), authority.west());
     let limits = AcceptLimits { handshakes_max: 1, handshake_timeout: Duration::from_millis(300) };
     let server = Server::start_with(server_config(&west).unwrap(), limits).await;
-    let _stalled = TcpStream::connect(server.address).await.unwrap();
     let start = Instant::now();
+    let _stalled = TcpStream::connect(server.address).await.unwrap();
     server.call(client_config(&east, WEST).unwrap()).await.unwrap();
-    assert!(start.elapsed() >= Duration::from_millis(200), "it waited for the one place");
+    assert!(start.elapsed() >= limits.handshake_timeout, "it waited for the one place");
     server.stop().await;
 }
 
