@@ -33,11 +33,11 @@ const STREAMS_MAX: u32 = 256;
 /// SIGTERM stops within 5 s.
 const STOP_DEADLINE: Duration = Duration::from_millis(4_500);
 const HEALTH_INTERVAL: Duration = Duration::from_secs(10);
-const METRICS_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Sets up logging; call once.
 pub fn log(config: &LogConfig) -> anyhow::Result<()> {
-    let filter = tracing_subscriber::EnvFilter::try_new(&config.level).with_context(|| format!("[log] level {:?}", config.level))?;
+    let filter = tracing_subscriber::EnvFilter::try_new(&config.level)
+        .with_context(|| format!("[log] level {:?}", config.level))?;
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     let installed = match config.format {
         LogFormat::Text => builder.try_init(),
@@ -91,7 +91,9 @@ impl App {
     /// Binds the listeners, opens the disks, loads the certificates.
     pub async fn bind(config: Config, stop: CancellationToken) -> anyhow::Result<Self> {
         let bind = |what: &'static str, address| async move {
-            TcpListener::bind(address).await.with_context(|| format!("listen.{what} {address} cannot be bound: is another sidecar running?"))
+            TcpListener::bind(address)
+                .await
+                .with_context(|| format!("listen.{what} {address} cannot be bound: is another sidecar running?"))
         };
         let peer = bind("peer", config.listen.peer).await?;
         let admin = admin::service::Server::bind(config.listen.admin, &config.tls).await?;
@@ -101,9 +103,15 @@ impl App {
         let mut links = Vec::new();
         let mut origins = Vec::new();
         for send in &config.send {
-            let (status, watching) = watch::channel(LinkStatus::new(send.link.clone(), Side::Origin, send.peer.clone()));
+            let (status, watching) =
+                watch::channel(LinkStatus::new(send.link.clone(), Side::Origin, send.peer.clone()));
             let (commands, incoming) = mpsc::channel(1);
-            links.push(LinkHandle { link: send.link.clone(), side: Side::Origin, status: watching, commands: Some(commands) });
+            links.push(LinkHandle {
+                link: send.link.clone(),
+                side: Side::Origin,
+                status: watching,
+                commands: Some(commands),
+            });
             let overlaps = |ranges: &Option<Ranges>| ranges.as_ref().is_none_or(|r| r.overlaps(&send.ranges));
             let origin = OriginLink {
                 etcd: config.etcd.clone(),
@@ -119,8 +127,14 @@ impl App {
         }
         let (mut replicas, mut ends) = (Vec::new(), Vec::new());
         for receive in &config.receive {
-            let (status, watching) = watch::channel(LinkStatus::new(receive.link.clone(), Side::Replica, receive.peer.clone()));
-            links.push(LinkHandle { link: receive.link.clone(), side: Side::Replica, status: watching, commands: None });
+            let (status, watching) =
+                watch::channel(LinkStatus::new(receive.link.clone(), Side::Replica, receive.peer.clone()));
+            links.push(LinkHandle {
+                link: receive.link.clone(),
+                side: Side::Replica,
+                status: watching,
+                commands: None,
+            });
             let replica = ReplicaLink {
                 etcd: config.etcd.clone(),
                 limits: config.limits.clone(),
@@ -143,7 +157,8 @@ impl App {
 
     /// Runs everything until `stop`, or until something fails that must not.
     pub async fn run(self) -> anyhow::Result<()> {
-        let Self { config, stop, listening, peer, admin, http, exporter, receiver, streams, replicas, origins, links } = self;
+        let Self { config, stop, listening, peer, admin, http, exporter, receiver, streams, replicas, origins, links } =
+            self;
         tracing::info!(region = %config.region, node = %config.node, version = env!("CARGO_PKG_VERSION"), peer = %listening.peer,
             admin = %listening.admin, http = %listening.http, "running");
         let mut tasks: JoinSet<anyhow::Result<()>> = JoinSet::new();
@@ -158,7 +173,6 @@ impl App {
             etcd,
         });
         tasks.spawn(poll_health(config.clone(), health, stop.clone()));
-        tasks.spawn(record(directory.clone(), exporter.clone(), stop.clone()));
         tasks.spawn(serve_peers(config.clone(), peer, receiver, stop.clone()));
         tasks.spawn({
             let (directory, stop) = (directory.clone(), stop.clone());
@@ -217,9 +231,15 @@ async fn until(deadline: Option<tokio::time::Instant>) {
 }
 
 /// Both gRPC services behind mutual TLS. Each has a limit of its own for what it reads.
-async fn serve_peers(config: Config, listener: TcpListener, receiver: Receiver, stop: CancellationToken) -> anyhow::Result<()> {
+async fn serve_peers(
+    config: Config,
+    listener: TcpListener,
+    receiver: Receiver,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
     let server_config = tls::server_config(&config.tls)?;
-    let (accepting, incoming) = accept::incoming(listener, server_config, accept::AcceptLimits::default(), stop.clone());
+    let (accepting, incoming) =
+        accept::incoming(listener, server_config, accept::AcceptLimits::default(), stop.clone());
     let shipment_bytes_max = config.limits.revision_bytes_max.saturating_mul(2).saturating_add(1 << 20);
     let server = tonic::transport::Server::builder()
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
@@ -238,7 +258,11 @@ async fn serve_peers(config: Config, listener: TcpListener, receiver: Receiver, 
 }
 
 /// Asks each etcd endpoint for its version now and then: a balanced connection would ask any of them.
-async fn poll_health(config: Config, health: watch::Sender<Vec<EtcdHealth>>, stop: CancellationToken) -> anyhow::Result<()> {
+async fn poll_health(
+    config: Config,
+    health: watch::Sender<Vec<EtcdHealth>>,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
     let mut ticks = tokio::time::interval(HEALTH_INTERVAL);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -263,24 +287,13 @@ async fn poll_health(config: Config, health: watch::Sender<Vec<EtcdHealth>>, sto
 async fn look_at(endpoint: &str, config: &crate::config::EtcdConfig) -> EtcdHealth {
     let asked = async { Etcd::connect(config).await?.member().await };
     match asked.await {
-        Ok(member) => EtcdHealth { endpoint: endpoint.to_owned(), ok: true, version: member.version, leader: member.leader, detail: String::new() },
+        Ok(member) => EtcdHealth {
+            endpoint: endpoint.to_owned(),
+            ok: true,
+            version: member.version,
+            leader: member.leader,
+            detail: String::new(),
+        },
         Err(e) => EtcdHealth { endpoint: endpoint.to_owned(), detail: e.to_string(), ..EtcdHealth::default() },
-    }
-}
-
-/// Writes the links' figures into the metrics.
-async fn record(directory: Arc<Directory>, exporter: metrics::Exporter, stop: CancellationToken) -> anyhow::Result<()> {
-    let mut ticks = tokio::time::interval(METRICS_INTERVAL);
-    loop {
-        tokio::select! {
-            biased;
-            () = stop.cancelled() => return Ok(()),
-            _ = ticks.tick() => {
-                for status in directory.snapshots() {
-                    metrics::record_link(&status);
-                }
-                exporter.upkeep();
-            }
-        }
     }
 }

@@ -8,13 +8,13 @@ use super::ship::{Shipper, at_origin};
 use super::watch::TailState;
 use crate::config::Limits;
 use crate::etcd::{Columns, Etcd, EtcdError, Kv};
-use crate::model::{Change, CopyProgress, KeyRange, LinkState, Position, Ranges, Revision, WholeRevision};
+use crate::model::{
+    Change, CopyProgress, Epoch, KeyRange, LinkState, Position, Ranges, Revision, Seq, Term, WholeRevision,
+};
 use crate::wire;
-use crate::wire::digest;
 use crate::wire::replicate::{CopyBegin, CopyEnd, Page, Shipment, shipment};
 use bytes::Bytes;
 use std::collections::VecDeque;
-use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -31,30 +31,30 @@ const PINS_MAX: u32 = 2;
 const KEEP_ALIVE: Duration = Duration::from_secs(1);
 
 /// Copies, then waits until the replica has all pages. Returns the revision after which following starts.
-pub(super) async fn copy(ship: &mut Shipper, session: &mut Session, cursor: Option<Bytes>) -> Result<Revision, SessionEnd> {
+pub(super) async fn copy(
+    ship: &mut Shipper,
+    session: &mut Session,
+    epoch: Epoch,
+    cursor: Option<Bytes>,
+) -> Result<Revision, SessionEnd> {
     let position = Position::from_json(&session.reply.position).ok();
     let resuming = cursor.is_some();
     let anchor = match (&position, resuming) {
         (Some(position), true) => position.origin_revision,
         (_, _) => open_anchor(ship, session).await?,
     };
-    if session.waymark.now.counter == 0 {
+    if session.waymark.present.counter == 0 {
         session.write_waymark(ship).await?;
     }
     let ranges = ship.origin.send.ranges.clone();
     let keys_total = count(&session.etcd, &ranges).await?;
     let link_back = session.reply.link_back || ship.origin.link_back;
     let guard_pass = !resuming && !link_back && !session.reply.ranges_empty && keys_total > 0;
-    let epoch = match &position {
-        Some(position) if resuming => position.epoch,
-        Some(position) => position.epoch.next(),
-        None => session.epoch.next(),
-    };
     let begin = CopyBegin {
         epoch: epoch.0,
         term: session.term.0,
         anchor_revision: anchor.0,
-        waymark: Some(session.waymark.now.into()),
+        waymark: Some(session.waymark.present.into()),
         allow_deletes: ship.resync.is_some_and(|r| r.allow_deletes),
         origin_empty: keys_total == 0,
         guard_pass,
@@ -137,7 +137,12 @@ impl Copying {
     }
 
     /// Sends, while receipts are taken: a replica that refuses is heard at once.
-    async fn send(&mut self, ship: &mut Shipper, session: &mut Session, what: shipment::What) -> Result<(), SessionEnd> {
+    async fn send(
+        &mut self,
+        ship: &mut Shipper,
+        session: &mut Session,
+        what: shipment::What,
+    ) -> Result<(), SessionEnd> {
         let outbound = session.outbound.clone();
         let mut shipment = Some(Shipment { what: Some(what) });
         let mut ticks = tokio::time::interval(KEEP_ALIVE);
@@ -170,7 +175,13 @@ impl Copying {
     }
 
     /// Ships all pages of `reader`, at most [`PAGES_IN_FLIGHT_MAX`] ahead of their acknowledgements.
-    async fn ship_pages(&mut self, ship: &mut Shipper, session: &mut Session, reader: Reader, keys_only: bool) -> Result<(), SessionEnd> {
+    async fn ship_pages(
+        &mut self,
+        ship: &mut Shipper,
+        session: &mut Session,
+        reader: Reader,
+        keys_only: bool,
+    ) -> Result<(), SessionEnd> {
         let (pages, mut incoming) = mpsc::channel(PAGES_AHEAD);
         let mut reading = JoinSet::new();
         reading.spawn(reader.run(pages));
@@ -210,7 +221,8 @@ impl Copying {
                 view.bytes_sent += bytes_sent;
                 view.copy = Some(self.progress);
                 if !keys_only {
-                    view.detail = format!("base copy: {} of {} keys sent", self.progress.keys_done, self.progress.keys_total);
+                    view.detail =
+                        format!("base copy: {} of {} keys sent", self.progress.keys_done, self.progress.keys_total);
                 }
             });
         }
@@ -229,9 +241,8 @@ struct ReadPage {
 impl ReadPage {
     fn encode(self) -> Page {
         let changes = self.kvs.into_iter().map(|kv| Change::Put { key: kv.key, value: kv.value }).collect();
-        let whole = Arc::new(WholeRevision { revision: self.revision, changes });
-        let digest = digest::of_revision(&whole);
-        let frame = wire::frame::encode_page(&whole, digest);
+        let whole = WholeRevision { revision: self.revision, changes };
+        let frame = wire::frame::encode_standalone(Epoch(0), Term(0), Seq(0), &[whole]);
         Page { from: self.from, to: self.to, revision: self.revision.0, frame, last: self.last }
     }
 }
@@ -250,7 +261,14 @@ struct Reader {
 }
 
 impl Reader {
-    fn new(session: &Session, ship: &Shipper, ranges: Ranges, cursor: Option<Bytes>, anchor: Revision, columns: Columns) -> Self {
+    fn new(
+        session: &Session,
+        ship: &Shipper,
+        ranges: Ranges,
+        cursor: Option<Bytes>,
+        anchor: Revision,
+        columns: Columns,
+    ) -> Self {
         let limits: &Limits = &ship.origin.limits;
         let mut pieces: VecDeque<KeyRange> = ranges.pieces().iter().cloned().collect();
         if let Some(cursor) = cursor {
@@ -285,7 +303,11 @@ impl Reader {
                     }
                 };
                 let (more, revision) = (read.more, read.revision);
-                let end = if more { read.kvs.last().map_or_else(|| piece.to.clone(), |kv| after_key(&kv.key)) } else { piece.to.clone() };
+                let end = if more {
+                    read.kvs.last().map_or_else(|| piece.to.clone(), |kv| after_key(&kv.key))
+                } else {
+                    piece.to.clone()
+                };
                 let last_of_all = !more && self.pieces.is_empty();
                 for page in cut(read.kvs, from, end.clone(), revision, last_of_all, self.bytes_max) {
                     if pages.send(Ok(page)).await.is_err() {
@@ -346,7 +368,14 @@ fn after_key(key: &Bytes) -> Bytes {
 }
 
 /// Cuts what one read gave into pages of at most `bytes_max` (a page holds one key at least), without holes between them.
-fn cut(kvs: Vec<Kv>, from: Bytes, end: Bytes, revision: Revision, last_of_all: bool, bytes_max: usize) -> Vec<ReadPage> {
+fn cut(
+    kvs: Vec<Kv>,
+    from: Bytes,
+    end: Bytes,
+    revision: Revision,
+    last_of_all: bool,
+    bytes_max: usize,
+) -> Vec<ReadPage> {
     let mut pages = Vec::new();
     let mut page = ReadPage { from, to: Bytes::new(), revision, kvs: Vec::new(), last: false };
     let mut bytes = 0;
@@ -372,14 +401,19 @@ mod tests {
     use super::*;
 
     fn kv(key: &str, value_bytes: usize) -> Kv {
-        Kv { key: Bytes::copy_from_slice(key.as_bytes()), value: Bytes::from(vec![7; value_bytes]), mod_revision: Revision(1) }
+        Kv {
+            key: Bytes::copy_from_slice(key.as_bytes()),
+            value: Bytes::from(vec![7; value_bytes]),
+            mod_revision: Revision(1),
+        }
     }
 
     #[test]
     fn pages_are_cut_by_bytes_without_holes_and_only_the_last_says_so() {
         let kvs = vec![kv("a", 10), kv("b", 10), kv("c", 100), kv("d", 10)];
         let pages = cut(kvs, Bytes::from_static(b"a"), Bytes::from_static(b"z"), Revision(7), true, 25);
-        let edges: Vec<(&[u8], &[u8], usize, bool)> = pages.iter().map(|p| (&p.from[..], &p.to[..], p.kvs.len(), p.last)).collect();
+        let edges: Vec<(&[u8], &[u8], usize, bool)> =
+            pages.iter().map(|p| (&p.from[..], &p.to[..], p.kvs.len(), p.last)).collect();
         assert_eq!(
             edges,
             vec![(&b"a"[..], &b"c"[..], 2, false), (&b"c"[..], &b"d"[..], 1, false), (&b"d"[..], &b"z"[..], 1, true)]

@@ -6,6 +6,7 @@ pub mod anchor;
 pub mod lag;
 pub mod resume;
 pub mod sequence;
+pub mod session;
 pub mod ship;
 pub mod spool;
 pub mod watch;
@@ -84,12 +85,13 @@ impl OriginLink {
     ) -> anyhow::Result<()> {
         let link = self.send.link.clone();
         let clock = Clock::new();
-        let spool = Spool::open(&self.dir, &self.limits)?;
+        let (spool, opened) = Spool::open(&self.dir.join("spool"), &self.limits).await?;
+        opened.log(&link, "spool");
+        let spool = Arc::new(spool);
         let (events, mut incoming) = mpsc::channel(EVENTS_MAX);
         let (head_sender, head) = watch_channel::channel(HeadView::default());
         let covered = spool.extent().borrow().covered;
-        let (tail_sender, tail) =
-            watch_channel::channel(TailView { state: TailState::Idle, covered, ferry_only: 0 });
+        let (tail_sender, tail) = watch_channel::channel(TailView { state: TailState::Idle, covered, ferry_only: 0 });
         let (tail_commands, tail_incoming) = mpsc::channel(1);
         let (ship_sender, ship) = watch_channel::channel(ShipView::default());
         let mut lag = LagTracker::new();
@@ -143,13 +145,16 @@ impl OriginLink {
                     }
                 }
                 _ = ticks.tick() => {
-                    let views = Views { tail: &tail.borrow(), head: &head.borrow(), ship: &ship.borrow(), spool: &spool.extent().borrow() };
+                    let extent = spool.extent().borrow().clone();
+                    let views = Views { tail: &tail.borrow(), head: &head.borrow(), ship: &ship.borrow(), spool: &extent };
                     status.send_modify(|status| views.write(status, &lag, clock.now_ms()));
                 }
             }
         }
         while stages.join_next().await.is_some() {}
-        spool.close().await;
+        if let Err(e) = spool.close().await {
+            tracing::warn!(%link, error = %e, "the spool was not closed well; its tail is checked at the next start");
+        }
         Ok(())
     }
 }
@@ -201,7 +206,12 @@ impl Views<'_> {
         status.counts.clone_from(&ship.counts);
         status.copy = ship.copy;
         status.stages = vec![
-            StageStatus { stage: "watch", ok: matches!(self.tail.state, TailState::Running), detail: self.tail_detail(), queue_bytes: 0 },
+            StageStatus {
+                stage: "watch",
+                ok: matches!(self.tail.state, TailState::Running),
+                detail: self.tail_detail(),
+                queue_bytes: 0,
+            },
             StageStatus {
                 stage: "spool",
                 ok: !self.spool.full,

@@ -49,12 +49,30 @@ impl Sequenced {
 }
 
 /// The value of the waymark key in the origin's etcd: the present waymark, and the one that it replaced.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OriginWaymark {
     #[serde(flatten)]
     pub present: Waymark,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub previous: Option<Waymark>,
+}
+
+impl OriginWaymark {
+    /// The one that replaces this one; `id` is random.
+    pub fn next(&self, id: u64) -> Self {
+        let previous = (self.present.counter > 0).then_some(self.present);
+        Self { present: Waymark { counter: self.present.counter + 1, id }, previous }
+    }
+
+    /// As etcd holds it.
+    pub fn to_json(&self) -> Vec<u8> {
+        serde_json::to_vec(self).unwrap_or_default()
+    }
+
+    /// `None` for a value that is no waymark: then the link has none.
+    pub fn from_json(value: &[u8]) -> Option<Self> {
+        serde_json::from_slice(value).ok()
+    }
 }
 
 /// The last revision that was carried before: the watch starts at it, inclusive, to see that it is still the same one.

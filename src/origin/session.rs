@@ -2,14 +2,16 @@
 //! Input: spool entries, receipts, ticks. Output: shipments; acknowledgements to the lag and the spool.
 //! Always true: frames carry consecutive seqs; a Reset starts a fresh window at the seq it names; the stream has a deadline of its own.
 
+use super::LinkEvent;
+use super::sequence::OriginWaymark;
 use super::ship::{Greeted, Shipper, at_origin};
 use super::spool::SpoolEntry;
 use super::watch::TailState;
-use super::{LinkEvent, resume};
 use crate::admin::LinkCommand;
 use crate::etcd::{Compare, CompareOp, Etcd, Txn, TxnOp, txn_revision};
 use crate::model::{ClusterId, Digest, Epoch, LinkState, Position, Revision, Seq, Term, Waymark, WholeRevision};
 use crate::tls;
+use crate::wire::frame::FrameLimits;
 use crate::wire::replicate::refusal::Kind;
 use crate::wire::replicate::replicate_client::ReplicateClient;
 use crate::wire::replicate::{Ack, CopyAck, HelloReply, Progress, Receipt, Refusal, Shipment, receipt, shipment};
@@ -49,6 +51,8 @@ pub enum SessionEnd {
     Stop(String),
     HelloAgain(String),
     Commanded(Option<LinkCommand>),
+    /// The watch that was to be opened starts at a compacted revision.
+    Compacted(Revision),
 }
 
 /// How far the replica says it is.
@@ -95,7 +99,7 @@ pub struct Session {
     replica_cluster: ClusterId,
     resets_in_row: u32,
     frame_bytes_max: usize,
-    pub(super) waymark: resume::WaymarkNote,
+    pub(super) waymark: OriginWaymark,
     waymark_revision: Revision,
     waymark_at: Option<(Instant, Movement)>,
     persisted_at: (Instant, Movement),
@@ -120,7 +124,9 @@ impl Session {
         let opening = tokio::time::timeout(OPEN_DEADLINE, client.ship(request));
         let receipts = match opening.await {
             Ok(Ok(response)) => response.into_inner(),
-            Ok(Err(status)) => return Err(SessionEnd::Wait(format!("the stream was refused: {}", tls::explain(&status)))),
+            Ok(Err(status)) => {
+                return Err(SessionEnd::Wait(format!("the stream was refused: {}", tls::explain(&status))));
+            }
             Err(_) => return Err(SessionEnd::Wait("the stream was not opened in time".to_owned())),
         };
         let position = Position::from_json(&reply.position).ok();
@@ -128,7 +134,7 @@ impl Session {
         let frame_bytes_max = wire::lesser(limits.frame_bytes_max, reply.frame_bytes_max);
         let window = WindowLimits {
             window_bytes_max: wire::lesser(limits.window_bytes_max, reply.window_bytes_max),
-            frame: wire::frame_limits(limits.revision_bytes_max),
+            frame: FrameLimits::new(limits.revision_bytes_max),
         };
         let now = Instant::now();
         let received = (Seq(reply.received_seq), Revision(reply.received_revision));
@@ -191,6 +197,7 @@ impl Session {
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut pending: Option<Shipment> = None;
         let mut stream_open = true;
+        let (outbound, spool) = (self.outbound.clone(), ship.spool.clone());
         loop {
             let may_read = pending.is_none() && self.in_flight.len() < IN_FLIGHT_MAX;
             tokio::select! {
@@ -203,13 +210,13 @@ impl Session {
                     }
                     self.check_tail(ship)?;
                 }
-                permit = self.outbound.reserve(), if pending.is_some() && stream_open => match permit {
+                permit = outbound.reserve(), if pending.is_some() && stream_open => match permit {
                     Ok(permit) => if let Some(shipment) = pending.take() { permit.send(shipment) },
                     // The reason comes with the receipts.
                     Err(_) => stream_open = false,
                 },
                 _ = ticks.tick() => self.tick(ship, pending.is_none()).await?,
-                entries = ship.spool.read_after(self.cursor, self.frame_bytes_max), if may_read => match entries {
+                entries = spool.read_after(self.cursor, self.frame_bytes_max), if may_read => match entries {
                     Ok(entries) => pending = self.encode(ship, &entries),
                     Err(e) => return Err(SessionEnd::HelloAgain(format!("the spool: {e}"))),
                 },
@@ -222,7 +229,7 @@ impl Session {
             TailState::Lost { compacted } => {
                 Err(SessionEnd::HelloAgain(format!("the origin has compacted up to {compacted}, past the spool's end")))
             }
-            TailState::OtherHistory { reason } => Err(SessionEnd::Stop(resume::restored(reason))),
+            TailState::OtherHistory { reason } => Err(SessionEnd::Stop(reason.clone())),
             TailState::Stopped { reason } => Err(SessionEnd::Stop(reason.clone())),
             TailState::Idle | TailState::Connecting { .. } | TailState::Running | TailState::SpoolFull => Ok(()),
         }
@@ -241,7 +248,7 @@ impl Session {
             let standalone = self.resets_in_row >= RESETS_BEFORE_STANDALONE;
             let first = self.seq.next();
             let frame = if standalone {
-                wire::frame::encode_standalone(self.epoch, self.term, first, &revisions, &digests)
+                wire::frame::encode_standalone(self.epoch, self.term, first, &revisions)
             } else {
                 self.encoder.encode(self.epoch, self.term, first, &revisions, &digests)
             };
@@ -292,7 +299,10 @@ impl Session {
     async fn acknowledge(&mut self, ship: &mut Shipper, ack: Ack) -> Result<(), SessionEnd> {
         let durable = Seq(ack.durable_seq.max(ack.applied_seq));
         if durable > self.seq || Seq(ack.received_seq) > self.seq {
-            return Err(SessionEnd::HelloAgain(format!("the replica acknowledges seq {durable}, of which {} were sent", self.seq)));
+            return Err(SessionEnd::HelloAgain(format!(
+                "the replica acknowledges seq {durable}, of which {} were sent",
+                self.seq
+            )));
         }
         if Seq(ack.received_seq) > self.received.0 {
             self.resets_in_row = 0;
@@ -317,7 +327,8 @@ impl Session {
         acked.durable_revision = acked.durable_revision.max(acked.applied_revision);
         acked.waymark = ack.waymark.map(Waymark::from).unwrap_or_default();
         acked.following = ack.following;
-        let moved = acked.applied_revision > self.acked.applied_revision || acked.durable_revision > self.acked.durable_revision;
+        let moved = acked.applied_revision > self.acked.applied_revision
+            || acked.durable_revision > self.acked.durable_revision;
         let trim = acked.applied_revision > self.acked.applied_revision;
         self.acked = acked;
         ship.view.send_modify(|view| {
@@ -360,7 +371,11 @@ impl Session {
         let back = match known {
             Some(known) => known,
             None if after == self.received.0 => self.received,
-            None => return Err(SessionEnd::HelloAgain(format!("the replica asks to go back to seq {after}, which is no frame's end"))),
+            None => {
+                return Err(SessionEnd::HelloAgain(format!(
+                    "the replica asks to go back to seq {after}, which is no frame's end"
+                )));
+            }
         };
         self.resets_in_row += 1;
         tracing::warn!(link = %ship.origin.send.link, %reason, seq = %after, "the replica asks for a fresh window");
@@ -411,11 +426,13 @@ impl Session {
     /// False if frames fill the way: they say the same.
     fn send_progress(&mut self, ship: &Shipper, through: Revision, persist: bool) -> bool {
         let status = ship.status.borrow();
-        let millis = |seconds: f64| Duration::try_from_secs_f64(seconds).map_or(u64::MAX, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX));
+        let millis = |seconds: f64| {
+            Duration::try_from_secs_f64(seconds).map_or(u64::MAX, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+        };
         let progress = Progress {
             origin_revision: through.0,
             head_revision: ship.head.borrow().revision.0,
-            waymark: Some(self.waymark.now.into()),
+            waymark: Some(self.waymark.present.into()),
             lag_ms: millis(status.lag_seconds),
             rpo_ms: millis(status.rpo_seconds),
             lag_revisions: status.lag_revisions,
@@ -437,7 +454,7 @@ impl Session {
             None => true,
             Some((at, then)) => at.elapsed() >= IDLE_WRITE && now.by_others_since(then) > 0,
         };
-        if !due || !self.acked.following || self.acked.waymark != self.waymark.now {
+        if !due || !self.acked.following || self.acked.waymark != self.waymark.present {
             return Ok(());
         }
         self.write_waymark(ship).await?;

@@ -3,24 +3,26 @@
 //! Always true: seqs count on from what the replica has received; nothing is trimmed from the spool before it is applied;
 //! everything that ends a stream is a value of `Ended` with one planned reaction.
 
-use super::resume::{self, Resume};
+use super::resume::{self, CarriedCheck, OriginFacts, Received, ReplicaFacts, Resume, SpoolFacts};
+use super::sequence::OriginWaymark;
 use super::session::{Session, SessionEnd};
-use super::spool::{Spool, SpoolExtent};
+use super::spool::Spool;
 use super::watch::{HeadView, Probed, TailCommand, TailState, TailView, probe};
 use super::{LinkEvent, OriginLink, anchor};
 use crate::admin::LinkCommand;
 use crate::etcd::{Etcd, EtcdError};
-use crate::model::{CopyProgress, Epoch, LinkState, LinkStatus, Revision, Seq, Term, Waymark};
+use crate::model::{CopyProgress, Digest, Epoch, LinkState, LinkStatus, Position, Revision, Seq, Term, Waymark};
 use crate::retry::Backoff;
 use crate::tls;
 use crate::wire::replicate::handshake_client::HandshakeClient;
 use crate::wire::replicate::{HelloReply, HelloRequest, Range};
 use crate::wire::{PROTOCOL_VERSION, digest};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 const HELLO_DEADLINE: Duration = Duration::from_secs(15);
@@ -80,7 +82,7 @@ pub struct Resync {
 
 pub struct Shipper {
     pub(super) origin: OriginLink,
-    pub(super) spool: Spool,
+    pub(super) spool: Arc<Spool>,
     tail_commands: mpsc::Sender<TailCommand>,
     pub(super) tail: watch::Receiver<TailView>,
     pub(super) head: watch::Receiver<HeadView>,
@@ -93,12 +95,22 @@ pub struct Shipper {
     next_address: usize,
 }
 
+/// How the stream begins.
+enum Way {
+    Follow { after: Revision },
+    Copy { epoch: Epoch, cursor: Option<bytes::Bytes>, reason: String },
+}
+
+fn no_way() -> SessionEnd {
+    SessionEnd::Wait("the replica did not answer".to_owned())
+}
+
 /// A hello that was answered, and what it led to.
 pub(super) struct Greeted {
     pub channel: Channel,
     pub reply: HelloReply,
     pub etcd: Etcd,
-    pub waymark: resume::WaymarkNote,
+    pub waymark: OriginWaymark,
     pub waymark_revision: Revision,
 }
 
@@ -106,7 +118,7 @@ impl Shipper {
     #[allow(clippy::too_many_arguments)]
     pub fn new(
         origin: OriginLink,
-        spool: Spool,
+        spool: Arc<Spool>,
         tail_commands: mpsc::Sender<TailCommand>,
         tail: watch::Receiver<TailView>,
         head: watch::Receiver<HeadView>,
@@ -167,6 +179,11 @@ impl Shipper {
                     self.rest(LinkState::Connecting, reason);
                     tokio::time::sleep(backoff.after_failure(rand::random())).await;
                 }
+                // Only `decide` meets it, and takes it for a new fact.
+                SessionEnd::Compacted(revision) => {
+                    self.rest(LinkState::Connecting, format!("the origin has compacted up to {revision}"));
+                    tokio::time::sleep(backoff.after_failure(rand::random())).await;
+                }
                 SessionEnd::Commanded(command) => {
                     if !self.obey(command) {
                         return;
@@ -208,30 +225,10 @@ impl Shipper {
             Ok(greeted) => greeted,
             Err(end) => return end,
         };
-        let resume = match self.decide(&greeted).await {
-            Ok(resume) => resume,
+        let outcome = match self.decide(&greeted).await {
+            Ok(Way::Follow { after }) => self.follow(greeted, after, backoff).await,
+            Ok(Way::Copy { epoch, cursor, reason }) => self.copy(greeted, epoch, cursor, &reason, backoff).await,
             Err(end) => return end,
-        };
-        let outcome = match resume {
-            Resume::Stop { reason } => Err(SessionEnd::Stop(reason)),
-            Resume::ShipFromSpool { after } => self.follow(greeted, after, backoff).await,
-            Resume::WatchFrom { after } => match self.restart_tail(after).await {
-                Ok(()) => self.follow(greeted, after, backoff).await,
-                Err(TailState::Lost { compacted }) => {
-                    let reason = format!("the origin has compacted up to {compacted}, past what the replica holds ({after})");
-                    self.copy(greeted, None, reason, backoff).await
-                }
-                Err(state) => Err(SessionEnd::Wait(format!("the origin's watch did not open: {state:?}"))),
-            },
-            Resume::ResumeCopy { after, cursor } => {
-                let reachable = self.reaches_back(after) || self.restart_tail(after).await.is_ok();
-                if reachable {
-                    self.copy(greeted, Some(cursor), "going on at the cursor".to_owned(), backoff).await
-                } else {
-                    self.copy(greeted, None, "the base copy's start is compacted".to_owned(), backoff).await
-                }
-            }
-            Resume::Copy { reason } => self.copy(greeted, None, reason, backoff).await,
         };
         match outcome {
             Ok(never) => match never {},
@@ -247,7 +244,7 @@ impl Shipper {
         let etcd = Etcd::connect(&self.origin.etcd).await.map_err(|e| at_origin(&e))?;
         let look = etcd.look(&self.origin.send.link.waymark_key()).await.map_err(|e| at_origin(&e))?;
         let waymark_revision = look.kv.as_ref().map_or(Revision(0), |kv| kv.mod_revision);
-        let waymark = look.kv.as_ref().and_then(|kv| resume::WaymarkNote::from_json(&kv.value)).unwrap_or_default();
+        let waymark = look.kv.as_ref().and_then(|kv| OriginWaymark::from_json(&kv.value)).unwrap_or_default();
         let channel = self.channel(&address).await?;
         let hello = HelloRequest {
             protocol_version: PROTOCOL_VERSION,
@@ -255,8 +252,15 @@ impl Shipper {
             epoch: self.known_epoch.0,
             term: 0,
             origin_cluster: look.cluster.0,
-            waymark: Some(waymark.now.into()),
-            ranges: self.origin.send.ranges.pieces().iter().map(|p| Range { from: p.from.clone(), to: p.to.clone() }).collect(),
+            waymark: Some(waymark.present.into()),
+            ranges: self
+                .origin
+                .send
+                .ranges
+                .pieces()
+                .iter()
+                .map(|p| Range { from: p.from.clone(), to: p.to.clone() })
+                .collect(),
             window_bytes_max: self.origin.limits.window_bytes_max as u64,
             frame_bytes_max: self.origin.limits.frame_bytes_max as u64,
             link_back: self.origin.link_back,
@@ -268,21 +272,26 @@ impl Shipper {
         let reply = match tokio::time::timeout(HELLO_DEADLINE, client.hello(hello)).await {
             Ok(Ok(reply)) => reply.into_inner(),
             Ok(Err(status)) => return Err(refused(&address, &status)),
-            Err(_) => return Err(SessionEnd::Wait(format!("{address} did not answer the hello within {} s", HELLO_DEADLINE.as_secs()))),
+            Err(_) => {
+                return Err(SessionEnd::Wait(format!(
+                    "{address} did not answer the hello within {} s",
+                    HELLO_DEADLINE.as_secs()
+                )));
+            }
         };
         if reply.protocol_version != PROTOCOL_VERSION {
             let theirs = reply.protocol_version;
-            return Err(SessionEnd::Wait(format!("{address} speaks protocol version {theirs}, this sidecar {PROTOCOL_VERSION}: upgrade the older one")));
+            return Err(SessionEnd::Wait(format!(
+                "{address} speaks protocol version {theirs}, this sidecar {PROTOCOL_VERSION}: upgrade the older one"
+            )));
         }
         Ok(Greeted { channel, reply, etcd, waymark, waymark_revision })
     }
 
     async fn channel(&self, address: &str) -> Result<Channel, SessionEnd> {
-        let connector = tls::PeerConnector::new(self.origin.tls.clone(), address, &self.origin.send.peer)
-            .map_err(|e| SessionEnd::Stop(e.to_string()))?;
-        let endpoint = Endpoint::from_static("http://etcd-ferry")
-            .connect_timeout(CONNECT_DEADLINE)
-            .tcp_nodelay(true)
+        let connector = tls::connect::PeerConnector::new(self.origin.tls.clone()).with_timeout(CONNECT_DEADLINE);
+        let endpoint = tls::connect::endpoint(address)
+            .map_err(|e| SessionEnd::Stop(e.to_string()))?
             .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
             .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
             .keep_alive_while_idle(true)
@@ -294,58 +303,122 @@ impl Shipper {
             .map_err(|e| SessionEnd::Wait(format!("{address} cannot be reached: {}", tls::explain(&e))))
     }
 
-    /// The resume table, with its facts gathered.
-    async fn decide(&mut self, greeted: &Greeted) -> Result<Resume, SessionEnd> {
-        let replica = resume::ReplicaFacts::from_reply(&greeted.reply).map_err(SessionEnd::Wait)?;
-        let look = greeted.etcd.look(&self.origin.send.link.waymark_key()).await.map_err(|e| at_origin(&e))?;
-        let mut origin = resume::OriginFacts {
-            cluster: look.cluster,
-            head: look.head,
-            ranges_digest: digest::of_ranges(&self.origin.send.ranges),
-            waymark: greeted.waymark,
-            carried: resume::Carried::NotAsked,
+    /// The resume table, with its facts gathered; a watch that is refused for compaction is a new fact.
+    async fn decide(&mut self, greeted: &Greeted) -> Result<Way, SessionEnd> {
+        let (replica, mut origin) = self.facts(greeted).await?;
+        let position = match &replica {
+            ReplicaFacts::Answered { position, .. } => position.clone(),
+            ReplicaFacts::Unreachable => None,
         };
-        if let Some((revision, expected)) = resume::to_probe(&replica, &origin) {
-            let ranges = &self.origin.send.ranges;
-            let probed = probe(&greeted.etcd, ranges, &self.origin.send.link, revision, &self.origin.limits).await;
-            origin.carried = match probed.map_err(|e| at_origin(&e))? {
-                Probed::Digest(found) if found == expected => resume::Carried::Same,
-                Probed::Digest(_) | Probed::Nothing => resume::Carried::Other,
-                Probed::Compacted => resume::Carried::Compacted,
-            };
+        if self.resync.is_some() {
+            return self.act(resume::resync(position.as_ref())).await?.ok_or_else(no_way);
         }
-        let extent: SpoolExtent = self.spool.extent().borrow().clone();
-        let spool = resume::SpoolFacts { base: extent.base, covered: extent.covered };
+        let same_origin = position.as_ref().is_some_and(|p| p.origin_cluster == origin.cluster);
         let usable = match &self.tail.borrow().state {
-            TailState::Lost { .. } | TailState::OtherHistory { .. } => None,
+            TailState::OtherHistory { reason } if same_origin => return Err(SessionEnd::Stop(reason.clone())),
+            TailState::Lost { compacted } => {
+                origin.compacted = *compacted;
+                false
+            }
+            TailState::OtherHistory { .. } => false,
             TailState::Idle
             | TailState::Connecting { .. }
             | TailState::Running
             | TailState::SpoolFull
-            | TailState::Stopped { .. } => (extent.covered > Revision(0)).then_some(spool),
+            | TailState::Stopped { .. } => same_origin,
         };
-        let other_history = match &self.tail.borrow().state {
-            TailState::OtherHistory { reason } => Some(reason.clone()),
-            TailState::Lost { .. }
-            | TailState::Idle
-            | TailState::Connecting { .. }
-            | TailState::Running
-            | TailState::SpoolFull
-            | TailState::Stopped { .. } => None,
-        };
-        let decided = resume::decide(usable, &replica, &origin);
-        let same_origin = replica.position.as_ref().is_some_and(|p| p.origin_cluster == origin.cluster);
-        Ok(match (self.resync, other_history) {
-            (Some(_), _) => Resume::Copy { reason: "an operator asked for it (resync)".to_owned() },
-            (None, Some(reason)) if same_origin => Resume::Stop { reason: resume::restored(&reason) },
-            (None, _) => decided,
-        })
+        let extent = self.spool.extent().borrow().clone();
+        let spool = SpoolFacts { base: extent.base, covered: extent.covered, last: extent.last };
+        let spool = (usable && extent.covered > Revision(0)).then_some(spool);
+        loop {
+            let decided = resume::decide(spool.as_ref(), &replica, &origin);
+            tracing::debug!(link = %self.origin.send.link, ?decided, "resume");
+            match self.act(decided).await {
+                Ok(Some(way)) => return Ok(way),
+                Ok(None) => return Err(no_way()),
+                Err(SessionEnd::Compacted(compacted)) if compacted > origin.compacted => origin.compacted = compacted,
+                Err(end) => return Err(end),
+            }
+        }
     }
 
-    fn reaches_back(&self, after: Revision) -> bool {
-        let extent = self.spool.extent().borrow().clone();
-        let lost = matches!(self.tail.borrow().state, TailState::Lost { .. } | TailState::OtherHistory { .. });
-        !lost && extent.covered >= after && extent.base <= after && extent.covered > Revision(0)
+    /// What the replica answered and what the origin's etcd says, the carried revision compared.
+    async fn facts(&self, greeted: &Greeted) -> Result<(ReplicaFacts, OriginFacts), SessionEnd> {
+        let reply = &greeted.reply;
+        let position = match &reply.position[..] {
+            [] => None,
+            json => Some(
+                Position::from_json(json)
+                    .map_err(|e| SessionEnd::Wait(format!("the replica's position cannot be read: {e}")))?,
+            ),
+        };
+        let digest = <[u8; 16]>::try_from(&reply.received_digest[..]).map(Digest).unwrap_or_default();
+        let received = Received { seq: Seq(reply.received_seq), revision: Revision(reply.received_revision), digest };
+        let ahead = position.as_ref().is_some_and(|p| received.seq > p.seq);
+        let link = &self.origin.send.link;
+        let look = greeted.etcd.look(&link.waymark_key()).await.map_err(|e| at_origin(&e))?;
+        let mut origin = OriginFacts {
+            cluster: look.cluster,
+            head: look.head,
+            ranges_digest: digest::of_ranges(&self.origin.send.ranges),
+            waymark: look.kv.as_ref().and_then(|kv| OriginWaymark::from_json(&kv.value)),
+            carried: CarriedCheck::Open,
+            compacted: Revision(0),
+        };
+        if let Some(position) = &position {
+            let carried = if ahead {
+                (received.revision, received.digest)
+            } else {
+                (position.carried_revision, position.carried_digest)
+            };
+            let same_place =
+                position.origin_cluster == origin.cluster && position.ranges_digest == origin.ranges_digest;
+            if same_place && carried.0 > Revision(0) && origin.head >= carried.0 {
+                let probed = probe(&greeted.etcd, &self.origin.send.ranges, link, carried.0, &self.origin.limits).await;
+                origin.carried = match probed.map_err(|e| at_origin(&e))? {
+                    Probed::Digest(found) if found == carried.1 => CarriedCheck::Same,
+                    Probed::Digest(_) | Probed::Nothing => CarriedCheck::Other,
+                    Probed::Compacted => CarriedCheck::Compacted,
+                };
+            }
+        }
+        let replica = ReplicaFacts::Answered { position, received: ahead.then_some(received) };
+        Ok((replica, origin))
+    }
+
+    /// Brings the tail to where the decision wants it.
+    async fn act(&mut self, decided: Resume) -> Result<Option<Way>, SessionEnd> {
+        match decided {
+            Resume::Stop { reason } => {
+                Err(SessionEnd::Stop(reason.to_string().replace("LINK", self.origin.send.link.as_str())))
+            }
+            Resume::ShipFromSpool { after } => Ok(Some(Way::Follow { after })),
+            Resume::WatchFrom { after } => {
+                self.watch_from(after).await?;
+                Ok(Some(Way::Follow { after }))
+            }
+            Resume::Copy { epoch, cursor: Some(at), reason } => {
+                if !at.spool_reaches {
+                    self.watch_from(at.after).await?;
+                }
+                Ok(Some(Way::Copy { epoch, cursor: Some(at.cursor), reason: reason.to_string() }))
+            }
+            Resume::Copy { epoch, cursor: None, reason } => {
+                Ok(Some(Way::Copy { epoch, cursor: None, reason: reason.to_string() }))
+            }
+            Resume::Tail { .. } => Ok(None),
+        }
+    }
+
+    async fn watch_from(&mut self, after: Revision) -> Result<(), SessionEnd> {
+        match self.restart_tail(after).await {
+            Ok(()) => Ok(()),
+            Err(TailState::Lost { compacted }) => Err(SessionEnd::Compacted(compacted)),
+            Err(TailState::OtherHistory { reason } | TailState::Stopped { reason }) => Err(SessionEnd::Stop(reason)),
+            Err(TailState::Idle | TailState::Running | TailState::SpoolFull | TailState::Connecting { .. }) => {
+                Err(SessionEnd::Wait("the origin's watch did not open".to_owned()))
+            }
+        }
     }
 
     /// Has the tail drop the spool and watch everything after `after`; returns once etcd has created the watch.
@@ -359,7 +432,12 @@ impl Shipper {
         }
     }
 
-    async fn follow(&mut self, greeted: Greeted, after: Revision, backoff: &mut Backoff) -> Result<std::convert::Infallible, SessionEnd> {
+    async fn follow(
+        &mut self,
+        greeted: Greeted,
+        after: Revision,
+        backoff: &mut Backoff,
+    ) -> Result<std::convert::Infallible, SessionEnd> {
         let mut session = Session::open(self, greeted).await?;
         backoff.succeeded();
         session.follow(self, after).await
@@ -369,14 +447,15 @@ impl Shipper {
     async fn copy(
         &mut self,
         greeted: Greeted,
+        epoch: Epoch,
         cursor: Option<bytes::Bytes>,
-        reason: String,
+        reason: &str,
         backoff: &mut Backoff,
     ) -> Result<std::convert::Infallible, SessionEnd> {
         tracing::info!(link = %self.origin.send.link, %reason, "base copy");
         let mut session = Session::open(self, greeted).await?;
         backoff.succeeded();
-        let after = anchor::copy(self, &mut session, cursor).await?;
+        let after = anchor::copy(self, &mut session, epoch, cursor).await?;
         session.follow(self, after).await
     }
 
@@ -409,7 +488,9 @@ pub(super) fn at_origin(error: &EtcdError) -> SessionEnd {
 /// Refusals of a hello are waited out: the cure is at one of the two configurations or in the replica's etcd.
 fn refused(address: &str, status: &tonic::Status) -> SessionEnd {
     let said = match status.code() {
-        tonic::Code::PermissionDenied | tonic::Code::FailedPrecondition | tonic::Code::Unavailable => status.message().to_owned(),
+        tonic::Code::PermissionDenied | tonic::Code::FailedPrecondition | tonic::Code::Unavailable => {
+            status.message().to_owned()
+        }
         _ => tls::explain(status),
     };
     SessionEnd::Wait(format!("{address} refused: {said}"))

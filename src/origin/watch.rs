@@ -3,13 +3,14 @@
 //! Always true: one watcher on one stream and connection of its own; only whole revisions reach the spool; compaction, lost leaders,
 //! cancels and another history become values of `TailState`, never a bare exit.
 
-use super::sequence::{Event, SequenceError, Sequenced, Sequencer, WatchMessage};
-use super::spool::{Appended, Spool, SpoolEntry};
+use super::sequence::{Carried, Event, SequenceError, Sequenced, Sequencer, WatchMessage};
+use super::spool::{Spool, SpoolEntry};
 use super::{Clock, LinkEvent};
 use crate::config::{EtcdConfig, Limits};
 use crate::etcd::{Etcd, EtcdError, Watch, WatchSignal};
 use crate::model::{ClusterId, Digest, LinkName, Ranges, Revision};
 use crate::retry::Backoff;
+use crate::segment::feed::Appended;
 use crate::wire::digest;
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,15 +30,23 @@ const PROBE_DEADLINE: Duration = Duration::from_secs(10);
 pub enum TailState {
     /// Nothing says yet from where to watch.
     Idle,
-    Connecting { reason: String },
+    Connecting {
+        reason: String,
+    },
     Running,
     SpoolFull,
     /// etcd has compacted past the spool's end: only an anchor helps.
-    Lost { compacted: Revision },
+    Lost {
+        compacted: Revision,
+    },
     /// The origin is not the one that was read before, or broke its own promises.
-    OtherHistory { reason: String },
+    OtherHistory {
+        reason: String,
+    },
     /// Going on needs a human, a larger limit for one.
-    Stopped { reason: String },
+    Stopped {
+        reason: String,
+    },
 }
 
 /// What others see of the tail.
@@ -70,7 +79,7 @@ pub struct Tail {
     pub etcd: EtcdConfig,
     pub ranges: Ranges,
     pub limits: Limits,
-    pub spool: Spool,
+    pub spool: Arc<Spool>,
     pub commands: mpsc::Receiver<TailCommand>,
     pub head: watch::Receiver<HeadView>,
     pub view: watch::Sender<TailView>,
@@ -88,6 +97,7 @@ enum Ended {
     Compacted { from: Revision, compacted: Revision },
     Full,
     Sequence(SequenceError),
+    OtherHistory(String),
     Spool(String),
 }
 
@@ -124,7 +134,10 @@ impl Tail {
                 Next::WaitForRoom => tokio::select! {
                     biased;
                     command = self.commands.recv() => Ended::Command(command),
-                    () = self.spool.room() => { next = Next::Watch; continue; }
+                    room = self.spool.room() => match room {
+                        Ok(()) => { next = Next::Watch; continue; }
+                        Err(e) => Ended::Spool(e.to_string()),
+                    },
                 },
             };
             next = Next::Watch;
@@ -179,7 +192,11 @@ impl Tail {
                 Ended::Sequence(e @ SequenceError::OtherHistory { .. }) => {
                     next = self.halt(TailState::OtherHistory { reason: e.to_string() }, &mut opened);
                 }
-                Ended::Sequence(e) => next = self.halt(TailState::Stopped { reason: e.to_string() }, &mut opened),
+                Ended::OtherHistory(reason) => next = self.halt(TailState::OtherHistory { reason }, &mut opened),
+                Ended::Sequence(e @ SequenceError::WentBack { .. }) => self.pause(e.to_string(), &mut backoff).await,
+                Ended::Sequence(e @ SequenceError::TooLarge { .. }) => {
+                    next = self.halt(TailState::Stopped { reason: e.to_string() }, &mut opened)
+                }
                 Ended::Spool(reason) => next = self.halt(TailState::Stopped { reason }, &mut opened),
             }
         }
@@ -223,11 +240,15 @@ impl Tail {
             Err(e) => return Ended::Trouble(e),
         };
         if look.head < extent.covered {
-            let reason = format!("the origin's head {} is below revision {} that was read before", look.head, extent.covered);
-            return Ended::Sequence(SequenceError::OtherHistory { reason });
+            let reason =
+                format!("the origin's head {} is below revision {} that was read before", look.head, extent.covered);
+            return Ended::OtherHistory(reason);
         }
         let (mut sequencer, from) = match expected {
-            Some((last, digest)) => (self.sequencer(Revision(last.0 - 1)).expecting(last, digest), last),
+            Some((revision, digest)) => {
+                let carried = Carried { revision, digest, peer: None, digest_of: digest::of_revision };
+                (self.sequencer(extent.covered).expect(carried), revision)
+            }
             None => (self.sequencer(extent.covered), extent.covered.next()),
         };
         let mut watch = match etcd.watch(&self.ranges.covering(), from, message_bytes_max).await {
@@ -277,7 +298,7 @@ impl Tail {
     }
 
     fn sequencer(&self, after: Revision) -> Sequencer {
-        Sequencer::new(self.ranges.clone(), self.link.clone(), after, self.limits.revision_bytes_max)
+        Sequencer::new(&self.link, self.ranges.clone(), after, self.limits.revision_bytes_max)
     }
 
     /// Puts what a message completes into the spool.
@@ -289,7 +310,7 @@ impl Tail {
                 let whole = sequencer.push(message).map_err(Ended::Sequence)?;
                 self.spool_all(whole).await?;
             }
-            WatchSignal::Progress(revision) => sequencer.progress(revision),
+            WatchSignal::Progress(revision) => sequencer.progress(revision).map_err(Ended::Sequence)?,
             WatchSignal::Created | WatchSignal::Compacted(_) | WatchSignal::Canceled(_) => {}
         }
         let covered = sequencer.covered();
@@ -308,12 +329,13 @@ impl Tail {
     async fn spool_all(&mut self, whole: Vec<Sequenced>) -> Result<(), Ended> {
         let at_ms = self.clock.now_ms();
         let ferry_only = whole.iter().filter(|w| w.ferry_only).count() as u64;
-        let entries: Vec<SpoolEntry> = whole.into_iter().filter(|w| !w.whole.changes.is_empty()).map(|w| entry_of(w, at_ms)).collect();
+        let entries: Vec<SpoolEntry> =
+            whole.into_iter().filter(|w| !w.whole.changes.is_empty()).map(|w| entry_of(w, at_ms)).collect();
         if let Some(last) = entries.last().map(|e| e.revision.revision) {
             let revisions: Vec<Revision> = entries.iter().map(|e| e.revision.revision).collect();
             match self.spool.append(entries).await {
                 Ok(Appended::Taken) => {}
-                Ok(Appended::Full) => return Err(Ended::Full),
+                Ok(Appended::Full(_)) => return Err(Ended::Full),
                 Err(e) => return Err(Ended::Spool(e.to_string())),
             }
             tracing::trace!(link = %self.link, %last, "spooled");
@@ -390,11 +412,17 @@ pub enum Probed {
 }
 
 /// Reads one revision of the link from etcd's history, by a short watch that starts at it.
-pub async fn probe(etcd: &Etcd, ranges: &Ranges, link: &LinkName, at: Revision, limits: &Limits) -> Result<Probed, EtcdError> {
+pub async fn probe(
+    etcd: &Etcd,
+    ranges: &Ranges,
+    link: &LinkName,
+    at: Revision,
+    limits: &Limits,
+) -> Result<Probed, EtcdError> {
     let reading = async {
         let mut watch = etcd.watch(&ranges.covering(), at, MESSAGE_BYTES_CEILING).await?;
         let mut sequencer =
-            Sequencer::new(ranges.clone(), link.clone(), Revision(at.0.saturating_sub(1)), limits.revision_bytes_max);
+            Sequencer::new(link, ranges.clone(), Revision(at.0.saturating_sub(1)), limits.revision_bytes_max);
         let mut ask = tokio::time::interval(Duration::from_millis(500));
         loop {
             tokio::select! {
@@ -413,7 +441,11 @@ pub async fn probe(etcd: &Etcd, ranges: &Ranges, link: &LinkName, at: Revision, 
     }
 }
 
-fn probe_step(sequencer: &mut Sequencer, at: Revision, signal: Option<WatchSignal>) -> Option<Result<Probed, EtcdError>> {
+fn probe_step(
+    sequencer: &mut Sequencer,
+    at: Revision,
+    signal: Option<WatchSignal>,
+) -> Option<Result<Probed, EtcdError>> {
     let Some(signal) = signal else {
         return Some(Err(EtcdError::Other("etcd closed the watch".to_owned())));
     };

@@ -5,9 +5,14 @@
 
 use super::dedupe::Dedupe;
 use super::journal::Journal;
-use super::plan::{self, Extent, Node, Op, Plan, PlanError, Refusal as LimitRefusal, RequestLimits, RunFacts, Settled, TxnTree, Waiting};
+use super::plan::{
+    self, Extent, Node, Op, Plan, PlanError, Refusal as LimitRefusal, RequestLimits, RunFacts, Settled, TxnTree,
+    Waiting,
+};
 use crate::config::{EtcdConfig, Limits};
-use crate::etcd::{Columns, Compare, CompareOp, DeleteOptions, Etcd, EtcdError, Txn, TxnOp, TxnOpResponse, TxnResponse, txn_revision};
+use crate::etcd::{
+    Columns, Compare, CompareOp, DeleteOptions, Etcd, EtcdError, Txn, TxnOp, TxnOpResponse, TxnResponse, txn_revision,
+};
 use crate::metrics;
 use crate::model::{ClusterId, Digest, Epoch, LinkName, Phase, Position, Ranges, Revision, Seq, Term, Waymark};
 use crate::retry::Backoff;
@@ -109,10 +114,21 @@ pub enum HelloRefused {
 
 /// What the stream asks of the applier, in order.
 pub enum ApplyCommand {
-    Hello { facts: HelloFacts, reply: oneshot::Sender<Result<HelloAnswer, HelloRefused>> },
+    Hello {
+        facts: HelloFacts,
+        reply: oneshot::Sender<Result<HelloAnswer, HelloRefused>>,
+    },
     /// Everything of the link up to `through` has seq `after` or less.
-    Progress { through: Revision, after: Seq, waymark: Waymark, persist: bool },
-    Copy { session: u64, step: super::copy::CopyStep },
+    Progress {
+        through: Revision,
+        after: Seq,
+        waymark: Waymark,
+        persist: bool,
+    },
+    Copy {
+        session: u64,
+        step: super::copy::CopyStep,
+    },
 }
 
 /// The position as it was last read or written, with the revision that its compare needs. `position` is `None` where etcd has none.
@@ -147,7 +163,9 @@ pub struct Applier {
     queue_bytes_max: usize,
     pub(super) ranges: Option<Ranges>,
     pub(super) journal: Arc<Journal>,
-    pub(super) dedupe: Dedupe,
+    dedupe: Arc<Dedupe>,
+    /// What the dedupe log has not been told yet.
+    done: Option<Applied>,
     pub(super) held: Option<Held>,
     /// The last position that this applier knew: what a fresh read is compared with.
     expected: Option<Position>,
@@ -179,7 +197,7 @@ pub struct ApplierParts {
     pub limits: Limits,
     pub ranges: Option<Ranges>,
     pub journal: Arc<Journal>,
-    pub dedupe: Dedupe,
+    pub dedupe: Arc<Dedupe>,
     pub latest_session: watch::Receiver<u64>,
     pub commands: mpsc::Receiver<ApplyCommand>,
     pub view: watch::Sender<ApplyView>,
@@ -202,6 +220,7 @@ impl Applier {
             ranges: parts.ranges,
             journal: parts.journal,
             dedupe: parts.dedupe,
+            done: None,
             held: None,
             expected: None,
             read_through: Seq(0),
@@ -258,6 +277,10 @@ impl Applier {
                 },
             }
             self.advance().await;
+            if let Some(done) = self.done.take() {
+                // The position is the truth; the dedupe log may lag behind it.
+                let _ = self.dedupe.done_through(done.epoch, done.seq).await;
+            }
         }
     }
 
@@ -469,7 +492,8 @@ impl Applier {
                     "the replica's etcd takes less than configured; set [limits] txn_ops_max and request_bytes_max accordingly");
                 self.limits = limits;
             }
-            None => self.refuse(Kind::TooLarge, format!("the replica's etcd refuses even the smallest transaction: {error}")),
+            None => self
+                .refuse(Kind::TooLarge, format!("the replica's etcd refuses even the smallest transaction: {error}")),
         }
     }
 
@@ -478,7 +502,10 @@ impl Applier {
         if !error.changed_nothing() {
             self.held = None;
         }
-        if matches!(error, EtcdError::Unreachable { .. } | EtcdError::LoginLost(_) | EtcdError::TimedOut | EtcdError::NoLeader(_)) {
+        if matches!(
+            error,
+            EtcdError::Unreachable { .. } | EtcdError::LoginLost(_) | EtcdError::TimedOut | EtcdError::NoLeader(_)
+        ) {
             self.etcd = None;
         }
         self.planned = None;
@@ -574,7 +601,10 @@ impl Applier {
             let (kind, reason) = if (epoch, seq) > (known_epoch, known_seq) {
                 (Kind::Fenced, format!("another applier has brought the position to epoch {epoch}, seq {seq}"))
             } else {
-                (Kind::PositionMoved, format!("the position moved back to epoch {epoch}, seq {seq}: was the replica restored?"))
+                (
+                    Kind::PositionMoved,
+                    format!("the position moved back to epoch {epoch}, seq {seq}: was the replica restored?"),
+                )
             };
             tracing::warn!(link = %self.link, %reason, "the position moved");
             let session = self.session;
@@ -632,10 +662,16 @@ impl Applier {
             }
             if facts.term > position.term {
                 let next = Position { term: facts.term, ..position.clone() };
-                match self.commit(next, TxnTree { guards: Vec::new(), success: Vec::new() }).await.map_err(unavailable)? {
+                match self
+                    .commit(next, TxnTree { guards: Vec::new(), success: Vec::new() })
+                    .await
+                    .map_err(unavailable)?
+                {
                     Committed::Done => {}
                     Committed::GuardFailed | Committed::PositionMoved => {
-                        return Err(HelloRefused::Unavailable("the position moved while the hello was answered".to_owned()));
+                        return Err(HelloRefused::Unavailable(
+                            "the position moved while the hello was answered".to_owned(),
+                        ));
                     }
                 }
             }
@@ -664,7 +700,9 @@ impl Applier {
         self.publish(true);
         let position = self.held.as_ref().and_then(|h| h.position.clone());
         let extent = self.journal.extent().borrow().clone();
-        let carried = position.as_ref().map_or((Seq(0), Revision(0), Digest::default()), |p| (p.seq, p.carried_revision, p.carried_digest));
+        let carried = position
+            .as_ref()
+            .map_or((Seq(0), Revision(0), Digest::default()), |p| (p.seq, p.carried_revision, p.carried_digest));
         let received = extent.last.filter(|(seq, _, _)| *seq > carried.0).unwrap_or(carried);
         let durable = carried.0.max(*self.journal.durable().borrow());
         Ok(HelloAnswer { replica_cluster, position, received, durable, ranges_empty })
@@ -688,7 +726,7 @@ impl Applier {
         });
         if let (true, Some(applied)) = (committed, applied) {
             self.journal.trim(applied.seq);
-            self.dedupe.done_through(applied.epoch, applied.seq);
+            self.done = Some(applied);
         }
     }
 
@@ -731,7 +769,9 @@ fn transaction(link: &LinkName, held: &Held, next: &Position, tree: TxnTree) -> 
     let mut compares = vec![Compare::mod_revision(key.to_vec(), CompareOp::Equal, held.mod_revision.to_etcd())];
     for guard in &tree.guards {
         let below = guard.below.to_etcd();
-        compares.push(Compare::mod_revision(guard.range.etcd_from(), CompareOp::Less, below).with_range(guard.range.etcd_end()));
+        compares.push(
+            Compare::mod_revision(guard.range.etcd_from(), CompareOp::Less, below).with_range(guard.range.etcd_end()),
+        );
     }
     let mut success: Vec<TxnOp> = tree.success.into_iter().map(node).collect();
     success.push(TxnOp::put(key.to_vec(), next.to_json(), None));
@@ -752,9 +792,11 @@ fn operation(op: Op) -> TxnOp {
     match op {
         Op::Put { key, value } => TxnOp::put(Vec::from(key), Vec::from(value), None),
         Op::Create { key, value } => TxnOp::txn(
-            Txn::new()
-                .when([Compare::mod_revision(key.to_vec(), CompareOp::Equal, 0)])
-                .and_then([TxnOp::put(Vec::from(key), Vec::from(value), None)]),
+            Txn::new().when([Compare::mod_revision(key.to_vec(), CompareOp::Equal, 0)]).and_then([TxnOp::put(
+                Vec::from(key),
+                Vec::from(value),
+                None,
+            )]),
         ),
         Op::Delete { key } => TxnOp::delete(Vec::from(key), None),
         Op::DeleteRange { range } => {

@@ -4,7 +4,8 @@
 
 use super::apply::{Applier, Committed};
 use super::plan::{
-    CopyPolicy, GuardCase, GuardCount, PlanError, Refusal as LimitRefusal, TxnTree, copy_chunks, copy_diff, guard_verdict,
+    CopyPolicy, GuardCase, GuardCount, PlanError, Refusal as LimitRefusal, TxnTree, copy_chunks, copy_diff,
+    guard_verdict,
 };
 use crate::etcd::{Columns, EtcdError};
 use crate::model::{ClusterId, Digest, Epoch, KeyRange, Phase, Position, Revision, Seq, Term, Waymark};
@@ -148,9 +149,16 @@ impl Applier {
         let pass = copying.begin.guard_pass && !replica_empty;
         self.copying = Some(copying);
         if !ready && !pass {
-            if self.copying.as_ref().is_some_and(|c| !c.begin.guard_pass && !c.begin.origin_empty && !c.begin.link_back && !replica_empty) {
+            if self
+                .copying
+                .as_ref()
+                .is_some_and(|c| !c.begin.guard_pass && !c.begin.origin_empty && !c.begin.link_back && !replica_empty)
+            {
                 // The range was empty at the hello and is not any more: a new hello makes the guard's pass.
-                return Err(StepError::Refused(Kind::PositionMoved, "somebody wrote into the empty range meanwhile".to_owned()));
+                return Err(StepError::Refused(
+                    Kind::PositionMoved,
+                    "somebody wrote into the empty range meanwhile".to_owned(),
+                ));
             }
             return self.open_epoch().await;
         }
@@ -162,16 +170,16 @@ impl Applier {
     async fn open_epoch(&mut self) -> Result<(), StepError> {
         let Some(copying) = &self.copying else { return Ok(()) };
         let begin = copying.begin.clone();
-        let mut counted = copying.counted;
+        let (mut counted, first_copy, replica_empty) = (copying.counted, copying.first_copy, copying.replica_empty);
         if begin.origin_empty {
             counted.replica_keys = self.present_count().await?;
             counted.deletes = counted.replica_keys;
         }
         let case = GuardCase {
             link: self.link.clone(),
-            first_copy: copying.first_copy,
+            first_copy,
             origin_empty: begin.origin_empty,
-            replica_empty: copying.replica_empty,
+            replica_empty,
             deletes_share_max: begin.deletes_share_max,
             allow_deletes: begin.allow_deletes,
             link_back: begin.link_back,
@@ -237,7 +245,12 @@ impl Applier {
     }
 
     /// Brings one page's range to the origin's keys, in pieces that bound what is read of the replica.
-    async fn copy_page(&mut self, range: &KeyRange, revision: Revision, kvs: &[(Bytes, Bytes)]) -> Result<(), StepError> {
+    async fn copy_page(
+        &mut self,
+        range: &KeyRange,
+        revision: Revision,
+        kvs: &[(Bytes, Bytes)],
+    ) -> Result<(), StepError> {
         let Some(copying) = &self.copying else { return Ok(()) };
         let policy = CopyPolicy { creates_only: copying.begin.link_back };
         let mut limit = kvs.len().saturating_mul(2).clamp(PRESENT_KEYS_FIRST, PRESENT_KEYS_MAX);
@@ -319,11 +332,14 @@ impl Applier {
     async fn commit_step(&mut self, next: Position, tree: TxnTree, request_bytes: usize) -> Result<(), StepError> {
         match self.commit(next, tree).await {
             Ok(Committed::Done) => Ok(()),
-            Ok(Committed::GuardFailed | Committed::PositionMoved) => {
-                Err(StepError::Refused(Kind::PositionMoved, "another applier wrote the position during the base copy".to_owned()))
-            }
+            Ok(Committed::GuardFailed | Committed::PositionMoved) => Err(StepError::Refused(
+                Kind::PositionMoved,
+                "another applier wrote the position during the base copy".to_owned(),
+            )),
             Err(e @ EtcdError::TooManyOps) => Err(StepError::Limits(e, LimitRefusal::TooManyOps)),
-            Err(e @ EtcdError::TooLarge) => Err(StepError::Limits(e, LimitRefusal::TooLarge { sent_bytes: request_bytes })),
+            Err(e @ EtcdError::TooLarge) => {
+                Err(StepError::Limits(e, LimitRefusal::TooLarge { sent_bytes: request_bytes }))
+            }
             Err(e) => Err(StepError::Etcd(e)),
         }
     }
@@ -341,7 +357,8 @@ impl Applier {
     fn acknowledge_copy(&mut self) {
         let Some(copying) = &self.copying else { return };
         let mut ack = copying.ack.clone();
-        ack.cursor = self.held.as_ref().and_then(|h| h.position.as_ref()).and_then(|p| p.cursor.clone()).unwrap_or_default();
+        ack.cursor =
+            self.held.as_ref().and_then(|h| h.position.as_ref()).and_then(|p| p.cursor.clone()).unwrap_or_default();
         let session = self.session;
         self.view.send_modify(|view| {
             view.copy = ack;
@@ -351,7 +368,10 @@ impl Applier {
 }
 
 fn fenced(position: &Position) -> StepError {
-    StepError::Refused(Kind::Fenced, format!("the position is at epoch {}, term {} already", position.epoch, position.term))
+    StepError::Refused(
+        Kind::Fenced,
+        format!("the position is at epoch {}, term {} already", position.epoch, position.term),
+    )
 }
 
 /// Up to where a read of the replica reached.

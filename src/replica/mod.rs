@@ -11,7 +11,7 @@ pub mod plan;
 pub mod receive;
 
 use crate::config::{EtcdConfig, Limits, ReceiveConfig};
-use crate::model::{CopyProgress, Epoch, LinkState, LinkStatus, Phase, Ranges, Seq, Side, StageStatus, Term};
+use crate::model::{CopyProgress, Digest, Epoch, LinkState, LinkStatus, Phase, Ranges, Seq, Side, StageStatus, Term};
 use admit::Admit;
 use apply::{Applier, ApplierParts, ApplyView};
 use dedupe::Dedupe;
@@ -26,6 +26,8 @@ use tokio_util::sync::CancellationToken;
 
 /// Copy steps and progress between the stream and the applier; each page is bounded by its sender's page bytes.
 const COMMANDS_MAX: usize = 2;
+/// Journal entries are read in portions of this size when the dedupe log is made anew.
+const NOTE_BYTES: usize = 1 << 20;
 const STATUS_INTERVAL: Duration = Duration::from_millis(250);
 
 /// Everything that one replica link needs.
@@ -55,8 +57,10 @@ impl ReplicaLink {
         opened.log(&link, "journal");
         let journal = Arc::new(journal);
         let (dedupe, remembered) = Dedupe::open(&self.dir.join("dedupe")).await?;
+        let dedupe = Arc::new(dedupe);
         if remembered.moved_aside {
             tracing::warn!(%link, "the dedupe log could not be read and was moved aside; it is made anew from the journal and the position");
+            note_again(&journal, &dedupe).await?;
         }
         let ranges = RangesFile::open(self.dir.join("ranges.json"))?;
         let (commands, incoming) = mpsc::channel(COMMANDS_MAX);
@@ -74,8 +78,7 @@ impl ReplicaLink {
             commands: incoming,
             view: view_sender,
         });
-        let mut admit = Admit::new(Epoch(0), Term(0), Seq(0));
-        admit.remember(&remembered.recent);
+        let admit = remembered_by(&remembered.recent);
         let end = Arc::new(LinkEnd::new(receive::LinkEndParts {
             config: self.receive,
             limits: self.limits,
@@ -121,9 +124,42 @@ impl ReplicaTask {
         if let Err(e) = end.journal.close().await {
             tracing::warn!(link = %end.config.link, error = %e, "the journal was not closed well; its tail is checked at the next start");
         }
-        end.dedupe.close().await;
+        if let Err(e) = end.dedupe.close().await {
+            tracing::warn!(link = %end.config.link, error = %e, "the dedupe log was not closed well");
+        }
         Ok(())
     }
+}
+
+/// What the dedupe log remembers of the newest epoch: the digests of the seqs that end it without a gap.
+fn remembered_by(recent: &[(Epoch, Seq, Digest)]) -> Admit {
+    let Some((epoch, last, _)) = recent.last().copied() else {
+        return Admit::new(Epoch(0), Term(0), Seq(0), []);
+    };
+    let mut digests = Vec::new();
+    let mut expected = last;
+    for (of, seq, digest) in recent.iter().rev() {
+        if *of != epoch || *seq != expected {
+            break;
+        }
+        digests.push(*digest);
+        expected = Seq(seq.0.saturating_sub(1));
+    }
+    Admit::new(epoch, Term(0), last, digests.into_iter().rev())
+}
+
+/// Notes what the journal holds in a dedupe log that was started afresh.
+async fn note_again(journal: &Journal, dedupe: &Dedupe) -> anyhow::Result<()> {
+    let extent = journal.extent().borrow().clone();
+    let mut after = extent.base;
+    while after < extent.end {
+        let entries = journal.read_after(after, NOTE_BYTES).await?;
+        let Some(last) = entries.last() else { break };
+        after = last.seq;
+        let notes = entries.iter().map(|e| (e.seq, e.digest, e.revision.revision)).collect();
+        dedupe.note(extent.epoch, notes, dedupe::State::Pending).await?;
+    }
+    Ok(())
 }
 
 /// One look at all stages, to be written into the status.
@@ -184,7 +220,11 @@ impl Views<'_> {
             StageStatus {
                 stage: "apply",
                 ok: self.view.waiting.is_empty(),
-                detail: if self.view.waiting.is_empty() { format!("applied up to seq {applied}") } else { self.view.waiting.clone() },
+                detail: if self.view.waiting.is_empty() {
+                    format!("applied up to seq {applied}")
+                } else {
+                    self.view.waiting.clone()
+                },
                 queue_bytes: 0,
             },
         ];
@@ -220,6 +260,10 @@ impl Views<'_> {
     }
 
     fn receive_detail(&self) -> String {
-        if self.told.connected { "the origin's stream is open".to_owned() } else { format!("no stream: {}", self.told.ended) }
+        if self.told.connected {
+            "the origin's stream is open".to_owned()
+        } else {
+            format!("no stream: {}", self.told.ended)
+        }
     }
 }

@@ -3,13 +3,14 @@
 //! Always true: nothing but a small hello is read before the peer's name is checked; one stream a link; received never runs ahead of
 //! what the journal has taken; a receipt is never held up by what waits.
 
-use super::admit::{Admit, Verdict, outside};
+use super::admit::{Admit, Refused, outside};
 use super::apply::{ApplyCommand, ApplyView, HelloAnswer, HelloFacts, HelloRefused};
 use super::copy::{Begin, CopyStep};
 use super::dedupe::{Dedupe, State};
-use super::journal::{Appended, Journal, JournalEntry};
+use super::journal::{Journal, JournalEntry, JournalError};
 use crate::config::{Limits, ReceiveConfig};
 use crate::model::{Change, ClusterId, Epoch, KeyRange, Ranges, Revision, Seq, Term, Waymark};
+use crate::segment::feed::Appended;
 use crate::tls::accept::PeerConnectInfo;
 use crate::wire::frame::{self, FrameLimits};
 use crate::wire::replicate::handshake_server::Handshake;
@@ -72,7 +73,7 @@ pub struct LinkEnd {
     pub commands: mpsc::Sender<ApplyCommand>,
     pub view: watch::Receiver<ApplyView>,
     pub journal: Arc<Journal>,
-    pub dedupe: Dedupe,
+    pub dedupe: Arc<Dedupe>,
     pub latest_session: watch::Sender<u64>,
     pub told: watch::Sender<Told>,
     pub counters: Counters,
@@ -108,8 +109,12 @@ impl RangesFile {
     pub fn open(path: PathBuf) -> anyhow::Result<Self> {
         let stored = match std::fs::read(&path) {
             Ok(bytes) => {
-                let pieces: Vec<(String, String)> = serde_json::from_slice(&bytes)
-                    .map_err(|e| anyhow::anyhow!("{} cannot be read ({e}): remove it, and the next hello's ranges are stored", path.display()))?;
+                let pieces: Vec<(String, String)> = serde_json::from_slice(&bytes).map_err(|e| {
+                    anyhow::anyhow!(
+                        "{} cannot be read ({e}): remove it, and the next hello's ranges are stored",
+                        path.display()
+                    )
+                })?;
                 let piece = |(from, to): (String, String)| Some(KeyRange { from: unhex(&from)?, to: unhex(&to)? });
                 let pieces: Option<Vec<KeyRange>> = pieces.into_iter().map(piece).collect();
                 pieces.and_then(Ranges::from_pieces)
@@ -147,7 +152,11 @@ fn unhex(text: &str) -> Option<Bytes> {
     if text.len() % 2 != 0 {
         return None;
     }
-    (0..text.len()).step_by(2).map(|i| u8::from_str_radix(text.get(i..i + 2)?, 16).ok()).collect::<Option<Vec<u8>>>().map(Bytes::from)
+    (0..text.len())
+        .step_by(2)
+        .map(|i| u8::from_str_radix(text.get(i..i + 2)?, 16).ok())
+        .collect::<Option<Vec<u8>>>()
+        .map(Bytes::from)
 }
 
 /// What a link's end is made of.
@@ -157,7 +166,7 @@ pub struct LinkEndParts {
     pub commands: mpsc::Sender<ApplyCommand>,
     pub view: watch::Receiver<ApplyView>,
     pub journal: Arc<Journal>,
-    pub dedupe: Dedupe,
+    pub dedupe: Arc<Dedupe>,
     pub latest_session: watch::Sender<u64>,
     pub told: watch::Sender<Told>,
     pub sends_back: Vec<Ranges>,
@@ -201,7 +210,13 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    pub fn new(links: Vec<Arc<LinkEnd>>, region: &str, node: &str, streams: TaskTracker, stop: CancellationToken) -> Self {
+    pub fn new(
+        links: Vec<Arc<LinkEnd>>,
+        region: &str,
+        node: &str,
+        streams: TaskTracker,
+        stop: CancellationToken,
+    ) -> Self {
         Self { links: Arc::new(links), region: region.into(), node: node.into(), streams, stop }
     }
 
@@ -214,7 +229,8 @@ impl Receiver {
         let Some(end) = self.links.iter().find(|end| end.config.link.as_str() == link) else {
             tracing::warn!(%link, remote = %peer.remote, %names, "refused: no such link to receive");
             return Err(Status::permission_denied(format!(
-                "{} receives no link named {link:?}: add a [[receive]] with that name to its configuration", self.region
+                "{} receives no link named {link:?}: add a [[receive]] with that name to its configuration",
+                self.region
             )));
         };
         if !peer.identity.bears(&end.config.peer) {
@@ -231,7 +247,9 @@ impl Receiver {
     fn ranges(&self, end: &LinkEnd, hello: &HelloRequest) -> Result<Ranges, Status> {
         let pieces = hello.ranges.iter().map(|r| KeyRange { from: r.from.clone(), to: r.to.clone() }).collect();
         let Some(ranges) = Ranges::from_pieces(pieces) else {
-            return Err(Status::invalid_argument("the hello's ranges are not sorted, disjoint, and clear of /etcd-ferry/"));
+            return Err(Status::invalid_argument(
+                "the hello's ranges are not sorted, disjoint, and clear of /etcd-ferry/",
+            ));
         };
         let link = &end.config.link;
         if let Some(accepted) = end.accepted()
@@ -240,14 +258,16 @@ impl Receiver {
             tracing::warn!(%link, asked = ?ranges.pieces(), accepted = ?accepted.pieces(), "refused: ranges that this replica does not accept");
             return Err(Status::permission_denied(format!(
                 "link {link} may touch {:?} here, and the origin asks for {:?}: set prefixes of [[receive]] to allow it",
-                accepted.pieces(), ranges.pieces()
+                accepted.pieces(),
+                ranges.pieces()
             )));
         }
         for other in self.links.iter().filter(|other| other.config.link != *link) {
             if other.accepted().is_some_and(|theirs| theirs.overlaps(&ranges)) {
                 tracing::warn!(%link, other = %other.config.link, "refused: overlapping ranges");
                 return Err(Status::failed_precondition(format!(
-                    "link {link}'s ranges overlap those of link {} at this replica: give each its own prefixes", other.config.link
+                    "link {link}'s ranges overlap those of link {} at this replica: give each its own prefixes",
+                    other.config.link
                 )));
             }
         }
@@ -262,7 +282,8 @@ impl Handshake for Receiver {
         let hello = request.into_inner();
         if hello.protocol_version != PROTOCOL_VERSION {
             return Err(Status::failed_precondition(format!(
-                "this sidecar speaks protocol version {PROTOCOL_VERSION}, the origin's {}: upgrade the older one", hello.protocol_version
+                "this sidecar speaks protocol version {PROTOCOL_VERSION}, the origin's {}: upgrade the older one",
+                hello.protocol_version
             )));
         }
         let ranges = self.ranges(&end, &hello)?;
@@ -275,10 +296,13 @@ impl Handshake for Receiver {
             });
             number
         };
-        let facts = HelloFacts { session: number, epoch: Epoch(hello.epoch), term: Term(hello.term), ranges: ranges.clone() };
+        let facts =
+            HelloFacts { session: number, epoch: Epoch(hello.epoch), term: Term(hello.term), ranges: ranges.clone() };
         let answer = ask(&end, facts).await?;
         if end.config.ranges.is_none() && end.ranges.get().is_none() {
-            end.ranges.put(&ranges).map_err(|e| Status::unavailable(format!("the link's ranges cannot be stored: {e}")))?;
+            end.ranges
+                .put(&ranges)
+                .map_err(|e| Status::unavailable(format!("the link's ranges cannot be stored: {e}")))?;
         }
         let session: [u8; 16] = rand::random();
         let window = WindowLimits {
@@ -332,7 +356,8 @@ async fn ask(end: &LinkEnd, facts: HelloFacts) -> Result<HelloAnswer, Status> {
         Ok(None) => Err(Status::unavailable("the replica's sidecar is shutting down")),
         Err(_) => {
             let waiting = end.view.borrow().waiting.clone();
-            let why = if waiting.is_empty() { "the replica's etcd does not answer in time".to_owned() } else { waiting };
+            let why =
+                if waiting.is_empty() { "the replica's etcd does not answer in time".to_owned() } else { waiting };
             Err(Status::unavailable(why))
         }
     }
@@ -343,18 +368,24 @@ impl Replicate for Receiver {
     type ShipStream = ReceiverStream<Result<Receipt, Status>>;
 
     async fn ship(&self, request: Request<Streaming<Shipment>>) -> Result<Response<Self::ShipStream>, Status> {
-        let text = |name: &str| request.metadata().get(name).and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
+        let text =
+            |name: &str| request.metadata().get(name).and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
         let (link, session) = (text(LINK_METADATA), text(SESSION_METADATA));
         let end = self.known(&request, &link)?;
         let opened = guard(&end.opened).clone().filter(|o| hex(&o.session) == session);
         let Some(opened) = opened else {
-            return Err(Status::failed_precondition("no hello opened this session, or a later one took the link: say hello again"));
+            return Err(Status::failed_precondition(
+                "no hello opened this session, or a later one took the link: say hello again",
+            ));
         };
         let admit = tokio::time::timeout(HANDOVER_DEADLINE, end.admit.clone().lock_owned()).await;
         let Ok(mut admit) = admit else {
             return Err(Status::unavailable("an earlier stream of the link has not ended yet"));
         };
-        admit.resume(opened.epoch, opened.term, opened.received);
+        // A position that went back to an older epoch (a restored replica) starts afresh.
+        if admit.open_epoch(opened.epoch, opened.term, opened.received).is_err() {
+            *admit = Admit::new(opened.epoch, opened.term, opened.received, []);
+        }
         let (out, receipts) = mpsc::channel(RECEIPTS_MAX);
         let stream = Stream {
             decoder: Decoder::new(opened.window),
@@ -493,9 +524,10 @@ impl Stream {
             self.due.copy = true;
             if view.copy.complete
                 && let Some(position) = &view.position
-                && position.epoch > admit.epoch()
+                && position.epoch > admit.epoch().0
+                && admit.open_epoch(position.epoch, position.term, Seq(0)).is_err()
             {
-                admit.open_epoch(position.epoch, position.term, Seq(0));
+                tracing::error!(link = %self.end.config.link, "an older epoch was opened");
             }
         }
         let refusal = view.refusal.clone().filter(|(session, _, _)| *session == self.opened.number);
@@ -523,7 +555,7 @@ impl Stream {
 
     fn ack(&self, admit: &Admit) -> Ack {
         let view = self.view.borrow();
-        let position = view.position.as_ref().filter(|p| p.epoch == admit.epoch());
+        let position = view.position.as_ref().filter(|p| p.epoch == admit.epoch().0);
         let applied = position.map_or(Seq(0), |p| p.seq);
         let durable = self.durable.borrow().0.max(applied.0).min(admit.received().0.max(applied.0));
         Ack {
@@ -580,30 +612,27 @@ impl Stream {
             }
         };
         counters.bytes_raw.fetch_add(decoded.plain_bytes as u64, Ordering::Relaxed);
-        let mut entries = Vec::with_capacity(decoded.revisions.len());
-        let mut seq = decoded.seq_first;
-        for (whole, digest) in decoded.revisions.into_iter().zip(decoded.digests) {
-            match admit.admit(decoded.epoch, decoded.term, seq, digest) {
-                Verdict::Apply => {}
-                Verdict::Duplicate => {
-                    self.end.counters.repeated.fetch_add(1, Ordering::Relaxed);
-                    seq = seq.next();
-                    continue;
-                }
-                Verdict::Gap { expected } => return Err((Kind::Gap, format!("seq {seq} came where {expected} must come"))),
-                Verdict::Fenced { by } => {
-                    return Err((Kind::Fenced, format!("epoch {}, term {} is older than epoch {}, term {}", decoded.epoch, decoded.term, by.0, by.1)));
-                }
-                Verdict::Conflict { seq } => {
-                    return Err((Kind::Conflict, format!("seq {seq} came twice with different changes: run `etcd-ferry resync {}`", self.end.config.link)));
-                }
-            }
-            if outside(&self.opened.ranges, &whole) {
-                return Err((Kind::Outside, format!("seq {seq} (revision {}) changes a key outside of the link's ranges", whole.revision)));
-            }
-            entries.push(JournalEntry { epoch: decoded.epoch, seq, revision: Arc::new(whole), digest });
-            seq = seq.next();
+        if let Some(whole) = decoded.revisions.iter().find(|whole| outside(&self.opened.ranges, whole)) {
+            return Err((
+                Kind::Outside,
+                format!("revision {} changes a key outside of the link's ranges", whole.revision),
+            ));
         }
+        let repeated =
+            admit.admit_frame(decoded.epoch, decoded.term, decoded.seq_first, &decoded.digests).map_err(|refused| {
+                let kind = match refused {
+                    Refused::Gap { .. } => Kind::Gap,
+                    Refused::Fenced { .. } => Kind::Fenced,
+                    Refused::Conflict { .. } => Kind::Conflict,
+                };
+                (kind, refused.to_string())
+            })?;
+        counters.repeated.fetch_add(repeated as u64, Ordering::Relaxed);
+        let seqs = (decoded.seq_first.0..).map(Seq);
+        let received = seqs.zip(decoded.revisions.into_iter().zip(decoded.digests)).skip(repeated);
+        let entries: Vec<JournalEntry> = received
+            .map(|(seq, (whole, digest))| JournalEntry { epoch: decoded.epoch, seq, revision: Arc::new(whole), digest })
+            .collect();
         if entries.is_empty() {
             self.due.ack = true;
             return Ok(None);
@@ -640,7 +669,10 @@ impl Stream {
     fn command(&self, command: ApplyCommand) -> Placing {
         let commands = self.end.commands.clone();
         Box::pin(async move {
-            commands.send(command).await.map_err(|_| (Kind::Closing, "the replica's sidecar is shutting down".to_owned()))
+            commands
+                .send(command)
+                .await
+                .map_err(|_| (Kind::Closing, "the replica's sidecar is shutting down".to_owned()))
         })
     }
 
@@ -676,7 +708,9 @@ impl Stream {
         let changes = decoded.revisions.into_iter().flat_map(|whole| whole.changes);
         let kv = |change| match change {
             Change::Put { key, value } if range.contains(&key) => Ok((key, value)),
-            Change::Put { .. } | Change::Delete { .. } => Err((Kind::Gap, "a page of the base copy is not what it says".to_owned())),
+            Change::Put { .. } | Change::Delete { .. } => {
+                Err((Kind::Gap, "a page of the base copy is not what it says".to_owned()))
+            }
         };
         changes.map(kv).collect()
     }
@@ -691,7 +725,7 @@ async fn place(placing: &mut Option<Placing>) -> Result<(), (Kind, String)> {
 
 /// Puts admitted revisions into the journal, waiting for room; and into the dedupe log beside it.
 async fn journal_all(end: Arc<LinkEnd>, entries: Vec<JournalEntry>) -> Result<(), (Kind, String)> {
-    let failed = |e: super::journal::JournalError| (Kind::Closing, format!("the replica's journal: {e}"));
+    let failed = |e: JournalError| (Kind::Closing, format!("the replica's journal: {e}"));
     let Some(epoch) = entries.first().map(|e| e.epoch) else { return Ok(()) };
     let notes = entries.iter().map(|e| (e.seq, e.digest, e.revision.revision)).collect();
     let mut waiting = entries;
@@ -704,7 +738,7 @@ async fn journal_all(end: Arc<LinkEnd>, entries: Vec<JournalEntry>) -> Result<()
             }
         }
     }
-    end.dedupe.note(epoch, notes, State::Pending).await;
+    // A dedupe log that cannot be written costs the sight of conflicts with old seqs, never a revision.
+    let _ = end.dedupe.note(epoch, notes, State::Pending).await;
     Ok(())
 }
-

@@ -267,6 +267,17 @@ fn create_file(dir: &Path, header: &Header) -> Result<File, SegmentError> {
     Ok(file)
 }
 
+/// Writes a small file as a whole: it is there with all of `bytes`, or as it was.
+pub fn write_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let unnamed = path.with_extension("new");
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&unnamed)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&unnamed, path)?;
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    File::open(dir)?.sync_all()
+}
+
 /// Makes everything from `bytes` on zeros again.
 fn cut_back(file: &File, bytes: u64, padded_bytes: u64) -> io::Result<()> {
     file.set_len(bytes)?;

@@ -34,6 +34,19 @@ pub struct Opened {
     pub set_aside: Option<PathBuf>,
 }
 
+impl Opened {
+    /// Tells the operator what opening had to cut or set aside. `what`: spool or journal.
+    pub fn log(&self, link: &crate::model::LinkName, what: &str) {
+        for cut in &self.cuts {
+            tracing::warn!(%link, what, file = %cut.file.display(), offset = cut.offset, bytes = cut.bytes,
+                "a half-written record was cut off, as after a crash");
+        }
+        if let Some(kept) = &self.set_aside {
+            tracing::error!(%link, what, kept = %kept.display(), "a damaged part was set aside; what it held is fetched again");
+        }
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Cut {
     pub file: PathBuf,
