@@ -12,7 +12,7 @@
 //! etcd.rs            the narrow typed door to etcd
 //! tls.rs             load and check certificates; peer identity
 //! wire/              mod window(p) frame(p) body(p) cache(p) delta(p) digest(p) varint(p) kubernetes_like (tests)
-//! segment/           mod (append-only files) file open feed (memory first, then files) writer tests(of mod), feed/tests, under spool and journal
+//! segment/           mod (append-only files) file open feed (memory first, then files) writer, under spool and journal
 //! config.rs          raw to checked, all faults at once
 //! model.rs(p) retry.rs(p) certs.rs(rcgen) metrics.rs
 //! ```

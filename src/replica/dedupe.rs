@@ -1,1 +1,546 @@
-//! To come.
+//! Job: the dedupe log: seq, digest and state of each revision that was received. The only file that knows sled.
+//! Input: notes about seqs. Output: at start, the newest of them.
+//! Always true: losing it costs nothing but itself (the position is the truth), so whatever is wrong with it, it is moved aside and
+//! started afresh; nothing but its own thread ever waits for its disk.
+//!
+//! All sled calls are on one thread, behind `catch_unwind`: of 150 flipped bits in its files sled panicked on 115, and missed 16, so each
+//! value also has a checksum of ours. sled's `flush` never calls fsync: `sync_data` on its `db` file follows.
+
+use crate::model::{Digest, Epoch, Revision, Seq};
+use std::fs::{self, DirBuilder, File};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tokio::sync::{Semaphore, oneshot};
+
+/// Entries that are kept, and how old they may be.
+const ENTRIES_MAX: u64 = 100_000;
+const AGE_MS_MAX: u64 = 24 * 3600 * 1000;
+/// Entries that `open` returns.
+const RECENT_MAX: usize = 4096;
+/// Calls that wait for the thread.
+const CALLS_MAX: usize = 64;
+/// Entries of one trim: larger ones cost sled hundreds of megabytes.
+const TRIM_BATCH: usize = 64;
+/// How long a note may be in memory only. It is a cache: nobody waits for it.
+const SYNC_EVERY: Duration = Duration::from_secs(1);
+const CACHE_BYTES: u64 = 8 << 20;
+/// Unreadable logs that are kept for an expert to look at.
+const MOVED_ASIDE_MAX: usize = 2;
+/// How long [`Dedupe::close`] waits for the disk.
+const CLOSE_MAX: Duration = Duration::from_secs(4);
+/// Holds the epoch and seq up to which everything is done. Always there, and shorter than every other key.
+const DONE_KEY: &[u8] = b"done";
+
+/// How far a revision has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    Pending,
+    Applying,
+    Done,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum DedupeError {
+    #[error("{}: {source}", .path.display())]
+    Io { path: PathBuf, source: io::Error },
+    #[error("{} is open to others (mode {mode:03o}): run `chmod 700` on it", .path.display())]
+    DirTooOpen { path: PathBuf, mode: u32 },
+    #[error("the dedupe log is closed")]
+    Closed,
+    #[error("the disk did not take the dedupe log's last entries in time")]
+    CloseTooSlow,
+}
+
+/// What was found at start. Notes are synced after a while, so the last ones may be missing in any case: what the journal holds beyond
+/// them is noted again.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Opened {
+    /// The newest entries, in order.
+    pub recent: Vec<(Epoch, Seq, Digest)>,
+    /// Everything up to it was done; 0: nothing was.
+    pub done: (Epoch, Seq),
+    /// True if the log could not be read, and is empty now.
+    pub moved_aside: bool,
+}
+
+type Noted = (Seq, Digest, Revision);
+
+enum Call {
+    Note(Epoch, Vec<Noted>, State),
+    Done(Epoch, Seq),
+    Sync(oneshot::Sender<()>),
+    Close(oneshot::Sender<()>),
+}
+
+/// The door to the thread. Dropping it ends the thread, which syncs first.
+pub struct Dedupe {
+    calls: SyncSender<Call>,
+    /// One permit for each free place in `calls`, so that waiting for one does not block an async thread.
+    places: Arc<Semaphore>,
+}
+
+impl Dedupe {
+    /// Opens the log in `dir`, or makes one. An error only if the directory itself cannot be had.
+    pub async fn open(dir: &Path) -> Result<(Self, Opened), DedupeError> {
+        let dir = dir.to_owned();
+        let places = Arc::new(Semaphore::new(CALLS_MAX));
+        let (calls, called) = sync_channel(CALLS_MAX);
+        let (tell, told) = oneshot::channel();
+        let free = Arc::clone(&places);
+        let thread = move || match Log::open(&dir) {
+            Ok((log, opened)) => {
+                if tell.send(Ok(opened)).is_ok() {
+                    serve(log, &called, &free);
+                }
+                free.close();
+            }
+            Err(error) => drop(tell.send(Err(error))),
+        };
+        let started = std::thread::Builder::new().name("dedupe".to_owned()).spawn(thread);
+        started.map_err(|source| DedupeError::Io { path: PathBuf::from("thread"), source })?;
+        let opened = told.await.map_err(|_| DedupeError::Closed)??;
+        Ok((Self { calls, places }, opened))
+    }
+
+    /// Notes revisions. Waits only while [`CALLS_MAX`] calls wait for the thread. Cancel-safe.
+    pub async fn note(&self, epoch: Epoch, revisions: Vec<Noted>, state: State) -> Result<(), DedupeError> {
+        self.call(Call::Note(epoch, revisions, state)).await
+    }
+
+    /// Everything up to `seq` is applied.
+    pub async fn done_through(&self, epoch: Epoch, seq: Seq) -> Result<(), DedupeError> {
+        self.call(Call::Done(epoch, seq)).await
+    }
+
+    /// Returns when everything noted before is on the disk.
+    pub async fn sync(&self) -> Result<(), DedupeError> {
+        let (tell, told) = oneshot::channel();
+        self.call(Call::Sync(tell)).await?;
+        told.await.map_err(|_| DedupeError::Closed)
+    }
+
+    /// Syncs and ends the thread. Waits at most 4 s.
+    pub async fn close(&self) -> Result<(), DedupeError> {
+        let (tell, told) = oneshot::channel();
+        let closing = async {
+            self.call(Call::Close(tell)).await?;
+            told.await.map_err(|_| DedupeError::Closed)
+        };
+        tokio::time::timeout(CLOSE_MAX, closing).await.unwrap_or(Err(DedupeError::CloseTooSlow))
+    }
+
+    async fn call(&self, call: Call) -> Result<(), DedupeError> {
+        self.places.acquire().await.map_err(|_| DedupeError::Closed)?.forget();
+        self.calls.try_send(call).map_err(|_| DedupeError::Closed)
+    }
+}
+
+/// The thread: takes calls until there are no more, and syncs at most each [`SYNC_EVERY`] unless asked.
+fn serve(mut log: Log, calls: &Receiver<Call>, places: &Semaphore) {
+    let mut sync_at: Option<Instant> = None;
+    let closed = loop {
+        let call = match sync_at {
+            None => calls.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            Some(at) => calls.recv_timeout(at.saturating_duration_since(Instant::now())),
+        };
+        places.add_permits(usize::from(call.is_ok()));
+        match call {
+            Ok(Call::Note(epoch, revisions, state)) => log.try_do(|db| db.note(epoch, &revisions, state)),
+            Ok(Call::Done(epoch, seq)) => log.try_do(|db| db.done_through(epoch, seq)),
+            Ok(Call::Sync(told)) => {
+                log.try_do(Db::sync);
+                sync_at = None;
+                let _ = told.send(()); // whoever asked may have gone
+                continue;
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                log.try_do(Db::sync);
+                sync_at = None;
+                continue;
+            }
+            Ok(Call::Close(told)) => break Some(told),
+            Err(RecvTimeoutError::Disconnected) => break None,
+        }
+        sync_at.get_or_insert_with(|| Instant::now() + SYNC_EVERY);
+    };
+    log.try_do(Db::sync);
+    log.drop_db();
+    if let Some(told) = closed {
+        let _ = told.send(());
+    }
+}
+
+/// The log as the thread sees it: it is there, or it could not be made.
+struct Log {
+    dir: PathBuf,
+    db: Option<Db>,
+    /// A fault was logged, and nothing has worked since.
+    faulty: bool,
+}
+
+impl Log {
+    fn open(dir: &Path) -> Result<(Self, Opened), DedupeError> {
+        check_private(dir)?;
+        let (db, opened) = match guarded(|| Db::open(dir)) {
+            Ok((db, opened)) => (db, opened),
+            Err(reason) => {
+                let db = start_afresh(dir, &reason)?;
+                (db, Opened { moved_aside: true, ..Opened::default() })
+            }
+        };
+        Ok((Self { dir: dir.to_owned(), db: Some(db), faulty: false }, opened))
+    }
+
+    /// Whatever goes wrong, the log starts afresh; if even that fails it does without until it succeeds.
+    fn try_do(&mut self, work: impl FnOnce(&mut Db) -> Result<(), String>) {
+        let done = match &mut self.db {
+            Some(db) => guarded(|| work(db)),
+            None => Err("the last start failed".to_owned()),
+        };
+        let Err(reason) = done else {
+            self.faulty = false;
+            return;
+        };
+        self.drop_db();
+        match start_afresh(&self.dir, &reason) {
+            Ok(db) => self.db = Some(db),
+            Err(error) if !self.faulty => {
+                tracing::warn!(%error, "the dedupe log cannot be written; repeated revisions are still caught by the position");
+                self.faulty = true;
+            }
+            Err(_) => {}
+        }
+    }
+
+    fn drop_db(&mut self) {
+        let db = self.db.take();
+        if guarded(|| Ok(drop(db))).is_err() {
+            tracing::debug!("the dedupe log panicked while closing");
+        }
+    }
+}
+
+/// Runs sled code: a panic in it is an error like another.
+fn guarded<V>(work: impl FnOnce() -> Result<V, String>) -> Result<V, String> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+        let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+        Err(format!("panicked: {}", text.unwrap_or_else(|| "for no stated reason".to_owned())))
+    })
+}
+
+fn check_private(dir: &Path) -> Result<(), DedupeError> {
+    let failed = |source| DedupeError::Io { path: dir.to_owned(), source };
+    match fs::metadata(dir) {
+        Ok(found) => {
+            let mode = found.permissions().mode() & 0o777;
+            if mode & 0o077 != 0 { Err(DedupeError::DirTooOpen { path: dir.to_owned(), mode }) } else { Ok(()) }
+        }
+        Err(_) => DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed),
+    }
+}
+
+/// Moves what is in `dir` to `<dir>.bad-<unix ms>`, of which the newest are kept, and makes a new log.
+fn start_afresh(dir: &Path, reason: &str) -> Result<Db, DedupeError> {
+    let failed = |source| DedupeError::Io { path: dir.to_owned(), source };
+    let name = dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let aside = (now_ms()..).map(|ms| dir.with_file_name(format!("{name}.bad-{ms:015}"))).find(|path| !path.exists());
+    let Some(aside) = aside else { return Err(failed(io::ErrorKind::AlreadyExists.into())) };
+    fs::rename(dir, &aside).map_err(failed)?;
+    check_private(dir)?;
+    tracing::warn!(reason, moved_to = %aside.display(), "the dedupe log could not be read or written; started a new one");
+    let mut old: Vec<PathBuf> = Vec::new();
+    let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    for entry in fs::read_dir(parent).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let bad = entry.file_name().to_string_lossy().starts_with(&format!("{name}.bad-"));
+        old.extend(bad.then(|| entry.path()));
+    }
+    old.sort();
+    for path in &old[..old.len().saturating_sub(MOVED_ASIDE_MAX)] {
+        fs::remove_dir_all(path).map_err(failed)?;
+    }
+    let (db, _) = guarded(|| Db::open(dir)).map_err(|reason| failed(io::Error::other(reason)))?;
+    Ok(db)
+}
+
+fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// sled itself. Every function may panic.
+struct Db {
+    db: sled::Db,
+    /// sled's own file, for the fsync that sled leaves out.
+    file: File,
+    entries: u64,
+    entries_max: u64,
+    age_ms_max: u64,
+    done: (Epoch, Seq),
+}
+
+/// What is kept of a revision: digest 16, revision u64, state u8, noted_ms u64, crc32c of key and these u32.
+struct Entry {
+    digest: Digest,
+    noted_ms: u64,
+    done: bool,
+}
+
+impl Db {
+    fn open(dir: &Path) -> Result<(Self, Opened), String> {
+        let is_new = !dir.join("db").exists();
+        let config = sled::Config::new().path(dir).cache_capacity(CACHE_BYTES).flush_every_ms(None);
+        let db = config.open().map_err(|error| error.to_string())?;
+        let file = File::open(dir.join("db")).map_err(|error| error.to_string())?;
+        let done = match db.get(DONE_KEY).map_err(|error| error.to_string())? {
+            Some(key) => read_key(&key).ok_or("a malformed value")?,
+            // sled opens what it cannot understand as if nothing had been in it.
+            None if !is_new => return Err("what it held is gone".to_owned()),
+            None => (Epoch(0), Seq(0)),
+        };
+        let (mut recent, mut entries) = (Vec::new(), 0);
+        for pair in db.iter().rev() {
+            let (key, value) = pair.map_err(|error| error.to_string())?;
+            if key == DONE_KEY {
+                continue;
+            }
+            entries += 1;
+            let entry = Entry::read(&key, &value).ok_or("a value whose checksum is wrong")?;
+            let (epoch, seq) = read_key(&key).ok_or("a malformed key")?;
+            if recent.len() < RECENT_MAX {
+                recent.push((epoch, seq, entry.digest));
+            }
+        }
+        recent.reverse();
+        db.insert(DONE_KEY, write_key(done.0, done.1).to_vec()).map_err(|error| error.to_string())?;
+        let mut db = Self { db, file, entries, entries_max: ENTRIES_MAX, age_ms_max: AGE_MS_MAX, done };
+        db.sync()?;
+        for path in [dir.join("conf"), dir.to_owned()] {
+            File::open(path).and_then(|file| file.sync_all()).map_err(|error| error.to_string())?;
+        }
+        Ok((db, Opened { recent, done, moved_aside: false }))
+    }
+
+    fn note(&mut self, epoch: Epoch, revisions: &[Noted], state: State) -> Result<(), String> {
+        let noted_ms = now_ms();
+        for (seq, digest, revision) in revisions {
+            let key = write_key(epoch, *seq);
+            let mut value = digest.0.to_vec();
+            value.extend(revision.0.to_le_bytes());
+            value.push(match state {
+                State::Pending => 0,
+                State::Applying => 1,
+                State::Done => 2,
+            });
+            value.extend(noted_ms.to_le_bytes());
+            value.extend(crc32c::crc32c_append(crc32c::crc32c(&key), &value).to_le_bytes());
+            let before = self.db.insert(key, value).map_err(|error| error.to_string())?;
+            self.entries += u64::from(before.is_none());
+        }
+        self.trim(revisions.len() + TRIM_BATCH)
+    }
+
+    fn done_through(&mut self, epoch: Epoch, seq: Seq) -> Result<(), String> {
+        if self.done < (epoch, seq) {
+            self.done = (epoch, seq);
+            self.db.insert(DONE_KEY, write_key(epoch, seq).to_vec()).map_err(|error| error.to_string())?;
+        }
+        Ok(())
+    }
+
+    fn sync(&mut self) -> Result<(), String> {
+        self.db.flush().map_err(|error| error.to_string())?;
+        self.file.sync_data().map_err(|error| error.to_string())
+    }
+
+    /// Removes the oldest entries that are done, at most `most`: those beyond the count, and those beyond the age. What is not done
+    /// stays until there are twice as many.
+    fn trim(&mut self, most: usize) -> Result<(), String> {
+        let old_ms = now_ms().saturating_sub(self.age_ms_max);
+        let mut removed = 0;
+        while removed < most {
+            let mut batch = sled::Batch::default();
+            let mut batched = 0;
+            for pair in self.db.iter().take(TRIM_BATCH) {
+                let (key, value) = pair.map_err(|error| error.to_string())?;
+                if key == DONE_KEY {
+                    continue;
+                }
+                let entry = Entry::read(&key, &value).ok_or("a value whose checksum is wrong")?;
+                let done = entry.done || read_key(&key).is_some_and(|key| key <= self.done);
+                let count = self.entries - batched;
+                let surplus = count > self.entries_max && (done || count > self.entries_max * 2);
+                if !surplus && !(done && entry.noted_ms < old_ms) {
+                    break;
+                }
+                batch.remove(key);
+                batched += 1;
+            }
+            if batched == 0 {
+                break;
+            }
+            self.db.apply_batch(batch).map_err(|error| error.to_string())?;
+            self.entries -= batched;
+            removed += TRIM_BATCH;
+        }
+        Ok(())
+    }
+}
+
+impl Entry {
+    fn read(key: &[u8], value: &[u8]) -> Option<Self> {
+        let (checked, crc) = value.split_at_checked(33)?;
+        if crc32c::crc32c_append(crc32c::crc32c(key), checked).to_le_bytes() != crc {
+            return None;
+        }
+        let digest = Digest(checked.get(..16)?.try_into().ok()?);
+        let noted_ms = u64::from_le_bytes(checked.get(25..33)?.try_into().ok()?);
+        Some(Self { digest, noted_ms, done: checked[24] == 2 })
+    }
+}
+
+/// Big-endian, so that sled's order is that of (epoch, seq).
+fn write_key(epoch: Epoch, seq: Seq) -> [u8; 16] {
+    ((u128::from(epoch.0) << 64) | u128::from(seq.0)).to_be_bytes()
+}
+
+fn read_key(key: &[u8]) -> Option<(Epoch, Seq)> {
+    let (epoch, seq) = key.split_at_checked(8)?;
+    Some((Epoch(u64::from_be_bytes(epoch.try_into().ok()?)), Seq(u64::from_be_bytes(seq.try_into().ok()?))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn private_dir() -> (tempfile::TempDir, PathBuf) {
+        let dir = tempfile::tempdir().unwrap_or_else(|error| panic!("{error}"));
+        let inner = dir.path().join("dedupe");
+        (dir, inner)
+    }
+
+    fn digest(seq: u64) -> Digest {
+        Digest((u128::from(seq) * 0x0123_4567_89ab_cdef).to_le_bytes())
+    }
+
+    fn noted(seqs: impl Iterator<Item = u64>) -> Vec<Noted> {
+        seqs.map(|seq| (Seq(seq), digest(seq), Revision(seq + 100))).collect()
+    }
+
+    fn seqs(opened: &Opened) -> Vec<u64> {
+        opened.recent.iter().map(|(_, seq, _)| seq.0).collect()
+    }
+
+    fn db(dir: &Path) -> Db {
+        guarded(|| Db::open(dir)).unwrap_or_else(|error| panic!("{error}")).0
+    }
+
+    #[tokio::test]
+    async fn what_was_noted_is_there_after_a_restart_in_the_order_of_epoch_and_seq() {
+        let (_keep, dir) = private_dir();
+        let (dedupe, opened) = Dedupe::open(&dir).await.unwrap();
+        assert_eq!(opened, Opened::default());
+        dedupe.note(Epoch(2), noted(1..=3), State::Pending).await.unwrap();
+        dedupe.note(Epoch(1), noted(250..=5000), State::Applying).await.unwrap();
+        dedupe.done_through(Epoch(2), Seq(2)).await.unwrap();
+        dedupe.done_through(Epoch(1), Seq(7)).await.unwrap();
+        dedupe.close().await.unwrap();
+        assert!(matches!(dedupe.sync().await, Err(DedupeError::Closed)));
+        let (dedupe, opened) = Dedupe::open(&dir).await.unwrap();
+        let newest: Vec<u64> = (250..=5000).chain(1..=3).collect();
+        assert_eq!(seqs(&opened), newest[newest.len() - RECENT_MAX..]);
+        assert!(opened.recent.iter().all(|(_, seq, kept)| *kept == digest(seq.0)));
+        assert_eq!((opened.done, opened.moved_aside), ((Epoch(2), Seq(2)), false));
+        dedupe.close().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn one_that_cannot_be_read_is_moved_aside_and_two_such_are_kept() {
+        let (keep, dir) = private_dir();
+        for round in 0..4 {
+            let (dedupe, _) = Dedupe::open(&dir).await.unwrap();
+            dedupe.note(Epoch(1), noted(1..=500), State::Pending).await.unwrap();
+            dedupe.close().await.unwrap();
+            let mut bytes = fs::read(dir.join("db")).unwrap();
+            for at in (100..bytes.len()).step_by(97) {
+                bytes[at] ^= 0xff;
+            }
+            fs::write(dir.join("db"), bytes).unwrap();
+            fs::remove_file(dir.join("conf")).unwrap();
+            fs::write(dir.join("conf"), b"rubbish").unwrap();
+            let (dedupe, opened) = Dedupe::open(&dir).await.unwrap();
+            assert_eq!(opened, Opened { moved_aside: true, ..Opened::default() }, "round {round}");
+            dedupe.note(Epoch(1), noted(1..=5), State::Pending).await.unwrap();
+            dedupe.close().await.unwrap();
+            let kept = fs::read_dir(keep.path()).unwrap().count() - 1;
+            assert_eq!(kept, (round + 1).min(MOVED_ASIDE_MAX));
+            fs::remove_dir_all(&dir).unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_panic_in_the_middle_starts_it_afresh_and_it_goes_on() {
+        let (keep, dir) = private_dir();
+        let (mut log, _) = Log::open(&dir).unwrap();
+        log.try_do(|db| db.note(Epoch(1), &noted(1..=5), State::Pending));
+        log.try_do(|_| panic!("as sled does"));
+        log.try_do(|db| db.note(Epoch(1), &noted(6..=7), State::Pending));
+        log.try_do(Db::sync);
+        log.drop_db();
+        let (dedupe, opened) = Dedupe::open(&dir).await.unwrap();
+        assert_eq!(seqs(&opened), [6, 7]);
+        assert_eq!(fs::read_dir(keep.path()).unwrap().count(), 2);
+        dedupe.close().await.unwrap();
+    }
+
+    #[test]
+    fn a_value_with_any_flipped_bit_is_noticed() {
+        let (_keep, dir) = private_dir();
+        fs::create_dir(&dir).unwrap();
+        let mut db = db(&dir);
+        db.note(Epoch(1), &noted(7..=7), State::Pending).unwrap();
+        let (key, good) = db.db.first().unwrap().unwrap();
+        assert!(Entry::read(&key, &good).is_some());
+        for bit in 0..good.len() * 8 {
+            let mut bad = good.to_vec();
+            bad[bit / 8] ^= 1 << (bit % 8);
+            assert!(Entry::read(&key, &bad).is_none(), "bit {bit}");
+        }
+    }
+
+    #[test]
+    fn the_oldest_go_by_count_and_age_once_they_are_done_and_never_more_than_twice_the_count_stay() {
+        let (_keep, dir) = private_dir();
+        fs::create_dir(&dir).unwrap();
+        let mut db = db(&dir);
+        db.entries_max = 200;
+        let held = |db: &Db| {
+            let keys = db.db.iter().keys().filter_map(|key| read_key(&key.unwrap())).map(|(_, seq)| seq.0);
+            let keys: Vec<u64> = keys.collect();
+            assert_eq!(db.entries, keys.len() as u64);
+            (keys[0], keys.len())
+        };
+        let note = |db: &mut Db, seq: u64| db.note(Epoch(1), &noted(seq..=seq), State::Pending).unwrap();
+        (1..=300).for_each(|seq| note(&mut db, seq));
+        assert_eq!(held(&db), (1, 300), "what is not done stays");
+        (301..=450).for_each(|seq| note(&mut db, seq));
+        assert_eq!(held(&db), (51, 400), "but not without a bound");
+        db.done_through(Epoch(1), Seq(400)).unwrap();
+        note(&mut db, 451);
+        note(&mut db, 452);
+        assert_eq!(held(&db), (253, 200), "in batches, down to the count");
+        db.age_ms_max = 0;
+        let noted_at = now_ms();
+        while now_ms() == noted_at {
+            std::hint::spin_loop();
+        }
+        (453..=460).for_each(|seq| note(&mut db, seq));
+        assert_eq!(held(&db).0, 401, "what is done and old goes, the rest stays");
+    }
+}
