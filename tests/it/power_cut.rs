@@ -1,0 +1,357 @@
+//! Job: power cuts and full disks, for real: what was said to be durable is there, byte for byte.
+//! Input: an ext4 in a file, mounted by loop; a process that writes into it. Output: passes or fails.
+//! Always true: mounts and processes are gone at the end, also after a panic.
+//!
+//! The writing process is stopped mid-way, the file under the mounted ext4 is copied, and the copy is mounted: what the kernel had not
+//! written yet is missing in it, as after a power cut.
+
+use bytes::Bytes;
+use etcd_ferry::config::Limits;
+use etcd_ferry::model::{Change, Digest, Epoch, Revision, Seq, WholeRevision};
+use etcd_ferry::origin::spool::{Spool, SpoolEntry};
+use etcd_ferry::replica::dedupe::{Dedupe, State};
+use etcd_ferry::segment::feed::Appended;
+use etcd_ferry::segment::{OnDamage, SegmentLimits, SegmentLog};
+use etcd_ferry::wire::digest;
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Lines};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Set for the writing process: what to write, the size of a record, and where.
+const WRITE: &str = "ETCD_FERRY_POWER_CUT";
+const SIZES: [usize; 4] = [64, 1024, 64 * 1024, 1536 * 1024];
+/// Bytes written before the first cut; there is a second one after as many again.
+const CUT_EVERY_BYTES: usize = 3 << 20;
+
+#[test]
+fn a_power_cut_loses_no_segment_record_that_was_synced() {
+    SIZES.into_iter().for_each(|bytes| cut_twice("segment", bytes));
+}
+
+#[test]
+fn a_power_cut_loses_no_spooled_revision_that_was_durable() {
+    SIZES.into_iter().for_each(|bytes| cut_twice("spool", bytes));
+}
+
+#[test]
+fn a_power_cut_loses_no_note_of_the_dedupe_log_that_was_synced() {
+    cut_twice("dedupe", 40);
+}
+
+#[tokio::test]
+async fn a_full_disk_is_told_and_after_trimming_the_spool_goes_on_without_a_hole() {
+    let disk = Disk::new(20 << 20);
+    let dir = disk.mount.join("spool");
+    let (spool, _) = Spool::open(&dir, &limits(16 << 20, 1 << 30)).await.unwrap();
+    let mut next = 1;
+    let mut extent = spool.extent();
+    loop {
+        // One at a time, so that the spool's own limits are never near.
+        match spool.append(vec![entry(next, 256 * 1024)]).await.unwrap() {
+            Appended::Taken => next += 1,
+            Appended::Full(_) => break,
+        }
+        assert!(next < 1000, "the disk is never full");
+        tokio::select! {
+            _ = extent.wait_for(|extent| extent.disk_full) => {}
+            _ = durable(&spool, next - 1) => {}
+        }
+    }
+    let extent = spool.extent().borrow().clone();
+    assert!(extent.disk_full && extent.full, "{extent:?}");
+    let all = read_all(&spool, 0, next - 1).await;
+    assert!(all.iter().zip(1..).all(|(entry, index)| *entry == self::entry(index, 256 * 1024)), "all can be read");
+    let synced = *spool.durable().borrow();
+    spool.trim(synced);
+    spool.room().await.unwrap();
+    for index in next..next + 10 {
+        assert_eq!(spool.append(vec![entry(index, 256 * 1024)]).await.unwrap(), Appended::Taken);
+    }
+    durable(&spool, next + 9).await;
+    let base = spool.extent().borrow().base;
+    spool.close().await.unwrap();
+    let (spool, opened) = Spool::open(&dir, &limits(16 << 20, 1 << 30)).await.unwrap();
+    assert!(opened.cuts.is_empty() && opened.set_aside.is_none(), "{opened:?}");
+    let kept = read_all(&spool, base.0, next + 9).await;
+    assert!(kept.iter().map(|entry| entry.revision.revision.0).eq(base.0 + 1..next + 10), "after a restart");
+    spool.close().await.unwrap();
+}
+
+/// The process that writes: not a test of its own, it ends at once unless it was started by one.
+#[test]
+fn writer_of_the_power_cut_tests() {
+    let Ok(task) = std::env::var(WRITE) else { return };
+    let mut words = task.splitn(3, ' ');
+    let (kind, bytes, dir) = (words.next().unwrap(), words.next().unwrap(), Path::new(words.next().unwrap()));
+    let bytes: usize = bytes.parse().unwrap();
+    match kind {
+        "segment" => write_segments(dir, bytes),
+        "spool" => tokio::runtime::Runtime::new().unwrap().block_on(write_spool(dir, bytes)),
+        _ => tokio::runtime::Runtime::new().unwrap().block_on(write_dedupe(dir)),
+    }
+}
+
+fn write_segments(dir: &Path, bytes: usize) {
+    let mut log = open_log(dir).0;
+    for index in 1.. {
+        log.append(index, &payload(index, bytes)).unwrap();
+        // Many small ones share a sync, and each file ends somewhere between two syncs.
+        if index % (64 * 1024 / bytes as u64).clamp(1, 50) == 0 {
+            log.sync().unwrap();
+            println!("durable {index}");
+        }
+    }
+}
+
+async fn write_spool(dir: &Path, bytes: usize) {
+    let (spool, _) = Spool::open(dir, &limits(2 << 20, 1 << 30)).await.unwrap();
+    let mut durable = spool.durable();
+    for index in 1.. {
+        assert_eq!(spool.append(vec![entry(index, bytes)]).await.unwrap(), Appended::Taken);
+        if durable.has_changed().unwrap() {
+            println!("durable {}", *durable.borrow_and_update());
+        }
+    }
+}
+
+async fn write_dedupe(dir: &Path) {
+    let (dedupe, _) = Dedupe::open(dir).await.unwrap();
+    for batch in 0.. {
+        let noted = (batch * 100 + 1..=batch * 100 + 100).map(|seq| (Seq(seq), note(seq), Revision(seq))).collect();
+        dedupe.note(Epoch(1), noted, State::Pending).await.unwrap();
+        if batch % 3 == 0 {
+            dedupe.sync().await.unwrap();
+            println!("durable {}", batch * 100 + 100);
+        }
+    }
+}
+
+fn cut_twice(kind: &str, bytes: usize) {
+    let disk = Disk::new(128 << 20);
+    let dir = disk.mount.join(kind);
+    let mut writer = Writer::start(&format!("{kind} {bytes} {}", dir.display()));
+    for cut in 1..=2_u64 {
+        let target = cut * (CUT_EVERY_BYTES / bytes).clamp(3, 5_000) as u64;
+        let durable = writer.stop_after(target);
+        let copy = disk.copy();
+        writer.go_on();
+        let dir = copy.mount.join(kind);
+        let what = format!("{kind}, {bytes} B, cut {cut}, {durable} durable");
+        match kind {
+            "segment" => check_segments(&dir, bytes, durable, &what),
+            "spool" => tokio::runtime::Runtime::new().unwrap().block_on(check_spool(&dir, bytes, durable, &what)),
+            _ => tokio::runtime::Runtime::new().unwrap().block_on(check_dedupe(&dir, durable, &what)),
+        }
+    }
+}
+
+fn check_segments(dir: &Path, bytes: usize, durable: u64, what: &str) {
+    let (mut log, seen) = open_log(dir);
+    assert!(seen.keys().copied().eq(1..=seen.len() as u64) && seen.len() as u64 >= durable, "{what}: {}", seen.len());
+    assert!(seen.iter().all(|(index, kept)| *kept == payload(*index, bytes)), "{what}: altered");
+    log.append(seen.len() as u64 + 1, b"on").unwrap();
+    log.sync().unwrap();
+}
+
+async fn check_spool(dir: &Path, bytes: usize, durable: u64, what: &str) {
+    let (spool, opened) = Spool::open(dir, &limits(2 << 20, 1 << 30)).await.unwrap();
+    assert_eq!(opened.set_aside, None, "{what}");
+    let last = spool.extent().borrow().last.map_or(0, |(revision, _)| revision.0);
+    assert!(last >= durable, "{what}: only {last} are there");
+    let kept = read_all(&spool, 0, last).await;
+    assert!(kept.iter().zip(1..).all(|(kept, index)| *kept == entry(index, bytes)), "{what}: altered");
+    assert_eq!(kept.len() as u64, last, "{what}");
+    assert_eq!(spool.append(vec![entry(last + 1, bytes)]).await.unwrap(), Appended::Taken);
+    spool.close().await.unwrap();
+}
+
+async fn check_dedupe(dir: &Path, durable: u64, what: &str) {
+    let (dedupe, opened) = Dedupe::open(dir).await.unwrap();
+    assert!(!opened.moved_aside, "{what}");
+    let last = opened.recent.last().map_or(0, |(_, seq, _)| seq.0);
+    assert!(last >= durable, "{what}: only {last} are there");
+    let first = last + 1 - opened.recent.len() as u64;
+    assert!(opened.recent.iter().map(|(_, seq, _)| seq.0).eq(first..=last), "{what}: holes");
+    assert!(opened.recent.iter().all(|(_, seq, kept)| *kept == note(seq.0)), "{what}: altered");
+    dedupe.close().await.unwrap();
+}
+
+fn open_log(dir: &Path) -> (SegmentLog, BTreeMap<u64, Vec<u8>>) {
+    let limits = SegmentLimits { segment_bytes: 1 << 20, total_bytes_max: 1 << 30, record_bytes_max: 2 << 20 };
+    let mut seen = BTreeMap::new();
+    let opened = SegmentLog::open(dir, limits, OnDamage::Refuse, &mut |index, payload| {
+        seen.insert(index, payload.to_vec());
+    });
+    (opened.unwrap().0, seen)
+}
+
+async fn durable(spool: &Spool, index: u64) {
+    spool.durable().wait_for(|durable| durable.0 >= index).await.unwrap();
+}
+
+async fn read_all(spool: &Spool, after: u64, last: u64) -> Vec<SpoolEntry> {
+    let (mut read, mut at) = (Vec::<SpoolEntry>::new(), after);
+    while at < last {
+        read.extend(spool.read_after(Revision(at), 1 << 20).await.unwrap());
+        at = read.last().unwrap().revision.revision.0;
+    }
+    read
+}
+
+fn limits(queue_bytes_max: usize, spool_bytes_max: u64) -> Limits {
+    Limits {
+        spool_bytes_max,
+        journal_bytes_max: 1 << 30,
+        segment_bytes: 1 << 20,
+        queue_bytes_max,
+        frame_bytes_max: 1 << 20,
+        window_bytes_max: 16 << 20,
+        revision_bytes_max: 256 << 20,
+        txn_ops_max: 128,
+        request_bytes_max: 1_572_864,
+        page_keys_max: 1000,
+        page_bytes_max: 1 << 20,
+    }
+}
+
+/// Bytes that differ for each index and cannot be compressed.
+fn payload(index: u64, bytes: usize) -> Vec<u8> {
+    let mut state = index.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut payload = Vec::with_capacity(bytes + 8);
+    while payload.len() < bytes {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        payload.extend(state.to_le_bytes());
+    }
+    payload.truncate(bytes);
+    payload
+}
+
+fn entry(index: u64, bytes: usize) -> SpoolEntry {
+    let put = Change::Put { key: Bytes::from(format!("/key/{index}")), value: Bytes::from(payload(index, bytes)) };
+    let revision = WholeRevision { revision: Revision(index), changes: vec![put] };
+    let digest = digest::of_revision(&revision);
+    SpoolEntry { revision: Arc::new(revision), digest, arrived_ms: 1_700_000_000_000 + index, came_from: Vec::new() }
+}
+
+fn note(seq: u64) -> Digest {
+    Digest(payload(seq, 16).try_into().unwrap())
+}
+
+/// The writing process.
+struct Writer {
+    child: Child,
+    lines: Lines<BufReader<ChildStdout>>,
+}
+
+impl Writer {
+    fn start(task: &str) -> Self {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["writer_of_the_power_cut_tests", "--nocapture"]).env(WRITE, task).stdout(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        Self { child, lines }
+    }
+
+    /// Lets it write until `target` is durable, then stops it wherever it is. Returns what it had said to be durable.
+    fn stop_after(&mut self, target: u64) -> u64 {
+        let durable = loop {
+            let line = self.lines.next().expect("the writer ended").unwrap();
+            let durable = line.split_once("durable ").and_then(|(_, index)| index.parse::<u64>().ok());
+            if let Some(durable) = durable.filter(|durable| *durable >= target) {
+                break durable;
+            }
+        };
+        self.signal("STOP");
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !self.is_stopped() {
+            assert!(Instant::now() < deadline, "the writer does not stop");
+            std::thread::yield_now();
+        }
+        durable
+    }
+
+    fn go_on(&self) {
+        self.signal("CONT");
+    }
+
+    fn signal(&self, signal: &str) {
+        run("kill", &[&format!("-{signal}"), &self.child.id().to_string()]);
+    }
+
+    /// True once each of its threads is.
+    fn is_stopped(&self) -> bool {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
+        let stopped = |task: PathBuf| {
+            let stat = std::fs::read_to_string(task.join("stat")).unwrap_or_default();
+            stat.rsplit_once(") ").is_none_or(|(_, state)| state.starts_with('T'))
+        };
+        tasks.map(|task| task.unwrap().path()).all(stopped)
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// An ext4 in a file of its own, mounted.
+struct Disk {
+    image: PathBuf,
+    mount: PathBuf,
+    folder: Option<tempfile::TempDir>,
+}
+
+impl Disk {
+    fn new(bytes: u64) -> Self {
+        let disk = Self::unmounted();
+        std::fs::File::create(&disk.image).unwrap().set_len(bytes).unwrap();
+        run("mkfs.ext4", &["-q", "-F", &disk.image.to_string_lossy()]);
+        disk.mounted()
+    }
+
+    /// What a power cut now would leave.
+    fn copy(&self) -> Self {
+        let copy = Self::unmounted();
+        run("cp", &["--sparse=always", &self.image.to_string_lossy(), &copy.image.to_string_lossy()]);
+        copy.mounted()
+    }
+
+    fn unmounted() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let (image, mount) = (folder.path().join("image"), folder.path().join("mount"));
+        std::fs::create_dir(&mount).unwrap();
+        Self { image, mount, folder: Some(folder) }
+    }
+
+    /// ext4 commits by itself each 5 s; not here, or a copy could catch it in the middle.
+    fn mounted(self) -> Self {
+        let (image, mount) = (self.image.to_string_lossy(), self.mount.to_string_lossy());
+        run("mount", &["-o", "loop,commit=300", &image, &mount]);
+        drop((image, mount));
+        self
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        // Lazily, because a writer that panicked may still have files open; the loop device goes with the mount.
+        let _ = Command::new("umount").arg("-l").arg(&self.mount).stderr(Stdio::null()).status();
+        drop(self.folder.take());
+    }
+}
+
+fn run(program: &str, arguments: &[&str]) {
+    let needs = "this test needs root, loop devices, and Debian's packages mount, e2fsprogs and coreutils";
+    match Command::new(program).args(arguments).output() {
+        Ok(output) if output.status.success() => {}
+        Ok(output) => panic!("{program}: {}\n{needs}", String::from_utf8_lossy(&output.stderr)),
+        Err(error) => panic!("{program}: {error}\n{needs}"),
+    }
+}
