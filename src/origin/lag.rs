@@ -93,15 +93,18 @@ impl LagTracker {
     pub fn covered(&mut self, revision: Revision) {
         self.covered = self.covered.max(revision);
         let covered = self.covered;
-        while self.heads.pop_front_if(|head| head.revision <= covered).is_some() {}
+        while self.heads.front().is_some_and(|head| head.revision <= covered) {
+            self.heads.pop_front();
+        }
     }
 
     /// The replica holds everything up to this revision.
     pub fn applied(&mut self, revision: Revision) {
         self.applied = self.applied.max(revision);
         let applied = self.applied;
-        while let Some(arrival) = self.arrivals.pop_front_if(|arrival| arrival.revision_last <= applied) {
+        while let Some(arrival) = self.arrivals.front().filter(|arrival| arrival.revision_last <= applied) {
             self.number_applied = arrival.number_last;
+            self.arrivals.pop_front();
         }
         self.covered(applied);
     }

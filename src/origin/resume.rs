@@ -21,7 +21,7 @@ pub struct SpoolFacts {
 #[derive(Debug, Clone, PartialEq)]
 pub enum ReplicaFacts {
     Unreachable,
-    Answered { position: Option<Position>, received: Option<Received> },
+    Answered { position: Option<Box<Position>>, received: Option<Received> },
 }
 
 /// The end of what the replica has received in the position's epoch; at least its position.
@@ -261,7 +261,7 @@ mod tests {
     }
 
     fn at(position: Position) -> ReplicaFacts {
-        ReplicaFacts::Answered { position: Some(position), received: None }
+        ReplicaFacts::Answered { position: Some(Box::new(position)), received: None }
     }
 
     fn origin() -> OriginFacts {
@@ -289,10 +289,9 @@ mod tests {
     }
 
     fn stop(origin: OriginFacts) -> StopReason {
-        match decided(spool(50, 150), &at(position()), &origin) {
-            Resume::Stop { reason } => reason,
-            other => panic!("{other:?}"),
-        }
+        let resume = decided(spool(50, 150), &at(position()), &origin);
+        let Resume::Stop { reason } = resume else { panic!("{resume:?}") };
+        reason
     }
 
     #[test]
@@ -313,10 +312,10 @@ mod tests {
     #[test]
     fn what_the_replica_has_received_beyond_its_position_is_not_shipped_again() {
         let received = Received { seq: Seq(45), revision: Revision(120), digest: Digest([5; 16]) };
-        let replica = ReplicaFacts::Answered { position: Some(position()), received: Some(received) };
+        let replica = ReplicaFacts::Answered { position: Some(Box::new(position())), received: Some(received) };
         assert_eq!(decided(spool(110, 150), &replica, &origin()), Resume::ShipFromSpool { after: Revision(120) });
         let same = Received { seq: Seq(40), revision: Revision(90), digest: Digest([9; 16]) };
-        let replica = ReplicaFacts::Answered { position: Some(position()), received: Some(same) };
+        let replica = ReplicaFacts::Answered { position: Some(Box::new(position())), received: Some(same) };
         assert_eq!(decided(spool(95, 150), &replica, &origin()), Resume::ShipFromSpool { after: Revision(100) });
     }
 
@@ -423,7 +422,7 @@ mod tests {
         assert_eq!(reason, StopReason::HeadBelow { head: Revision(99), reached: Revision(100) });
         assert!(reason.to_string().contains("restored") && reason.to_string().contains("resync"), "{reason}");
         let received = Received { seq: Seq(45), revision: Revision(201), digest: Digest([5; 16]) };
-        let replica = ReplicaFacts::Answered { position: Some(position()), received: Some(received) };
+        let replica = ReplicaFacts::Answered { position: Some(Box::new(position())), received: Some(received) };
         assert!(matches!(decided(None, &replica, &origin()), Resume::Stop { reason: StopReason::HeadBelow { .. } }));
         let at_head = decided(spool(50, 150), &at(position()), &OriginFacts { head: Revision(100), ..origin() });
         assert!(matches!(at_head, Resume::ShipFromSpool { .. }));

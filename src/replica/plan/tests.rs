@@ -210,6 +210,16 @@ fn fourteen_thousand_tiny_puts_are_one_transaction() {
 }
 
 #[test]
+fn merging_stops_before_one_transaction_holds_up_the_replica_and_a_single_revision_stays_whole() {
+    let several = waiting((0..17_000).map(|i| vec![put(format!("/{i:05}"), "")]).collect());
+    let planned = plan(&several, 0, &everything(), &etcd_defaults()).unwrap().unwrap();
+    assert_eq!((planned.revisions, planned.ops.len()), (MERGED_OPS_MAX, MERGED_OPS_MAX));
+    let one = waiting(vec![(0..17_000).map(|i| put(format!("/{i:05}"), "")).collect()]);
+    let planned = plan(&one, 0, &everything(), &etcd_defaults()).unwrap().unwrap();
+    assert_eq!((planned.extent, planned.ops.len()), (Extent::Whole, 17_000));
+}
+
+#[test]
 fn a_revision_of_three_mebibytes_goes_in_parts_as_full_as_fit_and_resumes_at_its_part() {
     let limits = etcd_defaults();
     let changes: Vec<Change> = (0..3_072).map(|i| put(format!("/k/{i:05}"), vec![1; 1_024])).collect();
