@@ -1,1 +1,253 @@
-//! To come.
+//! Job: every metric: its name, its unit, its meaning, and the one place that records it.
+//! Input: link statuses, measured durations. Output: the Prometheus text that `/metrics` serves.
+//! Edge: the only file that knows the recorder.
+//! Always true: names start with `etcd_ferry_` and end in their unit; labels are `link`, `side` and, on one metric, `state` (an enum); never a key.
+
+use crate::model::{LinkName, LinkState, LinkStatus, Side};
+use metrics::{Label, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use std::sync::LazyLock;
+
+/// 1 for the state that the link is in, 0 for the six others; `state` is the third label.
+pub const LINK_STATE: &str = "etcd_ferry_link_state";
+pub const LAG_SECONDS: &str = "etcd_ferry_lag_seconds";
+pub const LAG_REVISIONS: &str = "etcd_ferry_lag_revisions";
+pub const RPO_SECONDS: &str = "etcd_ferry_rpo_seconds";
+pub const RPO_REVISIONS: &str = "etcd_ferry_rpo_revisions";
+pub const EPOCH: &str = "etcd_ferry_epoch";
+pub const TERM: &str = "etcd_ferry_term";
+pub const SEQ: &str = "etcd_ferry_seq";
+pub const APPLIED_SEQ: &str = "etcd_ferry_applied_seq";
+pub const DURABLE_SEQ: &str = "etcd_ferry_durable_seq";
+pub const ORIGIN_REVISION: &str = "etcd_ferry_origin_revision";
+pub const HEAD_REVISION: &str = "etcd_ferry_head_revision";
+pub const COPY_DONE_KEYS: &str = "etcd_ferry_copy_done_keys";
+pub const COPY_EXPECTED_KEYS: &str = "etcd_ferry_copy_expected_keys";
+pub const QUEUE_BYTES: &str = "etcd_ferry_queue_bytes";
+pub const RAW_BYTES_TOTAL: &str = "etcd_ferry_raw_bytes_total";
+pub const SENT_BYTES_TOTAL: &str = "etcd_ferry_sent_bytes_total";
+pub const REVISION_LAG_SECONDS: &str = "etcd_ferry_revision_lag_seconds";
+pub const ROUND_TRIP_SECONDS: &str = "etcd_ferry_round_trip_seconds";
+pub const APPLY_SECONDS: &str = "etcd_ferry_apply_seconds";
+pub const BATCH_REVISIONS: &str = "etcd_ferry_batch_revisions";
+
+const GAUGES: [(&str, &str); 15] = [
+    (LINK_STATE, "1 for the state that the link is in, else 0."),
+    (LAG_SECONDS, "Since when the oldest origin revision that is not applied has been in etcd."),
+    (LAG_REVISIONS, "Origin revisions that are not applied at the replica."),
+    (RPO_SECONDS, "Since when the oldest origin revision that is not durable at the replica has been in etcd."),
+    (RPO_REVISIONS, "Origin revisions that are not durable at the replica."),
+    (EPOCH, "The unbroken run of seqs that the link is in."),
+    (TERM, "The term of the shipper's election."),
+    (SEQ, "The last seq given (origin) or received (replica)."),
+    (APPLIED_SEQ, "The last seq that is applied at the replica."),
+    (DURABLE_SEQ, "The last seq that is durable at the replica."),
+    (ORIGIN_REVISION, "Everything up to this origin revision is in the replica."),
+    (HEAD_REVISION, "The origin's head, as last read."),
+    (COPY_DONE_KEYS, "Keys that the running base copy has done; 0 when none runs."),
+    (COPY_EXPECTED_KEYS, "Keys that the running base copy has in all; 0 when none runs or it is not known."),
+    (QUEUE_BYTES, "What waits before the link's stages, in memory and in files."),
+];
+const COUNTERS: [(&str, &str); 2] = [
+    (RAW_BYTES_TOTAL, "Keys and values carried, before encoding."),
+    (SENT_BYTES_TOTAL, "Frames and pages carried, after encoding."),
+];
+/// Seconds from half a millisecond (a local etcd) to an outage.
+const SECONDS_BUCKETS: [f64; 18] =
+    [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0];
+/// From one revision a transaction, while the link keeps up, to the most that a backlog is merged to.
+const REVISIONS_BUCKETS: [f64; 13] =
+    [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0];
+const HISTOGRAMS: [(&str, &str, &[f64]); 4] = [
+    (REVISION_LAG_SECONDS, "From a revision's arrival at the origin to the word that it is applied.", &SECONDS_BUCKETS),
+    (ROUND_TRIP_SECONDS, "From shipping a frame to its first ack.", &SECONDS_BUCKETS),
+    (APPLY_SECONDS, "One transaction at the replica's etcd.", &SECONDS_BUCKETS),
+    (BATCH_REVISIONS, "Origin revisions in one transaction at the replica.", &REVISIONS_BUCKETS),
+];
+
+/// The process has one recorder; it is installed by the first who asks.
+static EXPORTER: LazyLock<Result<Exporter, MetricsError>> = LazyLock::new(build);
+
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum MetricsError {
+    #[error("the buckets of {metric} are not valid: {reason}")]
+    Buckets { metric: &'static str, reason: String },
+    #[error("another metrics recorder is installed in this process")]
+    Taken,
+}
+
+/// Renders what was recorded.
+#[derive(Debug, Clone)]
+pub struct Exporter {
+    handle: PrometheusHandle,
+}
+
+impl Exporter {
+    /// All metrics in Prometheus' text format.
+    pub fn render(&self) -> String {
+        self.handle.render()
+    }
+
+    /// Folds recorded samples into their buckets. To be called every few seconds: without it they pile up until the next scrape.
+    pub fn upkeep(&self) {
+        self.handle.run_upkeep();
+    }
+}
+
+/// Installs the process' recorder, or hands out the one that is installed already.
+pub fn install() -> Result<Exporter, MetricsError> {
+    EXPORTER.clone()
+}
+
+fn build() -> Result<Exporter, MetricsError> {
+    let mut builder = PrometheusBuilder::new();
+    for (metric, _, buckets) in HISTOGRAMS {
+        builder = builder
+            .set_buckets_for_metric(Matcher::Full(metric.to_owned()), buckets)
+            .map_err(|e| MetricsError::Buckets { metric, reason: e.to_string() })?;
+    }
+    let recorder = builder.build_recorder();
+    let handle = recorder.handle();
+    metrics::set_global_recorder(recorder).map_err(|_| MetricsError::Taken)?;
+    GAUGES.iter().for_each(|(name, meaning)| describe_gauge!(*name, *meaning));
+    COUNTERS.iter().for_each(|(name, meaning)| describe_counter!(*name, *meaning));
+    HISTOGRAMS.iter().for_each(|(name, meaning, _)| describe_histogram!(*name, *meaning));
+    Ok(Exporter { handle })
+}
+
+/// Sets every gauge and counter of a link from one snapshot. Its `counts` become `etcd_ferry_<count>_total`.
+pub fn record_link(status: &LinkStatus) {
+    let labels = labels(&status.link, status.side);
+    for state in LinkState::ALL {
+        let mut labels = labels.clone();
+        labels.push(Label::new("state", state.as_str()));
+        gauge!(LINK_STATE, labels).set(if state == status.state { 1.0 } else { 0.0 });
+    }
+    let copy = status.copy.unwrap_or_default();
+    let queue_bytes: u64 = status.stages.iter().map(|stage| stage.queue_bytes).sum();
+    for (name, value) in [
+        (LAG_SECONDS, status.lag_seconds),
+        (LAG_REVISIONS, status.lag_revisions as f64),
+        (RPO_SECONDS, status.rpo_seconds),
+        (RPO_REVISIONS, status.rpo_revisions as f64),
+        (EPOCH, status.epoch.0 as f64),
+        (TERM, status.term.0 as f64),
+        (SEQ, status.seq.0 as f64),
+        (APPLIED_SEQ, status.applied_seq.0 as f64),
+        (DURABLE_SEQ, status.durable_seq.0 as f64),
+        (ORIGIN_REVISION, status.origin_revision.0 as f64),
+        (HEAD_REVISION, status.head_revision.0 as f64),
+        (COPY_DONE_KEYS, copy.keys_done as f64),
+        (COPY_EXPECTED_KEYS, copy.keys_total as f64),
+        (QUEUE_BYTES, queue_bytes as f64),
+    ] {
+        gauge!(name, labels.clone()).set(value);
+    }
+    counter!(RAW_BYTES_TOTAL, labels.clone()).absolute(status.bytes_raw);
+    counter!(SENT_BYTES_TOTAL, labels.clone()).absolute(status.bytes_sent);
+    for (count, value) in &status.counts {
+        counter!(format!("etcd_ferry_{count}_total"), labels.clone()).absolute(*value);
+    }
+}
+
+/// One revision, by the origin's clock: from its arrival at the origin to the ack that says it is applied.
+pub fn observe_lag(link: &LinkName, seconds: f64) {
+    histogram!(REVISION_LAG_SECONDS, labels(link, Side::Origin)).record(seconds);
+}
+
+/// One frame, at the origin: from shipping it to the first ack that covers it.
+pub fn observe_round_trip(link: &LinkName, seconds: f64) {
+    histogram!(ROUND_TRIP_SECONDS, labels(link, Side::Origin)).record(seconds);
+}
+
+/// One transaction at the replica's etcd, and how many origin revisions it carried.
+pub fn observe_apply(link: &LinkName, seconds: f64, revisions: u64) {
+    let labels = labels(link, Side::Replica);
+    histogram!(APPLY_SECONDS, labels.clone()).record(seconds);
+    histogram!(BATCH_REVISIONS, labels).record(revisions as f64);
+}
+
+fn labels(link: &LinkName, side: Side) -> Vec<Label> {
+    vec![Label::new("link", link.as_str().to_owned()), Label::new("side", side.as_str())]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{CopyProgress, Seq, StageStatus};
+
+    /// The recorder is the process' own, so each test takes a link name that no other test uses.
+    fn status(link: &str) -> LinkStatus {
+        LinkStatus::new(LinkName::new(link).unwrap_or_else(|rule| panic!("{rule}")), Side::Origin, String::new())
+    }
+
+    #[test]
+    fn a_snapshot_sets_gauges_counters_and_one_state() {
+        let exporter = install().unwrap();
+        let mut status = status("metrics-snapshot");
+        status.state = LinkState::SpoolFull;
+        status.lag_seconds = 2.5;
+        status.seq = Seq(7);
+        status.bytes_raw = 1000;
+        status.counts.insert("repeated", 3);
+        status.copy = Some(CopyProgress { keys_done: 5, keys_total: 9 });
+        let stage = |queue_bytes| StageStatus { stage: "spool", ok: true, detail: String::new(), queue_bytes };
+        status.stages = vec![stage(40), stage(2)];
+
+        record_link(&status);
+
+        let text = exporter.render();
+        for line in [
+            "etcd_ferry_link_state{link=\"metrics-snapshot\",side=\"origin\",state=\"spool_full\"} 1",
+            "etcd_ferry_link_state{link=\"metrics-snapshot\",side=\"origin\",state=\"following\"} 0",
+            "etcd_ferry_lag_seconds{link=\"metrics-snapshot\",side=\"origin\"} 2.5",
+            "etcd_ferry_seq{link=\"metrics-snapshot\",side=\"origin\"} 7",
+            "etcd_ferry_raw_bytes_total{link=\"metrics-snapshot\",side=\"origin\"} 1000",
+            "etcd_ferry_repeated_total{link=\"metrics-snapshot\",side=\"origin\"} 3",
+            "etcd_ferry_copy_done_keys{link=\"metrics-snapshot\",side=\"origin\"} 5",
+            "etcd_ferry_queue_bytes{link=\"metrics-snapshot\",side=\"origin\"} 42",
+            "# HELP etcd_ferry_lag_seconds Since when",
+        ] {
+            assert!(text.contains(line), "{line} is not in\n{text}");
+        }
+    }
+
+    #[test]
+    fn a_counter_never_goes_back() {
+        let exporter = install().unwrap();
+        let mut status = status("metrics-monotonic");
+        status.bytes_sent = 9;
+        record_link(&status);
+        status.bytes_sent = 4;
+        record_link(&status);
+        assert!(exporter.render().contains("sent_bytes_total{link=\"metrics-monotonic\",side=\"origin\"} 9"));
+    }
+
+    #[test]
+    fn observations_land_in_buckets_of_their_own_unit() {
+        let exporter = install().unwrap();
+        let link = LinkName::new("metrics-buckets").unwrap();
+        observe_apply(&link, 0.002, 3);
+        observe_lag(&link, 0.04);
+        observe_round_trip(&link, 0.08);
+        exporter.upkeep();
+        let text = exporter.render();
+        for line in [
+            "etcd_ferry_apply_seconds_bucket{link=\"metrics-buckets\",side=\"replica\",le=\"0.001\"} 0",
+            "etcd_ferry_apply_seconds_bucket{link=\"metrics-buckets\",side=\"replica\",le=\"0.0025\"} 1",
+            "etcd_ferry_batch_revisions_bucket{link=\"metrics-buckets\",side=\"replica\",le=\"4\"} 1",
+            "etcd_ferry_revision_lag_seconds_bucket{link=\"metrics-buckets\",side=\"origin\",le=\"0.05\"} 1",
+            "etcd_ferry_round_trip_seconds_bucket{link=\"metrics-buckets\",side=\"origin\",le=\"0.1\"} 1",
+        ] {
+            assert!(text.contains(line), "{line} is not in\n{text}");
+        }
+    }
+
+    #[test]
+    fn every_name_has_the_prefix() {
+        let names = GAUGES.iter().chain(&COUNTERS).map(|(name, _)| *name);
+        for name in names.chain(HISTOGRAMS.iter().map(|(name, _, _)| *name)) {
+            assert!(name.starts_with("etcd_ferry_"), "{name}");
+        }
+    }
+}

@@ -1,1 +1,432 @@
-//! To come.
+//! Job: ask a running sidecar over its admin service, and print what it says.
+//! Input: where it listens and which certificates to show. Output: replies, their JSON and their table for a terminal.
+//! Edge: one connection for each question.
+//! Always true: an answer or an error that says what to do comes within ten seconds; nothing printed holds a control character.
+
+use super::proto::admin_client::AdminClient;
+use super::proto::{Copy, Link, ResyncRequest, StatusReply, StatusRequest};
+use crate::tls::connect::{ConnectError, PeerConnector, endpoint};
+use crate::tls::{self, TlsError, explain};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::error::Error;
+use std::future::Future;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+use tonic::transport::{self, Channel};
+use tonic::{Code, Response, Status};
+
+/// One question: connecting, TLS and the answer together.
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Where the sidecar is, and which certificates to use.
+#[derive(Debug, Clone)]
+pub struct Connection {
+    /// `listen.admin` of its configuration; an unspecified address (`0.0.0.0`) is dialled on loopback.
+    pub admin: SocketAddr,
+    pub ca: PathBuf,
+    /// The operator's pair.
+    pub cert: PathBuf,
+    pub key: PathBuf,
+    /// The sidecar's own certificate (`tls.cert` of its configuration): whom the admin port must name.
+    pub own_cert: PathBuf,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    #[error(transparent)]
+    Certificates(#[from] TlsError),
+    #[error("no sidecar answers at {at}: is `etcd-ferry run` up? ({reason})")]
+    NoAnswer { at: SocketAddr, reason: String },
+    #[error("no answer from {at} within {} s: see the log of the sidecar", TIMEOUT.as_secs())]
+    Timeout { at: SocketAddr },
+    #[error("no mutual trust with the sidecar at {at}, which was shown {}: {reason}", cert.display())]
+    Tls { at: SocketAddr, cert: PathBuf, reason: String },
+    #[error("the sidecar at {at} does not take orders from {}: {reason}", cert.display())]
+    NotAdmin { at: SocketAddr, cert: PathBuf, reason: String },
+    #[error("the sidecar at {at} refuses: {reason}")]
+    Refused { at: SocketAddr, reason: String },
+}
+
+/// Every link of the sidecar, as it is now.
+pub async fn status(connection: &Connection) -> Result<StatusReply, ClientError> {
+    ask(connection, async |mut client| client.status(StatusRequest {}).await).await
+}
+
+/// Starts a new base copy of a link; to be asked of the sidecar at the link's origin.
+pub async fn resync(connection: &Connection, link: &str, allow_deletes: bool) -> Result<(), ClientError> {
+    let request = ResyncRequest { link: link.to_owned(), allow_deletes };
+    ask(connection, async |mut client| client.resync(request).await).await.map(|_| ())
+}
+
+/// A channel to the admin port, for any of its services.
+pub async fn connect(connection: &Connection) -> Result<Channel, ClientError> {
+    let Connection { ca, cert, key, own_cert, .. } = connection;
+    let config = tls::admin_client_config(ca, cert, key, own_cert)?;
+    let at = dialled(connection.admin);
+    let endpoint = endpoint(&format!("https://{at}")).map_err(|error| undialled(connection, &error))?;
+    let channel = endpoint.connect_with_connector(PeerConnector::new(config).with_timeout(TIMEOUT)).await;
+    channel.map_err(|error: transport::Error| undialled(connection, &error))
+}
+
+async fn ask<T, F: Future<Output = Result<Response<T>, Status>>>(
+    connection: &Connection,
+    question: impl FnOnce(AdminClient<Channel>) -> F,
+) -> Result<T, ClientError> {
+    let exchange = async {
+        let client = AdminClient::new(connect(connection).await?);
+        question(client).await.map(Response::into_inner).map_err(|status| refused(connection, &status))
+    };
+    let late = ClientError::Timeout { at: dialled(connection.admin) };
+    tokio::time::timeout(TIMEOUT, exchange).await.unwrap_or(Err(late))
+}
+
+/// A server listens on all addresses by an unspecified one; a client cannot dial that.
+fn dialled(mut admin: SocketAddr) -> SocketAddr {
+    if admin.ip().is_unspecified() {
+        admin.set_ip(match admin.ip() {
+            IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+            IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+        });
+    }
+    admin
+}
+
+/// Why no connection came about: nobody there, or somebody else.
+fn undialled(connection: &Connection, error: &(dyn Error + 'static)) -> ClientError {
+    let at = dialled(connection.admin);
+    match connect_error(error) {
+        Some(ConnectError::Tcp { source, .. }) => ClientError::NoAnswer { at, reason: source.to_string() },
+        Some(ConnectError::TimedOut { .. }) => ClientError::Timeout { at },
+        Some(ConnectError::Address(_) | ConnectError::Tls { .. } | ConnectError::Protocol { .. }) | None => {
+            ClientError::Tls { at, cert: connection.cert.clone(), reason: printable(&explain(error)) }
+        }
+    }
+}
+
+/// tonic wraps what our connector says in errors of its own.
+fn connect_error<'e>(error: &'e (dyn Error + 'static)) -> Option<&'e ConnectError> {
+    let mut next = Some(error);
+    while let Some(cause) = next {
+        if let Some(found) = cause.downcast_ref() {
+            return Some(found);
+        }
+        next = cause.source();
+    }
+    None
+}
+
+/// An answer that is none. In TLS 1.3 a server that refuses our certificate says so only here, as the cause of the status.
+fn refused(connection: &Connection, status: &Status) -> ClientError {
+    let (at, cert) = (dialled(connection.admin), connection.cert.clone());
+    if status.source().is_some() {
+        return ClientError::Tls { at, cert, reason: printable(&explain(status)) };
+    }
+    let reason = if status.message().is_empty() { status.code().description() } else { status.message() };
+    let reason = printable(reason);
+    if status.code() == Code::PermissionDenied {
+        return ClientError::NotAdmin { at, cert, reason };
+    }
+    ClientError::Refused { at, reason }
+}
+
+/// The JSON of `status --json`; its names and their order are part of the product.
+#[derive(Serialize)]
+struct StatusJson<'a> {
+    region: &'a str,
+    node: &'a str,
+    version: &'a str,
+    links: Vec<LinkJson<'a>>,
+}
+
+#[derive(Serialize)]
+struct LinkJson<'a> {
+    link: &'a str,
+    side: &'a str,
+    state: &'a str,
+    reason: &'a str,
+    peer: &'a str,
+    epoch: u64,
+    term: u64,
+    seq: u64,
+    origin_revision: u64,
+    head_revision: u64,
+    applied_seq: u64,
+    durable_seq: u64,
+    lag_revisions: u64,
+    lag_seconds: f64,
+    rpo_revisions: u64,
+    rpo_seconds: f64,
+    bytes_raw: u64,
+    bytes_sent: u64,
+    counts: BTreeMap<&'a str, u64>,
+    copy: Option<CopyJson>,
+}
+
+#[derive(Serialize)]
+struct CopyJson {
+    keys_done: u64,
+    keys_total: u64,
+}
+
+/// For scripts.
+pub fn status_json(reply: &StatusReply) -> String {
+    let status = StatusJson {
+        region: &reply.region,
+        node: &reply.node,
+        version: &reply.version,
+        links: reply.links.iter().map(link_json).collect(),
+    };
+    // Strings, numbers and lists of them: serde_json has no way to fail on these.
+    serde_json::to_string_pretty(&status).unwrap_or_default()
+}
+
+fn link_json(link: &Link) -> LinkJson<'_> {
+    LinkJson {
+        link: &link.link,
+        side: &link.side,
+        state: &link.state,
+        reason: &link.reason,
+        peer: &link.peer,
+        epoch: link.epoch,
+        term: link.term,
+        seq: link.seq,
+        origin_revision: link.origin_revision,
+        head_revision: link.head_revision,
+        applied_seq: link.applied_seq,
+        durable_seq: link.durable_seq,
+        lag_revisions: link.lag_revisions,
+        lag_seconds: link.lag_seconds,
+        rpo_revisions: link.rpo_revisions,
+        rpo_seconds: link.rpo_seconds,
+        bytes_raw: link.bytes_raw,
+        bytes_sent: link.bytes_sent,
+        counts: link.counts.iter().map(|(name, count)| (name.as_str(), *count)).collect(),
+        copy: link.copy.as_ref().map(|copy| CopyJson { keys_done: copy.keys_done, keys_total: copy.keys_total }),
+    }
+}
+
+/// For people. `width` is that of the terminal, in columns; `None` when the output is not a terminal: then there are no bars.
+pub fn status_table(reply: &StatusReply, width: Option<usize>) -> String {
+    let mut text = line(&format!("{} in {}, etcd-ferry {}", reply.node, reply.region, reply.version));
+    if reply.links.is_empty() {
+        text.push_str("no links are configured\n");
+        return text;
+    }
+    text.push('\n');
+    text.push_str(&aligned(&reply.links));
+    let notes: String = reply.links.iter().map(|link| notes(link, width)).collect();
+    if !notes.is_empty() {
+        text.push('\n');
+        text.push_str(&notes);
+    }
+    text
+}
+
+fn line(text: &str) -> String {
+    format!("{}\n", printable(text.trim_end()))
+}
+
+/// A reason may hold what a peer said: it must neither drive the terminal nor forge a line.
+fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
+const COLUMNS: [&str; 9] = ["LINK", "SIDE", "STATE", "SEQ", "APPLIED", "LAG", "RPO", "RATIO", "PEER"];
+
+fn row(link: &Link) -> [String; 9] {
+    [
+        link.link.clone(),
+        link.side.clone(),
+        link.state.clone(),
+        link.seq.to_string(),
+        link.applied_seq.to_string(),
+        behind(link.lag_seconds, link.lag_revisions),
+        behind(link.rpo_seconds, link.rpo_revisions),
+        ratio(link.bytes_raw, link.bytes_sent),
+        link.peer.clone(),
+    ]
+}
+
+/// Each column as wide as its widest cell; the last one is not padded.
+fn aligned(links: &[Link]) -> String {
+    let header = COLUMNS.map(str::to_owned);
+    let rows: Vec<[String; 9]> = std::iter::once(header).chain(links.iter().map(row)).collect();
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let mut text = String::new();
+    for row in &rows {
+        let cells: Vec<String> =
+            row.iter().enumerate().map(|(column, cell)| format!("{cell:<0$}", width(column))).collect();
+        text.push_str(&line(&cells.join("  ")));
+    }
+    text
+}
+
+/// What a link has to say beside its row: its reason, and how far its base copy is.
+fn notes(link: &Link, width: Option<usize>) -> String {
+    let mut text = String::new();
+    let who = format!("{} ({})", link.link, link.side);
+    if !link.reason.is_empty() {
+        text.push_str(&line(&format!("{who}: {}", link.reason)));
+    }
+    if let Some(copy) = &link.copy {
+        let columns = width.map(|columns| columns.saturating_sub(who.len() + 2));
+        text.push_str(&line(&format!("{who}: {}", progress(copy, columns))));
+    }
+    text
+}
+
+const BAR_COLUMNS_MIN: usize = 10;
+const BAR_COLUMNS_MAX: usize = 40;
+
+/// `columns` is the room for the line; without it, or with too little, the words stand alone.
+fn progress(copy: &Copy, columns: Option<usize>) -> String {
+    if copy.keys_total == 0 {
+        return format!("{} keys copied", copy.keys_done);
+    }
+    let done = copy.keys_done.min(copy.keys_total);
+    let share = done as f64 / copy.keys_total as f64;
+    let words = format!("{:3.0} %, {} of {} keys copied", (share * 100.0).floor(), done, copy.keys_total);
+    let room = columns.unwrap_or(0).saturating_sub(words.len() + 3).min(BAR_COLUMNS_MAX);
+    if room < BAR_COLUMNS_MIN {
+        return words;
+    }
+    let filled = (0..room).filter(|column| ((column + 1) as f64) <= share * room as f64).count();
+    format!("[{}{}] {words}", "#".repeat(filled), ".".repeat(room - filled))
+}
+
+/// How far behind: a time, and revisions if there are any.
+fn behind(seconds: f64, revisions: u64) -> String {
+    let time = duration(seconds);
+    if revisions == 0 { time } else { format!("{time}, {revisions} rev") }
+}
+
+/// Two units at most: enough to judge, short enough for a column.
+fn duration(seconds: f64) -> String {
+    let seconds = seconds.max(0.0);
+    if seconds < 1.0 {
+        return format!("{:.0} ms", (seconds * 1000.0).floor());
+    }
+    if seconds < 60.0 {
+        return format!("{seconds:.1} s");
+    }
+    let whole = |unit: f64| (seconds / unit).floor();
+    if seconds < 3600.0 {
+        return format!("{} min {:.0} s", whole(60.0), (seconds % 60.0).floor());
+    }
+    if seconds < 86_400.0 {
+        return format!("{} h {:.0} min", whole(3600.0), (seconds % 3600.0 / 60.0).floor());
+    }
+    format!("{} d {:.0} h", whole(86_400.0), (seconds % 86_400.0 / 3600.0).floor())
+}
+
+fn ratio(bytes_raw: u64, bytes_sent: u64) -> String {
+    if bytes_sent == 0 {
+        return "-".to_owned();
+    }
+    format!("{:.1}", bytes_raw as f64 / bytes_sent as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn link() -> Link {
+        Link {
+            link: "config".to_owned(),
+            side: "origin".to_owned(),
+            state: "following".to_owned(),
+            peer: "spiffe://etcd-ferry.dev/region/cn-hangzhou".to_owned(),
+            epoch: 2,
+            seq: 120,
+            applied_seq: 118,
+            origin_revision: 4000,
+            head_revision: 4002,
+            durable_seq: 119,
+            lag_revisions: 2,
+            lag_seconds: 0.0421,
+            rpo_revisions: 1,
+            rpo_seconds: 0.0209,
+            bytes_raw: 14_000,
+            bytes_sent: 1000,
+            ..Link::default()
+        }
+    }
+
+    fn reply(links: Vec<Link>) -> StatusReply {
+        let (region, node) = ("us-east-1".to_owned(), "us-east-1-a".to_owned());
+        StatusReply { region, node, version: "0.1.0".to_owned(), links }
+    }
+
+    #[test]
+    fn the_json_has_the_promised_names_in_the_promised_order() {
+        let mut link = link();
+        link.counts = [("skipped".to_owned(), 1), ("repeated".to_owned(), 4)].into();
+        link.copy = Some(Copy { keys_done: 5, keys_total: 9 });
+        let json = status_json(&reply(vec![link]));
+        let one_line: String = json.lines().map(str::trim_start).collect::<Vec<_>>().join(" ");
+        assert_eq!(
+            one_line,
+            "{ \"region\": \"us-east-1\", \"node\": \"us-east-1-a\", \"version\": \"0.1.0\", \"links\": [ { \
+             \"link\": \"config\", \"side\": \"origin\", \"state\": \"following\", \"reason\": \"\", \
+             \"peer\": \"spiffe://etcd-ferry.dev/region/cn-hangzhou\", \"epoch\": 2, \"term\": 0, \"seq\": 120, \
+             \"origin_revision\": 4000, \"head_revision\": 4002, \"applied_seq\": 118, \"durable_seq\": 119, \
+             \"lag_revisions\": 2, \"lag_seconds\": 0.0421, \"rpo_revisions\": 1, \"rpo_seconds\": 0.0209, \
+             \"bytes_raw\": 14000, \"bytes_sent\": 1000, \"counts\": { \"repeated\": 4, \"skipped\": 1 }, \
+             \"copy\": { \"keys_done\": 5, \"keys_total\": 9 } } ] }"
+        );
+    }
+
+    #[test]
+    fn the_table_is_aligned_and_reasons_stand_below_it() {
+        let stopped = Link {
+            link: "orders-of-the-shop".to_owned(),
+            side: "replica".to_owned(),
+            state: "stopped".to_owned(),
+            reason: "the origin was restored: run `etcd-ferry resync`".to_owned(),
+            ..Link::default()
+        };
+        assert_eq!(
+            status_table(&reply(vec![link(), stopped]), None),
+            "us-east-1-a in us-east-1, etcd-ferry 0.1.0\n\
+             \n\
+             LINK                SIDE     STATE      SEQ  APPLIED  LAG           RPO           RATIO  PEER\n\
+             config              origin   following  120  118      42 ms, 2 rev  20 ms, 1 rev  14.0   spiffe://etcd-ferry.dev/region/cn-hangzhou\n\
+             orders-of-the-shop  replica  stopped    0    0        0 ms          0 ms          -\n\
+             \n\
+             orders-of-the-shop (replica): the origin was restored: run `etcd-ferry resync`\n"
+        );
+        assert!(status_table(&reply(Vec::new()), None).ends_with("no links are configured\n"));
+    }
+
+    #[test]
+    fn a_copy_shows_a_bar_on_a_terminal_and_words_elsewhere() {
+        let mut copying = link();
+        copying.copy = Some(Copy { keys_done: 45_000, keys_total: 100_000 });
+        let note = |width| status_table(&reply(vec![copying.clone()]), width).lines().last().map(str::to_owned);
+        assert_eq!(note(None).unwrap(), "config (origin):  45 %, 45000 of 100000 keys copied");
+        assert_eq!(note(Some(40)), note(None), "too narrow for a bar");
+        let bar = note(Some(80)).unwrap();
+        assert_eq!(bar, "config (origin): [###########...............]  45 %, 45000 of 100000 keys copied");
+        assert_eq!(bar.len(), 80);
+        assert_eq!(note(Some(500)).unwrap().matches(['#', '.']).count(), BAR_COLUMNS_MAX);
+
+        copying.copy = Some(Copy { keys_done: 7, keys_total: 0 });
+        assert_eq!(notes(&copying, Some(80)), "config (origin): 7 keys copied\n");
+    }
+
+    #[test]
+    fn what_a_peer_says_neither_drives_the_terminal_nor_forges_a_line() {
+        let mut hostile = link();
+        hostile.reason = "\u{1b}[2Jgone\nconfig (origin): all is well".to_owned();
+        let table = status_table(&reply(vec![hostile]), None);
+        assert!(table.ends_with("\nconfig (origin):  [2Jgone config (origin): all is well\n"), "{table}");
+    }
+
+    #[test]
+    fn a_time_has_two_units_at_most() {
+        let shown = [-1.0, f64::NAN, 0.9999, 59.94, 61.0, 3599.0, 3661.0, 90_000.0].map(duration);
+        assert_eq!(shown, ["0 ms", "0 ms", "999 ms", "59.9 s", "1 min 1 s", "59 min 59 s", "1 h 1 min", "1 d 1 h"]);
+    }
+}

@@ -1,1 +1,345 @@
-//! To come.
+//! Job: the http listener: `/metrics`, `/healthz`, `/readyz`, for scrapers, probes and a person with curl.
+//! Input: GET requests. Output: text or JSON.
+//! Edge: reads statuses, changes nothing.
+//! Always true: a connection serves one request and lives ten seconds at most, so that nobody can hold the listener; no answer may be read by another web origin.
+
+use super::{Directory, EtcdHealth, Listening};
+use crate::metrics::{self, Exporter};
+use crate::model::{LinkState, LinkStatus};
+use axum::Router;
+use axum::extract::{RawQuery, State};
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use hyper_util::service::TowerToHyperService;
+use serde::Serialize;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+/// More wait in the kernel's queue. A scraper, two probes and a few people need a handful.
+const CONNECTIONS_MAX: usize = 64;
+/// A connection, from its acceptance to its end.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
+/// Request line and headers together.
+const HEAD_BYTES_MAX: usize = 16 * 1024;
+const HEADERS_MAX: usize = 64;
+/// After an error such as "too many open files": accepting at once would only spin.
+const ACCEPT_BACKOFF: Duration = Duration::from_millis(200);
+/// How long answers in hand may take once the sidecar stops.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
+/// How often recorded samples are folded into their buckets.
+const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
+/// What a wrong path is answered with.
+const PATHS: &str = "\
+/metrics          every metric, in Prometheus' text format
+/healthz          200 while this process lives
+/healthz?full=1   every link, each stage, and etcd, as JSON
+/readyz           200 when every link is following, else 503 and a line for each that is not
+";
+
+#[derive(Debug, thiserror::Error)]
+pub enum HttpError {
+    #[error("cannot listen at {addr} (listen.http): {source}; is another process there already?")]
+    Bind { addr: SocketAddr, source: io::Error },
+}
+
+/// The bound http listener, not yet serving.
+#[derive(Debug)]
+pub struct Server {
+    listener: TcpListener,
+    addr: SocketAddr,
+}
+
+impl Server {
+    pub async fn bind(addr: SocketAddr) -> Result<Self, HttpError> {
+        let listener = TcpListener::bind(addr).await.map_err(|source| HttpError::Bind { addr, source })?;
+        let addr = listener.local_addr().map_err(|source| HttpError::Bind { addr, source })?;
+        Ok(Self { listener, addr })
+    }
+
+    /// The real address, also when port 0 was asked for.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// Serves until `stop`, then lets the answers in hand end.
+    pub async fn run(self, directory: Arc<Directory>, exporter: Exporter, stop: CancellationToken) {
+        let router = router(Shared { directory, exporter: exporter.clone() });
+        let mut connections = JoinSet::new();
+        let mut upkeep = tokio::time::interval(UPKEEP_INTERVAL);
+        let mut failing = false;
+        loop {
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => break,
+                _ = upkeep.tick() => exporter.upkeep(),
+                Some(_) = connections.join_next() => {}
+                accepted = self.listener.accept(), if connections.len() < CONNECTIONS_MAX => match accepted {
+                    Ok((stream, _)) => {
+                        if std::mem::take(&mut failing) {
+                            info!("the http listener accepts connections again");
+                        }
+                        connections.spawn(serve(stream, router.clone()));
+                    }
+                    Err(error) => {
+                        if !std::mem::replace(&mut failing, true) {
+                            warn!(%error, "the http listener cannot accept connections");
+                        }
+                        tokio::time::sleep(ACCEPT_BACKOFF).await;
+                    }
+                },
+            }
+        }
+        drop(self.listener);
+        let drained = async { while connections.join_next().await.is_some() {} };
+        // What does not end by then is cut when the set is dropped.
+        let _ = tokio::time::timeout(DRAIN_TIMEOUT, drained).await;
+    }
+}
+
+async fn serve(stream: TcpStream, router: Router) {
+    let mut builder = auto::Builder::new(TokioExecutor::new()).http1_only();
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(CONNECTION_TIMEOUT)
+        .max_buf_size(HEAD_BYTES_MAX)
+        .max_headers(HEADERS_MAX)
+        .keep_alive(false);
+    let connection = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+    // How a client's connection ends is the client's affair: nothing to log, nothing to mend.
+    let _ = tokio::time::timeout(CONNECTION_TIMEOUT, connection).await;
+}
+
+#[derive(Clone)]
+struct Shared {
+    directory: Arc<Directory>,
+    exporter: Exporter,
+}
+
+fn router(shared: Shared) -> Router {
+    Router::new()
+        .route("/metrics", get(serve_metrics))
+        .route("/healthz", get(serve_health))
+        .route("/readyz", get(serve_readiness))
+        .fallback(async || plain(StatusCode::NOT_FOUND, format!("no such path; there are:\n\n{PATHS}")))
+        .with_state(shared)
+}
+
+async fn serve_metrics(State(shared): State<Shared>) -> Response {
+    shared.directory.snapshots().iter().for_each(metrics::record_link);
+    answer(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", shared.exporter.render())
+}
+
+async fn serve_readiness(State(shared): State<Shared>) -> Response {
+    match not_ready(&shared.directory.snapshots()) {
+        None => plain(StatusCode::OK, "ok\n".to_owned()),
+        Some(lines) => plain(StatusCode::SERVICE_UNAVAILABLE, lines),
+    }
+}
+
+async fn serve_health(State(shared): State<Shared>, RawQuery(query): RawQuery) -> Response {
+    let full = query.is_some_and(|query| query.split('&').any(|pair| pair == "full=1"));
+    if !full {
+        return plain(StatusCode::OK, "ok\n".to_owned());
+    }
+    match full_health(&shared.directory) {
+        Ok(json) => answer(StatusCode::OK, "application/json", json),
+        Err(error) => {
+            plain(StatusCode::INTERNAL_SERVER_ERROR, format!("the health cannot be written as JSON: {error}\n"))
+        }
+    }
+}
+
+/// One line for each link that is not following; `None` when all are.
+fn not_ready(links: &[LinkStatus]) -> Option<String> {
+    let line = |link: &LinkStatus| {
+        let reason = if link.reason.is_empty() { "no reason given yet" } else { &link.reason };
+        format!("{} {} {}: {reason}\n", link.link, link.side.as_str(), link.state.as_str())
+    };
+    let lines: String = links.iter().filter(|link| link.state != LinkState::Following).map(line).collect();
+    (!lines.is_empty()).then_some(lines)
+}
+
+#[derive(Serialize)]
+struct FullHealth<'a> {
+    region: &'a str,
+    node: &'a str,
+    version: &'a str,
+    uptime_seconds: f64,
+    listening: Listening,
+    links: Vec<LinkStatus>,
+    etcd: Vec<EtcdHealth>,
+}
+
+fn full_health(directory: &Directory) -> Result<String, serde_json::Error> {
+    serde_json::to_string_pretty(&FullHealth {
+        region: &directory.region,
+        node: &directory.node,
+        version: &directory.version,
+        uptime_seconds: directory.started.elapsed().as_secs_f64(),
+        listening: directory.listening,
+        links: directory.snapshots(),
+        etcd: directory.etcd.borrow().clone(),
+    })
+}
+
+fn plain(status: StatusCode, text: String) -> Response {
+    answer(status, "text/plain; charset=utf-8", text)
+}
+
+fn answer(status: StatusCode, content_type: &'static str, body: String) -> Response {
+    let mut response = (status, body).into_response();
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::admin::LinkHandle;
+    use crate::model::{LinkName, Side};
+    use std::time::Instant;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::sync::watch;
+    use tokio::task::JoinHandle;
+
+    fn link(name: &str, state: LinkState, reason: &str) -> LinkStatus {
+        let name = LinkName::new(name).unwrap_or_else(|rule| panic!("{rule}"));
+        let mut status = LinkStatus::new(name, Side::Origin, "spiffe://peer".to_owned());
+        status.state = state;
+        status.reason = reason.to_owned();
+        status
+    }
+
+    struct Running {
+        addr: SocketAddr,
+        link: watch::Sender<LinkStatus>,
+        stop: CancellationToken,
+        task: JoinHandle<()>,
+    }
+
+    async fn start() -> Running {
+        let server = Server::bind(([127, 0, 0, 1], 0).into()).await.expect("a free port");
+        let addr = server.local_addr();
+        let following = link("config", LinkState::Following, "");
+        let name = following.link.clone();
+        let (sender, status) = watch::channel(following);
+        let handle = LinkHandle { link: name, side: Side::Origin, status, commands: None };
+        let member = EtcdHealth { endpoint: "http://127.0.0.1:2379".to_owned(), ok: true, ..EtcdHealth::default() };
+        let directory = Directory {
+            region: "us-east-1".to_owned(),
+            node: "us-east-1-a".to_owned(),
+            version: "9.9.9".to_owned(),
+            started: Instant::now(),
+            listening: Listening { peer: addr, admin: addr, http: addr },
+            links: vec![handle],
+            etcd: watch::channel(vec![member]).1,
+        };
+        let stop = CancellationToken::new();
+        let exporter = metrics::install().expect("the process' recorder");
+        let task = tokio::spawn(server.run(Arc::new(directory), exporter, stop.clone()));
+        Running { addr, link: sender, stop, task }
+    }
+
+    /// The whole answer: reading to its end shows that the server closes the connection.
+    async fn ask(addr: SocketAddr, request: &str) -> String {
+        let mut stream = TcpStream::connect(addr).await.expect("the listener");
+        stream.write_all(request.as_bytes()).await.expect("a request");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.expect("an answer");
+        answer
+    }
+
+    async fn get_path(addr: SocketAddr, path: &str) -> String {
+        ask(addr, &format!("GET {path} HTTP/1.1\r\nHost: ferry\r\n\r\n")).await
+    }
+
+    #[test]
+    fn each_link_that_is_not_following_has_a_line_with_its_reason() {
+        let links = [
+            link("config", LinkState::Following, ""),
+            link("orders", LinkState::SpoolFull, "the spool is full: raise limits.spool_bytes_max"),
+            link("users", LinkState::Connecting, ""),
+        ];
+        let lines = not_ready(&links).unwrap();
+        assert_eq!(
+            lines,
+            "orders origin spool_full: the spool is full: raise limits.spool_bytes_max\n\
+             users origin connecting: no reason given yet\n"
+        );
+        assert_eq!(not_ready(&links[..1]), None);
+        assert_eq!(not_ready(&[]), None);
+    }
+
+    #[tokio::test]
+    async fn readiness_follows_the_link_and_health_does_not() {
+        let running = start().await;
+        assert!(get_path(running.addr, "/readyz").await.starts_with("HTTP/1.1 200"));
+
+        running.link.send_replace(link("config", LinkState::Stopped, "the origin was restored"));
+
+        let answer = get_path(running.addr, "/readyz").await;
+        assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
+        assert!(answer.ends_with("config origin stopped: the origin was restored\n"), "{answer}");
+        assert!(get_path(running.addr, "/healthz").await.starts_with("HTTP/1.1 200"));
+    }
+
+    #[tokio::test]
+    async fn full_health_is_json_with_links_listeners_and_etcd() {
+        let running = start().await;
+        let answer = get_path(running.addr, "/healthz?full=1").await;
+        let json: serde_json::Value = serde_json::from_str(answer.split("\r\n\r\n").nth(1).unwrap()).unwrap();
+        assert_eq!(json["region"], "us-east-1");
+        assert_eq!(json["version"], "9.9.9");
+        assert_eq!(json["links"][0]["link"], "config");
+        assert_eq!(json["links"][0]["state"], "following");
+        assert!(json["links"][0]["stages"].is_array());
+        assert_eq!(json["etcd"][0]["endpoint"], "http://127.0.0.1:2379");
+        assert_eq!(json["listening"]["http"], running.addr.to_string());
+        assert!(json["uptime_seconds"].as_f64().unwrap() >= 0.0);
+    }
+
+    #[tokio::test]
+    async fn metrics_show_the_link_as_it_is_when_asked() {
+        let running = start().await;
+        let mut status = link("http-metrics", LinkState::Following, "");
+        status.lag_revisions = 17;
+        running.link.send_replace(status);
+        let answer = get_path(running.addr, "/metrics").await;
+        assert!(answer.contains("etcd_ferry_lag_revisions{link=\"http-metrics\",side=\"origin\"} 17"), "{answer}");
+    }
+
+    #[tokio::test]
+    async fn what_is_not_served_is_refused_in_words() {
+        let running = start().await;
+        let answer = get_path(running.addr, "/nowhere").await;
+        assert!(answer.starts_with("HTTP/1.1 404") && answer.contains("/healthz?full=1"), "{answer}");
+        let answer = ask(running.addr, "POST /readyz HTTP/1.1\r\nHost: ferry\r\nContent-Length: 0\r\n\r\n").await;
+        assert!(answer.starts_with("HTTP/1.1 405"), "{answer}");
+        let long = "x".repeat(HEAD_BYTES_MAX);
+        let answer = ask(running.addr, &format!("GET /{long}")).await;
+        assert!(answer.starts_with("HTTP/1.1 431") || answer.starts_with("HTTP/1.1 414"), "{answer}");
+    }
+
+    #[tokio::test]
+    async fn stopping_does_not_wait_for_an_idle_connection() {
+        let running = start().await;
+        let idle = TcpStream::connect(running.addr).await.unwrap();
+        running.stop.cancel();
+        tokio::time::timeout(CONNECTION_TIMEOUT / 2, running.task).await.unwrap().unwrap();
+        assert!(TcpStream::connect(running.addr).await.is_err());
+        drop(idle);
+    }
+}

@@ -1,4 +1,111 @@
-//! The admin service, its client, and the http listener.
+//! Job: what an operator sees of a running sidecar and asks of it: the admin service, its client, and the http listener.
+//! Input: a `Directory` of the links, each with its latest status and the way to command it. Output: answers over gRPC and http.
+//! Edge: owns no link; reads statuses by `watch` and asks by channel.
+//! Always true: nothing here changes a link except by a `LinkCommand`; no answer holds a key or a value.
+
 pub mod client;
 pub mod http;
 pub mod service;
+
+use crate::model::{LinkName, LinkState, LinkStatus, Side};
+use serde::Serialize;
+use std::net::SocketAddr;
+use std::time::Instant;
+use tokio::sync::{mpsc, oneshot, watch};
+
+/// Generated from proto/admin.proto.
+#[allow(clippy::all, clippy::pedantic)]
+pub mod proto {
+    tonic::include_proto!("etcd_ferry.admin.v1");
+}
+
+/// What an operator may ask of a link's own task.
+#[derive(Debug)]
+pub enum LinkCommand {
+    /// Start a new base copy; safe to repeat. The reply's error says why not, and what to do.
+    Resync { allow_deletes: bool, reply: oneshot::Sender<Result<(), String>> },
+}
+
+/// One link as admin knows it.
+#[derive(Debug, Clone)]
+pub struct LinkHandle {
+    pub link: LinkName,
+    pub side: Side,
+    pub status: watch::Receiver<LinkStatus>,
+    /// `None`: this side takes no commands (the replica's, which only answers its origin).
+    pub commands: Option<mpsc::Sender<LinkCommand>>,
+}
+
+impl LinkHandle {
+    /// The link's latest status. A link whose task has ended is never shown as running.
+    pub fn snapshot(&self) -> LinkStatus {
+        let mut status = self.status.borrow().clone();
+        if self.status.has_changed().is_err() && status.state != LinkState::Stopped {
+            status.state = LinkState::Stopped;
+            status.reason = "the link's task has ended: see the log, and start the sidecar again".to_owned();
+        }
+        status
+    }
+}
+
+/// Where this sidecar listens: the addresses that were really bound.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Listening {
+    pub peer: SocketAddr,
+    pub admin: SocketAddr,
+    pub http: SocketAddr,
+}
+
+/// One member of the cluster beside this sidecar, as last asked.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct EtcdHealth {
+    /// As configured.
+    pub endpoint: String,
+    pub ok: bool,
+    /// As the member says it (`3.5.30`); empty: not known.
+    pub version: String,
+    /// True if this member leads its cluster.
+    pub leader: bool,
+    /// What is wrong with it, and what to do; empty when all is well.
+    pub detail: String,
+}
+
+/// Everything that admin may show or command. Fixed when the sidecar starts; what moves is behind the receivers.
+#[derive(Debug, Clone)]
+pub struct Directory {
+    pub region: String,
+    pub node: String,
+    /// The software's.
+    pub version: String,
+    pub started: Instant,
+    pub listening: Listening,
+    pub links: Vec<LinkHandle>,
+    pub etcd: watch::Receiver<Vec<EtcdHealth>>,
+}
+
+impl Directory {
+    /// The latest status of every link, in the configuration's order.
+    pub fn snapshots(&self) -> Vec<LinkStatus> {
+        self.links.iter().map(LinkHandle::snapshot).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_link_whose_task_has_ended_is_shown_as_stopped() {
+        let link = LinkName::new("config").unwrap();
+        let mut following = LinkStatus::new(link.clone(), Side::Origin, String::new());
+        following.state = LinkState::Following;
+        let (sender, status) = watch::channel(following);
+        let handle = LinkHandle { link, side: Side::Origin, status, commands: None };
+        assert_eq!(handle.snapshot().state, LinkState::Following);
+
+        drop(sender);
+
+        assert_eq!(handle.snapshot().state, LinkState::Stopped);
+        assert!(handle.snapshot().reason.contains("the link's task has ended"));
+    }
+}

@@ -1,1 +1,334 @@
-//! To come.
+//! Job: the admin gRPC service, with reflection and health beside it.
+//! Input: calls over mutual TLS. Output: statuses of the links; commands to a link's own task.
+//! Edge: decides only who may call.
+//! Always true: nothing is answered to a certificate that bears none of `tls.admins`; every admin call and every refusal is in the log.
+
+use super::proto::admin_server::{self, Admin, AdminServer};
+use super::proto::{Copy, Link, ResyncReply, ResyncRequest, StatusReply, StatusRequest};
+use super::{Directory, LinkCommand, LinkHandle};
+use crate::config::TlsConfig;
+use crate::model::{LinkState, LinkStatus};
+use crate::tls::accept::{self, AcceptLimits, PeerConnectInfo};
+use crate::tls::{self, TlsError};
+use axum::extract::State;
+use axum::middleware::{self, Next};
+use rustls::ServerConfig;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+use tonic::transport;
+use tonic::{Request, Response, Status};
+use tonic_health::ServingStatus;
+use tonic_health::pb::health_server;
+use tonic_health::server::HealthReporter;
+use tonic_reflection::pb::v1::server_reflection_server;
+use tracing::{debug, info, warn};
+
+/// Requests hold a name and a few flags.
+const REQUEST_BYTES_MAX: usize = 4 * 1024;
+/// A link's task answers a command at once or says that it is busy; the client gives up after 10 s.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(8);
+const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+
+/// Operators' tools use a handful; a stranger to the CA gets no further than these.
+const LIMITS: AcceptLimits = AcceptLimits { handshakes_max: 32, handshake_timeout: Duration::from_secs(10) };
+const STREAMS_MAX: u32 = 32;
+const HEADER_BYTES_MAX: u32 = 16 * 1024;
+/// A connection whose other end is gone is found by a ping, and closed.
+const PING_INTERVAL: Duration = Duration::from_secs(30);
+const PING_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long calls in hand may take once the sidecar stops.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
+
+#[derive(Debug, thiserror::Error)]
+pub enum ServiceError {
+    #[error("the admin service cannot use its certificates: {0}")]
+    Tls(#[from] TlsError),
+    #[error("cannot listen at {addr} (listen.admin): {source}; is another process there already?")]
+    Bind { addr: SocketAddr, source: io::Error },
+    #[error("reflection cannot be served: {0}")]
+    Reflection(#[source] tonic_reflection::server::Error),
+    #[error("the admin service has ended: {0}")]
+    Serve(#[source] transport::Error),
+}
+
+/// The bound admin listener, not yet serving.
+#[derive(Debug)]
+pub struct Server {
+    listener: TcpListener,
+    addr: SocketAddr,
+    tls: Arc<ServerConfig>,
+    admins: Vec<String>,
+}
+
+impl Server {
+    pub async fn bind(addr: SocketAddr, tls: &TlsConfig) -> Result<Self, ServiceError> {
+        let (tls, admins) = (tls::server_config(tls)?, tls.admins.clone());
+        let listener = TcpListener::bind(addr).await.map_err(|source| ServiceError::Bind { addr, source })?;
+        let addr = listener.local_addr().map_err(|source| ServiceError::Bind { addr, source })?;
+        Ok(Self { listener, addr, tls, admins })
+    }
+
+    /// The real address, also when port 0 was asked for.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// Serves until `stop`, then ends the health watches and lets the calls in hand end.
+    pub async fn run(self, directory: Arc<Directory>, stop: CancellationToken) -> Result<(), ServiceError> {
+        let mut reporter = HealthReporter::new();
+        let names: Vec<String> = directory.links.iter().map(health_name).collect();
+        let mut tasks = JoinSet::new();
+        for handle in directory.links.clone() {
+            tasks.spawn(report_health(reporter.clone(), handle, stop.clone()));
+        }
+        let routes = routes(directory, self.admins, reporter.clone())?;
+        let (accept_loop, incoming) = accept::incoming(self.listener, self.tls, LIMITS, stop.clone());
+        tasks.spawn(accept_loop.run());
+        let serving = transport::Server::builder()
+            .max_concurrent_streams(STREAMS_MAX)
+            .http2_max_header_list_size(HEADER_BYTES_MAX)
+            .http2_keepalive_interval(Some(PING_INTERVAL))
+            .http2_keepalive_timeout(Some(PING_TIMEOUT))
+            .add_routes(routes)
+            .serve_with_incoming_shutdown(incoming, stop.clone().cancelled_owned());
+        let mut serving = Box::pin(serving);
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => {}
+            ended = &mut serving => return ended.map_err(ServiceError::Serve),
+        }
+        while tasks.join_next().await.is_some() {}
+        end_health(&mut reporter, names).await;
+        // A call that does not end by then dies with the process.
+        match tokio::time::timeout(DRAIN_TIMEOUT, serving).await {
+            Ok(ended) => ended.map_err(ServiceError::Serve),
+            Err(_) => Ok(()),
+        }
+    }
+}
+
+/// Who calls, once it is known that they may. Put into the request by [`authorise`].
+#[derive(Debug, Clone)]
+struct Caller {
+    /// The one of `tls.admins` that the certificate bears.
+    admin: String,
+    from: SocketAddr,
+}
+
+/// The services of the admin port, behind [`authorise`].
+fn routes(directory: Arc<Directory>, admins: Vec<String>, health: HealthReporter) -> Result<Routes, ServiceError> {
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        // By name, since the descriptors also hold the services of the peer port.
+        .with_service_name(admin_server::SERVICE_NAME)
+        .with_service_name(health_server::SERVICE_NAME)
+        .with_service_name(server_reflection_server::SERVICE_NAME)
+        .build_v1()
+        .map_err(ServiceError::Reflection)?;
+    let health = tonic_health::server::HealthService::from_health_reporter(health);
+    let admin = AdminServer::new(Service { directory }).max_decoding_message_size(REQUEST_BYTES_MAX);
+    let router = Routes::new(admin)
+        .add_service(reflection.max_decoding_message_size(REQUEST_BYTES_MAX))
+        .add_service(health_server::HealthServer::new(health).max_decoding_message_size(REQUEST_BYTES_MAX))
+        .into_axum_router();
+    Ok(router.layer(middleware::from_fn_with_state(Arc::new(admins), authorise)).into())
+}
+
+/// Lets a call in only if its certificate bears one of the admins' names.
+async fn authorise(
+    State(admins): State<Arc<Vec<String>>>,
+    mut request: axum::extract::Request,
+    next: Next,
+) -> axum::response::Response {
+    let call = request.uri().path().to_owned();
+    let Some(PeerConnectInfo { remote: from, identity }) = request.extensions().get::<PeerConnectInfo>().cloned()
+    else {
+        return Status::permission_denied("the connection has no certificate").into_http();
+    };
+    let Some(admin) = admins.iter().find(|admin| identity.bears(admin)).cloned() else {
+        warn!(who = %identity, %from, call, "admin call refused: none of tls.admins");
+        let advice = "have it put there, or show another certificate (--cert and --key)";
+        return Status::permission_denied(format!("{identity} is not among `tls.admins`: {advice}")).into_http();
+    };
+    debug!(admin, %from, call, "admin port called");
+    request.extensions_mut().insert(Caller { admin, from });
+    next.run(request).await
+}
+
+struct Service {
+    directory: Arc<Directory>,
+}
+
+#[tonic::async_trait]
+impl Admin for Service {
+    async fn status(&self, request: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
+        audit(&request, "Status", "", &Ok(()));
+        let Directory { region, node, version, .. } = &*self.directory;
+        Ok(Response::new(StatusReply {
+            region: region.clone(),
+            node: node.clone(),
+            version: version.clone(),
+            links: self.directory.snapshots().into_iter().map(link_message).collect(),
+        }))
+    }
+
+    async fn resync(&self, request: Request<ResyncRequest>) -> Result<Response<ResyncReply>, Status> {
+        let ResyncRequest { link, allow_deletes } = request.get_ref();
+        let outcome = match commands(&self.directory.links, link) {
+            Ok(commands) => {
+                command(&commands, link, |reply| LinkCommand::Resync { allow_deletes: *allow_deletes, reply }).await
+            }
+            Err(refusal) => Err(refusal),
+        };
+        let call = if *allow_deletes { "Resync --allow-deletes" } else { "Resync" };
+        audit(&request, call, link, &outcome);
+        outcome.map(|()| Response::new(ResyncReply {}))
+    }
+}
+
+/// One line in the log for each admin call: who, what, on which link, how it ended.
+fn audit<T>(request: &Request<T>, call: &str, link: &str, outcome: &Result<(), Status>) {
+    // `authorise` lets nothing through without a caller.
+    let Some(Caller { admin, from }) = request.extensions().get::<Caller>() else { return };
+    match outcome {
+        Ok(()) => info!(admin, %from, call, link, outcome = "done", "admin call"),
+        Err(status) => warn!(admin, %from, call, link, outcome = status.message(), "admin call"),
+    }
+}
+
+/// Where to send a command for this link, or why it cannot be sent from here.
+fn commands(links: &[LinkHandle], name: &str) -> Result<mpsc::Sender<LinkCommand>, Status> {
+    let named: Vec<&LinkHandle> = links.iter().filter(|handle| handle.link.as_str() == name).collect();
+    if let Some(commands) = named.iter().find_map(|handle| handle.commands.clone()) {
+        return Ok(commands);
+    }
+    if let Some(handle) = named.first() {
+        let side = handle.side.as_str();
+        let peer = handle.status.borrow().peer.clone();
+        let reason = format!("this sidecar is the {side} of link {name}: ask the sidecar at its other side ({peer})");
+        return Err(Status::failed_precondition(reason));
+    }
+    let mut known: Vec<&str> = links.iter().map(|handle| handle.link.as_str()).collect();
+    known.dedup();
+    Err(Status::not_found(format!("there is no link {name:?} here; there are: {}", known.join(", "))))
+}
+
+/// Asks a link's task and waits for its answer.
+async fn command(
+    commands: &mpsc::Sender<LinkCommand>,
+    link: &str,
+    build: impl FnOnce(oneshot::Sender<Result<(), String>>) -> LinkCommand,
+) -> Result<(), Status> {
+    let ended = || Status::unavailable(format!("link {link}'s task has ended: see the log of the sidecar"));
+    let (reply, answer) = oneshot::channel();
+    let exchange = async {
+        commands.send(build(reply)).await.map_err(|_| ended())?;
+        answer.await.map_err(|_| ended())?.map_err(Status::failed_precondition)
+    };
+    let busy = || {
+        Status::unavailable(format!("link {link} is busy and did not answer yet: see its status, then repeat the call"))
+    };
+    tokio::time::timeout(COMMAND_TIMEOUT, exchange).await.unwrap_or_else(|_| Err(busy()))
+}
+
+fn link_message(status: LinkStatus) -> Link {
+    // Taken apart by name, so that a field that is added there is not forgotten here. Stages are for `/healthz?full=1`.
+    let LinkStatus {
+        link,
+        side,
+        state,
+        reason,
+        peer,
+        epoch,
+        term,
+        seq,
+        origin_revision,
+        head_revision,
+        applied_seq,
+        durable_seq,
+        lag_revisions,
+        lag_seconds,
+        rpo_revisions,
+        rpo_seconds,
+        bytes_raw,
+        bytes_sent,
+        counts,
+        copy,
+        stages: _,
+    } = status;
+    Link {
+        link: link.to_string(),
+        side: side.as_str().to_owned(),
+        state: state.as_str().to_owned(),
+        reason,
+        peer,
+        epoch: epoch.0,
+        term: term.0,
+        seq: seq.0,
+        origin_revision: origin_revision.0,
+        head_revision: head_revision.0,
+        applied_seq: applied_seq.0,
+        durable_seq: durable_seq.0,
+        lag_revisions,
+        lag_seconds,
+        rpo_revisions,
+        rpo_seconds,
+        bytes_raw,
+        bytes_sent,
+        counts: counts.into_iter().map(|(name, count)| (name.to_owned(), count)).collect(),
+        copy: copy.map(|copy| Copy { keys_done: copy.keys_done, keys_total: copy.keys_total }),
+    }
+}
+
+/// The name under which grpc.health.v1 tells a link's health.
+fn health_name(handle: &LinkHandle) -> String {
+    format!("link/{}/{}", handle.link, handle.side.as_str())
+}
+
+fn health(status: &LinkStatus) -> ServingStatus {
+    match status.state {
+        LinkState::Following | LinkState::Copying => ServingStatus::Serving,
+        LinkState::Connecting
+        | LinkState::Repairing
+        | LinkState::SpoolFull
+        | LinkState::Paused
+        | LinkState::Stopped => ServingStatus::NotServing,
+    }
+}
+
+/// Keeps one link's health true. Says only what changed: each word wakes every watcher.
+async fn report_health(reporter: HealthReporter, mut handle: LinkHandle, stop: CancellationToken) {
+    let name = health_name(&handle);
+    let mut said = None;
+    loop {
+        let now = health(&handle.snapshot());
+        if said != Some(now) {
+            reporter.set_service_status(&name, now).await;
+            said = Some(now);
+        }
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => return,
+            changed = handle.status.changed() => if changed.is_err() {
+                reporter.set_service_status(&name, ServingStatus::NotServing).await;
+                return;
+            },
+        }
+    }
+}
+
+/// Tells every watcher that the sidecar stops, and ends their streams: they would keep their connections open for ever.
+async fn end_health(reporter: &mut HealthReporter, links: Vec<String>) {
+    for name in links.into_iter().chain([String::new()]) {
+        reporter.set_service_status(&name, ServingStatus::NotServing).await;
+        reporter.clear_service_status(&name).await;
+    }
+}

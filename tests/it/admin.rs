@@ -1,0 +1,312 @@
+//! Job: the admin port as an operator meets it: who is let in, what is answered, where commands go.
+//! Input: a running admin server with development certificates. Output: passes or fails.
+//! Edge: loopback sockets, free ports, a temporary folder.
+//! Always true: nothing here waits for time, only for answers.
+
+use etcd_ferry::admin::client::{self, ClientError, Connection};
+use etcd_ferry::admin::service::{Server, ServiceError};
+use etcd_ferry::admin::{Directory, LinkCommand, LinkHandle, Listening, proto};
+use etcd_ferry::certs;
+use etcd_ferry::config::TlsConfig;
+use etcd_ferry::model::{LinkName, LinkState, LinkStatus, Seq, Side};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tonic::Code;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
+use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
+use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
+use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
+use tonic_reflection::pb::v1::{ServerReflectionRequest, ServerReflectionResponse};
+
+const ADMIN: &str = "spiffe://etcd-ferry.dev/admin";
+const LOOPBACK: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+
+struct Running {
+    folder: tempfile::TempDir,
+    addr: SocketAddr,
+    origin: watch::Sender<LinkStatus>,
+    _replica: watch::Sender<LinkStatus>,
+    commands: mpsc::Receiver<LinkCommand>,
+    stop: CancellationToken,
+    task: JoinHandle<Result<(), ServiceError>>,
+}
+
+impl Running {
+    /// As `name`.pem from the server's own folder of certificates.
+    fn connection(&self, name: &str) -> Connection {
+        connection(self.folder.path(), self.addr, name)
+    }
+}
+
+fn connection(folder: &std::path::Path, admin: SocketAddr, name: &str) -> Connection {
+    let file = |name: String| folder.join(name);
+    Connection {
+        admin,
+        ca: file("ca.pem".into()),
+        cert: file(format!("{name}.pem")),
+        key: file(format!("{name}.key")),
+        own_cert: file("us-east-1.pem".into()),
+    }
+}
+
+fn handle(name: &str, side: Side, state: LinkState) -> (watch::Sender<LinkStatus>, LinkHandle) {
+    let link = LinkName::new(name).unwrap();
+    let mut first = LinkStatus::new(link.clone(), side, "spiffe://etcd-ferry.dev/region/cn-hangzhou".to_owned());
+    first.state = state;
+    first.applied_seq = Seq(7);
+    first.counts.insert("repeated", 2);
+    let (sender, status) = watch::channel(first);
+    (sender, LinkHandle { link, side, status, commands: None })
+}
+
+/// A sidecar `us-east-1-a` that is the origin of `config` and the replica of `orders`.
+async fn start() -> Running {
+    let folder = tempfile::tempdir().unwrap();
+    certs::dev(folder.path(), &["us-east-1", "cn-hangzhou"]).unwrap();
+    let tls = TlsConfig {
+        ca: folder.path().join("ca.pem"),
+        cert: folder.path().join("us-east-1.pem"),
+        key: folder.path().join("us-east-1.key"),
+        admins: vec![ADMIN.to_owned()],
+        crl: None,
+    };
+    let server = Server::bind(LOOPBACK, &tls).await.unwrap();
+    let addr = server.local_addr();
+    let (origin, mut config) = handle("config", Side::Origin, LinkState::Following);
+    let (replica, orders) = handle("orders", Side::Replica, LinkState::Copying);
+    let (sender, commands) = mpsc::channel(1);
+    config.commands = Some(sender);
+    let directory = Directory {
+        region: "us-east-1".to_owned(),
+        node: "us-east-1-a".to_owned(),
+        version: "9.9.9".to_owned(),
+        started: Instant::now(),
+        listening: Listening { peer: addr, admin: addr, http: addr },
+        links: vec![config, orders],
+        etcd: watch::channel(Vec::new()).1,
+    };
+    let stop = CancellationToken::new();
+    let task = tokio::spawn(server.run(Arc::new(directory), stop.clone()));
+    Running { folder, addr, origin, _replica: replica, commands, stop, task }
+}
+
+fn health_of(service: &str) -> HealthCheckRequest {
+    HealthCheckRequest { service: service.to_owned() }
+}
+
+fn is_serving(answer: &HealthCheckResponse) -> bool {
+    answer.status() == ServingStatus::Serving
+}
+
+#[tokio::test]
+async fn an_admin_sees_every_link() {
+    let running = start().await;
+    let reply = client::status(&running.connection("admin")).await.unwrap();
+    assert_eq!((reply.node.as_str(), reply.version.as_str()), ("us-east-1-a", "9.9.9"));
+    let links: Vec<_> = reply.links.iter().map(|l| (l.link.as_str(), l.side.as_str(), l.state.as_str())).collect();
+    assert_eq!(links, [("config", "origin", "following"), ("orders", "replica", "copying")]);
+    assert_eq!(reply.links[0].applied_seq, 7);
+    assert_eq!(reply.links[0].counts["repeated"], 2);
+}
+
+#[tokio::test]
+async fn another_certificate_of_the_same_ca_is_refused_with_its_name_on_every_service() {
+    let running = start().await;
+    let other = running.connection("cn-hangzhou");
+    let error = client::status(&other).await.unwrap_err();
+    assert!(matches!(error, ClientError::NotAdmin { .. }), "{error}");
+    let text = error.to_string();
+    for part in ["cn-hangzhou.pem", "spiffe://etcd-ferry.dev/region/cn-hangzhou is not among `tls.admins`"] {
+        assert!(text.contains(part), "{part} is not in: {text}");
+    }
+
+    let channel = client::connect(&other).await.unwrap();
+    let refused = HealthClient::new(channel.clone()).check(health_of("")).await.unwrap_err();
+    assert_eq!(refused.code(), Code::PermissionDenied);
+    let question = tokio_stream::iter([ServerReflectionRequest::default()]);
+    let refused = ServerReflectionClient::new(channel).server_reflection_info(question).await.unwrap_err();
+    assert_eq!(refused.code(), Code::PermissionDenied);
+}
+
+#[tokio::test]
+async fn a_certificate_of_another_ca_is_refused_and_told_why() {
+    let running = start().await;
+    let foreign = tempfile::tempdir().unwrap();
+    certs::dev(foreign.path(), &["us-east-1"]).unwrap();
+    let mut stranger = connection(foreign.path(), running.addr, "admin");
+    stranger.ca = running.folder.path().join("ca.pem");
+    stranger.own_cert = running.folder.path().join("us-east-1.pem");
+    let error = client::status(&stranger).await.unwrap_err();
+    assert!(matches!(error, ClientError::Tls { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_server_that_is_not_this_region_s_is_not_believed() {
+    let running = start().await;
+    let mut connection = running.connection("admin");
+    connection.own_cert = running.folder.path().join("cn-hangzhou.pem");
+    let error = client::status(&connection).await.unwrap_err();
+    assert!(matches!(error, ClientError::Tls { .. }), "{error}");
+    assert!(error.to_string().contains("cn-hangzhou"), "{error}");
+}
+
+#[tokio::test]
+async fn a_resync_reaches_the_link_and_its_refusal_comes_back() {
+    let mut running = start().await;
+    let connection = running.connection("admin");
+    let link = async {
+        let LinkCommand::Resync { allow_deletes, reply } = running.commands.recv().await.unwrap();
+        assert!(!allow_deletes);
+        reply.send(Err("a base copy runs already".to_owned())).unwrap();
+        let LinkCommand::Resync { allow_deletes, reply } = running.commands.recv().await.unwrap();
+        assert!(allow_deletes);
+        reply.send(Ok(())).unwrap();
+    };
+    let operator = async {
+        let error = client::resync(&connection, "config", false).await.unwrap_err();
+        assert!(error.to_string().contains("a base copy runs already"), "{error}");
+        client::resync(&connection, "config", true).await.unwrap();
+    };
+    tokio::join!(link, operator);
+
+    running.commands.close();
+    let error = client::resync(&connection, "config", false).await.unwrap_err();
+    assert!(error.to_string().contains("task has ended"), "{error}");
+}
+
+#[tokio::test]
+async fn calls_and_refusals_are_in_the_log_with_who_what_and_which_link() {
+    let log = tempfile::NamedTempFile::new().unwrap();
+    // With a single subscriber alive, tracing asks only the thread that first meets a log line whether anybody wants it; that
+    // may be another test's thread, without one. A second subscriber makes it ask all of them.
+    let _second = tracing::Dispatch::new(tracing_subscriber::registry());
+    let subscriber = tracing_subscriber::fmt().json().with_writer(Arc::new(log.reopen().unwrap())).finish();
+    let _guard = tracing::subscriber::set_default(subscriber);
+    let running = start().await;
+    client::status(&running.connection("admin")).await.unwrap();
+    client::resync(&running.connection("admin"), "orders", true).await.unwrap_err();
+    client::resync(&running.connection("cn-hangzhou"), "config", true).await.unwrap_err();
+
+    let text = std::fs::read_to_string(log.path()).unwrap();
+    let lines: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let audit: Vec<_> = lines.iter().filter(|line| line["target"] == "etcd_ferry::admin::service").collect();
+    assert_eq!(audit.len(), 3, "{text}");
+    let fields = |line: usize, names: [&str; 3]| names.map(|name| audit[line]["fields"][name].as_str().unwrap());
+    assert_eq!(fields(0, ["admin", "call", "outcome"]), [ADMIN, "Status", "done"]);
+    assert_eq!(fields(1, ["admin", "call", "link"]), [ADMIN, "Resync --allow-deletes", "orders"]);
+    assert!(fields(1, ["outcome"; 3])[0].contains("this sidecar is the replica"), "{text}");
+    assert_eq!(
+        fields(2, ["who", "call", "message"]),
+        [
+            "spiffe://etcd-ferry.dev/region/cn-hangzhou",
+            "/etcd_ferry.admin.v1.Admin/Resync",
+            "admin call refused: none of tls.admins"
+        ]
+    );
+}
+
+#[tokio::test]
+async fn a_resync_of_a_wrong_link_says_which_there_are() {
+    let running = start().await;
+    let connection = running.connection("admin");
+    let error = client::resync(&connection, "confg", false).await.unwrap_err().to_string();
+    assert!(error.contains("no link \"confg\" here; there are: config, orders"), "{error}");
+    let error = client::resync(&connection, "orders", false).await.unwrap_err().to_string();
+    assert!(error.contains("this sidecar is the replica of link orders"), "{error}");
+    assert!(error.contains("region/cn-hangzhou"), "{error}");
+}
+
+#[tokio::test]
+async fn health_follows_each_link() {
+    let running = start().await;
+    let mut health = HealthClient::new(client::connect(&running.connection("admin")).await.unwrap());
+    for name in ["", "link/config/origin", "link/orders/replica"] {
+        assert!(is_serving(health.check(health_of(name)).await.unwrap().get_ref()), "{name:?}");
+    }
+    let unknown = health.check(health_of("link/nowhere/origin")).await.unwrap_err();
+    assert_eq!(unknown.code(), Code::NotFound);
+
+    let mut watch = health.watch(health_of("link/config/origin")).await.unwrap().into_inner();
+    assert!(is_serving(&watch.message().await.unwrap().unwrap()));
+    running.origin.send_modify(|status| status.state = LinkState::Stopped);
+    assert!(!is_serving(&watch.message().await.unwrap().unwrap()));
+    assert!(is_serving(health.check(health_of("")).await.unwrap().get_ref()), "one link is not the sidecar");
+}
+
+#[tokio::test]
+async fn reflection_lists_what_this_port_serves_and_describes_it() {
+    let running = start().await;
+    let channel = client::connect(&running.connection("admin")).await.unwrap();
+    let ask = |what| ServerReflectionRequest { message_request: Some(what), ..ServerReflectionRequest::default() };
+    let questions = tokio_stream::iter([
+        ask(MessageRequest::ListServices(String::new())),
+        ask(MessageRequest::FileContainingSymbol("etcd_ferry.admin.v1.Admin".to_owned())),
+    ]);
+    let mut answers =
+        ServerReflectionClient::new(channel).server_reflection_info(questions).await.unwrap().into_inner();
+    let ServerReflectionResponse { message_response: Some(MessageResponse::ListServicesResponse(list)), .. } =
+        answers.message().await.unwrap().unwrap()
+    else {
+        panic!("not a list of services")
+    };
+    let names: Vec<_> = list.service.into_iter().map(|service| service.name).collect();
+    assert_eq!(names, ["etcd_ferry.admin.v1.Admin", "grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection"]);
+    let described = answers.message().await.unwrap().unwrap().message_response;
+    assert!(matches!(described, Some(MessageResponse::FileDescriptorResponse(_))), "{described:?}");
+}
+
+#[tokio::test]
+async fn a_port_that_nobody_answers_is_said_to_be_so() {
+    let running = start().await;
+    let connection = running.connection("admin");
+    running.stop.cancel();
+    running.task.await.unwrap().unwrap();
+    let error = client::status(&connection).await.unwrap_err();
+    assert!(matches!(error, ClientError::NoAnswer { .. }), "{error}");
+    let wanted = format!("no sidecar answers at {}: is `etcd-ferry run` up?", running.addr);
+    assert!(error.to_string().contains(&wanted), "{error}");
+}
+
+#[tokio::test]
+async fn a_port_that_is_taken_is_named() {
+    let running = start().await;
+    let tls = TlsConfig {
+        ca: running.folder.path().join("ca.pem"),
+        cert: running.folder.path().join("us-east-1.pem"),
+        key: running.folder.path().join("us-east-1.key"),
+        admins: Vec::new(),
+        crl: None,
+    };
+    let error = Server::bind(running.addr, &tls).await.unwrap_err().to_string();
+    assert!(error.contains(&running.addr.to_string()) && error.contains("listen.admin"), "{error}");
+}
+
+#[tokio::test]
+async fn stopping_ends_the_streams_that_would_never_end() {
+    let running = start().await;
+    let mut health = HealthClient::new(client::connect(&running.connection("admin")).await.unwrap());
+    let mut watch = health.watch(health_of("")).await.unwrap().into_inner();
+    assert!(is_serving(&watch.message().await.unwrap().unwrap()));
+    running.stop.cancel();
+    let end = async {
+        assert!(!is_serving(&watch.message().await.unwrap().unwrap()), "the last word is: not serving");
+        assert!(watch.message().await.unwrap().is_none());
+        running.task.await.unwrap().unwrap();
+    };
+    tokio::time::timeout(Duration::from_secs(5), end).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_unspecified_address_is_dialled_on_loopback() {
+    let running = start().await;
+    let mut connection = running.connection("admin");
+    connection.admin.set_ip(Ipv4Addr::UNSPECIFIED.into());
+    let reply: proto::StatusReply = client::status(&connection).await.unwrap();
+    assert_eq!(reply.region, "us-east-1");
+}
