@@ -341,6 +341,22 @@ async fn a_revocation_list_past_its_time_lets_nobody_in() {
 }
 
 #[tokio::test]
+async fn a_refused_caller_is_not_cut_off_before_it_can_read_why() {
+    let authority = Authority::new();
+    let server = Server::start(&authority.west()).await;
+    let connector = TlsConnector::from(without_certificate(&authority));
+    let tcp = TcpStream::connect(server.address).await.unwrap();
+    let stream = connector.connect(ServerName::try_from("localhost").unwrap(), tcp).await.unwrap();
+    let (mut tcp, _) = stream.into_inner();
+    tcp.readable().await.unwrap();
+    // What the caller still sends, as HTTP/2 does at once, would reset a closed connection and lose the alert.
+    for _ in 0..3 {
+        tcp.write_all(&[0; 1024]).await.expect("the server still takes what comes");
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn plain_http_is_refused() {
     let (log, _guard) = Log::capture();
     let authority = Authority::new();
