@@ -4,3 +4,4 @@
 mod bank;
 mod bed;
 mod following;
+mod tidy;
