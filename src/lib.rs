@@ -10,11 +10,12 @@
 //! replica/           mod receive admit(p) journal dedupe(the only file that knows sled) plan(p) apply
 //! admin/             service http client
 //! etcd.rs            the narrow typed door to etcd
-//! tls.rs             load and check certificates; peer identity
+//! tls/               mod (configurations) accept connect verify explain(p)
 //! wire/              mod delta(p) frame(p) window(p) digest(p)
 //! segment/           mod (append-only files) feed (memory first, then files), under spool and journal
-//! config.rs          raw to checked, all faults at once
-//! model.rs(p) retry.rs(p) certs.rs(rcgen) metrics.rs
+//! config/            mod check(p) read(p) files: raw to checked, all faults at once
+//! certs/             mod identity load issue(the only file that knows rcgen)
+//! model.rs(p) retry.rs(p) metrics.rs
 //! ```
 
 pub mod admin;

@@ -1,11 +1,60 @@
 //! Job: the configuration file, from raw TOML to checked values.
 //! Input: text. Output: a `Config`, or every fault at once, each with its field and rule.
-//! Always true: a `Config` is complete and consistent; its `Debug` shows no secret.
+//! Always true: a `Config` is complete and consistent; its `Debug` shows no secret (secrets stay in files of their own).
+
+mod check;
+mod files;
+mod read;
 
 use crate::model::{LinkName, Ranges};
 use bytes::Bytes;
+use std::fmt;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+/// Largest configuration file that is read.
+const CONFIG_BYTES_MAX: u64 = 1 << 20;
+
+/// One fault of a configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fault {
+    /// Where: `send[0].to[1]`, or `line 3, column 5`.
+    pub field: String,
+    /// The rule that is broken, and what to do.
+    pub rule: String,
+}
+
+/// All faults of a configuration; shown one on a line.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub struct Faults(pub Vec<Fault>);
+
+impl fmt::Display for Faults {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, fault) in self.0.iter().enumerate() {
+            let line_break = if i == 0 { "" } else { "\n" };
+            write!(f, "{line_break}{}: {}", fault.field, fault.rule)?;
+        }
+        Ok(())
+    }
+}
+
+impl Config {
+    /// Reads and checks text; looks at no file. Paths stay as they are written: relative ones are relative to the
+    /// current directory, as those on a command line are.
+    pub fn from_toml(text: &str) -> Result<Config, Faults> {
+        check::config(&read::parse(text)?)
+    }
+
+    /// Reads and checks a configuration file; looks at no other file (see [`Config::check_files`]).
+    pub fn load(path: &Path) -> Result<Config, Faults> {
+        let fault = |rule| Faults(vec![Fault { field: path.display().to_string(), rule }]);
+        let unreadable = |e: std::io::Error| fault(format!("cannot be read ({e}): give the path of a TOML file"));
+        if std::fs::metadata(path).map_err(unreadable)?.len() > CONFIG_BYTES_MAX {
+            return Err(fault(format!("is larger than {CONFIG_BYTES_MAX} bytes: give the path of a TOML file")));
+        }
+        Config::from_toml(&std::fs::read_to_string(path).map_err(unreadable)?)
+    }
+}
 
 /// A checked configuration.
 #[derive(Debug, Clone)]
@@ -45,7 +94,9 @@ pub struct TlsConfig {
     pub ca: PathBuf,
     pub cert: PathBuf,
     pub key: PathBuf,
-    /// SANs (URI or DNS) of those who may call the admin service.
+    /// Revocation lists of the CA; with it, a certificate without a known status and a list past its time are refused.
+    pub crl: Option<PathBuf>,
+    /// SANs (URI or DNS) of those who may call the admin service; none: nobody may.
     pub admins: Vec<String>,
 }
 
@@ -61,7 +112,7 @@ pub struct SendConfig {
     /// A key that lies in none of the excludes and in one of the prefixes is carried. As configured, for `status`.
     pub prefixes: Vec<Bytes>,
     pub exclude: Vec<Bytes>,
-    /// The largest share (0 to 1) of the replica's keys that a base copy may delete unasked.
+    /// The largest share (0 to 1) of the replica's keys that a base copy may delete unasked. 0.1.
     pub deletes_share_max: f64,
 }
 
@@ -75,7 +126,7 @@ pub struct ReceiveConfig {
 }
 
 /// Every bound of the process; each is a key of `[limits]` with the default given here.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
     /// Spool files of one link. 8 GiB.
     pub spool_bytes_max: u64,
@@ -101,10 +152,29 @@ pub struct Limits {
     pub page_bytes_max: usize,
 }
 
-#[derive(Debug, Clone)]
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            spool_bytes_max: 8 << 30,
+            journal_bytes_max: 1 << 30,
+            segment_bytes: 64 << 20,
+            queue_bytes_max: 16 << 20,
+            frame_bytes_max: 1 << 20,
+            window_bytes_max: 16 << 20,
+            revision_bytes_max: 256 << 20,
+            txn_ops_max: 128,
+            request_bytes_max: 1_572_864,
+            page_keys_max: 1000,
+            page_bytes_max: 1 << 20,
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LogConfig {
+    /// `text` (the default) or `json`.
     pub format: LogFormat,
-    /// A `tracing` filter, such as `info` or `etcd_ferry=debug`.
+    /// A `tracing` filter, such as `info` (the default) or `info,etcd_ferry=debug`.
     pub level: String,
 }
 

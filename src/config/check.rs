@@ -1,0 +1,596 @@
+//! Job: the rules of the configuration.
+//! Input: a TOML table. Output: a `Config`, or all faults.
+//! Pure: no file, no clock; what only the disk can tell is in `files.rs`.
+//! Always true: a rule speaks of its own field, and also runs when other fields are at fault.
+
+use super::read::Section;
+use super::{
+    Config, EtcdConfig, Faults, Limits, ListenConfig, LogConfig, LogFormat, ReceiveConfig, SendConfig, TlsConfig,
+};
+use crate::certs::{REGION_RULE, SAN_RULE, is_region_name, is_san};
+use crate::model::{FERRY_PREFIX, LinkName, Ranges};
+use bytes::Bytes;
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use toml::Table;
+
+/// The share of the replica's keys that a base copy may delete, unless configured.
+const DELETES_SHARE_MAX: f64 = 0.1;
+
+pub(super) fn config(table: &Table) -> Result<Config, Faults> {
+    let mut root = Section::root(table);
+    let region = name(&mut root, "region", "us-east-1");
+    let node = name(&mut root, "node", "us-east-1-a");
+    let data_dir = root.path("data_dir", "/var/lib/etcd-ferry");
+    let etcd = root.table("etcd", Some("endpoints"), etcd);
+    let listen = root.table("listen", Some("peer, admin and http"), listen);
+    let tls = root.table("tls", Some("ca, cert, key and admins"), tls);
+    let send = root.tables("send", send);
+    let receive = root.tables("receive", receive);
+    let limits = root.table("limits", None, limits);
+    let log = root.table("log", None, log);
+
+    if !table.contains_key("send") && !table.contains_key("receive") {
+        root.fault("send", "is missing, and so is receive: add at least one [[send]] or [[receive]]");
+    }
+    unique_links(&mut root, "send", send.iter().map(|(i, s)| (*i, &s.link)));
+    unique_links(&mut root, "receive", receive.iter().map(|(i, r)| (*i, &r.link)));
+    disjoint_ranges(&mut root, &receive);
+
+    let faults = root.finish();
+    match (region, node, data_dir, etcd, listen, tls, limits, log) {
+        (Some(region), Some(node), Some(data_dir), Some(etcd), Some(listen), Some(tls), Some(limits), Some(log))
+            if faults.is_empty() =>
+        {
+            let send = send.into_iter().map(|(_, s)| s).collect();
+            let receive = receive.into_iter().map(|(_, r)| r).collect();
+            Ok(Config { region, node, data_dir, etcd, listen, tls, send, receive, limits, log })
+        }
+        _ => Err(Faults(faults)),
+    }
+}
+
+fn name(s: &mut Section<'_>, key: &'static str, example: &str) -> Option<String> {
+    let name = s.text(key, example)?;
+    if !is_region_name(&name) {
+        s.fault(key, format!("must be {REGION_RULE}, such as {example:?}"));
+        return None;
+    }
+    Some(name)
+}
+
+fn etcd(s: &mut Section<'_>) -> Option<EtcdConfig> {
+    let example = "http://127.0.0.1:2379";
+    let endpoints = urls(s, "endpoints", &["http", "https"], example);
+    let [ca, cert, key] = ["ca", "cert", "key"].map(|k| (k, s.path_if_present(k, "/etc/etcd-ferry/etcd.pem")));
+    let username = s.text_if_present("username", "etcd-ferry");
+    let password_file = s.path_if_present("password_file", "/etc/etcd-ferry/etcd-password");
+
+    if let Some(endpoints) = &endpoints {
+        let https = endpoints.iter().filter(|e| e.starts_with("https:")).count();
+        if https != 0 && https != endpoints.len() {
+            s.fault("endpoints", "must be all http:// or all https://: a cluster speaks one of the two");
+        } else if https == 0 {
+            for (k, path) in [&ca, &cert, &key] {
+                if path.is_some() {
+                    s.fault(k, "is only for https:// endpoints: remove it, or write the endpoints with https://");
+                }
+            }
+        } else if ca.1.is_none() {
+            s.fault("ca", "is missing: https:// endpoints need the CA that signed etcd's certificate");
+        }
+    }
+    together(s, "cert", cert.1.is_some(), "key", key.1.is_some());
+    together(s, "username", username.is_some(), "password_file", password_file.is_some());
+    Some(EtcdConfig { endpoints: endpoints?, ca: ca.1, cert: cert.1, key: key.1, username, password_file })
+}
+
+fn together(s: &mut Section<'_>, a: &str, a_given: bool, b: &str, b_given: bool) {
+    let lacking = |absent: &str, present: &str| format!("is missing: {present} is given, and goes only with {absent}");
+    if a_given && !b_given {
+        s.fault(b, lacking(b, a));
+    } else if b_given && !a_given {
+        s.fault(a, lacking(a, b));
+    }
+}
+
+fn listen(s: &mut Section<'_>) -> Option<ListenConfig> {
+    let keys = [("peer", "0.0.0.0:7443"), ("admin", "127.0.0.1:7444"), ("http", "127.0.0.1:7445")];
+    let read = keys.map(|(key, example)| {
+        let text = s.text(key, example)?;
+        let address = text.parse::<SocketAddr>();
+        if address.is_err() {
+            s.fault(key, format!("must be an IP address and a port, such as {example:?} (found {text:?})"));
+        }
+        address.ok()
+    });
+    for (i, address) in read.iter().enumerate() {
+        for (j, earlier) in read[..i].iter().enumerate() {
+            if let (Some(a), Some(b)) = (address, earlier)
+                && same_socket(a, b)
+            {
+                s.fault(keys[i].0, format!("{a} and {} ({b}) need the same port: give each its own", keys[j].0));
+            }
+        }
+    }
+    let [peer, admin, http] = read;
+    Some(ListenConfig { peer: peer?, admin: admin?, http: http? })
+}
+
+/// Port 0 asks for a free port, so that it is never taken twice.
+fn same_socket(a: &SocketAddr, b: &SocketAddr) -> bool {
+    let everywhere = a.ip().is_unspecified() || b.ip().is_unspecified();
+    a.port() != 0 && a.port() == b.port() && (a.ip() == b.ip() || everywhere)
+}
+
+fn tls(s: &mut Section<'_>) -> Option<TlsConfig> {
+    let ca = s.path("ca", "certs-dev/ca.pem");
+    let cert = s.path("cert", "certs-dev/us-east-1.pem");
+    let key = s.path("key", "certs-dev/us-east-1.key");
+    let crl = s.path_if_present("crl", "certs-dev/crl.pem");
+    let mut admins = Vec::new();
+    for (field, san) in s.texts("admins").unwrap_or_default() {
+        if !is_san(&san) {
+            s.fault_at(field, format!("must be {SAN_RULE} (found {san:?})"));
+        }
+        admins.push(san);
+    }
+    Some(TlsConfig { ca: ca?, cert: cert?, key: key?, crl, admins })
+}
+
+fn send(s: &mut Section<'_>) -> Option<SendConfig> {
+    let link = link(s);
+    let to = urls(s, "to", &["https"], "https://ferry.example:7443");
+    let peer = peer(s);
+    let prefixes = prefixes(s);
+    let exclude = excludes(s, prefixes.as_deref());
+    let share = s.number_if_present("deletes_share_max").unwrap_or(DELETES_SHARE_MAX);
+    if !(0.0..=1.0).contains(&share) {
+        s.fault("deletes_share_max", "must be from 0 (delete nothing unasked) to 1 (no guard)");
+    }
+    let prefixes = prefixes.unwrap_or_default();
+    let ranges = Ranges::new(&prefixes, &exclude);
+    if ranges.pieces().is_empty() {
+        s.fault("exclude", "leaves no key to carry: make it narrower");
+    }
+    Some(SendConfig { link: link?, to: to?, peer: peer?, ranges, prefixes, exclude, deletes_share_max: share })
+}
+
+fn receive(s: &mut Section<'_>) -> Option<ReceiveConfig> {
+    let link = link(s);
+    let peer = peer(s);
+    let ranges = prefixes(s).map(|p| Ranges::new(&p, &[]));
+    Some(ReceiveConfig { link: link?, peer: peer?, ranges })
+}
+
+fn link(s: &mut Section<'_>) -> Option<LinkName> {
+    let link = LinkName::new(&s.text("link", "config")?);
+    link.map_err(|rule| s.fault("link", format!("breaks a rule: {rule}"))).ok()
+}
+
+fn peer(s: &mut Section<'_>) -> Option<String> {
+    let peer = s.text("peer", "spiffe://etcd-ferry.dev/region/cn-hangzhou")?;
+    if !is_san(&peer) {
+        s.fault("peer", format!("must be {SAN_RULE} (found {peer:?})"));
+        return None;
+    }
+    Some(peer)
+}
+
+/// A list with at least one URL of scheme, host and port, each once; a slash at the end is dropped.
+fn urls(s: &mut Section<'_>, key: &'static str, schemes: &[&str], example: &str) -> Option<Vec<String>> {
+    let Some(texts) = s.texts(key) else {
+        // A value of the wrong type has its fault already.
+        s.missing_list(key, example);
+        return None;
+    };
+    if texts.is_empty() {
+        s.fault(key, format!("is empty: give at least one, such as [{example:?}]"));
+    }
+    let mut urls: Vec<String> = Vec::new();
+    for (field, text) in texts {
+        let url = text.strip_suffix('/').unwrap_or(&text).to_owned();
+        if !is_url(&url, schemes) {
+            let scheme = schemes.join(":// or ");
+            let rule = format!("must be {scheme}:// with a host, a port and nothing more, such as {example:?}");
+            s.fault_at(field, format!("{rule} (found {:?})", without_user(&text)));
+        } else if urls.contains(&url) {
+            s.fault_at(field, "is given twice: remove one");
+        }
+        urls.push(url);
+    }
+    Some(urls)
+}
+
+fn is_url(url: &str, schemes: &[&str]) -> bool {
+    let Ok(uri) = url.parse::<http::Uri>() else { return false };
+    let scheme = uri.scheme_str().is_some_and(|scheme| schemes.contains(&scheme));
+    let host = uri.host().is_some_and(|host| !host.is_empty()) && !url.contains('@');
+    let bare = uri.path_and_query().is_none_or(|p| p.as_str() == "/") && !url.ends_with('/') && !url.contains('#');
+    scheme && host && bare && uri.port_u16().is_some_and(|port| port != 0)
+}
+
+/// A URL may hold a password before an '@', which must not be shown.
+fn without_user(url: &str) -> String {
+    match url.rsplit_once('@') {
+        Some((_, rest)) => format!("...@{rest}"),
+        None => url.to_owned(),
+    }
+}
+
+/// The prefixes as bytes; `None` if the key is absent. `[""]` means the whole keyspace, as no key does.
+fn prefixes(s: &mut Section<'_>) -> Option<Vec<Bytes>> {
+    let texts = s.texts("prefixes")?;
+    if texts.is_empty() {
+        s.fault("prefixes", "is an empty list: remove it to mean the whole keyspace, or name a prefix");
+    }
+    let several = texts.len() > 1;
+    let mut prefixes = Vec::new();
+    for (field, prefix) in texts {
+        if prefix.is_empty() && several {
+            s.fault_at(field, "is empty, which means the whole keyspace: remove it, or the others");
+        } else if prefix.as_bytes().starts_with(FERRY_PREFIX) {
+            s.fault_at(field, "lies under /etcd-ferry/, which is never replicated: remove it");
+        }
+        prefixes.push(Bytes::from(prefix));
+    }
+    Some(prefixes)
+}
+
+fn excludes(s: &mut Section<'_>, prefixes: Option<&[Bytes]>) -> Vec<Bytes> {
+    let mut excludes = Vec::new();
+    for (field, exclude) in s.texts("exclude").unwrap_or_default() {
+        let exclude = Bytes::from(exclude);
+        let inside = |p: &Bytes| exclude.len() > p.len() && exclude.starts_with(p);
+        if exclude.is_empty() {
+            s.fault_at(field, "is empty, which excludes every key: remove it");
+        } else if prefixes.is_some_and(|all| !all.iter().any(inside)) {
+            s.fault_at(field, "must start with one of the prefixes and go on: it excludes nothing, or a whole prefix");
+        }
+        excludes.push(exclude);
+    }
+    excludes
+}
+
+fn unique_links<'a>(root: &mut Section<'_>, key: &str, links: impl Iterator<Item = (usize, &'a LinkName)>) {
+    let mut first: BTreeMap<&LinkName, usize> = BTreeMap::new();
+    for (i, link) in links {
+        match first.get(link) {
+            Some(earlier) => {
+                let rule = format!("is the same as {key}[{earlier}].link: give each link of one side its own name");
+                root.fault_at(format!("{key}[{i}].link"), rule);
+            }
+            None => {
+                first.insert(link, i);
+            }
+        }
+    }
+}
+
+/// Two origins writing the same keys of one replica would undo each other's work.
+fn disjoint_ranges(root: &mut Section<'_>, receive: &[(usize, ReceiveConfig)]) {
+    for (n, (i, a)) in receive.iter().enumerate() {
+        for (j, b) in &receive[..n] {
+            if let (Some(ranges), Some(earlier)) = (&a.ranges, &b.ranges)
+                && ranges.overlaps(earlier)
+            {
+                let rule = format!("overlap those of receive[{j}]: two links cannot write the same keys of a replica");
+                root.fault_at(format!("receive[{i}].prefixes"), rule);
+            }
+        }
+    }
+}
+
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+const TIB: u64 = 1 << 40;
+
+fn limits(s: &mut Section<'_>) -> Option<Limits> {
+    let d = Limits::default();
+    let limits = Limits {
+        spool_bytes_max: limit(s, "spool_bytes_max", d.spool_bytes_max, MIB, 16 * TIB),
+        journal_bytes_max: limit(s, "journal_bytes_max", d.journal_bytes_max, MIB, 16 * TIB),
+        segment_bytes: limit(s, "segment_bytes", d.segment_bytes, 64 * KIB, GIB),
+        queue_bytes_max: limit(s, "queue_bytes_max", d.queue_bytes_max, 64 * KIB, GIB),
+        frame_bytes_max: limit(s, "frame_bytes_max", d.frame_bytes_max, 4 * KIB, 32 * MIB),
+        window_bytes_max: limit(s, "window_bytes_max", d.window_bytes_max, 64 * KIB, GIB),
+        revision_bytes_max: limit(s, "revision_bytes_max", d.revision_bytes_max, 64 * KIB, GIB),
+        txn_ops_max: limit(s, "txn_ops_max", d.txn_ops_max, 4, 65_536),
+        request_bytes_max: limit(s, "request_bytes_max", d.request_bytes_max, 64 * KIB, 256 * MIB),
+        page_keys_max: limit(s, "page_keys_max", d.page_keys_max, 1, 100_000),
+        page_bytes_max: limit(s, "page_bytes_max", d.page_bytes_max, 4 * KIB, 64 * MIB),
+    };
+    relations(s, &limits);
+    Some(limits)
+}
+
+/// A whole number in its bounds. A fault leaves the default, so that the other limits are checked too.
+fn limit<N>(s: &mut Section<'_>, key: &'static str, default: N, min: u64, max: u64) -> N
+where
+    N: TryFrom<u64>,
+{
+    let Some(number) = s.integer_if_present(key) else { return default };
+    let checked = u64::try_from(number).ok().filter(|n| (min..=max).contains(n)).and_then(|n| N::try_from(n).ok());
+    if checked.is_none() {
+        s.fault(key, format!("must be from {min} to {max} (found {number})"));
+    }
+    checked.unwrap_or(default)
+}
+
+fn relations(s: &mut Section<'_>, l: &Limits) {
+    let quarter = "a quarter of ";
+    let rules: [(&str, u64, &str, &str, u64); 5] = [
+        ("segment_bytes", l.segment_bytes, quarter, "spool_bytes_max", l.spool_bytes_max / 4),
+        ("segment_bytes", l.segment_bytes, quarter, "journal_bytes_max", l.journal_bytes_max / 4),
+        ("frame_bytes_max", wide(l.frame_bytes_max), "", "queue_bytes_max", wide(l.queue_bytes_max)),
+        ("page_bytes_max", wide(l.page_bytes_max), "", "queue_bytes_max", wide(l.queue_bytes_max)),
+        ("frame_bytes_max", wide(l.frame_bytes_max), "", "revision_bytes_max", wide(l.revision_bytes_max)),
+    ];
+    for (key, value, part, other, most) in rules {
+        if value > most {
+            s.fault(key, format!("is {value}, and must be at most {part}{other}, {most}: lower it, or raise {other}"));
+        }
+    }
+}
+
+fn wide(n: usize) -> u64 {
+    u64::try_from(n).unwrap_or(u64::MAX)
+}
+
+fn log(s: &mut Section<'_>) -> Option<LogConfig> {
+    let format = match s.text_if_present("format", "text").as_deref() {
+        None | Some("text") => LogFormat::Text,
+        Some("json") => LogFormat::Json,
+        Some(other) => {
+            s.fault("format", format!("must be \"text\" or \"json\" (found {other:?})"));
+            LogFormat::Text
+        }
+    };
+    let level = s.text_if_present("level", "info").unwrap_or_else(|| "info".to_owned());
+    if !level.split(',').all(is_log_directive) {
+        let rule = "must be off, error, warn, info, debug or trace, or a list such as \"info,etcd_ferry=debug\"";
+        s.fault("level", format!("{rule} (found {level:?})"));
+    }
+    Some(LogConfig { format, level })
+}
+
+/// A level, or `target=level`. A bare target, which a `tracing` filter would also take, is most likely a typing error.
+fn is_log_directive(directive: &str) -> bool {
+    let is_level = |l: &str| matches!(l, "off" | "error" | "warn" | "info" | "debug" | "trace");
+    match directive.trim().split_once('=') {
+        None => is_level(directive.trim()),
+        Some((target, level)) => {
+            let shape = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | ':' | '-');
+            !target.is_empty() && target.chars().all(shape) && is_level(level)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SOUND: &str = r#"
+region = "us-east-1"
+node = "us-east-1-a"
+data_dir = "/var/lib/etcd-ferry"
+etcd.endpoints = ["http://127.0.0.1:2379"]
+listen = { peer = "0.0.0.0:7443", admin = "127.0.0.1:7444", http = "127.0.0.1:7445" }
+tls = { ca = "ca.pem", cert = "a.pem", key = "a.key", admins = ["spiffe://etcd-ferry.dev/admin"] }
+[[send]]
+link = "config"
+to = ["https://ferry.cn-hangzhou.example:7443"]
+peer = "spiffe://etcd-ferry.dev/region/cn-hangzhou"
+[[receive]]
+link = "config"
+peer = "ferry.us-east-1.example"
+"#;
+
+    /// The fields at fault when `from` is written as `to` in the sound configuration.
+    fn fields(from: &str, to: &str) -> Vec<String> {
+        assert_eq!(SOUND.matches(from).count(), 1, "{from:?} is in the sound configuration once");
+        match Config::from_toml(&SOUND.replace(from, to)) {
+            Ok(_) => Vec::new(),
+            Err(Faults(faults)) => faults.into_iter().map(|f| f.field).collect(),
+        }
+    }
+
+    /// The same for lines added to the `[[send]]` table.
+    fn send_fields(lines: &str) -> Vec<String> {
+        fields("[[receive]]", &format!("{lines}\n[[receive]]"))
+    }
+
+    #[test]
+    fn a_sound_configuration_gets_its_defaults() {
+        let config = Config::from_toml(SOUND).unwrap();
+        assert_eq!(config.limits, Limits::default());
+        assert_eq!(config.log, LogConfig { format: LogFormat::Text, level: "info".to_owned() });
+        assert_eq!(config.send[0].deletes_share_max, 0.1);
+        assert_eq!(config.send[0].ranges, Ranges::new(&[], &[]));
+        assert_eq!(config.receive[0].ranges, None);
+    }
+
+    #[test]
+    fn what_is_given_is_taken() {
+        let text = SOUND.replace(
+            "[[receive]]",
+            "prefixes = [\"/app/\", \"ä\"]\nexclude = [\"/app/tmp/\"]\ndeletes_share_max = 1\n[limits]\ntxn_ops_max = 64\n\
+             segment_bytes = 1048576\n[log]\nformat = \"json\"\nlevel = \"info,etcd_ferry=debug\"\n[[receive]]\nprefixes = [\"\"]",
+        );
+        let config = Config::from_toml(&text).unwrap();
+        let send = &config.send[0];
+        assert!(send.ranges.contains(b"/app/x") && send.ranges.contains("ä".as_bytes()));
+        assert!(!send.ranges.contains(b"/app/tmp/x") && !send.ranges.contains(b"/b"));
+        assert_eq!(send.deletes_share_max, 1.0);
+        assert_eq!((config.limits.txn_ops_max, config.limits.segment_bytes), (64, 1 << 20));
+        assert_eq!(config.log.format, LogFormat::Json);
+        assert_eq!(config.receive[0].ranges, Some(Ranges::new(&[], &[])));
+    }
+
+    #[test]
+    fn all_faults_are_found_at_once() {
+        let text = r#"
+nod = "x"
+region = "not/good"
+data_dir = 7
+[etcd]
+endpoints = ["http://a:1", "https://b:2"]
+cert = "c.pem"
+[listen]
+peer = "0.0.0.0:7443"
+admin = "localhost"
+http = "127.0.0.1:7443"
+[tls]
+ca = ""
+cert = "c.pem"
+kee = "k.pem"
+admins = ["two words"]
+[[send]]
+link = "Config"
+to = ["http://a:1", "https://a", 5]
+peer = "https:"
+deletes_share_max = 1.5
+[limits]
+txn_ops_max = 1
+[log]
+level = "inof"
+"#;
+        let faults = Config::from_toml(text).unwrap_err();
+        let mut fields: Vec<&str> = faults.0.iter().map(|f| f.field.as_str()).collect();
+        fields.sort_unstable();
+        let expected = [
+            "data_dir",
+            "etcd.endpoints",
+            "etcd.key",
+            "limits.txn_ops_max",
+            "listen.admin",
+            "listen.http",
+            "log.level",
+            "nod",
+            "node",
+            "region",
+            "send[0].deletes_share_max",
+            "send[0].link",
+            "send[0].peer",
+            "send[0].to[0]",
+            "send[0].to[1]",
+            "send[0].to[2]",
+            "tls.admins[0]",
+            "tls.ca",
+            "tls.kee",
+            "tls.key",
+        ];
+        assert_eq!(fields, expected);
+        assert_eq!(faults.to_string().lines().count(), expected.len(), "one line each");
+    }
+
+    #[test]
+    fn each_side_has_its_rules() {
+        for (from, to, field) in [
+            ("[[send]]", "[sent]", "sent"),
+            ("region = \"us-east-1\"", "", "region"),
+            ("[\"http://127.0.0.1:2379\"]", "[]", "etcd.endpoints"),
+            ("[\"http://127.0.0.1:2379\"]", "\"http://127.0.0.1:2379\"", "etcd.endpoints"),
+            ("[\"http://127.0.0.1:2379\"]", "[\"http://127.0.0.1\"]", "etcd.endpoints[0]"),
+            ("[\"http://127.0.0.1:2379\"]", "[\"http://127.0.0.1:2379/x\"]", "etcd.endpoints[0]"),
+            ("[\"http://127.0.0.1:2379\"]", "[\"http://127.0.0.1:0\"]", "etcd.endpoints[0]"),
+            ("[\"http://127.0.0.1:2379\"]", "[\"http://a:1\", \"http://a:1/\"]", "etcd.endpoints[1]"),
+            ("[\"http://127.0.0.1:2379\"]", "[\"https://127.0.0.1:2379\"]", "etcd.ca"),
+            ("[\"http://127.0.0.1:2379\"]", "[\"http://127.0.0.1:2379\"]\netcd.ca = \"x\"", "etcd.ca"),
+            ("[\"http://127.0.0.1:2379\"]", "[\"http://127.0.0.1:2379\"]\netcd.username = \"x\"", "etcd.password_file"),
+            ("[\"http://127.0.0.1:2379\"]", "[\"http://127.0.0.1:2379\"]\netcd.password_file = \"x\"", "etcd.username"),
+            ("127.0.0.1:7444", "127.0.0.1:7445", "listen.http"),
+            ("127.0.0.1:7444", "127.0.0.1:7443", "listen.admin"),
+            (", admins = [\"spiffe://etcd-ferry.dev/admin\"]", ", admins = [\"*.example\"]", "tls.admins[0]"),
+            (", admins = [\"spiffe://etcd-ferry.dev/admin\"]", ", crl = \"\"", "tls.crl"),
+            ("\"https://ferry.cn-hangzhou.example:7443\"", "\"http://ferry.example:7443\"", "send[0].to[0]"),
+            ("ferry.us-east-1.example", "127.0.0.1", "receive[0].peer"),
+        ] {
+            assert_eq!(fields(from, to), [field], "{to}");
+        }
+        assert!(fields("127.0.0.1:7444", "127.0.0.1:0").is_empty());
+        assert!(fields("127.0.0.1:7444", "[::1]:7445").is_empty(), "other addresses may have the same port");
+    }
+
+    #[test]
+    fn port_zero_is_never_taken_twice() {
+        let listen = r#"{ peer = "127.0.0.1:0", admin = "127.0.0.1:0", http = "127.0.0.1:0" }"#;
+        let given = r#"{ peer = "0.0.0.0:7443", admin = "127.0.0.1:7444", http = "127.0.0.1:7445" }"#;
+        assert!(fields(given, listen).is_empty());
+    }
+
+    #[test]
+    fn prefixes_and_excludes_have_their_rules() {
+        for (lines, field) in [
+            ("prefixes = []", "send[0].prefixes"),
+            ("prefixes = [\"/a/\", \"\"]", "send[0].prefixes[1]"),
+            ("prefixes = [\"/etcd-ferry/x\"]", "send[0].prefixes[0]"),
+            ("prefixes = [\"/a/\"]\nexclude = [\"/b/\"]", "send[0].exclude[0]"),
+            ("prefixes = [\"/a/b/\"]\nexclude = [\"/a/\"]", "send[0].exclude[0]"),
+            ("exclude = [\"\"]", "send[0].exclude[0]"),
+            ("exclude = \"/a/\"", "send[0].exclude"),
+            ("deletes_share_max = nan", "send[0].deletes_share_max"),
+            ("deletes_share_max = \"half\"", "send[0].deletes_share_max"),
+        ] {
+            assert!(send_fields(lines).contains(&field.to_owned()), "{lines}: {:?}", send_fields(lines));
+        }
+        assert!(send_fields("prefixes = [\"\"]\nexclude = [\"/b/\"]").is_empty());
+        assert!(send_fields("prefixes = [\"/etcd\"]").is_empty(), "wider than our own keys, which are left out of it");
+    }
+
+    #[test]
+    fn links_are_unique_on_each_side_and_receive_disjoint_ranges() {
+        let again = "link = \"config\"\npeer = \"a.example\"\nprefixes = [\"/a/\"]";
+        let text = format!("{SOUND}prefixes = [\"/a/b/\"]\n[[receive]]\n{again}");
+        let Faults(faults) = Config::from_toml(&text).unwrap_err();
+        let fields: Vec<&str> = faults.iter().map(|f| f.field.as_str()).collect();
+        assert_eq!(fields, ["receive[1].link", "receive[1].prefixes"]);
+    }
+
+    #[test]
+    fn a_configuration_without_links_is_no_configuration() {
+        let text = &SOUND[..SOUND.find("[[send]]").unwrap()];
+        let Faults(faults) = Config::from_toml(text).unwrap_err();
+        assert_eq!(faults.len(), 1);
+        assert!(faults[0].rule.contains("at least one [[send]] or [[receive]]"));
+    }
+
+    #[test]
+    fn limits_have_bounds_and_fit_each_other() {
+        for (line, field) in [
+            ("txn_ops_max = 3", "limits.txn_ops_max"),
+            ("page_keys_max = 0", "limits.page_keys_max"),
+            ("queue_bytes_max = -1", "limits.queue_bytes_max"),
+            ("queue_bytes_max = 1e6", "limits.queue_bytes_max"),
+            ("revision_bytes_max = 9223372036854775807", "limits.revision_bytes_max"),
+            ("spool_bytes_max = 16777216", "limits.segment_bytes"),
+            ("journal_bytes_max = 16777216", "limits.segment_bytes"),
+            ("frame_bytes_max = 33554432", "limits.frame_bytes_max"),
+            ("page_bytes_max = 33554432", "limits.page_bytes_max"),
+            ("revision_bytes_max = 65536", "limits.frame_bytes_max"),
+            ("spool_bytes = 5", "limits.spool_bytes"),
+        ] {
+            assert_eq!(fields("[[send]]", &format!("[limits]\n{line}\n[[send]]")), [field], "{line}");
+        }
+    }
+
+    #[test]
+    fn no_password_is_ever_shown() {
+        let text = SOUND.replace("http://127.0.0.1:2379", "http://root:hunter2@127.0.0.1:2379");
+        let faults = Config::from_toml(&text).unwrap_err();
+        assert_eq!(faults.0[0].field, "etcd.endpoints[0]");
+        assert!(!faults.to_string().contains("hunter2"), "{faults}");
+    }
+
+    #[test]
+    fn a_log_level_is_a_level_or_a_list_for_targets() {
+        for good in ["debug", "info,etcd_ferry=debug", "warn, h2::codec=trace"] {
+            assert!(fields("[[send]]", &format!("[log]\nlevel = \"{good}\"\n[[send]]")).is_empty(), "{good}");
+        }
+        for bad in ["inof", "info,", "etcd_ferry", "=debug", "a b=info"] {
+            let found = fields("[[send]]", &format!("[log]\nlevel = \"{bad}\"\n[[send]]"));
+            assert_eq!(found, ["log.level"], "{bad}");
+        }
+    }
+}

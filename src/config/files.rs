@@ -1,0 +1,140 @@
+//! Job: what only the disk can tell about a configuration: files that are missing, too open, out of date or do not fit.
+//! Input: a `Config`, the files it names, the clock. Output: this sidecar's own identity, or all faults.
+//! Always true: a private key, a password or the data directory that others may read is refused.
+
+use super::{Config, Fault, Faults};
+use crate::certs::identity::PeerIdentity;
+use crate::certs::load::{self, LoadError};
+use std::fs::{DirBuilder, File};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::Path;
+use time::OffsetDateTime;
+
+impl Config {
+    /// Checks every file that the configuration names; changes nothing (so that `check`, run by another user, leaves no
+    /// folder behind that the sidecar cannot write). Returns whom this sidecar's own certificate names.
+    pub fn check_files(&self) -> Result<PeerIdentity, Faults> {
+        let now = OffsetDateTime::now_utc();
+        let mut faults = Vec::new();
+        check_data_dir(&mut faults, &self.data_dir);
+        check_etcd(&mut faults, self, now);
+        let identity = check_tls(&mut faults, self, now);
+        match identity {
+            Some(identity) if faults.is_empty() => Ok(identity),
+            _ => Err(Faults(faults)),
+        }
+    }
+
+    /// [`Config::check_files`], and makes the data directory (0700) if there is none: what `run` starts with.
+    pub fn prepare_files(&self) -> Result<PeerIdentity, Faults> {
+        let identity = self.check_files()?;
+        if !self.data_dir.exists() {
+            let made = DirBuilder::new().recursive(true).mode(0o700).create(&self.data_dir);
+            made.map_err(|e| {
+                let rule = format!("{} cannot be made ({e}): make it, mode 0700", self.data_dir.display());
+                Faults(vec![Fault { field: "data_dir".to_owned(), rule }])
+            })?;
+        }
+        Ok(identity)
+    }
+}
+
+fn fault(faults: &mut Vec<Fault>, field: &str, rule: impl ToString) {
+    faults.push(Fault { field: field.to_owned(), rule: rule.to_string() });
+}
+
+fn check_data_dir(faults: &mut Vec<Fault>, dir: &Path) {
+    let shown = dir.display();
+    match std::fs::metadata(dir) {
+        Ok(found) if !found.is_dir() => fault(faults, "data_dir", format!("{shown} is not a directory: name one")),
+        Ok(found) if found.permissions().mode() & 0o077 != 0 => {
+            let mode = found.permissions().mode() & 0o777;
+            let rule =
+                format!("{shown} is open to others (mode {mode:04o}) and will hold key values: chmod 700 {shown}");
+            fault(faults, "data_dir", rule);
+        }
+        Ok(_) => {}
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+        Err(e) => fault(faults, "data_dir", format!("{shown} cannot be looked at ({e}): name a directory of its own")),
+    }
+}
+
+fn check_etcd(faults: &mut Vec<Fault>, config: &Config, now: OffsetDateTime) {
+    let etcd = &config.etcd;
+    if let Some(ca) = &etcd.ca
+        && let Err(e) = load::load_roots(ca)
+    {
+        fault(faults, "etcd.ca", e);
+    }
+    if let (Some(cert), Some(key)) = (&etcd.cert, &etcd.key) {
+        match load::load_pair(cert, key) {
+            Ok((_, identity)) => note(faults, "etcd.cert", load::check_dates(cert, &identity, now)),
+            Err(e) => pair_fault(faults, "etcd", key, e),
+        }
+        check_secret(faults, "etcd.key", key);
+    }
+    if let Some(path) = &etcd.password_file {
+        if std::fs::read_to_string(path).is_ok_and(|text| text.trim().is_empty()) {
+            fault(faults, "etcd.password_file", format!("{} is empty: write the password into it", path.display()));
+        }
+        check_secret(faults, "etcd.password_file", path);
+    }
+}
+
+fn check_tls(faults: &mut Vec<Fault>, config: &Config, now: OffsetDateTime) -> Option<PeerIdentity> {
+    let tls = &config.tls;
+    let roots = load::load_roots(&tls.ca).map_err(|e| fault(faults, "tls.ca", e)).ok();
+    if let Some(crl) = &tls.crl {
+        note(faults, "tls.crl", load::load_crls(crl).map(drop));
+    }
+    check_secret(faults, "tls.key", &tls.key);
+    match load::load_pair(&tls.cert, &tls.key) {
+        Ok((pair, identity)) => {
+            let dates = load::check_dates(&tls.cert, &identity, now);
+            // A certificate out of its time fails the chain for that very reason, which would be said twice.
+            if dates.is_ok()
+                && let Some(roots) = roots
+            {
+                note(faults, "tls.cert", load::check_chain(&tls.cert, &pair.cert, roots, now));
+            }
+            note(faults, "tls.cert", dates);
+            note(faults, "tls.cert", load::check_purpose(&tls.cert, &identity));
+            if identity.sans.is_empty() {
+                let shown = tls.cert.display();
+                fault(faults, "tls.cert", format!("{shown} bears no URI or DNS name, so that no peer can name it"));
+            }
+            Some(identity)
+        }
+        Err(e) => {
+            pair_fault(faults, "tls", &tls.key, e);
+            None
+        }
+    }
+}
+
+fn note(faults: &mut Vec<Fault>, field: &str, result: Result<(), LoadError>) {
+    if let Err(e) = result {
+        fault(faults, field, e);
+    }
+}
+
+/// Puts what is wrong with a pair at the field whose file it is. A key that cannot be read has its fault already.
+fn pair_fault(faults: &mut Vec<Fault>, table: &str, key: &Path, error: LoadError) {
+    let of_key = error.path() == key;
+    if !(of_key && matches!(error, LoadError::Read { .. })) {
+        fault(faults, &format!("{table}.{}", if of_key { "key" } else { "cert" }), error);
+    }
+}
+
+/// A secret must be there and readable, by us alone.
+fn check_secret(faults: &mut Vec<Fault>, field: &str, path: &Path) {
+    let shown = path.display();
+    match File::open(path).and_then(|file| file.metadata()) {
+        Ok(found) if found.permissions().mode() & 0o177 != 0 => {
+            let mode = found.permissions().mode() & 0o777;
+            fault(faults, field, format!("{shown} is open to others (mode {mode:04o}): chmod 600 {shown}"));
+        }
+        Ok(_) => {}
+        Err(e) => fault(faults, field, format!("{shown} cannot be read: {e}")),
+    }
+}

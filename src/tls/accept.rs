@@ -1,0 +1,300 @@
+//! Job: take TCP connections, shake hands with each, and hand on those whose certificate is of our CA.
+//! Input: a bound listener. Output: a stream of [`PeerConnection`]s for `serve_with_incoming`; log lines for the rest.
+//! Always true: the stream never errs; no handshake waits for another one, lasts longer than its time-out, or goes on
+//! after shutdown; at most `handshakes_max` are under way, and further connections wait in the kernel.
+
+use super::explain::explain;
+use crate::certs::identity::PeerIdentity;
+use crate::retry::Backoff;
+use rustls::ServerConfig;
+use std::convert::Infallible;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+use tokio::task::{JoinError, JoinSet};
+use tokio::time::Instant;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::server::Connected;
+
+/// How long a refused peer may take to read why: closing at once, with its bytes unread, would reset the connection and
+/// throw the alert away.
+const LINGER: Duration = Duration::from_secs(1);
+/// What is read, and thrown away, of a refused peer.
+const LINGER_BYTES_MAX: u64 = 64 << 10;
+/// Log lines about refused connections in one window; the rest is counted.
+const LOG_LINES_MAX: u32 = 20;
+const LOG_WINDOW: Duration = Duration::from_secs(10);
+/// Connections that are through their handshake and not yet taken by the server.
+const READY_MAX: usize = 16;
+
+/// The bounds of one listener.
+#[derive(Debug, Clone, Copy)]
+pub struct AcceptLimits {
+    pub handshakes_max: usize,
+    pub handshake_timeout: Duration,
+}
+
+impl Default for AcceptLimits {
+    /// 10 s is far above the slowest honest handshake; a stranger who stalls on all 128 stops new peers for that long.
+    fn default() -> Self {
+        Self { handshakes_max: 128, handshake_timeout: Duration::from_secs(10) }
+    }
+}
+
+/// Who is at the other end of a call: found in the extensions of each `tonic::Request`.
+#[derive(Debug, Clone)]
+pub struct PeerConnectInfo {
+    pub remote: SocketAddr,
+    pub identity: Arc<PeerIdentity>,
+}
+
+/// What the server is given: never an error, at which tonic would stop serving.
+pub type Incoming = ReceiverStream<Result<PeerConnection, Infallible>>;
+
+/// A connection with a known peer.
+pub struct PeerConnection {
+    stream: TlsStream<TcpStream>,
+    peer: PeerConnectInfo,
+}
+
+/// The loop behind one [`Incoming`]; its owner runs and joins it.
+pub struct AcceptLoop {
+    listener: TcpListener,
+    acceptor: TlsAcceptor,
+    limits: AcceptLimits,
+    ready: mpsc::Sender<Result<PeerConnection, Infallible>>,
+    shutdown: CancellationToken,
+}
+
+struct Refused {
+    remote: SocketAddr,
+    reason: String,
+    /// It went away by itself before anything was refused, as the probes of load balancers do.
+    left: bool,
+}
+
+enum Event {
+    Shutdown,
+    Accepted(io::Result<(TcpStream, SocketAddr)>),
+    Shaken(Result<Result<Box<PeerConnection>, Refused>, JoinError>),
+}
+
+/// The stream for the server, and the loop that feeds it.
+pub fn incoming(
+    listener: TcpListener,
+    config: Arc<ServerConfig>,
+    limits: AcceptLimits,
+    shutdown: CancellationToken,
+) -> (AcceptLoop, Incoming) {
+    let (ready, taken) = mpsc::channel(READY_MAX);
+    let acceptor = TlsAcceptor::from(config);
+    (AcceptLoop { listener, acceptor, limits, ready, shutdown }, ReceiverStream::new(taken))
+}
+
+impl AcceptLoop {
+    /// Runs until shutdown, or until the server has dropped its stream. Then the stream ends, handshakes under way are
+    /// cut, and connections that were handed on live on.
+    pub async fn run(self) {
+        let mut handshakes = JoinSet::new();
+        let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(1));
+        let mut log = SeldomLog::default();
+        loop {
+            let room = handshakes.len() < self.limits.handshakes_max.max(1);
+            let event = tokio::select! {
+                biased;
+                () = self.shutdown.cancelled() => Event::Shutdown,
+                Some(shaken) = handshakes.join_next() => Event::Shaken(shaken),
+                accepted = self.listener.accept(), if room => Event::Accepted(accepted),
+            };
+            let goes_on = match event {
+                Event::Shutdown => false,
+                Event::Accepted(Ok((tcp, remote))) => {
+                    backoff.succeeded();
+                    let handshake = handshake(self.acceptor.clone(), tcp, remote, self.limits.handshake_timeout);
+                    handshakes.spawn(Box::pin(handshake));
+                    true
+                }
+                Event::Accepted(Err(error)) => {
+                    log.write(Instant::now(), |left_out| {
+                        tracing::warn!(%error, left_out, "a connection cannot be accepted; trying again");
+                    });
+                    // Finished handshakes wait meanwhile: without file descriptors little else can go on either.
+                    self.pause(backoff.after_failure(rand::random())).await
+                }
+                Event::Shaken(Ok(Ok(connection))) => self.hand_on(*connection).await,
+                Event::Shaken(Ok(Err(Refused { remote, reason, left: true }))) => {
+                    tracing::debug!(%remote, %reason, "a connection ended before its handshake did");
+                    true
+                }
+                Event::Shaken(Ok(Err(Refused { remote, reason, left: false }))) => {
+                    log.write(Instant::now(), |left_out| {
+                        tracing::warn!(%remote, %reason, left_out, "a connection was refused");
+                    });
+                    true
+                }
+                Event::Shaken(Err(error)) => {
+                    tracing::error!(%error, "a handshake ended in a bug of ours; please report it");
+                    true
+                }
+            };
+            if !goes_on {
+                break;
+            }
+        }
+        handshakes.shutdown().await;
+    }
+
+    async fn pause(&self, wait: Duration) -> bool {
+        tokio::select! {
+            biased;
+            () = self.shutdown.cancelled() => false,
+            () = tokio::time::sleep(wait) => true,
+        }
+    }
+
+    async fn hand_on(&self, connection: PeerConnection) -> bool {
+        tracing::debug!(remote = %connection.peer.remote, peer = %connection.peer.identity, "a connection was accepted");
+        tokio::select! {
+            biased;
+            () = self.shutdown.cancelled() => false,
+            sent = self.ready.send(Ok(connection)) => sent.is_ok(),
+        }
+    }
+}
+
+async fn handshake(
+    acceptor: TlsAcceptor,
+    tcp: TcpStream,
+    remote: SocketAddr,
+    timeout: Duration,
+) -> Result<Box<PeerConnection>, Refused> {
+    let refused = |reason| Refused { remote, reason, left: false };
+    // Without it the last part of each small frame would wait for an acknowledgement.
+    tcp.set_nodelay(true).map_err(|e| refused(explain(&e)))?;
+    match tokio::time::timeout(timeout, acceptor.accept(tcp).into_fallible()).await {
+        Err(_) => Err(refused(format!("it did not finish its TLS handshake within {} ms", timeout.as_millis()))),
+        Ok(Err((error, tcp))) => {
+            linger(tcp).await;
+            let left = matches!(error.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset);
+            Err(Refused { left, ..refused(explain(&error)) })
+        }
+        Ok(Ok(stream)) => match identity(&stream) {
+            Ok(identity) => Ok(Box::new(PeerConnection { stream, peer: PeerConnectInfo { remote, identity } })),
+            Err(reason) => Err(refused(reason)),
+        },
+    }
+}
+
+/// Lets the peer read our alert before the connection goes.
+async fn linger(mut tcp: TcpStream) {
+    let read_out = async {
+        tcp.shutdown().await?;
+        tokio::io::copy(&mut tcp.take(LINGER_BYTES_MAX), &mut tokio::io::sink()).await
+    };
+    // Whether the peer took the chance makes no difference to us.
+    let _ = tokio::time::timeout(LINGER, read_out).await;
+}
+
+fn identity(stream: &TlsStream<TcpStream>) -> Result<Arc<PeerIdentity>, String> {
+    let (_, session) = stream.get_ref();
+    let leaf = session.peer_certificates().and_then(<[_]>::first).ok_or("the peer presented no certificate")?;
+    let identity = PeerIdentity::from_der(leaf).map_err(|e| format!("the peer's certificate is refused: {e}"))?;
+    Ok(Arc::new(identity))
+}
+
+/// Lets a few lines through in each window, so that nobody can fill our disk by knocking.
+#[derive(Default)]
+struct SeldomLog {
+    window_start: Option<Instant>,
+    written: u32,
+    left_out: u64,
+}
+
+impl SeldomLog {
+    /// Calls `line` with the number of lines left out before it, or counts it as left out.
+    fn write(&mut self, now: Instant, line: impl FnOnce(u64)) {
+        if self.window_start.is_none_or(|start| now >= start + LOG_WINDOW) {
+            self.window_start = Some(now);
+            self.written = 0;
+        }
+        if self.written < LOG_LINES_MAX {
+            self.written += 1;
+            line(std::mem::take(&mut self.left_out));
+        } else {
+            self.left_out += 1;
+        }
+    }
+}
+
+impl PeerConnection {
+    pub fn peer(&self) -> &PeerConnectInfo {
+        &self.peer
+    }
+}
+
+impl Connected for PeerConnection {
+    type ConnectInfo = PeerConnectInfo;
+
+    fn connect_info(&self) -> PeerConnectInfo {
+        self.peer.clone()
+    }
+}
+
+impl AsyncRead for PeerConnection {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for PeerConnection {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_of_refusals_is_counted_and_not_written() {
+        let mut log = SeldomLog::default();
+        let start = Instant::now();
+        let mut written = Vec::new();
+        for _ in 0..100 {
+            log.write(start, |left_out| written.push(left_out));
+        }
+        assert_eq!(written, [0; 20]);
+        log.write(start + LOG_WINDOW, |left_out| written.push(left_out));
+        assert_eq!(written.last(), Some(&80));
+    }
+}

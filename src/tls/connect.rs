@@ -1,0 +1,111 @@
+//! Job: dial the other side: TCP, then TLS, for tonic's `Endpoint::connect_with_connector`.
+//! Input: `https://host:port`, a client configuration. Output: a connection to the peer that was meant, or why not.
+//! Always true: tonic sees `http://`, since TLS is made here; a dial ends within its time-out.
+
+use super::explain::explain;
+use hyper_util::rt::TokioIo;
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use tonic::transport::Endpoint;
+use tower::Service;
+
+/// How long a dial may take, name lookup, TCP and TLS together.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    #[error("{0:?} is no address to dial: write https://host:port")]
+    Address(String),
+    #[error("{at}: no answer within {} ms", timeout.as_millis())]
+    TimedOut { at: String, timeout: Duration },
+    #[error("{at}: {}", explain(source))]
+    Tcp { at: String, source: std::io::Error },
+    #[error("{at}: {}", explain(source))]
+    Tls { at: String, source: std::io::Error },
+    #[error("{at}: the peer does not speak HTTP/2")]
+    Protocol { at: String },
+}
+
+/// Makes connections for one [`Endpoint`].
+#[derive(Clone)]
+pub struct PeerConnector {
+    config: Arc<ClientConfig>,
+    timeout: Duration,
+}
+
+/// The endpoint of `https://host:port`, for `connect_with_connector` (or `_lazy`) with a [`PeerConnector`]. With `https`
+/// left in it, tonic would make a TLS of its own.
+pub fn endpoint(url: &str) -> Result<Endpoint, ConnectError> {
+    let invalid = || ConnectError::Address(url.to_owned());
+    let rest = url.strip_prefix("https://").ok_or_else(invalid)?;
+    Endpoint::from_shared(format!("http://{rest}")).map_err(|_| invalid())
+}
+
+impl PeerConnector {
+    pub fn new(config: Arc<ClientConfig>) -> Self {
+        Self { config, timeout: CONNECT_TIMEOUT }
+    }
+
+    /// Dials within another time than 10 s.
+    pub fn with_timeout(self, timeout: Duration) -> Self {
+        Self { timeout, ..self }
+    }
+
+    /// Dials `host:port`. In TLS 1.3 this succeeds before the server has judged our certificate: a refusal comes as an
+    /// error of the first read ([`explain`] finds it there).
+    async fn dial(self, uri: http::Uri) -> Result<TokioIo<TlsStream<TcpStream>>, ConnectError> {
+        let invalid = || ConnectError::Address(uri.to_string());
+        let host = uri.host().ok_or_else(invalid)?.trim_start_matches('[').trim_end_matches(']').to_owned();
+        let port = uri.port_u16().ok_or_else(invalid)?;
+        let name = ServerName::try_from(host.clone()).map_err(|_| invalid())?;
+        let at = format!("{host}:{port}");
+
+        let timed_out = ConnectError::TimedOut { at: at.clone(), timeout: self.timeout };
+        let dial = async {
+            let tcp = |source| ConnectError::Tcp { at: at.clone(), source };
+            let stream = TcpStream::connect((host.as_str(), port)).await.map_err(tcp)?;
+            stream.set_nodelay(true).map_err(tcp)?;
+            let tls = |source| ConnectError::Tls { at: at.clone(), source };
+            let stream = TlsConnector::from(self.config).connect(name, stream).await.map_err(tls)?;
+            if stream.get_ref().1.alpn_protocol() != Some(super::ALPN) {
+                return Err(ConnectError::Protocol { at: at.clone() });
+            }
+            Ok(TokioIo::new(stream))
+        };
+        tokio::time::timeout(self.timeout, dial).await.unwrap_or(Err(timed_out))
+    }
+}
+
+impl Service<http::Uri> for PeerConnector {
+    type Response = TokioIo<TlsStream<TcpStream>>;
+    type Error = ConnectError;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, ConnectError>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), ConnectError>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, uri: http::Uri) -> Self::Future {
+        Box::pin(self.clone().dial(uri))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_endpoint_is_made_of_https_addresses_only() {
+        assert_eq!(endpoint("https://[::1]:7443").unwrap().uri().to_string(), "http://[::1]:7443/");
+        assert!(matches!(endpoint("http://a:7443"), Err(ConnectError::Address(_))));
+        assert!(matches!(endpoint("https://a b"), Err(ConnectError::Address(_))));
+    }
+}

@@ -1,0 +1,194 @@
+//! Job: say in plain words why a connection did not come about.
+//! Input: an error with its sources. Output: one line for the log and for `status`.
+//! Pure.
+//! Always true: who refused whom is said; the line holds no key, value or secret.
+
+use super::connect::ConnectError;
+use super::verify::WrongName;
+use crate::certs::load::rfc3339;
+use rustls::pki_types::UnixTime;
+use rustls::{CertificateError, Error as TlsFault, OtherError, PeerIncompatible};
+use std::error::Error;
+use std::io;
+use time::OffsetDateTime;
+
+/// What rustls writes before an alert's name; some layers above keep only the text of an error.
+const ALERT_TEXT: &str = "received fatal alert: ";
+
+/// The deepest reason that can be said in words, else the chain of causes.
+pub fn explain(error: &(dyn Error + 'static)) -> String {
+    let mut texts: Vec<String> = Vec::new();
+    let mut next = Some(error);
+    while let Some(cause) = next {
+        if let Some(words) = words(cause) {
+            return words;
+        }
+        let text = cause.to_string();
+        // A layer that repeats its cause adds nothing.
+        if !texts.iter().any(|t| t.contains(&text)) {
+            texts.push(text);
+        }
+        next = source(cause);
+    }
+    texts.join(": ")
+}
+
+/// `io::Error::source` skips the error that it wraps.
+fn source<'e>(error: &'e (dyn Error + 'static)) -> Option<&'e (dyn Error + 'static)> {
+    if let Some(inner) = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
+        return Some(inner);
+    }
+    error.source()
+}
+
+fn words(error: &(dyn Error + 'static)) -> Option<String> {
+    if let Some(dial) = error.downcast_ref::<ConnectError>() {
+        return Some(dial.to_string());
+    }
+    if let Some(fault) = error.downcast_ref::<TlsFault>() {
+        return Some(tls_words(fault));
+    }
+    if let Some(io) = error.downcast_ref::<io::Error>()
+        && io.get_ref().is_none()
+    {
+        return io_words(io.kind()).map(str::to_owned);
+    }
+    if error.source().is_none() {
+        let text = error.to_string();
+        let name = text.split_once(ALERT_TEXT)?.1;
+        let name = name.split(|c: char| !c.is_ascii_alphanumeric()).next()?;
+        return Some(refusal(name));
+    }
+    None
+}
+
+fn io_words(kind: io::ErrorKind) -> Option<&'static str> {
+    if kind == io::ErrorKind::ConnectionRefused {
+        Some("nothing listens there (connection refused): is the other sidecar up, and the address right?")
+    } else if kind == io::ErrorKind::UnexpectedEof {
+        Some("the peer closed the connection in the middle of it")
+    } else if kind == io::ErrorKind::ConnectionReset {
+        Some("the connection was reset by the peer or on the way")
+    } else {
+        None
+    }
+}
+
+#[expect(clippy::wildcard_enum_match_arm, reason = "all other variants keep the words of rustls")]
+fn tls_words(fault: &TlsFault) -> String {
+    match fault {
+        TlsFault::AlertReceived(alert) => refusal(&format!("{alert:?}")),
+        TlsFault::InvalidCertificate(why) => certificate_words(why),
+        TlsFault::NoCertificatesPresented => "the peer presented no certificate".to_owned(),
+        TlsFault::InvalidMessage(_) => "the peer does not speak TLS".to_owned(),
+        TlsFault::PeerIncompatible(
+            PeerIncompatible::SupportedVersionsExtensionRequired
+            | PeerIncompatible::Tls12NotOffered
+            | PeerIncompatible::Tls12NotOfferedOrEnabled,
+        ) => "the peer does not speak TLS 1.3".to_owned(),
+        TlsFault::NoApplicationProtocol => "the peer does not speak HTTP/2".to_owned(),
+        other => other.to_string(),
+    }
+}
+
+/// What an alert says about us; the peer's own log has the details. (In TLS 1.3 we are the one who is refused: the peer
+/// has judged our certificate by then, whichever side dialled.)
+fn refusal(alert: &str) -> String {
+    let about_us = match alert {
+        "CertificateExpired" => "it has expired or is not yet valid",
+        "UnknownCA" => "it is not of the CA that the peer trusts, or the peer cannot tell whether it is revoked",
+        "CertificateRequired" => "none was presented, and the peer requires one",
+        "CertificateRevoked" => "it is revoked",
+        "UnsupportedCertificate" => "it is not issued for this use (extended key usage)",
+        "CertificateUnknown" => "it does not bear the name that the peer expects",
+        "BadCertificate" => "it is malformed, or does not bear the name that the peer expects",
+        "DecryptError" => "a signature does not match: it is not of the CA that the peer trusts, or not of this key",
+        "AccessDenied" => "it is not permitted there",
+        "ProtocolVersion" => return "the peer does not speak TLS 1.3".to_owned(),
+        "NoApplicationProtocol" => return "the peer does not speak HTTP/2".to_owned(),
+        other => return format!("the peer refused the connection: TLS alert {other}"),
+    };
+    format!("the peer refused our certificate: {about_us}")
+}
+
+#[expect(clippy::wildcard_enum_match_arm, reason = "all other variants keep the words of rustls")]
+fn certificate_words(why: &CertificateError) -> String {
+    let reason = match why {
+        CertificateError::ExpiredContext { not_after, .. } => format!("it expired on {}", day(*not_after)),
+        CertificateError::NotValidYetContext { not_before, .. } => {
+            format!("it is not valid before {}", day(*not_before))
+        }
+        CertificateError::UnknownIssuer => "it is not of the CA that we trust (tls.ca)".to_owned(),
+        CertificateError::BadSignature => "its signature is not of the CA that we trust (tls.ca)".to_owned(),
+        CertificateError::Revoked => "it is revoked".to_owned(),
+        CertificateError::UnknownRevocationStatus => "the revocation list (tls.crl) does not cover its CA".to_owned(),
+        CertificateError::ExpiredRevocationListContext { next_update, .. } => {
+            format!("our revocation list (tls.crl) is out of date since {}: renew it", day(*next_update))
+        }
+        CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => {
+            "it is not issued for this use (extended key usage)".to_owned()
+        }
+        CertificateError::Other(OtherError(inner)) => match inner.downcast_ref::<WrongName>() {
+            Some(wrong) => return wrong.to_string(),
+            None => inner.to_string(),
+        },
+        other => other.to_string(),
+    };
+    format!("the peer's certificate is refused: {reason}")
+}
+
+fn day(time: UnixTime) -> String {
+    let seconds = i64::try_from(time.as_secs()).unwrap_or(i64::MAX);
+    OffsetDateTime::from_unix_timestamp(seconds).map_or_else(|_| format!("{seconds} (Unix time)"), rfc3339)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustls::AlertDescription;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("transport error")]
+    struct Outer(#[source] Box<dyn Error + Send + Sync>);
+
+    #[test]
+    fn an_alert_becomes_words_however_deep_it_lies() {
+        let alert = TlsFault::AlertReceived(AlertDescription::CertificateExpired);
+        let io = io::Error::new(io::ErrorKind::InvalidData, alert);
+        let words = explain(&Outer(Box::new(Outer(Box::new(io)))));
+        assert_eq!(words, "the peer refused our certificate: it has expired or is not yet valid");
+    }
+
+    #[test]
+    fn an_alert_of_which_only_the_text_is_left_becomes_words() {
+        let text = "connection error: received fatal alert: UnknownCA";
+        let words = explain(&Outer(text.into()));
+        assert!(words.starts_with("the peer refused our certificate: it is not of the CA"), "{words}");
+    }
+
+    #[test]
+    fn every_alert_name_that_we_match_is_one_that_rustls_uses() {
+        use AlertDescription as A;
+        let about_certificates = [
+            A::CertificateExpired,
+            A::UnknownCA,
+            A::CertificateRequired,
+            A::CertificateRevoked,
+            A::UnsupportedCertificate,
+            A::CertificateUnknown,
+            A::BadCertificate,
+            A::DecryptError,
+            A::AccessDenied,
+        ];
+        let refused = |alert| explain(&TlsFault::AlertReceived(alert)).starts_with("the peer refused our certificate");
+        assert!(about_certificates.into_iter().all(refused));
+        assert!(!refused(A::ProtocolVersion) && !refused(A::InternalError));
+    }
+
+    #[test]
+    fn causes_without_words_are_listed_once_each() {
+        assert_eq!(explain(&Outer("a cause".into())), "transport error: a cause");
+        let refused = io::Error::from(io::ErrorKind::ConnectionRefused);
+        assert!(explain(&Outer(Box::new(refused))).starts_with("nothing listens there"));
+    }
+}

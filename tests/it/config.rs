@@ -1,0 +1,222 @@
+//! Job: hold `check` and `certs dev` to what they promise: every fault of a configuration and of its files at once.
+//! Input: configurations in a folder of their own; the binary. Output: passed or failed.
+//! Always true: what is expected is what an operator sees: exit code, stdout, stderr.
+
+use etcd_ferry::certs::issue::{IssueRequest, Issuer};
+use etcd_ferry::config::{Config, Faults};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use tempfile::TempDir;
+
+/// A folder with development certificates and a configuration that names them.
+struct Place {
+    dir: TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        etcd_ferry::certs::dev(&dir.path().join("certs"), &["us-east-1"]).unwrap();
+        Self { dir }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn text(&self) -> String {
+        let dir = self.dir.path().display();
+        format!(
+            r#"
+region = "us-east-1"
+node = "us-east-1-a"
+data_dir = "{dir}/data"
+[etcd]
+endpoints = ["http://127.0.0.1:2379"]
+[listen]
+peer = "127.0.0.1:0"
+admin = "127.0.0.1:0"
+http = "127.0.0.1:0"
+[tls]
+ca = "{dir}/certs/ca.pem"
+cert = "{dir}/certs/us-east-1.pem"
+key = "{dir}/certs/us-east-1.key"
+[[receive]]
+link = "config"
+peer = "spiffe://etcd-ferry.dev/region/cn-hangzhou"
+"#
+        )
+    }
+
+    fn config(&self) -> Config {
+        Config::from_toml(&self.text()).unwrap()
+    }
+
+    /// `field: rule` of each fault that the files have.
+    fn faults(&self, config: &Config) -> Vec<String> {
+        let Faults(faults) = config.check_files().unwrap_err();
+        faults.into_iter().map(|f| format!("{}: {}", f.field, f.rule)).collect()
+    }
+
+    fn check(&self, text: &str) -> Output {
+        let file = self.path("ferry.toml");
+        std::fs::write(&file, text).unwrap();
+        ferry(&["check", "--config", &file.display().to_string()])
+    }
+}
+
+fn ferry(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_etcd-ferry")).args(arguments).output().unwrap()
+}
+
+fn chmod(path: &Path, mode: u32) {
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+}
+
+fn assert_fault(faults: &[String], field: &str, words: &str) {
+    assert_eq!(faults.len(), 1, "{faults:#?}");
+    assert!(faults[0].starts_with(&format!("{field}: ")) && faults[0].contains(words), "{faults:#?}");
+}
+
+#[test]
+fn check_says_who_this_sidecar_is_and_leaves_no_trace() {
+    let place = Place::new();
+    let output = place.check(&place.text());
+    let stdout = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(stdout.contains("spiffe://etcd-ferry.dev/region/us-east-1") && stdout.contains("valid until"), "{stdout}");
+    assert!(!place.path("data").exists());
+}
+
+#[test]
+fn check_reports_all_faults_and_exits_with_2() {
+    let place = Place::new();
+    let text = place.text().replace("[etcd]", "[etcd]\nendpoint = 1").replace("node = ", "nod = ");
+    let output = place.check(&text);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    for field in ["nod: ", "node: ", "etcd.endpoint: "] {
+        assert!(stderr.lines().any(|l| l.starts_with(field)), "{field} is lacking:\n{stderr}");
+    }
+}
+
+#[test]
+fn a_missing_configuration_and_bad_usage_exit_with_2() {
+    let place = Place::new();
+    let output = ferry(&["check", "--config", &place.path("none.toml").display().to_string()]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8(output.stderr).unwrap().contains("none.toml: cannot be read"));
+    assert_eq!(ferry(&["check"]).status.code(), Some(2));
+    assert_eq!(ferry(&["chekc"]).status.code(), Some(2));
+    assert_eq!(ferry(&["--version"]).status.code(), Some(0));
+}
+
+#[test]
+fn every_missing_file_is_reported() {
+    let place = Place::new();
+    std::fs::remove_dir_all(place.path("certs")).unwrap();
+    let mut config = place.config();
+    config.tls.crl = Some(place.path("crl.pem"));
+    config.etcd.ca = Some(place.path("etcd-ca.pem"));
+    config.etcd.password_file = Some(place.path("password"));
+    let faults = place.faults(&config);
+    let fields: Vec<&str> = faults.iter().filter_map(|f| f.split(": ").next()).collect();
+    assert_eq!(fields, ["etcd.ca", "etcd.password_file", "tls.ca", "tls.crl", "tls.key", "tls.cert"]);
+    assert!(faults.iter().all(|f| f.contains("No such file")), "{faults:#?}");
+}
+
+#[test]
+fn a_key_or_a_password_that_others_may_read_is_refused() {
+    let place = Place::new();
+    let mut config = place.config();
+    chmod(&config.tls.key, 0o640);
+    assert_fault(&place.faults(&config), "tls.key", "mode 0640");
+    chmod(&config.tls.key, 0o400);
+    config.check_files().unwrap();
+
+    let password = place.path("password");
+    std::fs::write(&password, "hunter2\n").unwrap();
+    chmod(&password, 0o644);
+    config.etcd.password_file = Some(password.clone());
+    assert_fault(&place.faults(&config), "etcd.password_file", "chmod 600");
+    chmod(&password, 0o600);
+    config.check_files().unwrap();
+    std::fs::write(&password, "\n").unwrap();
+    assert_fault(&place.faults(&config), "etcd.password_file", "is empty");
+}
+
+#[test]
+fn a_pair_that_does_not_belong_together_is_refused() {
+    let place = Place::new();
+    let mut config = place.config();
+    config.tls.key = place.path("certs/admin.key");
+    assert_fault(&place.faults(&config), "tls.key", "is not the key of");
+}
+
+#[test]
+fn a_certificate_out_of_its_time_of_another_ca_or_for_one_end_only_is_refused() {
+    let place = Place::new();
+    let mut config = place.config();
+    let ours = Issuer::load(&place.path("certs/ca.pem"), &place.path("certs/ca.key")).unwrap();
+    let other = Issuer::new("another CA").unwrap();
+    let good = IssueRequest::region("x");
+    let nameless = IssueRequest { uris: Vec::new(), dns: Vec::new(), ..good.clone() };
+    let cases = [
+        ("old", &ours, good.clone().expired(), "expired on"),
+        ("new", &ours, good.clone().not_yet_valid(), "is not valid before"),
+        ("strange", &other, good, "was not issued by the configured CA"),
+        ("admin2", &ours, IssueRequest::admin(), "is not issued for use as a server"),
+        ("nameless", &ours, nameless, "bears no URI or DNS name"),
+    ];
+    for (name, issuer, request, words) in cases {
+        let issued = issuer.issue(&request).unwrap().write(place.dir.path(), name).unwrap();
+        (config.tls.cert, config.tls.key) = (issued.cert, issued.key);
+        assert_fault(&place.faults(&config), "tls.cert", words);
+    }
+}
+
+#[test]
+fn a_broken_pem_file_is_refused_without_showing_it() {
+    let place = Place::new();
+    let config = place.config();
+    let key = std::fs::read_to_string(&config.tls.key).unwrap();
+    std::fs::write(&config.tls.key, key.replace("MI", "M!")).unwrap();
+    let faults = place.faults(&config);
+    assert_fault(&faults, "tls.key", "base64 is broken");
+    std::fs::write(&config.tls.ca, "").unwrap();
+    assert!(place.faults(&config)[0].contains("holds no certificate"));
+}
+
+#[test]
+fn the_data_directory_is_made_0700_and_refused_when_it_is_wider() {
+    let place = Place::new();
+    let config = place.config();
+    config.prepare_files().unwrap();
+    let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(&config.data_dir), 0o700);
+    config.prepare_files().unwrap();
+    chmod(&config.data_dir, 0o750);
+    assert_fault(&place.faults(&config), "data_dir", "mode 0750");
+    std::fs::remove_dir(&config.data_dir).unwrap();
+    std::fs::write(&config.data_dir, "").unwrap();
+    assert_fault(&place.faults(&config), "data_dir", "is not a directory");
+}
+
+#[test]
+fn certs_dev_makes_what_is_missing_and_says_how_to_renew_the_rest() {
+    let place = Place::new();
+    let out = place.path("made").display().to_string();
+    let first = ferry(&["certs", "dev", "--out", &out, "--region", "us-east-1"]);
+    assert_eq!(first.status.code(), Some(0), "{}", String::from_utf8_lossy(&first.stderr));
+    let second = ferry(&["certs", "dev", "--out", &out, "--region", "us-east-1", "--region", "cn-hangzhou"]);
+    let stdout = String::from_utf8(second.stdout).unwrap();
+    let lines: Vec<&str> = stdout.lines().collect();
+    assert_eq!(lines.len(), 4, "{stdout}");
+    assert!(lines[1].starts_with("kept") && lines[1].contains("delete both files and run this again"), "{stdout}");
+    assert!(lines[2].starts_with("made") && lines[2].contains("region/cn-hangzhou"), "{stdout}");
+
+    let refused = ferry(&["certs", "dev", "--out", &out, "--region", "../x"]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert_eq!(String::from_utf8(refused.stderr).unwrap().lines().count(), 1);
+}
