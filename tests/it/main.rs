@@ -3,4 +3,7 @@
 
 mod bank;
 mod bed;
+mod config;
 mod following;
+mod tidy;
+mod trust;

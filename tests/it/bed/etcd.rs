@@ -42,7 +42,8 @@ pub struct EtcdOptions {
     pub extra: Vec<String>,
 }
 
-/// Files. Clients must show a certificate of this CA when `client_certificates` is set.
+/// Files of one pair that the etcd serves with and the bed's clients show. Without a pair of this CA a client is refused when
+/// `client_certificates` is set.
 #[derive(Debug, Clone)]
 pub struct EtcdTls {
     pub ca: PathBuf,
@@ -510,5 +511,45 @@ mod tests {
         assert_eq!(kv.get("/app/a", None).await.unwrap().kvs().len(), 1);
         assert!(kv.get("/other", None).await.is_err());
         assert!(kv.put("/app/a", "2", None).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn an_etcd_with_tls_serves_who_bears_a_certificate_of_its_ca_and_nobody_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let pair = |ca: &str| {
+            let certs = dir.path().join(ca);
+            crate::bed::sidecar::make_certificates(&certs, &["us-east-1"]);
+            let file = |name| certs.join(name);
+            EtcdTls {
+                ca: file("ca.pem"),
+                cert: file("us-east-1.pem"),
+                key: file("us-east-1.key"),
+                client_certificates: true,
+            }
+        };
+        let tls = pair("its-own");
+        let etcd = Etcd::start(EtcdOptions { tls: Some(tls.clone()), ..EtcdOptions::default() }).await;
+        etcd.put("/app/a", "1").await;
+        let stranger = EtcdTls { ca: tls.ca, ..pair("another") };
+        let refused = Access { tls: Some(stranger), ..etcd.access() }.try_client().await;
+        let answered = match refused {
+            Ok(mut client) => client.get("/app/a", None).await.is_ok(),
+            Err(_) => false,
+        };
+        assert!(!answered);
+    }
+
+    #[tokio::test]
+    async fn a_cluster_of_three_serves_with_one_member_lost_and_not_with_two() {
+        let mut members = Etcd::start_cluster(EtcdOptions::default(), 3).await;
+        let mut kv = members[0].kv().await;
+        members[2].kill();
+        // The lost one may have been the leader.
+        until("two of three to serve", PATIENCE, async || kv.put("/app/a", "2", None).await.ok()).await;
+        members[1].kill();
+        let read = tokio::time::timeout(Duration::from_secs(1), kv.get("/app/a", None)).await;
+        assert!(!matches!(read, Ok(Ok(_))), "a linearizable read needs a leader");
+        members[1].restart().await;
+        assert_eq!(members[1].get("/app/a").await, Some(Bytes::from_static(b"2")));
     }
 }

@@ -27,16 +27,9 @@ pub fn ferry(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_etcd-ferry")).args(arguments).output().expect("etcd-ferry runs")
 }
 
-/// Makes a CA, a pair for each region and an admin pair in `dir`, as an operator would.
+/// Makes a CA, a pair for each region and an admin pair in `dir`, as `etcd-ferry certs dev` does.
 pub fn make_certificates(dir: &Path, regions: &[&str]) {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_etcd-ferry"));
-    command.args(["certs", "dev", "--out"]).arg(dir);
-    for region in regions {
-        command.args(["--region", region]);
-    }
-    let output = command.output().expect("etcd-ferry runs");
-    assert!(output.status.success(), "etcd-ferry certs dev: {}", String::from_utf8_lossy(&output.stderr));
-    assert!(dir.join("ca.pem").exists(), "etcd-ferry certs dev made no ca.pem in {}", dir.display());
+    etcd_ferry::certs::dev(dir, regions).expect("development certificates are made");
 }
 
 /// The name that a region's certificate bears.
