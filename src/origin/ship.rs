@@ -311,7 +311,7 @@ impl Shipper {
             ReplicaFacts::Unreachable => None,
         };
         if self.resync.is_some() {
-            return self.act(resume::resync(position.as_ref())).await?.ok_or_else(no_way);
+            return self.act(resume::resync(position.as_deref())).await?.ok_or_else(no_way);
         }
         let same_origin = position.as_ref().is_some_and(|p| p.origin_cluster == origin.cluster);
         let usable = match &self.tail.borrow().state {
@@ -382,7 +382,7 @@ impl Shipper {
                 };
             }
         }
-        let replica = ReplicaFacts::Answered { position, received: ahead.then_some(received) };
+        let replica = ReplicaFacts::Answered { position: position.map(Box::new), received: ahead.then_some(received) };
         Ok((replica, origin))
     }
 

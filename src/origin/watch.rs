@@ -7,8 +7,8 @@ use super::sequence::{Carried, Event, SequenceError, Sequenced, Sequencer, Watch
 use super::spool::{Spool, SpoolEntry};
 use super::{Clock, LinkEvent};
 use crate::config::{EtcdConfig, Limits};
-use crate::etcd::{Etcd, EtcdError, Watch, WatchSignal};
-use crate::model::{ClusterId, Digest, LinkName, Ranges, Revision};
+use crate::etcd::{Columns, Etcd, EtcdError, Watch, WatchSignal};
+use crate::model::{ClusterId, Digest, KeyRange, LINKS_PREFIX, LinkName, Ranges, Revision};
 use crate::retry::Backoff;
 use crate::segment::feed::Appended;
 use crate::wire::digest;
@@ -230,7 +230,6 @@ impl Tail {
         backoff: &mut Backoff,
     ) -> Ended {
         let extent = self.spool.extent().borrow().clone();
-        let expected = if after_covered { None } else { extent.last };
         let etcd = match Etcd::connect(&self.etcd).await {
             Ok(etcd) => etcd,
             Err(e) => return Ended::Trouble(e),
@@ -244,6 +243,14 @@ impl Tail {
                 format!("the origin's head {} is below revision {} that was read before", look.head, extent.covered);
             return Ended::OtherHistory(reason);
         }
+        let expected = match extent.last {
+            Some((last, _)) if !after_covered => match shows_whole(&etcd, last).await {
+                Ok(true) => extent.last,
+                Ok(false) => None,
+                Err(e) => return Ended::Trouble(e),
+            },
+            Some(_) | None => None,
+        };
         let (mut sequencer, from) = match expected {
             Some((revision, digest)) => {
                 let carried = Carried { revision, digest, peer: None, digest_of: digest::of_revision };
@@ -411,6 +418,16 @@ pub enum Probed {
     Nothing,
 }
 
+/// False if etcd has compacted at or past `revision`: then it no longer shows that revision's deletes, and nothing can be told of it.
+async fn shows_whole(etcd: &Etcd, revision: Revision) -> Result<bool, EtcdError> {
+    let one = KeyRange::prefix(LINKS_PREFIX);
+    match etcd.page(&one, 1, Some(Revision(revision.0.saturating_sub(1))), Columns::CountOnly).await {
+        Ok(_) => Ok(true),
+        Err(EtcdError::Compacted) => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
 /// Reads one revision of the link from etcd's history, by a short watch that starts at it.
 pub async fn probe(
     etcd: &Etcd,
@@ -419,6 +436,9 @@ pub async fn probe(
     at: Revision,
     limits: &Limits,
 ) -> Result<Probed, EtcdError> {
+    if !shows_whole(etcd, at).await? {
+        return Ok(Probed::Compacted);
+    }
     let reading = async {
         let mut watch = etcd.watch(&ranges.covering(), at, MESSAGE_BYTES_CEILING).await?;
         let mut sequencer =
