@@ -3,11 +3,16 @@
 //! 2 (bad usage or configuration).
 //! Always true: this file decides nothing but how a result is shown.
 
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
+use etcd_ferry::admin::client::{self, ClientError, Connection};
 use etcd_ferry::certs;
 use etcd_ferry::config::{Config, Faults};
+use std::io::{IsTerminal, stdout};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+
+/// The width of a terminal that does not tell its own.
+const COLUMNS: usize = 80;
 
 /// A sidecar that carries an etcd cluster's revisions to a standby cluster in another region.
 #[derive(Parser)]
@@ -25,6 +30,26 @@ enum Command {
         /// The configuration file (TOML); paths in it are relative to the current directory
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
+    },
+    /// Show every link of a running sidecar: state, position, lag, and why it is not following
+    #[command(after_help = "Example: etcd-ferry status --config /etc/etcd-ferry/us-east-1.toml --json")]
+    Status {
+        #[command(flatten)]
+        sidecar: Sidecar,
+        /// JSON instead of a table
+        #[arg(long)]
+        json: bool,
+    },
+    /// Start a new base copy of a link; ask the sidecar at the link's origin
+    #[command(after_help = "Example: etcd-ferry resync config --config /etc/etcd-ferry/us-east-1.toml --allow-deletes")]
+    Resync {
+        /// The link
+        link: String,
+        #[command(flatten)]
+        sidecar: Sidecar,
+        /// Go on past the guards of the base copy: keys that the origin does not have are deleted at the replica
+        #[arg(long)]
+        allow_deletes: bool,
     },
     /// Issue certificates
     Certs {
@@ -47,6 +72,20 @@ enum CertsCommand {
     },
 }
 
+/// Which running sidecar is meant, and who asks.
+#[derive(Args)]
+struct Sidecar {
+    /// The configuration file of the running sidecar
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// The operator's certificate [default: admin.pem beside tls.cert]
+    #[arg(long, value_name = "FILE", requires = "key")]
+    cert: Option<PathBuf>,
+    /// Its key [default: admin.key beside tls.cert]
+    #[arg(long, value_name = "FILE", requires = "cert")]
+    key: Option<PathBuf>,
+}
+
 /// Why a command ends without success.
 enum Failure {
     /// Exit code 2.
@@ -61,9 +100,17 @@ impl From<Faults> for Failure {
     }
 }
 
+impl From<ClientError> for Failure {
+    fn from(error: ClientError) -> Self {
+        Failure::Failed(error.to_string())
+    }
+}
+
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Check { config } => check(&config),
+        Command::Status { sidecar, json } => status(&sidecar, json),
+        Command::Resync { link, sidecar, allow_deletes } => resync(&sidecar, &link, allow_deletes),
         Command::Certs { command: CertsCommand::Dev { out, regions } } => certs_dev(&out, &regions),
     };
     match result {
@@ -86,6 +133,45 @@ fn check(path: &Path) -> Result<(), Failure> {
     println!("this sidecar's certificate names {}", identity.sans.join(", "));
     println!("and is valid until {}", certs::load::rfc3339(identity.not_after));
     Ok(())
+}
+
+fn status(sidecar: &Sidecar, json: bool) -> Result<(), Failure> {
+    let connection = sidecar.connection()?;
+    let reply = runtime()?.block_on(client::status(&connection))?;
+    if json {
+        println!("{}", client::status_json(&reply));
+    } else {
+        let columns = || std::env::var("COLUMNS").ok()?.parse().ok();
+        let width = stdout().is_terminal().then(|| columns().unwrap_or(COLUMNS));
+        println!("{}", client::status_table(&reply, width).trim_end());
+    }
+    Ok(())
+}
+
+fn resync(sidecar: &Sidecar, link: &str, allow_deletes: bool) -> Result<(), Failure> {
+    let connection = sidecar.connection()?;
+    runtime()?.block_on(client::resync(&connection, link, allow_deletes))?;
+    println!("link {link}: a new base copy starts; follow it with `etcd-ferry status`");
+    Ok(())
+}
+
+impl Sidecar {
+    fn connection(&self) -> Result<Connection, Failure> {
+        let config = Config::load(&self.config)?;
+        let beside = |name| config.tls.cert.with_file_name(name);
+        Ok(Connection {
+            admin: config.listen.admin,
+            cert: self.cert.clone().unwrap_or_else(|| beside("admin.pem")),
+            key: self.key.clone().unwrap_or_else(|| beside("admin.key")),
+            ca: config.tls.ca,
+            own_cert: config.tls.cert,
+        })
+    }
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    runtime.map_err(|e| Failure::Failed(format!("no threads can be started: {e}")))
 }
 
 fn certs_dev(out: &Path, regions: &[String]) -> Result<(), Failure> {
