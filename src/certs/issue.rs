@@ -33,9 +33,7 @@ pub enum CertsError {
     File { path: PathBuf, source: std::io::Error },
     #[error("{present} is there without {absent}: bring back {absent}, or delete {present} to issue both anew")]
     HalfPair { present: PathBuf, absent: PathBuf },
-    #[error(
-        "the CA in {path} expired on {not_after}: delete all .pem and .key files beside it, and run this again"
-    )]
+    #[error("the CA in {path} expired on {not_after}: delete all .pem and .key files beside it, and run this again")]
     CaExpired { path: PathBuf, not_after: String },
     #[error(transparent)]
     Load(#[from] LoadError),
