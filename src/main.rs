@@ -146,7 +146,7 @@ fn check(path: &Path) -> Result<(), Failure> {
 
 fn run(path: &Path) -> Result<(), Failure> {
     let config = Config::load(path)?;
-    config.check_files()?;
+    config.prepare_files()?;
     let failed = |e: anyhow::Error| Failure::Failed(format!("{e:#}"));
     app::log(&config.log).map_err(failed)?;
     runtime()?.block_on(app::run(config)).map_err(failed)

@@ -33,9 +33,7 @@ pub enum CertsError {
     File { path: PathBuf, source: std::io::Error },
     #[error("{present} is there without {absent}: bring back {absent}, or delete {present} to issue both anew")]
     HalfPair { present: PathBuf, absent: PathBuf },
-    #[error(
-        "the CA in {path} expired on {not_after}: delete it, its key and all pairs in the folder, and issue them anew"
-    )]
+    #[error("the CA in {path} expired on {not_after}: delete all .pem and .key files beside it, and run this again")]
     CaExpired { path: PathBuf, not_after: String },
     #[error(transparent)]
     Load(#[from] LoadError),
@@ -296,7 +294,7 @@ pub fn describe(issued: &Issued) -> String {
     if *made {
         format!("made {} and {} (until {until}) {sans}", cert.display(), key.display())
     } else {
-        let renew = if name == "ca" { "delete the whole folder" } else { "delete both files" };
+        let renew = if name == "ca" { "delete all .pem and .key files beside it" } else { "delete both files" };
         format!("kept {} (until {until}) {sans}; to renew it, {renew} and run this again", cert.display())
     }
 }
