@@ -240,10 +240,13 @@ impl Watch {
         match self.responses.message().await {
             Ok(Some(response)) => Ok(Some(signal_of(response))),
             Ok(None) => Ok(None),
-            Err(e) => Err(match reaction(&e, &self.endpoints) {
-                EtcdError::AnswerTooLarge { .. } => EtcdError::AnswerTooLarge { limit_bytes: self.message_bytes_max },
-                other => other,
-            }),
+            Err(e) => {
+                let error = reaction(&e, &self.endpoints);
+                if matches!(error, EtcdError::AnswerTooLarge { .. }) {
+                    return Err(EtcdError::AnswerTooLarge { limit_bytes: self.message_bytes_max });
+                }
+                Err(error)
+            }
         }
     }
 
@@ -343,6 +346,10 @@ fn reaction(error: &ClientError, endpoints: &str) -> EtcdError {
     }
 }
 
+/// etcd's own words, and those of the gRPC library below it.
+const TOO_LARGE: [&str; 3] =
+    ["request is too large", "trying to send message larger than max", "received message larger than max"];
+
 fn status_reaction(status: &tonic::Status, endpoints: &str) -> EtcdError {
     let text = status.message();
     let has = |needle: &str| text.contains(needle);
@@ -352,9 +359,7 @@ fn status_reaction(status: &tonic::Status, endpoints: &str) -> EtcdError {
         EtcdError::FutureRevision
     } else if has("too many operations in txn request") {
         EtcdError::TooManyOps
-    } else if has("request is too large") || has("trying to send message larger than max") {
-        EtcdError::TooLarge
-    } else if has("received message larger than max") {
+    } else if TOO_LARGE.iter().any(|words| has(words)) {
         EtcdError::TooLarge
     } else if has("decoded message length too large") || has("message length too large") {
         EtcdError::AnswerTooLarge { limit_bytes: READ_BYTES_MAX }
@@ -374,7 +379,19 @@ fn status_reaction(status: &tonic::Status, endpoints: &str) -> EtcdError {
             Code::PermissionDenied => EtcdError::Denied(text.to_owned()),
             Code::Unauthenticated => EtcdError::LoginLost(text.to_owned()),
             Code::DeadlineExceeded => EtcdError::TimedOut,
-            _ => EtcdError::Other(with_sources(status)),
+            Code::Ok
+            | Code::Cancelled
+            | Code::Unknown
+            | Code::InvalidArgument
+            | Code::NotFound
+            | Code::AlreadyExists
+            | Code::ResourceExhausted
+            | Code::FailedPrecondition
+            | Code::Aborted
+            | Code::OutOfRange
+            | Code::Unimplemented
+            | Code::Internal
+            | Code::DataLoss => EtcdError::Other(with_sources(status)),
         }
     }
 }

@@ -227,7 +227,9 @@ impl Shipper {
         };
         let outcome = match self.decide(&greeted).await {
             Ok(Way::Follow { after }) => self.follow(greeted, after, backoff).await,
-            Ok(Way::Copy { epoch, cursor, reason }) => self.copy(greeted, epoch, cursor, &reason, backoff).await,
+            Ok(Way::Copy { epoch, cursor, reason }) => {
+                Box::pin(self.copy(greeted, epoch, cursor, &reason, backoff)).await
+            }
             Err(end) => return end,
         };
         match outcome {
@@ -487,11 +489,7 @@ pub(super) fn at_origin(error: &EtcdError) -> SessionEnd {
 
 /// Refusals of a hello are waited out: the cure is at one of the two configurations or in the replica's etcd.
 fn refused(address: &str, status: &tonic::Status) -> SessionEnd {
-    let said = match status.code() {
-        tonic::Code::PermissionDenied | tonic::Code::FailedPrecondition | tonic::Code::Unavailable => {
-            status.message().to_owned()
-        }
-        _ => tls::explain(status),
-    };
+    let worded = [tonic::Code::PermissionDenied, tonic::Code::FailedPrecondition];
+    let said = if worded.contains(&status.code()) { status.message().to_owned() } else { tls::explain(status) };
     SessionEnd::Wait(format!("{address} refused: {said}"))
 }

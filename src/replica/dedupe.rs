@@ -219,7 +219,12 @@ impl Log {
 
     fn drop_db(&mut self) {
         let db = self.db.take();
-        if guarded(|| Ok(drop(db))).is_err() {
+        if guarded(|| {
+            drop(db);
+            Ok(())
+        })
+        .is_err()
+        {
             tracing::debug!("the dedupe log panicked while closing");
         }
     }
@@ -376,7 +381,8 @@ impl Db {
                 let done = entry.done || read_key(&key).is_some_and(|key| key <= self.done);
                 let count = self.entries - batched;
                 let surplus = count > self.entries_max && (done || count > self.entries_max * 2);
-                if !surplus && !(done && entry.noted_ms < old_ms) {
+                let outlived = done && entry.noted_ms < old_ms;
+                if !surplus && !outlived {
                     break;
                 }
                 batch.remove(key);
