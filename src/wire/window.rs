@@ -302,6 +302,22 @@ mod tests {
         (encoder.encode(Epoch(1), Term(2), Seq(revision), &revisions, &digests), revisions)
     }
 
+    /// A frame of generation 1 around any body.
+    fn forged(body: &[u8], revisions: usize) -> Bytes {
+        let header = FrameHeader {
+            standalone: false,
+            fresh: false,
+            generation: 1,
+            epoch: Epoch(1),
+            term: Term(0),
+            seq_first: Seq(1),
+            revisions,
+            body_bytes: body.len(),
+            digest: Digest::default(),
+        };
+        frame::seal(&header, body, &[], &mut Vec::new())
+    }
+
     /// About 300 bytes that differ in a few places.
     fn value(version: u32) -> String {
         format!(
@@ -324,6 +340,31 @@ mod tests {
             lens.push(frame.len());
         }
         assert!(lens[1] < 60 && lens[2] < 60, "{lens:?}");
+    }
+
+    #[test]
+    fn what_the_stream_said_of_another_key_is_not_said_again() {
+        let (mut encoder, mut decoder) = (Encoder::new(LIMITS, 1), Decoder::new(LIMITS));
+        let mut revision = 0;
+        let mut ship = |changes| {
+            revision += 1;
+            let (frame, revisions) = ship(&mut encoder, revision, changes);
+            assert_eq!(decoder.decode(&frame).unwrap().revisions, revisions);
+            frame.len()
+        };
+        assert!(ship(vec![put("/a", checksums())]) > 400);
+        for (key, bytes_between) in [("/b", 0), ("/c", 20_000), ("/d", 20_000), ("/e", 31_000)] {
+            ship(vec![put("/between", vec![0; bytes_between])]);
+            let len = ship(vec![put(key, checksums())]);
+            assert!(len < 100, "{len} bytes after {bytes_between}");
+        }
+        ship(vec![put("/between", vec![0; 90_000])]);
+        assert!(ship(vec![put("/f", checksums())]) > 400, "the dictionary is bounded");
+    }
+
+    /// 400 bytes that LZ4 alone cannot shorten.
+    fn checksums() -> String {
+        (1..=25u64).map(|n| format!("{:016x}", n.wrapping_mul(0x9e37_79b9_7f4a_7c15))).collect()
     }
 
     #[test]
@@ -410,18 +451,7 @@ mod tests {
         for key in 100..200u8 {
             window.cache.put(&[key], &[0; 10_000]);
         }
-        let header = FrameHeader {
-            standalone: false,
-            fresh: false,
-            generation: 1,
-            epoch: Epoch(1),
-            term: Term(0),
-            seq_first: Seq(1),
-            revisions: 1,
-            body_bytes: body.len(),
-            digest: Digest::default(),
-        };
-        let frame = frame::seal(&header, &body, &[], &mut Vec::new());
+        let frame = forged(&body, 1);
         let mut decoder = Decoder { window: Some(window), ..Decoder::new(LIMITS) };
         let refused = decoder.decode(&frame).unwrap_err();
         assert!(matches!(refused, DecodeError::Delta(DeltaError::TooLarge { .. })), "{refused}");
@@ -498,11 +528,7 @@ mod tests {
             for key in 0..4 {
                 window.cache.put(&[key], &[key; 20]);
             }
-            let header = FrameHeader {
-                standalone: false, fresh: false, generation: 1, epoch: Epoch(1), term: Term(0), seq_first: Seq(1),
-                revisions, body_bytes: body.len(), digest: Digest::default(),
-            };
-            let frame = frame::seal(&header, &body, &[], &mut Vec::new());
+            let frame = forged(&body, revisions);
             let mut decoder = Decoder { window: Some(window), ..Decoder::new(LIMITS) };
             prop_assert!(decoder.decode(&frame).is_err());
             prop_assert!(decoder.needs_fresh());
