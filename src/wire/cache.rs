@@ -81,6 +81,15 @@ impl Cache {
         self.free.push(slot);
     }
 
+    /// Slot, key and value of all entries, the one put last first.
+    #[cfg(test)]
+    pub fn entries_newest_first(&self) -> Vec<(u32, &[u8], &[u8])> {
+        let next = |slot: u32| self.entries.get(slot as usize).and_then(Option::as_ref).map(|entry| (slot, entry));
+        std::iter::successors(next(self.newest), |(_, entry)| next(entry.older))
+            .map(|(slot, entry)| (slot, &entry.key[..], &entry.value[..]))
+            .collect()
+    }
+
     fn renew(&mut self, slot: u32, value: &[u8]) {
         self.unlink(slot);
         if let Some(entry) = self.entry_mut(slot) {
@@ -200,6 +209,7 @@ mod tests {
                 }
                 all.insert(key, value);
                 let held: Vec<&Entry> = cache.entries.iter().flatten().collect();
+                prop_assert_eq!(cache.entries_newest_first().len(), held.len());
                 prop_assert_eq!(cache.bytes, held.iter().map(|e| cost(&e.key, &e.value)).sum::<usize>());
                 prop_assert!(cache.bytes <= bytes_max);
                 prop_assert_eq!(cache.slots.len(), held.len());

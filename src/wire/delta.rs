@@ -310,3 +310,140 @@ impl<'a> Steps<'a> {
         Ok(Some(Step { base_at, copied, inserted }))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// The delta's length, once it is proven to make the target again; `None` if the whole value is no larger.
+    fn delta_len(base: &[u8], target: &[u8]) -> Option<usize> {
+        let mut delta = vec![0xee];
+        let smaller = DeltaEncoder::default().encode(base, target, &mut delta);
+        assert_eq!(delta[0], 0xee);
+        if !smaller {
+            assert_eq!(delta.len(), 1, "nothing is left behind");
+            return None;
+        }
+        let len = delta.len() - 1;
+        assert!(len < target.len());
+        delta.push(0xdd);
+        let (mut input, mut out) = (&delta[1..], BytesMut::new());
+        assert_eq!(decode(base, &mut input, target.len(), &mut out), Ok(target.len()));
+        assert!(out == target);
+        assert_eq!(input, &[0xdd], "what follows the delta is left");
+        Some(len)
+    }
+
+    /// Bytes without a pattern; the same for the same seed.
+    fn noise(mut seed: u64, len: usize) -> Vec<u8> {
+        let mut next = || {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (seed >> 56).to_le_bytes()[0]
+        };
+        (0..len).map(|_| next()).collect()
+    }
+
+    #[test]
+    fn numbers_that_grow_by_a_digit_in_several_places_cost_little_more_than_their_digits() {
+        let object = |version: u32, count: u32, now: &str| {
+            format!(
+                r#"{{"kind":"Lease","resourceVersion":"{version}","holder":"node-17.zone-b","spec":{{"transitions":{count},"renewTime":"{now}","leaseDurationSeconds":40,"acquired":"2026-01-02T03:04:05Z"}}}}"#
+            )
+        };
+        let (base, target) = (object(9_998, 99, "2026-01-09T13:59:58Z"), object(10_003, 100, "2026-01-09T14:00:08Z"));
+        let len = delta_len(base.as_bytes(), target.as_bytes()).unwrap();
+        assert!(len <= 30, "{len} bytes");
+    }
+
+    #[test]
+    fn a_value_that_did_not_change_costs_next_to_nothing() {
+        assert_eq!(delta_len(&noise(1, 1_000), &noise(1, 1_000)), Some(3));
+    }
+
+    #[test]
+    fn parts_that_moved_far_are_found() {
+        let parts: Vec<Vec<u8>> = (0..8).map(|seed| noise(seed, 500)).collect();
+        let base = parts.concat();
+        let target = [&parts[5][..], &parts[1], b"something new", &parts[7], &parts[2], &parts[2]].concat();
+        let len = delta_len(&base, &target).unwrap();
+        assert!(len <= 60, "{len} bytes");
+    }
+
+    #[test]
+    fn values_without_anything_in_common_have_no_delta() {
+        assert_eq!(delta_len(&noise(1, 1_000), &noise(2, 1_000)), None);
+        assert_eq!(delta_len(b"", b"new"), None);
+        assert_eq!(delta_len(b"old", b""), None);
+        assert_eq!(delta_len(b"", b""), None);
+    }
+
+    /// If the work grew as the square of the length, this would take an hour.
+    #[test]
+    fn the_largest_values_are_compared_in_linear_time() {
+        const LEN: usize = 3 << 19;
+        let base = noise(1, LEN);
+        let mut edited = base.clone();
+        for at in (0..LEN).step_by(1_500) {
+            edited[at] ^= 0x55;
+        }
+        edited.splice(700_000..700_010, noise(3, 77));
+        assert!(delta_len(&base, &edited).unwrap() < LEN / 100);
+        assert_eq!(delta_len(&base, &noise(2, LEN)), None);
+        // Edits so dense that a match follows each, then none; runs; short periods that match nearly everywhere.
+        let dense =
+            |step: usize| base.iter().enumerate().map(|(at, b)| b ^ u8::from(at % step == 0)).collect::<Vec<u8>>();
+        for step in [7, 9, 12, 17, 70] {
+            delta_len(&base, &dense(step));
+        }
+        let periodic = |period: usize| (0..LEN).map(|at| u8::from(at % period == 0)).collect::<Vec<u8>>();
+        for (a, b) in [(LEN, 2), (15, 16), (16, 17), (64, 65), (300, 301), (1_000, 999)] {
+            delta_len(&periodic(a), &periodic(b));
+        }
+    }
+
+    #[test]
+    fn a_declared_length_above_the_limit_is_refused_before_anything_is_allocated() {
+        for difference in [1, i64::MAX - 4, -5, i64::MIN] {
+            let mut delta = Vec::new();
+            varint::put_signed(&mut delta, difference);
+            let mut out = BytesMut::new();
+            assert!(decode(b"base", &mut &delta[..], 4, &mut out).is_err(), "{difference}");
+            assert_eq!(out.capacity(), 0);
+        }
+    }
+
+    #[test]
+    fn steps_outside_of_base_or_target_are_refused() {
+        let refused = |delta: &[u8]| decode(b"base", &mut &delta[..], 100, &mut BytesMut::new()).unwrap_err();
+        assert_eq!(refused(&[0, 5]), DeltaError::OutsideBase);
+        assert_eq!(refused(&[1, 4, 0]), DeltaError::OutsideTarget);
+        assert_eq!(refused(&[0, 3, 4, b'x', b'y']), DeltaError::OutsideTarget);
+        assert_eq!(refused(&[0, 3]), DeltaError::Truncated);
+        assert_eq!(refused(&[0, 3, 2]), DeltaError::Truncated);
+        assert_eq!(refused(&[0, 0, 1, 1, 4]), DeltaError::OutsideBase);
+        assert_eq!(refused(&[0, 0, 1, 10, 4]), DeltaError::OutsideBase);
+    }
+
+    proptest! {
+        #[test]
+        fn any_edits_are_made_again(
+            base in prop::collection::vec(0u8..4, 0..400),
+            edits in prop::collection::vec((any::<prop::sample::Index>(), 0usize..40, prop::collection::vec(0u8..6, 0..40)), 0..8),
+        ) {
+            let mut target = base.clone();
+            for (at, removed, inserted) in edits {
+                let at = at.index(target.len() + 1);
+                target.splice(at..(at + removed).min(target.len()), inserted);
+            }
+            delta_len(&base, &target);
+        }
+
+        #[test]
+        fn any_bytes_are_decoded_or_refused(base: Vec<u8>, delta in prop::collection::vec(0u8..24, 0..60)) {
+            let mut out = BytesMut::new();
+            let decoded = decode(&base, &mut &delta[..], 1_000, &mut out);
+            prop_assert_eq!(out.len(), decoded.unwrap_or(0));
+        }
+    }
+}

@@ -276,3 +276,193 @@ impl FrameHeader {
 fn take_number(bytes: &mut &[u8]) -> Result<u64, FrameError> {
     varint::take(bytes).filter(|number| *number < i64::MAX.unsigned_abs()).ok_or(FrameError::Number)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Change;
+    use proptest::prelude::*;
+
+    const LIMITS: FrameLimits = FrameLimits { plain_bytes_max: 10_000, revisions_max: 100 };
+
+    fn put(key: &'static str, value: &'static str) -> Change {
+        Change::Put { key: Bytes::from_static(key.as_bytes()), value: Bytes::from_static(value.as_bytes()) }
+    }
+
+    fn sample() -> Vec<WholeRevision> {
+        let delete = Change::Delete { key: Bytes::from_static(b"/b") };
+        vec![
+            WholeRevision { revision: Revision(300), changes: vec![put("/a", "the same, the same, the same"), delete] },
+            WholeRevision { revision: Revision(301), changes: vec![put("", ""), put("/c", "")] },
+        ]
+    }
+
+    /// A frame as a forger makes it: consistent but for what `forge` does to its header.
+    fn forged(body: &[u8], forge: impl FnOnce(&mut FrameHeader)) -> Bytes {
+        let mut header = FrameHeader {
+            standalone: true,
+            fresh: false,
+            generation: 0,
+            epoch: Epoch(1),
+            term: Term(0),
+            seq_first: Seq(1),
+            revisions: 1,
+            body_bytes: body.len(),
+            digest: Digest::default(),
+        };
+        forge(&mut header);
+        seal(&header, body, &[], &mut Vec::new())
+    }
+
+    fn refused(frame: &[u8]) -> FrameError {
+        decode_standalone(frame, &LIMITS).unwrap_err()
+    }
+
+    /// Not that they are encoded so again: LZ4 may find better matches one day.
+    #[test]
+    fn frames_that_lie_on_disks_can_still_be_decoded() {
+        const KNOWN: &str = "01010003c801050232ed1adea5d2bb16ae75b1f92d6fe1b6a8fc4f01b4fe03d8040201022f611c7468652073616d652c200a00e000022f62020201000001022f6300";
+        let digit = |at: usize| u8::from_str_radix(&KNOWN[at..at + 2], 16).unwrap();
+        let frame: Vec<u8> = (0..KNOWN.len()).step_by(2).map(digit).collect();
+        let decoded = decode_standalone(&frame, &LIMITS).unwrap();
+        assert_eq!((decoded.epoch, decoded.term, decoded.seq_first), (Epoch(3), Term(200), Seq(5)));
+        assert_eq!(decoded.revisions, sample());
+    }
+
+    #[test]
+    fn a_frame_without_revisions_is_a_frame() {
+        let frame = encode_standalone::<WholeRevision>(Epoch(1), Term(0), Seq(9), &[]);
+        let decoded = decode_standalone(&frame, &LIMITS).unwrap();
+        assert_eq!((decoded.seq_first, decoded.revisions.len(), decoded.plain_bytes), (Seq(9), 0, 0));
+    }
+
+    #[test]
+    fn the_header_can_be_read_alone() {
+        let frame = encode_standalone(Epoch(3), Term(200), Seq(5), &sample());
+        let header = FrameHeader::read(&frame, &LIMITS).unwrap();
+        assert_eq!((header.epoch, header.term, header.seq_first, header.revisions), (Epoch(3), Term(200), Seq(5), 2));
+        assert!(header.standalone);
+    }
+
+    #[test]
+    fn every_flipped_bit_and_every_truncation_is_noticed() {
+        let frame = encode_standalone(Epoch(3), Term(200), Seq(5), &sample());
+        for bit in 0..frame.len() * 8 {
+            let mut flipped = frame.to_vec();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            assert!(decode_standalone(&flipped, &LIMITS).is_err(), "bit {bit}");
+        }
+        for len in 0..frame.len() {
+            assert!(decode_standalone(&frame[..len], &LIMITS).is_err(), "{len} bytes");
+        }
+        assert!(decode_standalone(&[&frame[..], &[0]].concat(), &LIMITS).is_err());
+    }
+
+    /// With lengths that no memory can hold: taking it would end the test.
+    #[test]
+    fn forged_sizes_are_refused_before_memory_is_taken_for_them() {
+        let forged_body = |bytes| forged(&[0; 100], |header| header.body_bytes = bytes);
+        assert!(matches!(refused(&forged_body(usize::MAX / 2)), FrameError::BodyTooLarge { .. }));
+        let block = forged_body(100).len() - forged(&[], |_| ()).len();
+        assert!(matches!(refused(&forged_body((block + 2) * 255)), FrameError::BodyTooLarge { .. }));
+
+        let many = forged(&[0; 100], |header| header.revisions = usize::MAX / 2);
+        assert!(matches!(refused(&many), FrameError::TooManyRevisions { max: 50, .. }));
+        let many = forged(&[0; 1_000], |header| header.revisions = 101);
+        assert!(matches!(refused(&many), FrameError::TooManyRevisions { max: 100, .. }));
+
+        let huge = [0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f];
+        let changes = [&[0][..], &huge].concat();
+        assert!(matches!(refused(&forged(&changes, |_| ())), FrameError::TooManyChanges { max: 0, .. }));
+        let key = [&[0, 1, body::TAG_DELETE][..], &huge].concat();
+        assert!(matches!(refused(&forged(&key, |_| ())), FrameError::Truncated));
+    }
+
+    #[test]
+    fn keys_and_values_above_the_limit_are_refused() {
+        let value = Bytes::from(vec![7; LIMITS.plain_bytes_max]);
+        let revision = |key| WholeRevision {
+            revision: Revision(1),
+            changes: vec![Change::Put { key: Bytes::from_static(key), value: value.clone() }],
+        };
+        let frame = |key| encode_standalone(Epoch(1), Term(0), Seq(1), &[revision(key)]);
+        assert!(decode_standalone(&frame(b""), &LIMITS).is_ok());
+        assert!(matches!(refused(&frame(b"k")), FrameError::PlainTooLarge { max: 10_000 }));
+    }
+
+    #[test]
+    fn what_no_encoder_makes_is_refused_by_its_name() {
+        let body = |bytes: &[u8]| refused(&forged(bytes, |_| ()));
+        assert!(matches!(body(&[2, 1, 5, 0]), FrameError::Tag(5)), "a kind of change that is not known yet");
+        assert!(matches!(body(&[2, 1, body::TAG_PUT_CACHED, 0, 0]), FrameError::Tag(3)), "a slot without a window");
+        assert!(matches!(body(&[2, 2, 0, 1, b'a', 0, 1, b'a']), FrameError::Order), "a key twice");
+        assert!(matches!(body(&[2, 2, 0, 1, b'b', 0, 1, b'a']), FrameError::Order), "keys out of order");
+        assert!(matches!(body(&[1, 0]), FrameError::Number), "a revision below 0");
+        assert!(matches!(body(&[2, 0, 0]), FrameError::Trailing));
+        assert!(matches!(body(&[2, 0]), FrameError::Digest));
+        let revision_again = forged(&[2, 0, 0, 0], |header| header.revisions = 2);
+        assert!(matches!(refused(&revision_again), FrameError::Order), "a revision twice");
+        let last_seq = forged(&[2, 0], |header| header.seq_first = Seq(i64::MAX.unsigned_abs() - 1));
+        assert!(matches!(refused(&last_seq), FrameError::Digest), "a seq that can still be added to");
+        let beyond = forged(&[2, 0], |header| header.seq_first = Seq(i64::MAX.unsigned_abs()));
+        assert!(matches!(refused(&beyond), FrameError::Number));
+        let windowed = forged(&[2, 0], |header| header.standalone = false);
+        assert!(matches!(refused(&windowed), FrameError::NotStandalone));
+        let both = forged(&[2, 0], |header| header.fresh = true);
+        assert!(matches!(refused(&both), FrameError::Flags(3)));
+        assert!(matches!(refused(&[2, 0, 0]), FrameError::Version(2)));
+        assert!(matches!(refused(&[1, 4, 0]), FrameError::Flags(4)));
+    }
+
+    prop_compose! {
+        fn revisions()(
+            steps in prop::collection::vec(
+                (1u64..1_000_000, prop::collection::btree_map(
+                    prop::collection::vec(any::<u8>(), 0..6),
+                    prop::option::of(prop::collection::vec(any::<u8>(), 0..50)),
+                    0..6,
+                )),
+                0..20,
+            ),
+        ) -> Vec<WholeRevision> {
+            let mut revision = 0;
+            steps.into_iter().map(|(step, changes)| {
+                revision += step;
+                let changes = changes.into_iter().map(|(key, value)| match value {
+                    Some(value) => Change::Put { key: key.into(), value: value.into() },
+                    None => Change::Delete { key: key.into() },
+                });
+                WholeRevision { revision: Revision(revision), changes: changes.collect() }
+            }).collect()
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_revisions_are_decoded_as_they_were_encoded(revisions in revisions(), epoch in 0u64..1 << 40, seq in 0u64..1 << 40) {
+            let frame = encode_standalone(Epoch(epoch), Term(epoch / 3), Seq(seq), &revisions);
+            let decoded = decode_standalone(&frame, &LIMITS).unwrap();
+            prop_assert_eq!((decoded.epoch, decoded.term, decoded.seq_first), (Epoch(epoch), Term(epoch / 3), Seq(seq)));
+            prop_assert_eq!(decoded.plain_bytes, revisions.iter().map(WholeRevision::bytes).sum::<usize>());
+            prop_assert_eq!(decoded.digests, revisions.iter().map(digest::of_revision).collect::<Vec<_>>());
+            prop_assert_eq!(decoded.revisions, revisions);
+        }
+
+        #[test]
+        fn any_bytes_are_refused(bytes: Vec<u8>, changed in any::<prop::sample::Index>(), to: u8, revisions in revisions()) {
+            prop_assert!(decode_standalone(&bytes, &LIMITS).is_err());
+            prop_assert!(decode_standalone(&[&[1, 1, 0, 1, 0, 1, 1, 20][..], &bytes].concat(), &LIMITS).is_err());
+            let mut frame = encode_standalone(Epoch(1), Term(0), Seq(1), &revisions).to_vec();
+            let at = changed.index(frame.len());
+            prop_assume!(frame[at] != to);
+            frame[at] = to;
+            prop_assert!(decode_standalone(&frame, &LIMITS).is_err());
+        }
+
+        #[test]
+        fn any_body_is_refused_unless_its_digest_is_right(bytes in prop::collection::vec(0u8..6, 0..40), revisions in 0usize..4) {
+            prop_assume!(!(bytes.is_empty() && revisions == 0));
+            prop_assert!(decode_standalone(&forged(&bytes, |header| header.revisions = revisions), &LIMITS).is_err());
+        }
+    }
+}
