@@ -224,3 +224,139 @@ impl Arrivals {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Change;
+    use crate::wire::digest;
+
+    fn limits() -> Limits {
+        Limits {
+            spool_bytes_max: 1 << 20,
+            journal_bytes_max: 1 << 20,
+            segment_bytes: 32 * 1024,
+            queue_bytes_max: 8 * 1024,
+            frame_bytes_max: 1 << 20,
+            window_bytes_max: 1 << 20,
+            revision_bytes_max: 1 << 20,
+            txn_ops_max: 128,
+            request_bytes_max: 1_572_864,
+            page_keys_max: 1000,
+            page_bytes_max: 1 << 20,
+        }
+    }
+
+    fn entry(revision: u64) -> SpoolEntry {
+        let key = Bytes::from(format!("/a/{revision}"));
+        let value = Bytes::from(vec![u8::try_from(revision % 256).unwrap_or(0); 100]);
+        let changes = vec![Change::Put { key, value }, Change::Delete { key: Bytes::from_static(b"/b") }];
+        let revision = Arc::new(WholeRevision { revision: Revision(revision), changes });
+        let digest = digest::of_revision(&revision);
+        let number = revision.revision.0;
+        let came_from = (0..number % 3).map(ClusterId).collect();
+        SpoolEntry { revision, digest, arrived_ms: 1_000_000 + number, came_from }
+    }
+
+    async fn append_durably(spool: &Spool, entries: Vec<SpoolEntry>) {
+        let last = entries.last().map_or(0, FeedEntry::index);
+        let appended = spool.append(entries).await;
+        assert!(matches!(appended, Ok(Appended::Taken)), "{appended:?}");
+        let mut durable = spool.durable();
+        assert!(durable.wait_for(|durable| durable.0 >= last).await.is_ok());
+    }
+
+    async fn read_all(spool: &Spool) -> Vec<SpoolEntry> {
+        let (base, last) = {
+            let extent = spool.extent();
+            let extent = extent.borrow();
+            (extent.base, extent.last.map_or(extent.base, |(last, _)| last))
+        };
+        let (mut read, mut at) = (Vec::new(), base);
+        while at < last {
+            read.extend(spool.read_after(at, 2000).await.unwrap_or_else(|error| panic!("{error}")));
+            at = read.last().map_or(last, |entry: &SpoolEntry| entry.revision.revision);
+        }
+        read
+    }
+
+    #[tokio::test]
+    async fn revisions_come_back_whole_with_their_notes_and_the_extent_survives_a_restart() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("spool");
+        let (spool, opened) = Spool::open(&dir, &limits()).await.unwrap();
+        assert_eq!(opened, Opened::default());
+        let empty = spool.extent().borrow().clone();
+        assert_eq!((empty.base, empty.covered, empty.last, empty.first), (Revision(0), Revision(0), None, None));
+        spool.reset(Revision(40)).await.unwrap();
+        let entries: Vec<SpoolEntry> = (21..200).map(|n| entry(n * 2)).collect();
+        for some in entries.chunks(9) {
+            append_durably(&spool, some.to_vec()).await;
+        }
+        assert!(read_all(&spool).await == entries);
+        spool.covered(Revision(500));
+        let before = spool.extent().borrow().clone();
+        assert_eq!((before.base, before.covered), (Revision(40), Revision(500)));
+        assert_eq!((before.first, before.last), (Some(Revision(42)), Some((Revision(398), entries[178].digest))));
+        spool.close().await.unwrap();
+        let (spool, opened) = Spool::open(&dir, &limits()).await.unwrap();
+        let after = spool.extent().borrow().clone();
+        assert_eq!(
+            (opened, SpoolExtent { bytes: 0, ..after }),
+            (Opened::default(), SpoolExtent { bytes: 0, ..before })
+        );
+        assert!(read_all(&spool).await == entries);
+        let arrivals = spool.arrivals();
+        assert_eq!(arrivals.first(), Some(&(Revision(58), 1_000_042)), "a sample names the oldest of its record");
+        assert_eq!(arrivals.last().map(|sample| sample.0), Some(Revision(398)));
+        spool.close().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_reset_spool_without_revisions_still_knows_where_it_stands_after_a_restart() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("spool");
+        let (spool, _) = Spool::open(&dir, &limits()).await.unwrap();
+        append_durably(&spool, vec![entry(900)]).await;
+        spool.reset(Revision(70)).await.unwrap();
+        spool.covered(Revision(75));
+        spool.close().await.unwrap();
+        let (spool, _) = Spool::open(&dir, &limits()).await.unwrap();
+        let extent = spool.extent().borrow().clone();
+        assert_eq!((extent.base, extent.covered, extent.last), (Revision(70), Revision(75), None));
+        assert_eq!(spool.arrivals(), []);
+        spool.close().await.unwrap();
+    }
+
+    #[test]
+    fn samples_of_arrivals_are_bounded_and_never_younger_than_what_they_stand_for() {
+        let mut arrivals = Arrivals::default();
+        for revision in 1..=5000 {
+            arrivals.add(revision, &SpoolEntry::encode(&[entry(revision)]));
+            assert!(arrivals.samples.len() <= ARRIVALS_MAX);
+        }
+        let mut samples = arrivals.samples.iter();
+        for revision in 1..=5000 {
+            let sample = samples.as_slice().iter().find(|sample| sample.0.0 >= revision);
+            assert!(sample.is_some_and(|sample| sample.1 <= 1_000_000 + revision), "{revision}");
+        }
+        assert_eq!(samples.next_back().map(|sample| sample.0), Some(Revision(5000)));
+    }
+
+    #[test]
+    fn a_cut_or_flipped_record_is_an_error_or_differs_in_its_notes_only() {
+        let entries: Vec<SpoolEntry> = (1..6).map(entry).collect();
+        let record = SpoolEntry::encode(&entries);
+        assert_eq!(SpoolEntry::decode(&record, 1 << 20), Ok(entries.clone()));
+        for bytes in 0..record.len() {
+            assert!(SpoolEntry::decode(&record[..bytes], 1 << 20).is_err(), "cut at {bytes}");
+        }
+        for bit in 0..record.len() * 8 {
+            let mut bad = record.to_vec();
+            bad[bit / 8] ^= 1 << (bit % 8);
+            let revisions = |entries: Vec<SpoolEntry>| entries.into_iter().map(|e| e.revision).collect::<Vec<_>>();
+            let decoded = SpoolEntry::decode(&bad, 1 << 20).map(revisions);
+            assert!(decoded.is_err() || decoded == Ok(revisions(entries.clone())), "bit {bit}");
+        }
+    }
+}

@@ -28,6 +28,8 @@ const CALLS_MAX: usize = 64;
 const TRIM_BATCH: usize = 64;
 /// How long a note may be in memory only. It is a cache: nobody waits for it.
 const SYNC_EVERY: Duration = Duration::from_secs(1);
+/// On a disk that refuses everything each start fails at once; each costs a warning, and the log that it moves aside.
+const RESTART_EVERY: Duration = Duration::from_secs(60);
 const CACHE_BYTES: u64 = 8 << 20;
 /// Unreadable logs that are kept for an expert to look at.
 const MOVED_ASIDE_MAX: usize = 2;
@@ -117,7 +119,7 @@ impl Dedupe {
         self.call(Call::Done(epoch, seq)).await
     }
 
-    /// Returns when everything noted before is on the disk.
+    /// Returns when everything noted before is on the disk, or lost with a log that had to start afresh.
     pub async fn sync(&self) -> Result<(), DedupeError> {
         let (tell, told) = oneshot::channel();
         self.call(Call::Sync(tell)).await?;
@@ -179,8 +181,8 @@ fn serve(mut log: Log, calls: &Receiver<Call>, places: &Semaphore) {
 struct Log {
     dir: PathBuf,
     db: Option<Db>,
-    /// A fault was logged, and nothing has worked since.
-    faulty: bool,
+    /// When it may start afresh again.
+    restart_at: Instant,
 }
 
 impl Log {
@@ -193,38 +195,51 @@ impl Log {
                 (db, Opened { moved_aside: true, ..Opened::default() })
             }
         };
-        Ok((Self { dir: dir.to_owned(), db: Some(db), faulty: false }, opened))
+        Ok((Self { dir: dir.to_owned(), db: Some(db), restart_at: Instant::now() }, opened))
     }
 
-    /// Whatever goes wrong, the log starts afresh; if even that fails it does without until it succeeds.
+    /// Whatever goes wrong, the log starts afresh, but not more often than each [`RESTART_EVERY`]; meanwhile nothing is noted.
     fn try_do(&mut self, work: impl FnOnce(&mut Db) -> Result<(), String>) {
-        let done = match &mut self.db {
-            Some(db) => guarded(|| work(db)),
-            None => Err("the last start failed".to_owned()),
-        };
-        let Err(reason) = done else {
-            self.faulty = false;
+        if self.db.is_none() {
+            self.restart("it could not be written");
+        }
+        let Some(db) = &mut self.db else { return };
+        if let Err(reason) = guarded(|| work(db)) {
+            self.drop_db();
+            self.restart(&reason);
+        }
+    }
+
+    fn restart(&mut self, reason: &str) {
+        let now = Instant::now();
+        if now < self.restart_at {
             return;
-        };
-        self.drop_db();
-        match start_afresh(&self.dir, &reason) {
+        }
+        self.restart_at = now + RESTART_EVERY;
+        match start_afresh(&self.dir, reason) {
             Ok(db) => self.db = Some(db),
-            Err(error) if !self.faulty => {
-                tracing::warn!(%error, "the dedupe log cannot be written; repeated revisions are still caught by the position");
-                self.faulty = true;
+            Err(error) => {
+                tracing::warn!(%error, "the dedupe log cannot be started; the position still catches what is repeated")
             }
-            Err(_) => {}
         }
     }
 
     fn drop_db(&mut self) {
         let db = self.db.take();
+<<<<<<< HEAD
         if guarded(|| {
             drop(db);
             Ok(())
         })
         .is_err()
         {
+=======
+        let dropping = || {
+            drop(db);
+            Ok(())
+        };
+        if guarded(dropping).is_err() {
+>>>>>>> disk
             tracing::debug!("the dedupe log panicked while closing");
         }
     }
@@ -381,12 +396,18 @@ impl Db {
                 let done = entry.done || read_key(&key).is_some_and(|key| key <= self.done);
                 let count = self.entries - batched;
                 let surplus = count > self.entries_max && (done || count > self.entries_max * 2);
+<<<<<<< HEAD
                 let outlived = done && entry.noted_ms < old_ms;
                 if !surplus && !outlived {
+=======
+                let old = done && entry.noted_ms < old_ms;
+                if surplus || old {
+                    batch.remove(key);
+                    batched += 1;
+                } else {
+>>>>>>> disk
                     break;
                 }
-                batch.remove(key);
-                batched += 1;
             }
             if batched == 0 {
                 break;

@@ -159,3 +159,87 @@ impl FeedEntry for JournalEntry {
         Ok((frame.seq_first.0..).zip(frame.revisions.into_iter().zip(frame.digests)).map(entry).collect())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Change;
+    use crate::wire::digest;
+
+    fn limits() -> Limits {
+        Limits {
+            spool_bytes_max: 1 << 20,
+            journal_bytes_max: 1 << 20,
+            segment_bytes: 32 * 1024,
+            queue_bytes_max: 8 * 1024,
+            frame_bytes_max: 1 << 20,
+            window_bytes_max: 1 << 20,
+            revision_bytes_max: 1 << 20,
+            txn_ops_max: 128,
+            request_bytes_max: 1_572_864,
+            page_keys_max: 1000,
+            page_bytes_max: 1 << 20,
+        }
+    }
+
+    fn entry(epoch: u64, seq: u64) -> JournalEntry {
+        let changes = vec![Change::Put { key: Bytes::from(format!("/a/{seq}")), value: vec![7; 100].into() }];
+        let revision = Arc::new(WholeRevision { revision: Revision(1000 + seq * 2), changes });
+        let digest = digest::of_revision(&revision);
+        JournalEntry { epoch: Epoch(epoch), seq: Seq(seq), revision, digest }
+    }
+
+    async fn append_durably(journal: &Journal, entries: Vec<JournalEntry>) {
+        let last = entries.last().map_or(0, FeedEntry::index);
+        let appended = journal.append(entries).await;
+        assert!(matches!(appended, Ok(Appended::Taken)), "{appended:?}");
+        assert!(journal.durable().wait_for(|durable| durable.0 >= last).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn what_was_received_is_read_again_from_any_seq_also_after_a_restart() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("journal");
+        let (journal, _) = Journal::open(&dir, &limits()).await.unwrap();
+        journal.reset(Epoch(3), Seq(0)).await.unwrap();
+        let entries: Vec<JournalEntry> = (1..=400).map(|seq| entry(3, seq)).collect();
+        for some in entries.chunks(11) {
+            append_durably(&journal, some.to_vec()).await;
+        }
+        let before = journal.extent().borrow().clone();
+        assert_eq!((before.epoch, before.base, before.end), (Epoch(3), Seq(0), Seq(400)));
+        assert_eq!(before.last, Some((Seq(400), Revision(1800), entries[399].digest)));
+        journal.close().await.unwrap();
+        let (journal, _) = Journal::open(&dir, &limits()).await.unwrap();
+        assert_eq!(*journal.extent().borrow(), JournalExtent { ..before });
+        for after in [0, 1, 250, 399] {
+            let read = journal.read_after(Seq(after), 1 << 20).await.unwrap();
+            assert!(read == entries[usize::try_from(after).unwrap()..], "after {after}");
+        }
+        journal.close().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_gap_a_repeat_and_another_epoch_are_refused_until_a_reset_opens_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("journal");
+        let (journal, _) = Journal::open(&dir, &limits()).await.unwrap();
+        assert_eq!(journal.extent().borrow().epoch, Epoch(0));
+        journal.reset(Epoch(1), Seq(10)).await.unwrap();
+        append_durably(&journal, vec![entry(1, 11), entry(1, 12)]).await;
+        for seq in [10, 12, 14] {
+            let refused = journal.append(vec![entry(1, seq)]).await;
+            assert!(matches!(refused, Err(JournalError::Feed(FeedError::OutOfOrder { .. }))), "{seq}");
+        }
+        let refused = journal.append(vec![entry(2, 13)]).await;
+        assert!(matches!(refused, Err(JournalError::OtherEpoch { entry: Epoch(2), journal: Epoch(1) })));
+        journal.reset(Epoch(2), Seq(0)).await.unwrap();
+        append_durably(&journal, vec![entry(2, 1)]).await;
+        journal.close().await.unwrap();
+        let (journal, _) = Journal::open(&dir, &limits()).await.unwrap();
+        let extent = journal.extent().borrow().clone();
+        assert_eq!((extent.epoch, extent.base, extent.end), (Epoch(2), Seq(0), Seq(1)));
+        assert_eq!(journal.read_after(Seq(0), 1).await.unwrap(), [entry(2, 1)]);
+        journal.close().await.unwrap();
+    }
+}

@@ -7,10 +7,13 @@
 //! it takes what has gathered, writes it, syncs once, says so, and starts again. Stages wait on the `extent` watch, which changes
 //! with every event. Entries that are appended together, or gather while the disk is busy, share records of up to 256 KiB.
 
+mod state;
+
 use super::writer::{Writer, first_entry};
 use super::{OnDamage, Opened, SegmentError, SegmentLimits, SegmentLog, SegmentReader};
 use crate::config::Limits;
 use bytes::Bytes;
+pub(super) use state::State;
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -130,31 +133,6 @@ pub(super) struct Shared<T: FeedEntry> {
     dir: PathBuf,
     /// Where the last read from files stopped.
     cursor: Mutex<Option<Cursor<T>>>,
-}
-
-pub(super) struct State<T: FeedEntry> {
-    /// The entries after `ring_after`, without a gap. Those that are not written yet stand at its end.
-    ring: VecDeque<T>,
-    ring_bytes: usize,
-    ring_after: u64,
-    pub(super) unwritten: usize,
-    unwritten_bytes: usize,
-    pub(super) held: Held<T::Tail>,
-    /// The last entry's index, or the base.
-    last: u64,
-    file_bytes: u64,
-    durable: u64,
-    /// The last record's index.
-    pub(super) logged: u64,
-    pub(super) trim_to: u64,
-    pub(super) trimmed_to: u64,
-    /// The tag and base of a reset that the writer has not done yet.
-    pub(super) reset: Option<(u64, u64)>,
-    /// How many resets were asked for.
-    pub(super) resets: u64,
-    refused_bytes: u64,
-    pub(super) failed: Option<Arc<str>>,
-    pub(super) closing: bool,
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -282,8 +260,7 @@ impl<T: FeedEntry> Feed<T> {
             let mut state = lock(&self.shared.state);
             state.usable()?;
             state.start_anew(tag, base);
-            self.shared.publish(&mut state);
-            self.shared.durable.send_replace(T::typed(base));
+            self.shared.publish_durable(&mut state);
             self.shared.wake_writer.notify_one();
             state.resets
         };
@@ -358,39 +335,11 @@ pub(super) fn decode<T: FeedEntry>(index: u64, record: &[u8], limits: &FeedLimit
 
 impl<T: FeedEntry> Shared<T> {
     fn new(dir: PathBuf, limits: FeedLimits, log: &SegmentLog, first: Option<u64>, last: Option<T>) -> Self {
-        let (base, covered) = (log.base(), log.last_index());
-        let held = Held {
-            tag: log.tag(),
-            base,
-            covered,
-            first,
-            last: last.as_ref().map(T::tail),
-            bytes: log.bytes(),
-            full: false,
-            disk_full: false,
-        };
-        let extent = watch::Sender::new(T::extent(&held));
-        let state = State {
-            ring: VecDeque::new(),
-            ring_bytes: 0,
-            ring_after: covered,
-            unwritten: 0,
-            unwritten_bytes: 0,
-            held,
-            last: last.as_ref().map_or(base, T::index),
-            file_bytes: log.bytes(),
-            durable: covered,
-            logged: covered,
-            trim_to: base,
-            trimmed_to: base,
-            reset: None,
-            resets: 0,
-            refused_bytes: 0,
-            failed: None,
-            closing: false,
-        };
-        let (wake_writer, durable) = (Condvar::new(), watch::Sender::new(T::typed(covered)));
-        Self { limits, state: Mutex::new(state), wake_writer, extent, durable, dir, cursor: Mutex::new(None) }
+        let state = State::new(log, first, last);
+        let extent = watch::Sender::new(T::extent(&state.held));
+        let durable = watch::Sender::new(T::typed(state.durable));
+        let (state, wake_writer, cursor) = (Mutex::new(state), Condvar::new(), Mutex::new(None));
+        Self { limits, state, wake_writer, extent, durable, dir, cursor }
     }
 
     /// Tells every waiting stage. Called with the lock held, so that the last one told is the last that happened.
@@ -401,8 +350,8 @@ impl<T: FeedEntry> Shared<T> {
     }
 
     pub(super) fn publish_durable(&self, state: &mut State<T>) {
-        self.durable.send_replace(T::typed(state.durable));
         self.publish(state);
+        self.durable.send_replace(T::typed(state.durable));
     }
 
     pub(super) fn forget_cursor(&self) {
@@ -458,131 +407,6 @@ impl<T: FeedEntry> Cursor<T> {
         }
         self.after = through;
         Ok(found)
-    }
-}
-
-impl<T: FeedEntry> State<T> {
-    pub(super) fn usable(&self) -> Result<(), FeedError> {
-        match &self.failed {
-            Some(reason) => Err(FeedError::Failed { reason: Arc::clone(reason) }),
-            None if self.closing => Err(FeedError::Closed),
-            None => Ok(()),
-        }
-    }
-
-    fn check_readable(&self, index: u64, after: u64, resets: u64) -> Result<(), FeedError> {
-        self.usable()?;
-        if self.resets != resets {
-            return Err(FeedError::Reset);
-        }
-        if after < self.held.base {
-            return Err(FeedError::BeforeBase { index, base: self.held.base });
-        }
-        if index > self.held.covered {
-            return Err(FeedError::BeyondEnd { index, end: self.held.covered });
-        }
-        Ok(())
-    }
-
-    fn check_order(&self, entries: &[T]) -> Result<(), FeedError> {
-        let mut end = self.held.covered;
-        for index in entries.iter().map(T::index) {
-            if index <= end || (T::DENSE && index != end + 1) {
-                return Err(FeedError::OutOfOrder { index, end });
-            }
-            end = index;
-        }
-        Ok(())
-    }
-
-    fn take(&mut self, entries: Vec<T>, bytes: usize, queue_bytes_max: usize) {
-        if let (Some(first), Some(last)) = (entries.first(), entries.last()) {
-            self.held.first.get_or_insert(first.index());
-            self.last = last.index();
-            self.held.covered = last.index();
-            self.held.last = Some(last.tail());
-        }
-        self.ring_bytes += bytes;
-        self.unwritten_bytes += bytes;
-        self.unwritten += entries.len();
-        self.ring.extend(entries);
-        self.drop_surplus(queue_bytes_max);
-    }
-
-    fn recent(&self, after: u64, bytes_max: usize) -> Vec<T> {
-        let from = self.ring.partition_point(|entry| entry.index() <= after);
-        let (mut found, mut bytes) = (Vec::new(), 0);
-        for entry in self.ring.range(from..) {
-            bytes += entry.bytes();
-            if !found.is_empty() && bytes > bytes_max {
-                break;
-            }
-            found.push(entry.clone());
-        }
-        found
-    }
-
-    fn start_anew(&mut self, tag: u64, base: u64) {
-        self.ring.clear();
-        (self.ring_bytes, self.ring_after, self.unwritten, self.unwritten_bytes) = (0, base, 0, 0);
-        self.held = Held { tag, base, covered: base, first: None, last: None, ..self.held.clone() };
-        (self.last, self.durable, self.logged, self.trim_to, self.trimmed_to) = (base, base, base, base, base);
-        self.file_bytes = 0;
-        self.reset = Some((tag, base));
-        self.resets += 1;
-    }
-
-    /// True if all entries are trimmed: then even a batch larger than the limit is taken, or it could never be.
-    fn is_all_trimmed(&self) -> bool {
-        self.unwritten == 0 && self.trim_to >= self.last
-    }
-
-    fn is_full_for(&self, bytes: u64, limits: &FeedLimits) -> bool {
-        let used = self.file_bytes + self.unwritten_bytes as u64;
-        self.held.disk_full || (!self.is_all_trimmed() && used + bytes > limits.segment.total_bytes_max)
-    }
-
-    fn has_room(&self, limits: &FeedLimits) -> bool {
-        let used = self.file_bytes + self.unwritten_bytes as u64;
-        let enough = used <= limits.segment.total_bytes_max / 10 * 9;
-        !self.is_full_for(self.refused_bytes, limits) && (enough || self.is_all_trimmed())
-    }
-
-    pub(super) fn first_unwritten(&self) -> Vec<T> {
-        self.ring.range(self.ring.len() - self.unwritten..).cloned().collect()
-    }
-
-    /// The first `written` of the unwritten entries are synced.
-    pub(super) fn advance(&mut self, written: &[T], log: &SegmentLog, limits: &FeedLimits) {
-        self.unwritten -= written.len();
-        self.unwritten_bytes -= written.iter().map(T::bytes).sum::<usize>();
-        self.refresh(log);
-        self.durable = self.logged;
-        self.drop_surplus(limits.queue_bytes_max);
-        self.drop_trimmed();
-    }
-
-    pub(super) fn refresh(&mut self, log: &SegmentLog) {
-        (self.held.base, self.file_bytes, self.logged) = (log.base(), log.bytes(), log.last_index());
-    }
-
-    fn drop_surplus(&mut self, queue_bytes_max: usize) {
-        while self.ring_bytes > queue_bytes_max && self.ring.len() > self.unwritten {
-            self.drop_oldest();
-        }
-    }
-
-    fn drop_trimmed(&mut self) {
-        while self.ring.len() > self.unwritten && self.ring.front().is_some_and(|e| e.index() <= self.trim_to) {
-            self.drop_oldest();
-        }
-    }
-
-    fn drop_oldest(&mut self) {
-        if let Some(entry) = self.ring.pop_front() {
-            self.ring_bytes -= entry.bytes();
-            self.ring_after = entry.index();
-        }
     }
 }
 

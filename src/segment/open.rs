@@ -183,15 +183,15 @@ fn unlink_void(dir: &Path, numbers: Vec<u64>) -> Result<Vec<u64>, SegmentError> 
     for number in numbers {
         let path = file_path(dir, number);
         let file = OpenFile::open(&path).map_err(failed("reading", &path))?;
-        if file.is_some_and(|file| file.header.starts_anew) {
+        if file.is_some_and(|file| file.header.starts_anew) && !kept.is_empty() {
             for void in kept.drain(..) {
                 let path = file_path(dir, void);
                 fs::remove_file(&path).map_err(failed("removing", &path))?;
             }
+            sync_dir(dir)?;
         }
         kept.push(number);
     }
-    sync_dir(dir)?;
     Ok(kept)
 }
 

@@ -84,6 +84,13 @@ fn an_index_that_does_not_grow_is_refused() {
     assert_eq!(read_all(&log, 5).unwrap().len(), 1, "a record longer than a file has one of its own");
 }
 
+/// In memory where there is such a place: for tests that open a log thousands of times, each with its syncs.
+fn dir_in_memory() -> tempfile::TempDir {
+    let only_we = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+    let in_memory = tempfile::Builder::new().permissions(only_we).tempdir_in("/dev/shm");
+    in_memory.unwrap_or_else(|_| private_dir())
+}
+
 /// A log of four records and a little padding, in one file.
 fn small_file(dir: &Path) -> (PathBuf, Records) {
     let limits = SegmentLimits { segment_bytes: 256, ..limits() };
@@ -95,7 +102,7 @@ fn small_file(dir: &Path) -> (PathBuf, Records) {
 
 #[test]
 fn every_flipped_bit_is_noticed_and_no_altered_record_is_given_out() {
-    let dir = private_dir();
+    let dir = dir_in_memory();
     let (path, written) = small_file(dir.path());
     let good = fs::read(&path).unwrap();
     for bit in 0..good.len() * 8 {
@@ -115,7 +122,7 @@ fn every_flipped_bit_is_noticed_and_no_altered_record_is_given_out() {
 
 #[test]
 fn every_truncation_is_noticed() {
-    let dir = private_dir();
+    let dir = dir_in_memory();
     let (path, written) = small_file(dir.path());
     let good = fs::read(&path).unwrap();
     for bytes in 0..good.len() {

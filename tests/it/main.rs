@@ -6,5 +6,6 @@ mod bank;
 mod bed;
 mod config;
 mod following;
+mod power_cut;
 mod tidy;
 mod trust;

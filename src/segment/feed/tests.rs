@@ -308,3 +308,22 @@ async fn appending_waits_while_the_disk_is_behind_and_a_cancelled_append_adds_no
     feed.close().await.unwrap();
     writing.join().unwrap();
 }
+
+#[tokio::test]
+async fn a_disk_error_stops_the_feed_and_whoever_waits_is_told() {
+    let dir = private_dir();
+    let feed = open(dir.path(), limits(1000, 64 * 1024));
+    append_durably(&feed, items(1..=3, 100)).await;
+    std::fs::remove_dir_all(dir.path()).unwrap();
+    let (read, ()) = tokio::join!(feed.read_after(3, 1), async {
+        let mut last = 3;
+        while feed.append(items(last + 1..=last + 10, 400)).await.is_ok() {
+            last += 10;
+        }
+    });
+    drop(read);
+    assert!(matches!(feed.append(items(9000..9001, 1)).await, Err(FeedError::Failed { .. })));
+    assert!(matches!(feed.read_after(3, 1).await, Err(FeedError::Failed { .. })));
+    assert!(matches!(feed.reset(0, 0).await, Err(FeedError::Failed { .. })));
+    assert!(matches!(feed.close().await, Err(FeedError::Failed { .. })));
+}
