@@ -226,20 +226,11 @@ impl Log {
 
     fn drop_db(&mut self) {
         let db = self.db.take();
-<<<<<<< HEAD
-        if guarded(|| {
-            drop(db);
-            Ok(())
-        })
-        .is_err()
-        {
-=======
         let dropping = || {
             drop(db);
             Ok(())
         };
         if guarded(dropping).is_err() {
->>>>>>> disk
             tracing::debug!("the dedupe log panicked while closing");
         }
     }
@@ -396,16 +387,11 @@ impl Db {
                 let done = entry.done || read_key(&key).is_some_and(|key| key <= self.done);
                 let count = self.entries - batched;
                 let surplus = count > self.entries_max && (done || count > self.entries_max * 2);
-<<<<<<< HEAD
-                let outlived = done && entry.noted_ms < old_ms;
-                if !surplus && !outlived {
-=======
                 let old = done && entry.noted_ms < old_ms;
                 if surplus || old {
                     batch.remove(key);
                     batched += 1;
                 } else {
->>>>>>> disk
                     break;
                 }
             }
