@@ -5,6 +5,7 @@ mod admin;
 mod bank;
 mod bed;
 mod config;
+mod demo;
 mod following;
 mod power_cut;
 mod tidy;
