@@ -4,8 +4,12 @@
 mod admin;
 mod bank;
 mod bed;
+mod both_ways;
 mod config;
+mod copy;
 mod following;
+mod guards;
+mod links;
 mod power_cut;
 mod tidy;
 mod trust;
