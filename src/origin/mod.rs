@@ -13,7 +13,8 @@ pub mod watch;
 
 use crate::admin::LinkCommand;
 use crate::config::{EtcdConfig, Limits, SendConfig};
-use crate::model::{LinkState, LinkStatus, Revision, Side, StageStatus};
+use crate::metrics;
+use crate::model::{LinkName, LinkState, LinkStatus, Revision, Side, StageStatus};
 use lag::LagTracker;
 use ship::{ShipView, Shipper};
 use spool::{Spool, SpoolExtent};
@@ -136,7 +137,7 @@ impl OriginLink {
                 biased;
                 () = stop.cancelled() => break,
                 event = incoming.recv() => match event {
-                    Some(event) => take(&mut lag, event),
+                    Some(event) => take(&mut lag, event, &link, clock.now_ms()),
                     None => break,
                 },
                 ended = stages.join_next() => {
@@ -159,7 +160,7 @@ impl OriginLink {
     }
 }
 
-fn take(lag: &mut LagTracker, event: LinkEvent) {
+fn take(lag: &mut LagTracker, event: LinkEvent, link: &LinkName, now_ms: u64) {
     match event {
         LinkEvent::Arrived { revisions, at_ms } => {
             for revision in revisions {
@@ -169,6 +170,7 @@ fn take(lag: &mut LagTracker, event: LinkEvent) {
         LinkEvent::Covered(revision) => lag.covered(revision),
         LinkEvent::Head { revision, at_ms } => lag.head(revision, at_ms),
         LinkEvent::Acked { applied, durable } => {
+            lag.ages_through(applied, now_ms).for_each(|seconds| metrics::observe_lag(link, seconds));
             lag.applied(applied);
             lag.durable(durable);
         }
