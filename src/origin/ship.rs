@@ -205,6 +205,7 @@ impl Shipper {
             view.state = state;
             view.detail.clone_from(&reason);
             view.reason = reason;
+            view.copy = None;
         });
     }
 
