@@ -141,9 +141,8 @@ impl OriginLink {
                     None => break,
                 },
                 ended = stages.join_next() => {
-                    if let Some(Err(e)) = ended {
-                        anyhow::bail!("a stage of link {link} failed: {e}");
-                    }
+                    let why = ended.and_then(Result::err).map_or_else(String::new, |e| e.to_string());
+                    anyhow::bail!("a stage of link {link} has ended: {why}");
                 }
                 _ = ticks.tick() => {
                     let extent = spool.extent().borrow().clone();
