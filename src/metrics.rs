@@ -56,7 +56,7 @@ const COUNTERS: [(&str, &str); 2] = [
 const COUNTS: [(&str, &str); 12] = [
     ("revisions", "Revisions shipped (origin)."),
     ("skipped", "Revisions not shipped, since they came from the cluster that the link ships to (origin)."),
-    ("transactions", "Transactions committed at the replica's etcd (both)."),
+    ("transactions", "Transactions that brought the position forward (both)."),
     ("repeated", "Revisions that arrived again and changed nothing (both)."),
     ("conflicts", "Differing keys that a base copy left alone, since a link back exists (both)."),
     ("resets", "Frames that did not fit the receiver's window; each starts the window afresh (both)."),

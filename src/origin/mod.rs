@@ -247,14 +247,14 @@ impl Views<'_> {
                     .to_owned(),
             ),
             TailState::Stopped { reason } => reasons.push(reason.clone()),
-            TailState::Connecting { reason } if !reason.is_empty() => reasons.push(format!("the origin's watch: {reason}")),
+            TailState::Connecting { reason } if is_new(&reasons, reason) => reasons.push(format!("the origin's watch: {reason}")),
             TailState::Idle
             | TailState::Connecting { .. }
             | TailState::Running
             | TailState::Lost { .. }
             | TailState::OtherHistory { .. } => {}
         }
-        if let Some(trouble) = &self.head.trouble {
+        if let Some(trouble) = self.head.trouble.as_ref().filter(|trouble| is_new(&reasons, trouble)) {
             reasons.push(format!("the origin's head cannot be read: {trouble}"));
         }
         reasons.join("; ")
@@ -270,4 +270,9 @@ impl Views<'_> {
             TailState::OtherHistory { reason } | TailState::Stopped { reason } => reason.clone(),
         }
     }
+}
+
+/// An etcd that does not answer fails every stage with the same words; they are said once.
+fn is_new(reasons: &[String], reason: &str) -> bool {
+    !reason.is_empty() && !reasons.iter().any(|said| said.contains(reason))
 }

@@ -5,6 +5,7 @@ mod admin;
 mod bank;
 mod bed;
 mod config;
+mod docs;
 mod following;
 mod power_cut;
 mod tidy;
