@@ -167,6 +167,7 @@ impl Shipper {
                     }
                 }
                 SessionEnd::Stop(reason) => {
+                    let reason = reason.replace("resync LINK", &format!("resync {}", self.origin.send.link));
                     tracing::error!(link = %self.origin.send.link, %reason, "the link stops");
                     self.rest(LinkState::Stopped, reason);
                     let command = self.commands.recv().await;
@@ -205,6 +206,7 @@ impl Shipper {
             view.state = state;
             view.detail.clone_from(&reason);
             view.reason = reason;
+            view.copy = None;
         });
     }
 
@@ -273,7 +275,13 @@ impl Shipper {
         let mut client = HandshakeClient::new(channel.clone());
         let reply = match tokio::time::timeout(HELLO_DEADLINE, client.hello(hello)).await {
             Ok(Ok(reply)) => reply.into_inner(),
-            Ok(Err(status)) => return Err(refused(&address, &status)),
+            Ok(Err(status)) => {
+                if status.code() == tonic::Code::FailedPrecondition {
+                    // It may be a fencing: the next hello claims nothing, and learns.
+                    self.forget_epoch();
+                }
+                return Err(refused(&address, &status));
+            }
             Err(_) => {
                 return Err(SessionEnd::Wait(format!(
                     "{address} did not answer the hello within {} s",
@@ -391,9 +399,7 @@ impl Shipper {
     /// Brings the tail to where the decision wants it.
     async fn act(&mut self, decided: Resume) -> Result<Option<Way>, SessionEnd> {
         match decided {
-            Resume::Stop { reason } => {
-                Err(SessionEnd::Stop(reason.to_string().replace("LINK", self.origin.send.link.as_str())))
-            }
+            Resume::Stop { reason } => Err(SessionEnd::Stop(reason.to_string())),
             Resume::ShipFromSpool { after } => Ok(Some(Way::Follow { after })),
             Resume::WatchFrom { after } => {
                 self.watch_from(after).await?;
@@ -406,6 +412,8 @@ impl Shipper {
                 Ok(Some(Way::Copy { epoch, cursor: Some(at.cursor), reason: reason.to_string() }))
             }
             Resume::Copy { epoch, cursor: None, reason } => {
+                // Where the position was lost, its epoch may be used up.
+                let epoch = epoch.max(self.known_epoch.next());
                 Ok(Some(Way::Copy { epoch, cursor: None, reason: reason.to_string() }))
             }
             Resume::Tail { .. } => Ok(None),

@@ -8,7 +8,10 @@ pub mod copy;
 pub mod dedupe;
 pub mod journal;
 pub mod plan;
+pub mod position;
 pub mod receive;
+pub mod stream;
+pub mod txn;
 
 use crate::config::{EtcdConfig, Limits, ReceiveConfig};
 use crate::model::{CopyProgress, Digest, Epoch, LinkState, LinkStatus, Phase, Ranges, Seq, Side, StageStatus, Term};
@@ -65,7 +68,8 @@ impl ReplicaLink {
         let ranges = RangesFile::open(self.dir.join("ranges.json"))?;
         let (commands, incoming) = mpsc::channel(COMMANDS_MAX);
         let (view_sender, view) = watch::channel(ApplyView::default());
-        let (latest_session, sessions) = watch::channel(0);
+        let (latest_session, _) = watch::channel(0);
+        let (hellos, hello_waiting) = watch::channel(0);
         let (told_sender, told) = watch::channel(Told::default());
         let applier = Applier::new(ApplierParts {
             link,
@@ -74,7 +78,7 @@ impl ReplicaLink {
             ranges: ranges.get(),
             journal: journal.clone(),
             dedupe: dedupe.clone(),
-            latest_session: sessions,
+            hello_waiting,
             commands: incoming,
             view: view_sender,
         });
@@ -87,6 +91,7 @@ impl ReplicaLink {
             journal,
             dedupe,
             latest_session,
+            hellos,
             told: told_sender,
             sends_back: self.sends_back,
             ranges,
@@ -247,7 +252,13 @@ impl Views<'_> {
     fn reason(&self) -> String {
         let mut reasons = Vec::new();
         if !self.told.connected {
-            let ended = if self.told.ended.is_empty() { String::new() } else { format!(" ({})", self.told.ended) };
+            // What stopped the applier ended the stream too, and is said below.
+            let said_below = self.told.ended == self.view.waiting;
+            let ended = if said_below || self.told.ended.is_empty() {
+                String::new()
+            } else {
+                format!(" ({})", self.told.ended)
+            };
             reasons.push(format!("the origin's sidecar is not connected{ended}"));
         }
         if !self.view.waiting.is_empty() {
