@@ -81,7 +81,7 @@ pub struct LinkEnd {
     admit: Arc<tokio::sync::Mutex<Admit>>,
 }
 
-/// The ranges that the first hello named, kept across restarts.
+/// The ranges that the first hello named, or where the configuration says what is accepted, the last; kept across restarts.
 pub struct RangesFile {
     path: PathBuf,
     stored: Mutex<Option<Ranges>>,
@@ -294,7 +294,8 @@ impl Handshake for Receiver {
         let facts =
             HelloFacts { session: number, epoch: Epoch(hello.epoch), term: Term(hello.term), ranges: ranges.clone() };
         let answer = ask(&end, facts).await?;
-        if end.config.ranges.is_none() && end.ranges.get().is_none() {
+        // The applier needs them after a restart, before an origin says hello again.
+        if end.config.ranges.is_some() || end.ranges.get().is_none() {
             end.ranges
                 .put(&ranges)
                 .map_err(|e| Status::unavailable(format!("the link's ranges cannot be stored: {e}")))?;

@@ -4,10 +4,15 @@
 mod admin;
 mod bank;
 mod bed;
+mod both_ways;
 mod config;
+mod copy;
+mod docs;
 mod following;
+mod guards;
 mod lag;
 mod large;
+mod links;
 mod memory;
 mod power_cut;
 mod replica_trouble;
