@@ -176,6 +176,7 @@ impl Applier {
         let limits = RequestLimits {
             ops_max: parts.limits.txn_ops_max,
             bytes_max: parts.limits.request_bytes_max,
+            bytes_refused: None,
             position_key_bytes: parts.link.position_key().len(),
             position_value_bytes_max: POSITION_BYTES_MAX,
         };
@@ -544,7 +545,8 @@ impl Applier {
 
     /// Makes what is held visible; `committed`: something was applied, so journal and dedupe log may let go of it.
     pub(super) fn publish(&mut self, committed: bool) {
-        let position = self.held.as_ref().and_then(|h| h.position.clone());
+        // In doubt about the last transaction, what was known before it still holds.
+        let position = self.held.as_ref().map_or_else(|| self.expected.clone(), |h| h.position.clone());
         let applied = position.as_ref().map(Applied::of);
         let mut revision = applied.map_or(Revision(0), |a| a.revision);
         if let (Some((through, after, _)), Some(applied)) = (self.progress, applied)

@@ -77,8 +77,17 @@ async fn revisions_that_waited_are_merged_and_the_last_write_of_a_key_wins() {
 /// Keys that are no text, that touch both ends of the keyspace, and that are long.
 fn keys_of_any_bytes() -> Vec<Bytes> {
     let long = |byte: u8| vec![byte; 6 * 1_024];
-    let plain: [&[u8]; 9] =
-        [b"\0", b"\0\0", b"\0\xff", b"/app/\xff\0\xfe", b"/etcd-ferry", b"/etcd-ferry0", b"\xc3\x28", b"\xff", b"\xff\xff"];
+    let plain: [&[u8]; 9] = [
+        b"\0",
+        b"\0\0",
+        b"\0\xff",
+        b"/app/\xff\0\xfe",
+        b"/etcd-ferry",
+        b"/etcd-ferry0",
+        b"\xc3\x28",
+        b"\xff",
+        b"\xff\xff",
+    ];
     plain.iter().map(|key| Bytes::copy_from_slice(key)).chain([Bytes::from(long(0xff)), Bytes::from(long(0))]).collect()
 }
 

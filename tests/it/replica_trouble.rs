@@ -25,7 +25,10 @@ async fn reason_is_shown(pair: &Pair, words: &[&str]) {
     for sidecar in [&pair.replica_sidecar, &pair.origin_sidecar] {
         let named = |entry: &Value| {
             let reason = entry["reason"].as_str().unwrap_or_default();
-            reason.contains("the replica's etcd") && words.iter().any(|word| reason.contains(word))
+            let shown = reason.contains("the replica's etcd") && words.iter().any(|word| reason.contains(word));
+            assert!(entry["state"] != "copying", "no base copy runs: {entry:#}");
+            assert!(entry["applied_seq"].as_u64() > Some(0), "what was applied stays applied: {entry:#}");
+            shown
         };
         let what = format!("a reason with one of {words:?}");
         sidecar.wait_for_within(LINK, &what, Duration::from_secs(45), named).await;

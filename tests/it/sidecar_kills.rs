@@ -33,7 +33,8 @@ fn steady(pair: &Pair, rate_per_writer: u32) -> Traffic {
 
 /// Waits until something was applied after `seq`; how far it is then.
 async fn applied_after(pair: &Pair, seq: Seq) -> Seq {
-    until("the position to move", PATIENCE, async || pair.position().await.map(|p| p.seq).filter(|now| *now > seq)).await
+    until("the position to move", PATIENCE, async || pair.position().await.map(|p| p.seq).filter(|now| *now > seq))
+        .await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
