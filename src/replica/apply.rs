@@ -75,6 +75,8 @@ pub struct ApplyView {
     pub transactions: u64,
     /// Differing keys that base copies left alone because a link back exists.
     pub conflicts: u64,
+    /// Revisions larger than a request, which were applied in parts.
+    pub in_parts: u64,
     /// Only an operator, or a new hello, can make applying go on.
     pub stopped: bool,
     pub copy: CopyAck,
@@ -175,6 +177,7 @@ impl Applier {
         let limits = RequestLimits {
             ops_max: parts.limits.txn_ops_max,
             bytes_max: parts.limits.request_bytes_max,
+            bytes_refused: None,
             position_key_bytes: parts.link.position_key().len(),
             position_value_bytes_max: POSITION_BYTES_MAX,
         };
@@ -348,13 +351,9 @@ impl Applier {
     }
 
     fn submit(&mut self, settled: Settled) {
-        let Some(position) = self.held.as_ref().and_then(|h| h.position.clone()) else { return };
+        let Some(mut next) = self.held.as_ref().and_then(|h| h.position.clone()) else { return };
         let Some((last, digest)) = self.waiting.get(settled.revisions - 1) else { return };
-        let whole = match settled.extent {
-            Extent::Whole => true,
-            Extent::Part { to, of, .. } => to == of,
-        };
-        let mut next = position;
+        let whole = !matches!(settled.extent, Extent::Part { to, of, .. } if to < of);
         if whole {
             next.seq = settled.seq;
             next.origin_revision = last.revision.revision;
@@ -400,6 +399,9 @@ impl Applier {
                         self.waiting_bytes = self.waiting_bytes.saturating_sub(done.revision.bytes());
                     }
                 }
+                let in_parts = revisions > 0 && settled.is_some_and(|s| matches!(s.extent, Extent::Part { .. }));
+                self.view.send_modify(|view| view.in_parts += u64::from(in_parts));
+                self.resumed();
                 self.publish(true);
             }
             Committed::GuardFailed => {
@@ -499,16 +501,15 @@ impl Applier {
 
     async fn retry(&mut self) {
         self.retry_at = None;
-        if self.held.is_some() {
-            self.resumed();
-            return;
-        }
-        match self.reread().await {
-            Ok(()) => {
-                self.resumed();
-                self.publish(true);
+        if self.held.is_none() || self.etcd.is_none() {
+            if let Err(e) = self.reread().await {
+                return self.doubt(&e);
             }
-            Err(e) => self.doubt(&e),
+            self.publish(true);
+        }
+        // While something waits, only its commit says that the trouble is over.
+        if self.waiting.is_empty() {
+            self.resumed();
         }
     }
 
@@ -555,7 +556,8 @@ impl Applier {
 
     /// Makes what is held visible; `committed`: something was applied, so journal and dedupe log may let go of it.
     pub(super) fn publish(&mut self, committed: bool) {
-        let position = self.held.as_ref().and_then(|h| h.position.clone());
+        // In doubt about the last transaction, what was known before it still holds.
+        let position = self.held.as_ref().map_or_else(|| self.expected.clone(), |h| h.position.clone());
         let applied = position.as_ref().map(Applied::of);
         let mut revision = applied.map_or(Revision(0), |a| a.revision);
         if let (Some((through, after, _)), Some(applied)) = (self.progress, applied)

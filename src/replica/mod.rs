@@ -207,6 +207,7 @@ impl Views<'_> {
             ("refused", counters.refused.load(Ordering::Relaxed)),
             ("transactions", self.view.transactions),
             ("conflicts", self.view.conflicts),
+            ("in_parts", self.view.in_parts),
         ];
         status.counts = counts.into_iter().collect();
         let copying = position.is_some_and(|p| p.state == Phase::Copying && p.cursor.is_some());
