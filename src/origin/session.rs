@@ -469,7 +469,8 @@ impl Session {
         let txn = Txn::new()
             .when([Compare::mod_revision(key.to_vec(), CompareOp::Equal, self.waymark_revision.to_etcd())])
             .and_then([TxnOp::put(key.to_vec(), next.to_json(), None)]);
-        let response = self.etcd.txn(txn).await.map_err(|e| at_origin(&e))?;
+        let right = format!("write {}", key.escape_ascii());
+        let response = self.etcd.txn(txn, &right).await.map_err(|e| at_origin(&e))?;
         if !response.succeeded() {
             return Err(SessionEnd::HelloAgain("another sidecar wrote this link's waymark".to_owned()));
         }

@@ -7,7 +7,7 @@ use super::sequence::{Carried, Event, SequenceError, Sequenced, Sequencer, Watch
 use super::spool::{Spool, SpoolEntry};
 use super::{Clock, LinkEvent};
 use crate::config::{EtcdConfig, Limits};
-use crate::etcd::{Columns, Etcd, EtcdError, Watch, WatchSignal};
+use crate::etcd::{Columns, Etcd, EtcdError, Watch, WatchSignal, watch_right};
 use crate::model::{ClusterId, Digest, KeyRange, LINKS_PREFIX, LinkName, Ranges, Revision};
 use crate::retry::Backoff;
 use crate::segment::feed::Appended;
@@ -186,8 +186,8 @@ impl Tail {
                 }
                 Ended::Closed => self.pause("etcd closed the watch".to_owned(), &mut backoff).await,
                 Ended::Canceled(reason) => {
-                    let hint = "watching needs read rights over one range (README, etcd rights)";
-                    self.pause(format!("etcd cancelled the watch: {reason}; {hint}"), &mut backoff).await;
+                    let error = EtcdError::Denied { right: watch_right(&self.ranges.covering()), said: reason };
+                    self.pause(error.to_string(), &mut backoff).await;
                 }
                 Ended::Sequence(e @ SequenceError::OtherHistory { .. }) => {
                     next = self.halt(TailState::OtherHistory { reason: e.to_string() }, &mut opened);
@@ -456,7 +456,7 @@ pub async fn probe(
         }
     };
     match tokio::time::timeout(PROBE_DEADLINE, reading).await {
-        Ok(outcome) => outcome,
+        Ok(outcome) => outcome.map_err(|e| e.needing(|| watch_right(&ranges.covering()))),
         Err(_) => Err(EtcdError::TimedOut),
     }
 }
@@ -472,7 +472,7 @@ fn probe_step(
     match signal {
         WatchSignal::Created => None,
         WatchSignal::Compacted(_) => Some(Ok(Probed::Compacted)),
-        WatchSignal::Canceled(reason) => Some(Err(EtcdError::Denied(reason))),
+        WatchSignal::Canceled(said) => Some(Err(EtcdError::Denied { right: String::new(), said })),
         WatchSignal::Progress(revision) if revision >= at => Some(Ok(Probed::Nothing)),
         WatchSignal::Progress(_) => None,
         WatchSignal::Events { events, fragment, header } => {
@@ -495,7 +495,9 @@ fn probe_step(
 pub async fn may_watch(etcd: &Etcd, ranges: &Ranges) -> Result<(), EtcdError> {
     let mut watch: Watch = etcd.watch(&ranges.covering(), Revision(0), MESSAGE_BYTES_FIRST).await?;
     match tokio::time::timeout(PROBE_DEADLINE, watch.next()).await {
-        Ok(Ok(Some(WatchSignal::Canceled(reason)))) => Err(EtcdError::Denied(reason)),
+        Ok(Ok(Some(WatchSignal::Canceled(reason)))) => {
+            Err(EtcdError::Denied { right: watch_right(&ranges.covering()), said: reason })
+        }
         Ok(Ok(_)) => Ok(()),
         Ok(Err(e)) => Err(e),
         Err(_) => Err(EtcdError::TimedOut),

@@ -34,6 +34,7 @@ const POSITION_BYTES_MAX: usize = 700;
 const RUN_KEYS_MAX: usize = 200_000;
 /// Guards that failed so often in a row mean that somebody else writes there: then key by key.
 const GUARD_FAILURES_MAX: u32 = 2;
+const APPLY_RIGHT: &str = "read and write the link's prefixes and /etcd-ferry/v1/links/";
 /// A committed transaction may take so long to answer while the process stops.
 const STOP_DEADLINE: Duration = Duration::from_secs(3);
 
@@ -399,7 +400,7 @@ impl Applier {
             next.state = Phase::Following;
         }
         let txn = transaction(&self.link, held, &next, tree);
-        let answer = Box::pin(async move { etcd.txn(txn).await });
+        let answer = Box::pin(async move { etcd.txn(txn, APPLY_RIGHT).await });
         self.in_flight = Some(InFlight { revisions, settled, next, started: Instant::now(), answer });
     }
 
