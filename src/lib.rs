@@ -7,7 +7,7 @@
 //! demo/              mod proxy: two regions on one machine, for `make demo`
 //! app.rs             bind everything, then run it; owns tasks and shutdown
 //! origin/            mod ship session anchor resume(p) watch sequence(p) spool lag(p)
-//! replica/           mod receive admit(p) copy apply plan/(p) journal dedupe(the only file that knows sled)
+//! replica/           mod receive stream admit(p) copy apply position txn plan(p) journal dedupe(the only file that knows sled)
 //! admin/             service http client
 //! etcd.rs            the narrow typed door to etcd
 //! tls/               mod (configurations) accept connect verify explain(p)

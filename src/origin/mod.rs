@@ -140,9 +140,8 @@ impl OriginLink {
                     None => break,
                 },
                 ended = stages.join_next() => {
-                    if let Some(Err(e)) = ended {
-                        anyhow::bail!("a stage of link {link} failed: {e}");
-                    }
+                    let why = ended.and_then(Result::err).map_or_else(String::new, |e| e.to_string());
+                    anyhow::bail!("a stage of link {link} has ended: {why}");
                 }
                 _ = ticks.tick() => {
                     let extent = spool.extent().borrow().clone();
@@ -241,17 +240,24 @@ impl Views<'_> {
             reasons.push(self.ship.reason.clone());
         }
         match &self.tail.state {
+            TailState::SpoolFull if self.spool.disk_full => {}
             TailState::SpoolFull => reasons.push(
                 "the spool is full: watching goes on when the replica has applied more; raise [limits] spool_bytes_max if outages last longer"
                     .to_owned(),
             ),
             TailState::Stopped { reason } => reasons.push(reason.clone()),
             TailState::Connecting { reason } if !reason.is_empty() => reasons.push(format!("the origin's watch: {reason}")),
+            TailState::OtherHistory { reason } if *reason != self.ship.reason => reasons.push(reason.clone()),
+            TailState::Lost { compacted } => reasons.push(format!(
+                "etcd has compacted up to {compacted}, past the spool's end: a base copy follows once the replica answers"
+            )),
             TailState::Idle
             | TailState::Connecting { .. }
             | TailState::Running
-            | TailState::Lost { .. }
             | TailState::OtherHistory { .. } => {}
+        }
+        if self.spool.disk_full {
+            reasons.push("the spool's disk takes no more: make room below data_dir".to_owned());
         }
         if let Some(trouble) = &self.head.trouble {
             reasons.push(format!("the origin's head cannot be read: {trouble}"));

@@ -92,6 +92,8 @@ pub struct Session {
     seq: Seq,
     /// The last revision that was read from the spool for shipping.
     cursor: Revision,
+    /// The last one that is on its way: a frame that waits for the connection is read, and not sent.
+    sent: Revision,
     /// Frames that are not durable at the replica: their last seq and revision.
     in_flight: VecDeque<(Seq, Revision)>,
     received: (Seq, Revision),
@@ -158,6 +160,7 @@ impl Session {
             term: Term(0),
             seq: received.0,
             cursor: Revision(0),
+            sent: Revision(0),
             in_flight: VecDeque::new(),
             received,
             acked,
@@ -199,6 +202,9 @@ impl Session {
         let mut stream_open = true;
         let (outbound, spool) = (self.outbound.clone(), ship.spool.clone());
         loop {
+            if pending.is_none() {
+                self.sent = self.cursor;
+            }
             let may_read = pending.is_none() && self.in_flight.len() < IN_FLIGHT_MAX;
             tokio::select! {
                 biased;
@@ -382,6 +388,7 @@ impl Session {
         ship.view.send_modify(|view| view.count("resets", 1));
         self.encoder.restart();
         (self.seq, self.cursor) = back;
+        self.sent = self.sent.min(self.cursor);
         self.in_flight.retain(|(seq, _)| *seq <= after);
         Ok(())
     }
@@ -391,7 +398,7 @@ impl Session {
         self.check_deadline()?;
         let extent = ship.spool.extent().borrow().clone();
         let shipped_all = drained && extent.last.is_none_or(|(last, _)| last <= self.cursor);
-        let through = if shipped_all { extent.covered.max(self.cursor) } else { self.cursor };
+        let through = if shipped_all { extent.covered.max(self.cursor) } else { self.sent };
         self.rewrite_waymark(ship).await?;
         let now = movement(ship);
         let idle_write = shipped_all

@@ -6,15 +6,14 @@
 use super::dedupe::Dedupe;
 use super::journal::Journal;
 use super::plan::{
-    self, Extent, Node, Op, Plan, PlanError, Refusal as LimitRefusal, RequestLimits, RunFacts, Settled, TxnTree,
-    Waiting,
+    self, Extent, Plan, PlanError, Refusal as LimitRefusal, RequestLimits, RunFacts, Settled, TxnTree, Waiting,
 };
+use super::position::{Held, HelloAnswer, HelloFacts, HelloRefused};
+use super::txn::transaction;
 use crate::config::{EtcdConfig, Limits};
-use crate::etcd::{
-    Columns, Compare, CompareOp, DeleteOptions, Etcd, EtcdError, Txn, TxnOp, TxnOpResponse, TxnResponse, txn_revision,
-};
+use crate::etcd::{Columns, Etcd, EtcdError, TxnOpResponse, TxnResponse, txn_revision};
 use crate::metrics;
-use crate::model::{ClusterId, Digest, Epoch, LinkName, Phase, Position, Ranges, Revision, Seq, Term, Waymark};
+use crate::model::{Digest, Epoch, LinkName, Phase, Position, Ranges, Revision, Seq, Waymark};
 use crate::retry::Backoff;
 use crate::wire::replicate::CopyAck;
 use crate::wire::replicate::refusal::Kind;
@@ -87,32 +86,6 @@ pub struct ApplyView {
     pub refusal: Option<(u64, Kind, String)>,
 }
 
-/// A hello, checked for name, version and ranges.
-#[derive(Debug)]
-pub struct HelloFacts {
-    pub session: u64,
-    pub epoch: Epoch,
-    pub term: Term,
-    pub ranges: Ranges,
-}
-
-/// What a hello is answered with.
-#[derive(Debug)]
-pub struct HelloAnswer {
-    pub replica_cluster: ClusterId,
-    pub position: Option<Position>,
-    pub received: (Seq, Revision, Digest),
-    pub durable: Seq,
-    pub ranges_empty: bool,
-}
-
-#[derive(Debug)]
-pub enum HelloRefused {
-    /// The replica's etcd does not answer.
-    Unavailable(String),
-    Fenced(String),
-}
-
 /// What the stream asks of the applier, in order.
 pub enum ApplyCommand {
     Hello {
@@ -130,13 +103,6 @@ pub enum ApplyCommand {
         session: u64,
         step: super::copy::CopyStep,
     },
-}
-
-/// The position as it was last read or written, with the revision that its compare needs. `position` is `None` where etcd has none.
-#[derive(Debug, Clone)]
-pub(super) struct Held {
-    pub position: Option<Position>,
-    pub mod_revision: Revision,
 }
 
 struct InFlight {
@@ -169,21 +135,21 @@ pub struct Applier {
     done: Option<Applied>,
     pub(super) held: Option<Held>,
     /// The last position that this applier knew: what a fresh read is compared with.
-    expected: Option<Position>,
+    pub(super) expected: Option<Position>,
     /// Entries up to this seq were taken from the journal.
     pub(super) read_through: Seq,
-    waiting: VecDeque<(Waiting, Digest)>,
-    waiting_bytes: usize,
-    planned: Option<Plan>,
+    pub(super) waiting: VecDeque<(Waiting, Digest)>,
+    pub(super) waiting_bytes: usize,
+    pub(super) planned: Option<Plan>,
     guard_failures: u32,
     in_flight: Option<InFlight>,
     pub(super) waymark: Waymark,
     /// The origin's last word on idle progress, and the seq after which it holds.
-    progress: Option<(Revision, Seq, bool)>,
+    pub(super) progress: Option<(Revision, Seq, bool)>,
     pub(super) backoff: Backoff,
-    retry_at: Option<Instant>,
+    pub(super) retry_at: Option<Instant>,
     /// Set by what only an operator can cure; a new hello clears it.
-    stopped: bool,
+    pub(super) stopped: bool,
     pub(super) session: u64,
     pub(super) latest_session: watch::Receiver<u64>,
     pub(super) commands: mpsc::Receiver<ApplyCommand>,
@@ -553,78 +519,6 @@ impl Applier {
         Ok(etcd)
     }
 
-    /// Reads the position afresh, and brings queue and journal in line with it.
-    async fn read_position(&mut self) -> Result<ClusterId, EtcdError> {
-        let etcd = self.etcd().await?;
-        let look = etcd.look(&self.link.position_key()).await?;
-        let mod_revision = look.kv.as_ref().map_or(Revision(0), |kv| kv.mod_revision);
-        let position = match &look.kv {
-            None => None,
-            Some(kv) => match Position::from_json(&kv.value) {
-                Ok(position) => Some(position),
-                Err(e) => {
-                    return Err(EtcdError::Other(format!(
-                        "the position at {} cannot be read ({e}): mend it, or delete it to begin with a new base copy",
-                        self.link.position_key().escape_ascii()
-                    )));
-                }
-            },
-        };
-        self.planned = None;
-        self.align(position.as_ref()).await;
-        self.expected.clone_from(&position);
-        self.held = Some(Held { position, mod_revision });
-        Ok(look.cluster)
-    }
-
-    /// After a fresh read: drops what is in already; where the position moved in a way that is not ours, the stream is closed.
-    async fn align(&mut self, position: Option<&Position>) {
-        let (epoch, seq) = position.map_or((Epoch(0), Seq(0)), |p| (p.epoch, p.seq));
-        let (known_epoch, known_seq) = self.expected.as_ref().map_or((epoch, seq), |p| (p.epoch, p.seq));
-        let ours = self.expected.is_none() || (position.is_some() && epoch == known_epoch && seq >= known_seq);
-        let extent = self.journal.extent().borrow().clone();
-        let last = extent.last.map_or(extent.base, |(seq, _, _)| seq);
-        let continues = extent.epoch == epoch && extent.base <= seq && seq <= last;
-        if ours && continues {
-            while self.waiting.front().is_some_and(|(w, _)| w.seq <= seq) {
-                if let Some((done, _)) = self.waiting.pop_front() {
-                    self.waiting_bytes = self.waiting_bytes.saturating_sub(done.revision.bytes());
-                }
-            }
-            self.read_through = self.read_through.max(seq);
-            return;
-        }
-        self.start_afresh(seq);
-        if !continues && let Err(e) = self.journal.reset(epoch, seq).await {
-            tracing::error!(link = %self.link, error = %e, "the journal cannot be started afresh");
-        }
-        if !ours {
-            let (kind, reason) = if (epoch, seq) > (known_epoch, known_seq) {
-                (Kind::Fenced, format!("another applier has brought the position to epoch {epoch}, seq {seq}"))
-            } else {
-                (
-                    Kind::PositionMoved,
-                    format!("the position moved back to epoch {epoch}, seq {seq}: was the replica restored?"),
-                )
-            };
-            tracing::warn!(link = %self.link, %reason, "the position moved");
-            let session = self.session;
-            self.view.send_modify(|view| view.refusal = Some((session, kind, reason)));
-        }
-    }
-
-    pub(super) async fn reread(&mut self) -> Result<(), EtcdError> {
-        self.read_position().await.map(|_| ())
-    }
-
-    /// Nothing waits any more; the journal's entries after `seq` come next.
-    pub(super) fn start_afresh(&mut self, seq: Seq) {
-        self.waiting.clear();
-        self.waiting_bytes = 0;
-        self.planned = None;
-        self.read_through = seq;
-    }
-
     async fn command(&mut self, command: ApplyCommand) {
         if let Some(in_flight) = &mut self.in_flight {
             let answer = (&mut in_flight.answer).await;
@@ -647,66 +541,6 @@ impl Applier {
                 }
             }
         }
-    }
-
-    async fn hello(&mut self, facts: HelloFacts) -> Result<HelloAnswer, HelloRefused> {
-        let unavailable = |e: EtcdError| HelloRefused::Unavailable(format!("the replica's etcd: {e}"));
-        let replica_cluster = self.read_position().await.map_err(unavailable)?;
-        let position = self.held.as_ref().and_then(|h| h.position.clone());
-        if let Some(position) = &position {
-            let claimed = if facts.epoch == Epoch(0) { position.epoch } else { facts.epoch };
-            if (claimed, facts.term) < (position.epoch, position.term) {
-                return Err(HelloRefused::Fenced(format!(
-                    "the position is at epoch {}, term {}; this sender is at epoch {claimed}, term {}",
-                    position.epoch, position.term, facts.term
-                )));
-            }
-            if facts.term > position.term {
-                let next = Position { term: facts.term, ..position.clone() };
-                match self
-                    .commit(next, TxnTree { guards: Vec::new(), success: Vec::new() })
-                    .await
-                    .map_err(unavailable)?
-                {
-                    Committed::Done => {}
-                    Committed::GuardFailed | Committed::PositionMoved => {
-                        return Err(HelloRefused::Unavailable(
-                            "the position moved while the hello was answered".to_owned(),
-                        ));
-                    }
-                }
-            }
-        }
-        let mut ranges_empty = true;
-        let etcd = self.etcd().await.map_err(unavailable)?;
-        for piece in facts.ranges.pieces() {
-            ranges_empty &= etcd.page(piece, 0, None, Columns::CountOnly).await.map_err(unavailable)?.count == 0;
-        }
-        self.session = facts.session;
-        self.ranges = Some(facts.ranges);
-        self.copying = None;
-        self.progress = None;
-        self.stopped = false;
-        self.retry_at = None;
-        if let Some(position) = &position {
-            self.waymark = position.waymark;
-        }
-        self.view.send_modify(|view| {
-            view.refusal = None;
-            view.stopped = false;
-            view.waiting.clear();
-            view.copy = CopyAck::default();
-            view.copy_session = facts.session;
-        });
-        self.publish(true);
-        let position = self.held.as_ref().and_then(|h| h.position.clone());
-        let extent = self.journal.extent().borrow().clone();
-        let carried = position
-            .as_ref()
-            .map_or((Seq(0), Revision(0), Digest::default()), |p| (p.seq, p.carried_revision, p.carried_digest));
-        let received = extent.last.filter(|(seq, _, _)| *seq > carried.0).unwrap_or(carried);
-        let durable = carried.0.max(*self.journal.durable().borrow());
-        Ok(HelloAnswer { replica_cluster, position, received, durable, ranges_empty })
     }
 
     /// Makes what is held visible; `committed`: something was applied, so journal and dedupe log may let go of it.
@@ -761,47 +595,5 @@ async fn sleep_until(at: Option<Instant>) {
     match at {
         Some(at) => tokio::time::sleep_until(at).await,
         None => std::future::pending().await,
-    }
-}
-
-/// The tree with the position's compare, put, and (in the failure branch) get around it.
-fn transaction(link: &LinkName, held: &Held, next: &Position, tree: TxnTree) -> Txn {
-    let key = link.position_key();
-    let mut compares = vec![Compare::mod_revision(key.to_vec(), CompareOp::Equal, held.mod_revision.to_etcd())];
-    for guard in &tree.guards {
-        let below = guard.below.to_etcd();
-        compares.push(
-            Compare::mod_revision(guard.range.etcd_from(), CompareOp::Less, below).with_range(guard.range.etcd_end()),
-        );
-    }
-    let mut success: Vec<TxnOp> = tree.success.into_iter().map(node).collect();
-    success.push(TxnOp::put(key.to_vec(), next.to_json(), None));
-    Txn::new().when(compares).and_then(success).or_else([TxnOp::get(key.to_vec(), None)])
-}
-
-fn node(node: Node) -> TxnOp {
-    match node {
-        Node::Op(op) => operation(op),
-        Node::Txn(nodes) => {
-            let nested: Vec<TxnOp> = nodes.into_iter().map(self::node).collect();
-            TxnOp::txn(Txn::new().and_then(nested))
-        }
-    }
-}
-
-fn operation(op: Op) -> TxnOp {
-    match op {
-        Op::Put { key, value } => TxnOp::put(Vec::from(key), Vec::from(value), None),
-        Op::Create { key, value } => TxnOp::txn(
-            Txn::new().when([Compare::mod_revision(key.to_vec(), CompareOp::Equal, 0)]).and_then([TxnOp::put(
-                Vec::from(key),
-                Vec::from(value),
-                None,
-            )]),
-        ),
-        Op::Delete { key } => TxnOp::delete(Vec::from(key), None),
-        Op::DeleteRange { range } => {
-            TxnOp::delete(range.etcd_from(), Some(DeleteOptions::new().with_range(range.etcd_end())))
-        }
     }
 }

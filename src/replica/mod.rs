@@ -8,7 +8,10 @@ pub mod copy;
 pub mod dedupe;
 pub mod journal;
 pub mod plan;
+pub mod position;
 pub mod receive;
+pub mod stream;
+pub mod txn;
 
 use crate::config::{EtcdConfig, Limits, ReceiveConfig};
 use crate::model::{CopyProgress, Digest, Epoch, LinkState, LinkStatus, Phase, Ranges, Seq, Side, StageStatus, Term};

@@ -4,10 +4,14 @@
 mod admin;
 mod bank;
 mod bed;
+mod both_ways;
 mod config;
+mod copy;
 mod etcd_access;
 mod flips;
 mod following;
+mod guards;
+mod links;
 mod peers;
 mod power_cut;
 mod seeing;

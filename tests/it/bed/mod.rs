@@ -8,6 +8,7 @@
 
 pub mod bender;
 pub mod checkers;
+pub mod contents;
 pub mod etcd;
 pub mod pair;
 pub mod process;

@@ -1,0 +1,179 @@
+//! Job: what is held of the position: read it, bring queue and journal in line with it, answer a hello from it.
+//! Input: the position key in the replica's etcd, a hello. Output: a `Held` position, a `HelloAnswer`, or a refusal.
+//! Edge: part of the applier, which owns all of it.
+//! Always true: nothing is believed of the position that was not read or committed; a lower (epoch, term) is fenced before it can write.
+
+use super::apply::{Applier, Committed};
+use super::plan::TxnTree;
+use crate::etcd::{Columns, EtcdError};
+use crate::model::{ClusterId, Digest, Epoch, Position, Ranges, Revision, Seq, Term};
+use crate::wire::replicate::CopyAck;
+use crate::wire::replicate::refusal::Kind;
+
+/// A hello, checked for name, version and ranges.
+#[derive(Debug)]
+pub struct HelloFacts {
+    pub session: u64,
+    pub epoch: Epoch,
+    pub term: Term,
+    pub ranges: Ranges,
+}
+
+/// What a hello is answered with.
+#[derive(Debug)]
+pub struct HelloAnswer {
+    pub replica_cluster: ClusterId,
+    pub position: Option<Position>,
+    pub received: (Seq, Revision, Digest),
+    pub durable: Seq,
+    pub ranges_empty: bool,
+}
+
+#[derive(Debug)]
+pub enum HelloRefused {
+    /// The replica's etcd does not answer.
+    Unavailable(String),
+    Fenced(String),
+}
+
+/// The position as it was last read or written, with the revision that its compare needs. `position` is `None` where etcd has none.
+#[derive(Debug, Clone)]
+pub(super) struct Held {
+    pub position: Option<Position>,
+    pub mod_revision: Revision,
+}
+
+impl Applier {
+    /// Reads the position afresh, and brings queue and journal in line with it.
+    pub(super) async fn read_position(&mut self) -> Result<ClusterId, EtcdError> {
+        let etcd = self.etcd().await?;
+        let look = etcd.look(&self.link.position_key()).await?;
+        let mod_revision = look.kv.as_ref().map_or(Revision(0), |kv| kv.mod_revision);
+        let position = match &look.kv {
+            None => None,
+            Some(kv) => match Position::from_json(&kv.value) {
+                Ok(position) => Some(position),
+                Err(e) => {
+                    return Err(EtcdError::Other(format!(
+                        "the position at {} cannot be read ({e}): mend it, or delete it to begin with a new base copy",
+                        self.link.position_key().escape_ascii()
+                    )));
+                }
+            },
+        };
+        self.planned = None;
+        self.align(position.as_ref()).await;
+        self.expected.clone_from(&position);
+        self.held = Some(Held { position, mod_revision });
+        Ok(look.cluster)
+    }
+
+    /// After a fresh read: drops what is in already; where the position moved in a way that is not ours, the stream is closed.
+    async fn align(&mut self, position: Option<&Position>) {
+        let (epoch, seq) = position.map_or((Epoch(0), Seq(0)), |p| (p.epoch, p.seq));
+        let (known_epoch, known_seq) = self.expected.as_ref().map_or((epoch, seq), |p| (p.epoch, p.seq));
+        let ours = self.expected.is_none() || (position.is_some() && epoch == known_epoch && seq >= known_seq);
+        let extent = self.journal.extent().borrow().clone();
+        let last = extent.last.map_or(extent.base, |(seq, _, _)| seq);
+        let continues = extent.epoch == epoch && extent.base <= seq && seq <= last;
+        if ours && continues {
+            while self.waiting.front().is_some_and(|(w, _)| w.seq <= seq) {
+                if let Some((done, _)) = self.waiting.pop_front() {
+                    self.waiting_bytes = self.waiting_bytes.saturating_sub(done.revision.bytes());
+                }
+            }
+            self.read_through = self.read_through.max(seq);
+            return;
+        }
+        self.start_afresh(seq);
+        if !continues && let Err(e) = self.journal.reset(epoch, seq).await {
+            tracing::error!(link = %self.link, error = %e, "the journal cannot be started afresh");
+        }
+        if !ours {
+            let (kind, reason) = if (epoch, seq) > (known_epoch, known_seq) {
+                (Kind::Fenced, format!("another applier has brought the position to epoch {epoch}, seq {seq}"))
+            } else {
+                (
+                    Kind::PositionMoved,
+                    format!("the position moved back to epoch {epoch}, seq {seq}: was the replica restored?"),
+                )
+            };
+            tracing::warn!(link = %self.link, %reason, "the position moved");
+            let session = self.session;
+            self.view.send_modify(|view| view.refusal = Some((session, kind, reason)));
+        }
+    }
+
+    pub(super) async fn reread(&mut self) -> Result<(), EtcdError> {
+        self.read_position().await.map(|_| ())
+    }
+
+    /// Nothing waits any more; the journal's entries after `seq` come next.
+    pub(super) fn start_afresh(&mut self, seq: Seq) {
+        self.waiting.clear();
+        self.waiting_bytes = 0;
+        self.planned = None;
+        self.read_through = seq;
+    }
+
+    /// Reads the position, settles who may write it, and says from where to ship.
+    pub(super) async fn hello(&mut self, facts: HelloFacts) -> Result<HelloAnswer, HelloRefused> {
+        let unavailable = |e: EtcdError| HelloRefused::Unavailable(format!("the replica's etcd: {e}"));
+        let replica_cluster = self.read_position().await.map_err(unavailable)?;
+        let position = self.held.as_ref().and_then(|h| h.position.clone());
+        if let Some(position) = &position {
+            let claimed = if facts.epoch == Epoch(0) { position.epoch } else { facts.epoch };
+            if (claimed, facts.term) < (position.epoch, position.term) {
+                return Err(HelloRefused::Fenced(format!(
+                    "the position is at epoch {}, term {}; this sender is at epoch {claimed}, term {}",
+                    position.epoch, position.term, facts.term
+                )));
+            }
+            if facts.term > position.term {
+                let next = Position { term: facts.term, ..position.clone() };
+                match self
+                    .commit(next, TxnTree { guards: Vec::new(), success: Vec::new() })
+                    .await
+                    .map_err(unavailable)?
+                {
+                    Committed::Done => {}
+                    Committed::GuardFailed | Committed::PositionMoved => {
+                        return Err(HelloRefused::Unavailable(
+                            "the position moved while the hello was answered".to_owned(),
+                        ));
+                    }
+                }
+            }
+        }
+        let mut ranges_empty = true;
+        let etcd = self.etcd().await.map_err(unavailable)?;
+        for piece in facts.ranges.pieces() {
+            ranges_empty &= etcd.page(piece, 0, None, Columns::CountOnly).await.map_err(unavailable)?.count == 0;
+        }
+        self.session = facts.session;
+        self.ranges = Some(facts.ranges);
+        self.copying = None;
+        self.progress = None;
+        self.stopped = false;
+        self.retry_at = None;
+        if let Some(position) = &position {
+            self.waymark = position.waymark;
+        }
+        self.view.send_modify(|view| {
+            view.refusal = None;
+            view.stopped = false;
+            view.waiting.clear();
+            view.copy = CopyAck::default();
+            view.copy_session = facts.session;
+        });
+        self.publish(true);
+        let position = self.held.as_ref().and_then(|h| h.position.clone());
+        let extent = self.journal.extent().borrow().clone();
+        let carried = position
+            .as_ref()
+            .map_or((Seq(0), Revision(0), Digest::default()), |p| (p.seq, p.carried_revision, p.carried_digest));
+        let received = extent.last.filter(|(seq, _, _)| *seq > carried.0).unwrap_or(carried);
+        let durable = carried.0.max(*self.journal.durable().borrow());
+        Ok(HelloAnswer { replica_cluster, position, received, durable, ranges_empty })
+    }
+}
