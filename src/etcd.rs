@@ -397,8 +397,10 @@ fn status_reaction(status: &tonic::Status, endpoints: &str) -> EtcdError {
         EtcdError::NoSpace
     } else if has("no leader") || has("leader changed") {
         EtcdError::NoLeader(text.to_owned())
-    } else if has("permission denied") || has("user name is empty") {
+    } else if has("permission denied") {
         denied(text)
+    } else if has("user name is empty") {
+        EtcdError::LoginLost(format!("{text}: it asks for a user, see [etcd] username"))
     } else if has("invalid auth token") || has("auth: revision in header is old") || has("authentication failed") {
         EtcdError::LoginLost(text.to_owned())
     } else {

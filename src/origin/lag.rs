@@ -98,18 +98,21 @@ impl LagTracker {
         }
     }
 
-    /// The replica holds everything up to this revision.
-    pub fn applied(&mut self, revision: Revision) {
+    /// The replica holds everything up to this revision. Returns when each sample arrived that it covers newly.
+    pub fn applied(&mut self, revision: Revision) -> Vec<u64> {
         self.applied = self.applied.max(revision);
         let applied = self.applied;
+        let mut arrived_ms = Vec::new();
         while let Some(arrival) = self.arrivals.front().filter(|arrival| arrival.revision_last <= applied) {
             self.number_applied = arrival.number_last;
+            arrived_ms.push(arrival.at_ms);
             self.arrivals.pop_front();
         }
         self.covered(applied);
+        arrived_ms
     }
 
-    /// Everything up to this revision is in the replica's journal.
+    /// The replica's journal holds everything up to this revision.
     pub fn durable(&mut self, revision: Revision) {
         self.durable = self.durable.max(revision);
     }

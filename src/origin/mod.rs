@@ -13,7 +13,8 @@ pub mod watch;
 
 use crate::admin::LinkCommand;
 use crate::config::{EtcdConfig, Limits, SendConfig};
-use crate::model::{LinkState, LinkStatus, Revision, Side, StageStatus};
+use crate::metrics;
+use crate::model::{LinkName, LinkState, LinkStatus, Revision, Side, StageStatus};
 use lag::LagTracker;
 use ship::{ShipView, Shipper};
 use spool::{Spool, SpoolExtent};
@@ -136,7 +137,7 @@ impl OriginLink {
                 biased;
                 () = stop.cancelled() => break,
                 event = incoming.recv() => match event {
-                    Some(event) => take(&mut lag, event),
+                    Some(event) => take(&link, &mut lag, event, clock),
                     None => break,
                 },
                 ended = stages.join_next() => {
@@ -158,7 +159,7 @@ impl OriginLink {
     }
 }
 
-fn take(lag: &mut LagTracker, event: LinkEvent) {
+fn take(link: &LinkName, lag: &mut LagTracker, event: LinkEvent, clock: Clock) {
     match event {
         LinkEvent::Arrived { revisions, at_ms } => {
             for revision in revisions {
@@ -168,7 +169,10 @@ fn take(lag: &mut LagTracker, event: LinkEvent) {
         LinkEvent::Covered(revision) => lag.covered(revision),
         LinkEvent::Head { revision, at_ms } => lag.head(revision, at_ms),
         LinkEvent::Acked { applied, durable } => {
-            lag.applied(applied);
+            let now_ms = clock.now_ms();
+            for arrived_ms in lag.applied(applied) {
+                metrics::observe_lag(link, now_ms.saturating_sub(arrived_ms) as f64 / 1_000.0);
+            }
             lag.durable(durable);
         }
     }

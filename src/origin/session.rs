@@ -9,6 +9,7 @@ use super::spool::SpoolEntry;
 use super::watch::TailState;
 use crate::admin::LinkCommand;
 use crate::etcd::{Compare, CompareOp, Etcd, Txn, TxnOp, txn_revision};
+use crate::metrics;
 use crate::model::{ClusterId, Digest, Epoch, LinkState, Position, Revision, Seq, Term, Waymark, WholeRevision};
 use crate::tls;
 use crate::wire::frame::FrameLimits;
@@ -96,6 +97,8 @@ pub struct Session {
     sent: Revision,
     /// Frames that are not durable at the replica: their last seq and revision.
     in_flight: VecDeque<(Seq, Revision)>,
+    /// One frame whose first acknowledgement is waited for, and when it was shipped.
+    timed: Option<(Seq, Instant)>,
     received: (Seq, Revision),
     pub(super) acked: Acked,
     replica_cluster: ClusterId,
@@ -162,6 +165,7 @@ impl Session {
             cursor: Revision(0),
             sent: Revision(0),
             in_flight: VecDeque::new(),
+            timed: None,
             received,
             acked,
             resets_in_row: 0,
@@ -183,6 +187,7 @@ impl Session {
         self.seq = Seq(0);
         self.received = (Seq(0), anchor);
         self.in_flight.clear();
+        self.timed = None;
         self.acked.applied = Seq(0);
         self.acked.durable = Seq(0);
         self.acked.applied_revision = anchor;
@@ -260,6 +265,7 @@ impl Session {
             };
             self.seq = Seq(self.seq.0 + revisions.len() as u64);
             self.in_flight.push_back((self.seq, last.revision));
+            self.timed.get_or_insert((self.seq, Instant::now()));
             frame
         });
         let raw: u64 = revisions.iter().map(|r| r.bytes() as u64).sum();
@@ -310,8 +316,19 @@ impl Session {
                 self.seq
             )));
         }
+        let told = self.cursor.max(self.progressed).max(self.received.1).max(self.acked.applied_revision);
+        // Before following, a base copy's anchor is acknowledged that was told in another way.
+        if self.cursor > Revision(0) && Revision(ack.applied_origin_revision) > told {
+            return Err(SessionEnd::HelloAgain(format!(
+                "the replica acknowledges revision {}, and was told of {told}",
+                ack.applied_origin_revision
+            )));
+        }
         if Seq(ack.received_seq) > self.received.0 {
             self.resets_in_row = 0;
+        }
+        if let Some((_, shipped)) = self.timed.take_if(|(seq, _)| *seq <= Seq(ack.received_seq)) {
+            metrics::observe_round_trip(&ship.origin.send.link, shipped.elapsed().as_secs_f64());
         }
         let mut acked = self.acked;
         while let Some((seq, revision)) = self.in_flight.front().copied() {
@@ -384,6 +401,7 @@ impl Session {
             }
         };
         self.resets_in_row += 1;
+        self.timed = None;
         tracing::warn!(link = %ship.origin.send.link, %reason, seq = %after, "the replica asks for a fresh window");
         ship.view.send_modify(|view| view.count("resets", 1));
         self.encoder.restart();

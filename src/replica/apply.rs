@@ -384,6 +384,7 @@ impl Applier {
             Committed::Done => {
                 self.guard_failures = 0;
                 self.backoff.succeeded();
+                self.resumed();
                 metrics::observe_apply(&self.link, started.elapsed().as_secs_f64(), revisions as u64);
                 for _ in 0..revisions {
                     if let Some((done, _)) = self.waiting.pop_front() {
@@ -490,7 +491,10 @@ impl Applier {
     async fn retry(&mut self) {
         self.retry_at = None;
         if self.held.is_some() {
-            self.resumed();
+            // What was refused is sent again: only its success says that applying goes on.
+            if self.waiting.is_empty() {
+                self.resumed();
+            }
             return;
         }
         match self.reread().await {

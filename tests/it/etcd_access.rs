@@ -57,7 +57,7 @@ async fn an_etcd_that_does_not_trust_the_sidecar_or_is_not_trusted_by_it_is_said
     pair.replica_sidecar.restart().await;
     pair.origin_sidecar.restart().await;
     wait_for_reason(&pair.origin_sidecar, LINK, "the origin's etcd: etcd cannot be reached at https://").await;
-    wait_for_reason(&pair.origin_sidecar, LINK, "UnknownIssuer").await;
+    wait_for_reason(&pair.origin_sidecar, LINK, "invalid peer certificate").await;
     // This etcd does not know the CA of the sidecar's certificate.
     let ca = good.clone().unwrap().ca;
     pair.origin_sidecar.options.etcd.tls = Some(EtcdTls { ca, ..stranger });

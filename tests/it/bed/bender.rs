@@ -23,23 +23,24 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 const PREFACE_BYTES: usize = 24;
 const FRAME_HEADER_BYTES: usize = 9;
 const MESSAGE_HEADER_BYTES: usize = 5;
-/// A revision's frame begins after its tag and its length.
-const FRAME_FROM: u32 = 6;
-/// A page's frame comes after the page's two keys.
-const PAGE_FROM: u32 = 300;
-/// And before the page's last field.
-const PAGE_TAIL: u32 = 4;
-/// The first byte of a shipment that holds a frame, and of one that holds a page.
-const FRAME_TAG: u8 = 0x0a;
-const PAGE_TAG: u8 = 0x2a;
 
-/// Which bytes may be hit.
+/// Which bytes may be hit: those of messages that begin with `tag`, from byte `from` to before byte `to`, but for the last `tail`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Aim {
-    /// What the origin's encoder made: frames of revisions, and the frames in pages.
-    Frames,
-    /// Any byte of any message, in both directions.
-    Anything,
+pub struct Aim {
+    to_target: bool,
+    tag: u8,
+    from: u32,
+    to: u32,
+    tail: u32,
+}
+
+impl Aim {
+    /// Frames of revisions, after the shipment's tag and length.
+    pub const FRAMES: Aim = Aim { to_target: true, tag: 0x0a, from: 6, to: u32::MAX, tail: 0 };
+    /// Frames in the pages of a base copy, after the page's two keys and before its last field.
+    pub const PAGES: Aim = Aim { to_target: true, tag: 0x2a, from: 300, to: u32::MAX, tail: 4 };
+    /// Acknowledgements.
+    pub const ACKS: Aim = Aim { to_target: false, tag: 0x0a, from: 0, to: u32::MAX, tail: 0 };
 }
 
 struct Plan {
@@ -95,7 +96,7 @@ impl Bender {
             admins: Vec::new(),
         };
         let random = StdRng::seed_from_u64(0);
-        let plan = Plan { random, aim: Aim::Frames, bytes_between: 1, flips_left: 0, next: 0, flips: 0 };
+        let plan = Plan { random, aim: Aim::FRAMES, bytes_between: 1, flips_left: 0, next: 0, flips: 0 };
         let middle = Middle {
             target,
             acceptor: TlsAcceptor::from(server_config(&tls(replica)).expect("the replica's certificate")),
@@ -128,10 +129,6 @@ impl Bender {
         let mut plan = self.plan.lock().expect("no holder panics");
         plan.flips_left = 0;
         plan.flips
-    }
-
-    pub fn flips(&self) -> u64 {
-        self.plan.lock().expect("no holder panics").flips
     }
 }
 
@@ -254,11 +251,8 @@ impl Message {
         self.left -= 1;
         let left = self.left;
         self.begin_if_over();
-        match aim {
-            Aim::Anything => true,
-            Aim::Frames if self.first == FRAME_TAG => to_target && at >= FRAME_FROM,
-            Aim::Frames => to_target && self.first == PAGE_TAG && at >= PAGE_FROM && left >= PAGE_TAIL,
-        }
+        let aimed_at = to_target == aim.to_target && self.first == aim.tag;
+        aimed_at && (aim.from..aim.to).contains(&at) && left >= aim.tail
     }
 
     fn begin_if_over(&mut self) {
