@@ -98,21 +98,25 @@ impl LagTracker {
         }
     }
 
-    /// The replica holds everything up to this revision. Returns when each sample arrived that it covers newly.
-    pub fn applied(&mut self, revision: Revision) -> Vec<u64> {
+    /// The replica holds everything up to this revision.
+    pub fn applied(&mut self, revision: Revision) {
         self.applied = self.applied.max(revision);
         let applied = self.applied;
-        let mut arrived_ms = Vec::new();
         while let Some(arrival) = self.arrivals.front().filter(|arrival| arrival.revision_last <= applied) {
             self.number_applied = arrival.number_last;
-            arrived_ms.push(arrival.at_ms);
             self.arrivals.pop_front();
         }
         self.covered(applied);
-        arrived_ms
     }
 
-    /// The replica's journal holds everything up to this revision.
+    /// How old is, at `now_ms`, what an ack of `revision` would take off: one age for each arrival that is told apart. To be asked before
+    /// [`Self::applied`].
+    pub fn ages_through(&self, revision: Revision, now_ms: u64) -> impl Iterator<Item = f64> {
+        let done = self.arrivals.iter().take_while(move |arrival| arrival.revision_last <= revision);
+        done.map(move |arrival| now_ms.saturating_sub(arrival.at_ms) as f64 / 1_000.0)
+    }
+
+    /// Everything up to this revision is in the replica's journal.
     pub fn durable(&mut self, revision: Revision) {
         self.durable = self.durable.max(revision);
     }
@@ -182,6 +186,13 @@ mod tests {
         assert_eq!(tracker.lag(4_000), Lag { revisions: 1, uncovered: 0, seconds: 1.0 });
         tracker.applied(Revision(15));
         assert_eq!(tracker.lag(9_000), Lag::default());
+    }
+
+    #[test]
+    fn an_ack_takes_off_what_it_covers_with_the_age_of_each() {
+        let tracker = arrived([(10, 1_000), (11, 2_000), (15, 3_000)]);
+        assert_eq!(tracker.ages_through(Revision(9), 4_000).count(), 0);
+        assert_eq!(tracker.ages_through(Revision(14), 4_000).collect::<Vec<_>>(), [3.0, 2.0]);
     }
 
     #[test]

@@ -97,9 +97,9 @@ pub struct Session {
     sent: Revision,
     /// Frames that are not durable at the replica: their last seq and revision.
     in_flight: VecDeque<(Seq, Revision)>,
-    /// One frame whose first acknowledgement is waited for, and when it was shipped.
-    timed: Option<(Seq, Instant)>,
     received: (Seq, Revision),
+    /// A frame whose round trip is being measured, one at a time.
+    timed: Option<(Seq, Instant)>,
     pub(super) acked: Acked,
     replica_cluster: ClusterId,
     resets_in_row: u32,
@@ -165,8 +165,8 @@ impl Session {
             cursor: Revision(0),
             sent: Revision(0),
             in_flight: VecDeque::new(),
-            timed: None,
             received,
+            timed: None,
             acked,
             resets_in_row: 0,
             frame_bytes_max,
@@ -401,10 +401,10 @@ impl Session {
             }
         };
         self.resets_in_row += 1;
-        self.timed = None;
         tracing::warn!(link = %ship.origin.send.link, %reason, seq = %after, "the replica asks for a fresh window");
         ship.view.send_modify(|view| view.count("resets", 1));
         self.encoder.restart();
+        self.timed = None;
         (self.seq, self.cursor) = back;
         self.sent = self.sent.min(self.cursor);
         self.in_flight.retain(|(seq, _)| *seq <= after);
