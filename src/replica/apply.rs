@@ -33,7 +33,7 @@ const POSITION_BYTES_MAX: usize = 700;
 const RUN_KEYS_MAX: usize = 200_000;
 /// Guards that failed so often in a row mean that somebody else writes there: then key by key.
 const GUARD_FAILURES_MAX: u32 = 2;
-const APPLY_RIGHT: &str = "read and write the link's prefixes and /etcd-ferry/v1/links/";
+const APPLY_RIGHT: &str = "read and write the link's prefixes and its position under /etcd-ferry/v1/links/";
 /// A committed transaction may take so long to answer while the process stops.
 const STOP_DEADLINE: Duration = Duration::from_secs(3);
 

@@ -195,7 +195,7 @@ async fn a_right_that_the_replicas_user_lacks_is_named_at_both_ends_and_granted_
     grant(&pair.replica, &rights[1]).await;
     wait_for_reason(&pair.origin_sidecar, LINK, "needs the right to read the link's prefixes").await;
     grant(&pair.replica, &(PermissionType::Read, app())).await;
-    let words = "needs the right to read and write the link's prefixes and /etcd-ferry/v1/links/";
+    let words = "needs the right to read and write the link's prefixes and its position under /etcd-ferry/v1/links/";
     wait_for_reason(&pair.replica_sidecar, LINK, words).await;
     wait_for_reason(&pair.origin_sidecar, LINK, words).await;
     grant(&pair.replica, &rights[0]).await;
