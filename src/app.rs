@@ -297,7 +297,7 @@ async fn look_at(endpoint: &str, config: &crate::config::EtcdConfig) -> EtcdHeal
             detail: String::new(),
         },
         // etcd tells its version only to root; that it says so shows that it answers.
-        Err(EtcdError::Denied(_)) => {
+        Err(EtcdError::Denied { .. }) => {
             let detail = "it answers, and tells its version to the user root alone".to_owned();
             EtcdHealth { endpoint: endpoint.to_owned(), ok: true, detail, ..EtcdHealth::default() }
         }

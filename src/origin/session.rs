@@ -334,6 +334,14 @@ impl Session {
                 self.seq
             )));
         }
+        let told = self.cursor.max(self.progressed).max(self.received.1).max(self.acked.applied_revision);
+        // Before following, a base copy's anchor is acknowledged that was told in another way.
+        if self.cursor > Revision(0) && Revision(ack.applied_origin_revision) > told {
+            return Err(SessionEnd::HelloAgain(format!(
+                "the replica acknowledges revision {}, and was told of {told}",
+                ack.applied_origin_revision
+            )));
+        }
         if Seq(ack.received_seq) > self.received.0 {
             self.resets_in_row = 0;
         }
@@ -510,7 +518,8 @@ impl Session {
         let txn = Txn::new()
             .when([Compare::mod_revision(key.to_vec(), CompareOp::Equal, self.waymark_revision.to_etcd())])
             .and_then([TxnOp::put(key.to_vec(), next.to_json(), None)]);
-        let response = self.etcd.txn(txn).await.map_err(|e| at_origin(&e))?;
+        let right = format!("write {}", key.escape_ascii());
+        let response = self.etcd.txn(txn, &right).await.map_err(|e| at_origin(&e))?;
         if !response.succeeded() {
             return Err(SessionEnd::HelloAgain("another sidecar wrote this link's waymark".to_owned()));
         }

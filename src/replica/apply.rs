@@ -33,6 +33,7 @@ const POSITION_BYTES_MAX: usize = 700;
 const RUN_KEYS_MAX: usize = 200_000;
 /// Guards that failed so often in a row mean that somebody else writes there: then key by key.
 const GUARD_FAILURES_MAX: u32 = 2;
+const APPLY_RIGHT: &str = "read and write the link's prefixes and its position under /etcd-ferry/v1/links/";
 /// A committed transaction may take so long to answer while the process stops.
 const STOP_DEADLINE: Duration = Duration::from_secs(3);
 
@@ -375,7 +376,7 @@ impl Applier {
             next.state = Phase::Following;
         }
         let txn = transaction(&self.link, held, &next, tree);
-        let answer = Box::pin(async move { etcd.txn(txn).await });
+        let answer = Box::pin(async move { etcd.txn(txn, APPLY_RIGHT).await });
         self.in_flight = Some(InFlight { revisions, settled, next, started: Instant::now(), answer });
     }
 
@@ -393,6 +394,7 @@ impl Applier {
             Committed::Done => {
                 self.guard_failures = 0;
                 self.backoff.succeeded();
+                self.resumed();
                 metrics::observe_apply(&self.link, started.elapsed().as_secs_f64(), revisions as u64);
                 for _ in 0..revisions {
                     if let Some((done, _)) = self.waiting.pop_front() {
