@@ -7,5 +7,7 @@ mod bed;
 mod config;
 mod following;
 mod power_cut;
+mod resume;
+mod same_origin;
 mod tidy;
 mod trust;
