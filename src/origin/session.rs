@@ -187,6 +187,7 @@ impl Session {
         self.acked.durable = Seq(0);
         self.acked.applied_revision = anchor;
         self.acked.durable_revision = anchor;
+        self.persisted_at = (Instant::now(), movement(ship));
         ship.learned_epoch(epoch);
     }
 

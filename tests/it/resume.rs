@@ -76,6 +76,17 @@ pub fn spool_end(entry: &serde_json::Value) -> Option<u64> {
     stage["detail"].as_str()?.rsplit(' ').next()?.parse().ok()
 }
 
+/// The first copy writes the first waymark, and following the second: from then on it is one a minute. Returns its number.
+pub async fn second_waymark(origin: &Etcd, limit: Duration) -> u64 {
+    let key = link_name(LINK).waymark_key();
+    until("the second waymark", limit, async || {
+        let json = origin.get(key.to_vec()).await?;
+        let waymark: serde_json::Value = serde_json::from_slice(&json).ok()?;
+        waymark["counter"].as_u64().filter(|counter| *counter >= 2)
+    })
+    .await
+}
+
 pub fn spool_dir(pair: &Pair) -> PathBuf {
     pair.origin_sidecar.data_dir().join("origin").join(LINK).join("spool")
 }
@@ -261,15 +272,15 @@ async fn another_origin_cluster_leads_to_a_new_epoch_with_an_anchor() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn waymark_and_idle_position_are_written_once_a_minute_and_not_for_etcd_ferrys_own_keys() {
     let prefixes = vec!["/app/".to_owned()];
-    let (quiet, _) = following(PairOptions { prefixes: prefixes.clone(), ..PairOptions::default() }).await;
+    let mut quiet = Box::pin(Pair::prepare(PairOptions { prefixes: prefixes.clone(), ..PairOptions::default() })).await;
+    quiet.origin.put("/app/first", "1").await;
+    quiet.origin_sidecar.restart().await;
+    quiet.replica_sidecar.restart().await;
     let started = Instant::now();
     let (busy, _) = following(PairOptions { prefixes, ..PairOptions::default() }).await;
     let link: LinkName = link_name(LINK);
-    for pair in [&quiet, &busy] {
-        let second = |json: &[u8]| serde_json::from_slice::<serde_json::Value>(json).unwrap()["counter"] == 2;
-        let key = link.waymark_key();
-        until("the second waymark", PATIENCE, async || pair.origin.get(key.to_vec()).await.filter(|w| second(w))).await;
-    }
+    second_waymark(&quiet.origin, PATIENCE).await;
+    second_waymark(&busy.origin, PATIENCE).await;
     let settled = [quiet.origin.head().await, quiet.replica.head().await];
     let recorder = busy.record().await;
 

@@ -6,8 +6,8 @@ use crate::bed::etcd::Etcd;
 use crate::bed::pair::{LINK, Pair, PairOptions};
 use crate::bed::traffic::{Write, commit};
 use crate::bed::{PATIENCE, until};
-use crate::resume::{following, last, wait_spooled, write};
-use etcd_ferry::model::{Position, Revision};
+use crate::resume::{following, last, second_waymark, wait_spooled, write};
+use etcd_ferry::model::{Phase, Position, Revision};
 use serde_json::Value;
 use std::time::Duration;
 
@@ -41,8 +41,8 @@ async fn nothing_of_the_new_history_is_there(pair: &Pair, before: &Position) {
 async fn resync(pair: &Pair, before: &Position, head: Revision) {
     let output = pair.origin_sidecar.admin(&["resync", LINK, "--allow-deletes"]);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let after = pair.wait_applied(head).await;
-    assert!(after.epoch > before.epoch);
+    let is_new = |p: &Position| p.epoch > before.epoch && p.state == Phase::Following && p.origin_revision >= head;
+    let after = until("a new epoch", PATIENCE, async || pair.position().await.filter(is_new)).await;
     pair.wait_equal().await;
     let revision = pair.origin.put("/app/after-the-resync", "1").await;
     assert_eq!(pair.wait_applied(revision).await.epoch, after.epoch);
@@ -87,21 +87,14 @@ async fn an_origin_restored_under_an_open_stream_stops_the_link() {
 async fn where_the_carried_revision_is_compacted_away_the_waymark_tells_a_restored_origin() {
     let (mut pair, before) = following(PairOptions::default()).await;
     let snapshot = pair.origin.save_snapshot().await;
-    let at_snapshot = pair.position().await.unwrap().waymark;
-    // Each start rewrites the waymark once the position holds the present one.
-    until("a position with a later waymark", PATIENCE, async || {
-        let revision = pair.origin.put("/app/lost", "1").await;
-        let waymark = pair.wait_applied(revision).await.waymark;
-        (waymark.counter > at_snapshot.counter).then_some(())
-    })
-    .await;
+    let seen = second_waymark(&pair.origin, PATIENCE).await;
+    // Each start rewrites the waymark, and the position takes it with what is applied next.
     pair.origin_sidecar.stop().await;
     pair.origin_sidecar.restart().await;
-    let seen = pair.position().await.unwrap().waymark;
-    until("a position with a still later waymark", PATIENCE, async || {
+    until("a position with a later waymark", PATIENCE, async || {
         let revision = pair.origin.put("/app/lost", "2").await;
         let waymark = pair.wait_applied(revision).await.waymark;
-        (waymark.counter > seen.counter).then_some(())
+        (waymark.counter > seen).then_some(())
     })
     .await;
     let reached = pair.position().await.unwrap().origin_revision;
