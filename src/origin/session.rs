@@ -9,6 +9,7 @@ use super::spool::SpoolEntry;
 use super::watch::TailState;
 use crate::admin::LinkCommand;
 use crate::etcd::{Compare, CompareOp, Etcd, Txn, TxnOp, txn_revision};
+use crate::metrics;
 use crate::model::{ClusterId, Digest, Epoch, LinkState, Position, Revision, Seq, Term, Waymark, WholeRevision};
 use crate::tls;
 use crate::wire::frame::FrameLimits;
@@ -97,6 +98,8 @@ pub struct Session {
     /// Frames that are not durable at the replica: their last seq and revision.
     in_flight: VecDeque<(Seq, Revision)>,
     received: (Seq, Revision),
+    /// A frame whose round trip is being measured, one at a time.
+    timed: Option<(Seq, Instant)>,
     pub(super) acked: Acked,
     replica_cluster: ClusterId,
     resets_in_row: u32,
@@ -163,6 +166,7 @@ impl Session {
             sent: Revision(0),
             in_flight: VecDeque::new(),
             received,
+            timed: None,
             acked,
             resets_in_row: 0,
             frame_bytes_max,
@@ -183,6 +187,7 @@ impl Session {
         self.seq = Seq(0);
         self.received = (Seq(0), anchor);
         self.in_flight.clear();
+        self.timed = None;
         self.acked.applied = Seq(0);
         self.acked.durable = Seq(0);
         self.acked.applied_revision = anchor;
@@ -261,6 +266,7 @@ impl Session {
             };
             self.seq = Seq(self.seq.0 + revisions.len() as u64);
             self.in_flight.push_back((self.seq, last.revision));
+            self.timed.get_or_insert((self.seq, Instant::now()));
             frame
         });
         let raw: u64 = revisions.iter().map(|r| r.bytes() as u64).sum();
@@ -313,6 +319,9 @@ impl Session {
         }
         if Seq(ack.received_seq) > self.received.0 {
             self.resets_in_row = 0;
+        }
+        if let Some((_, shipped)) = self.timed.take_if(|(seq, _)| *seq <= Seq(ack.received_seq)) {
+            metrics::observe_round_trip(&ship.origin.send.link, shipped.elapsed().as_secs_f64());
         }
         let mut acked = self.acked;
         while let Some((seq, revision)) = self.in_flight.front().copied() {
@@ -388,6 +397,7 @@ impl Session {
         tracing::warn!(link = %ship.origin.send.link, %reason, seq = %after, "the replica asks for a fresh window");
         ship.view.send_modify(|view| view.count("resets", 1));
         self.encoder.restart();
+        self.timed = None;
         (self.seq, self.cursor) = back;
         self.sent = self.sent.min(self.cursor);
         self.in_flight.retain(|(seq, _)| *seq <= after);

@@ -206,6 +206,7 @@ impl Shipper {
             view.state = state;
             view.detail.clone_from(&reason);
             view.reason = reason;
+            view.copy = None;
         });
     }
 

@@ -190,7 +190,8 @@ impl Tail {
                     self.pause(format!("etcd cancelled the watch: {reason}; {hint}"), &mut backoff).await;
                 }
                 Ended::Sequence(e @ SequenceError::OtherHistory { .. }) => {
-                    next = self.halt(TailState::OtherHistory { reason: e.to_string() }, &mut opened);
+                    let reason = e.to_string().replace("LINK", self.link.as_str());
+                    next = self.halt(TailState::OtherHistory { reason }, &mut opened);
                 }
                 Ended::OtherHistory(reason) => next = self.halt(TailState::OtherHistory { reason }, &mut opened),
                 Ended::Sequence(e @ SequenceError::WentBack { .. }) => self.pause(e.to_string(), &mut backoff).await,
@@ -240,9 +241,9 @@ impl Tail {
         };
         if look.head < extent.covered {
             let reason = format!(
-                "the origin was restored: its head {} is below revision {} that was read before; if this origin is the right \
-                 one, run `etcd-ferry resync LINK`",
-                look.head, extent.covered
+                "the origin was restored or replaced: its head {} is below revision {} that was read before; if this origin is the \
+                     right one, run `etcd-ferry resync {}`",
+                look.head, extent.covered, self.link
             );
             return Ended::OtherHistory(reason);
         }

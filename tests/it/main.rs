@@ -4,9 +4,14 @@
 mod admin;
 mod bank;
 mod bed;
+mod both_ways;
 mod config;
+mod copy;
 mod damage;
+mod docs;
 mod following;
+mod guards;
+mod links;
 mod power_cut;
 mod resume;
 mod same_origin;

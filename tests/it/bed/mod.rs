@@ -7,6 +7,7 @@
 #![allow(dead_code, reason = "each test uses a part of the bed")]
 
 pub mod checkers;
+pub mod contents;
 pub mod etcd;
 pub mod pair;
 pub mod process;
