@@ -26,13 +26,13 @@ fn names_in(dir: &Path) -> Vec<String> {
     names
 }
 
-/// Overwrites a stretch in the middle of the middle segment.
+/// Overwrites a stretch in the middle of what the middle segment holds; zeros follow that.
 fn damage(dir: &Path) {
     let segments: Vec<String> = names_in(dir).into_iter().filter(|name| name.ends_with(".segment")).collect();
     assert!(segments.len() >= 3, "{segments:?}");
     let path = dir.join(&segments[segments.len() / 2]);
     let mut bytes = fs::read(&path).unwrap();
-    let middle = bytes.len() / 2;
+    let middle = bytes.iter().rposition(|byte| *byte != 0).unwrap() / 2;
     bytes[middle..middle + 64].copy_from_slice(&noise(7, 64));
     fs::write(&path, bytes).unwrap();
 }

@@ -101,7 +101,7 @@ async fn a_full_disk_under_the_journal_is_told_and_waited_out_without_a_hole() {
     pair.replica_sidecar.stop().await;
     let disk = Tmpfs::over(&pair.replica_sidecar.data_dir(), "2m");
     pair.replica_sidecar.restart().await;
-    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    pair.replica_sidecar.wait_for_state(LINK, "following").await;
     // What is applied leaves the journal: it fills while the replica's etcd hangs.
     pair.replica.pause();
     let head = last(&write(&pair.origin.access(), "/app/outage/", WRITES, VALUE_BYTES).await);
