@@ -63,6 +63,8 @@ pub(super) async fn copy(
         deletes_share_max: ship.origin.send.deletes_share_max,
     };
     let mut copying = Copying { progress: CopyProgress { keys_done: 0, keys_total }, sent: 0, highest: anchor };
+    // The replica may open the epoch though its answer is lost: the next hello must not claim an older one.
+    ship.learned_epoch(epoch);
     copying.show(ship, session, "base copy: looking at what it would delete");
     copying.send(ship, session, shipment::What::CopyBegin(begin)).await?;
     if guard_pass {
