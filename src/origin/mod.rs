@@ -98,8 +98,8 @@ impl OriginLink {
         let (tail_commands, tail_incoming) = mpsc::channel(1);
         let (ship_sender, ship) = watch_channel::channel(ShipView::default());
         let mut lag = LagTracker::new();
-        for (revision, at_ms) in spool.arrivals() {
-            lag.arrived(revision, at_ms);
+        for arrived in spool.arrivals() {
+            lag.arrived_several(arrived.revision_last, arrived.at_ms, arrived.count);
         }
         lag.covered(covered);
 

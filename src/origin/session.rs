@@ -199,6 +199,7 @@ impl Session {
         self.acked.durable = Seq(0);
         self.acked.applied_revision = anchor;
         self.acked.durable_revision = anchor;
+        self.persisted_at = (Instant::now(), movement(ship));
         self.acked.position_revision = anchor;
         ship.learned_epoch(epoch);
     }

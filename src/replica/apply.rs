@@ -270,7 +270,7 @@ impl Applier {
         self.follows() && self.waiting_bytes < self.queue_bytes_max
     }
 
-    fn follows(&self) -> bool {
+    pub(super) fn follows(&self) -> bool {
         let ready = self.held.as_ref().and_then(|h| h.position.as_ref()).is_some_and(|p| p.cursor.is_none());
         ready && !self.stopped && self.retry_at.is_none() && self.copying.is_none()
     }
@@ -418,7 +418,7 @@ impl Applier {
     fn judge(&mut self, response: &TxnResponse, next: Position) -> Committed {
         if response.succeeded() {
             self.expected = Some(next.clone());
-            self.held = Some(Held { position: Some(next), mod_revision: txn_revision(response) });
+            self.held = Some(Held::now(Some(next), txn_revision(response)));
             return Committed::Done;
         }
         let found = response.op_responses().into_iter().find_map(|op| match op {
@@ -501,7 +501,7 @@ impl Applier {
         self.retry_at = Some(Instant::now() + self.backoff.after_failure(rand::random()));
     }
 
-    async fn retry(&mut self) {
+    pub(super) async fn retry(&mut self) {
         self.retry_at = None;
         if self.held.is_none() || self.etcd.is_none() {
             if let Err(e) = self.reread().await {
@@ -547,6 +547,7 @@ impl Applier {
                 let persist = persist || self.progress.is_some_and(|(_, _, p)| p);
                 self.progress = Some((through, after, persist));
                 self.publish(false);
+                self.look_again().await;
             }
             ApplyCommand::Copy { session, step } => {
                 if session == self.session && !self.stopped {
