@@ -374,7 +374,7 @@ fn status_reaction(status: &tonic::Status, endpoints: &str) -> EtcdError {
     } else {
         match status.code() {
             Code::Unavailable => {
-                EtcdError::Unreachable { endpoints: endpoints.to_owned(), reason: with_sources(status) }
+                EtcdError::Unreachable { endpoints: endpoints.to_owned(), reason: with_root_cause(status) }
             }
             Code::PermissionDenied => EtcdError::Denied(text.to_owned()),
             Code::Unauthenticated => EtcdError::LoginLost(text.to_owned()),
@@ -391,8 +391,23 @@ fn status_reaction(status: &tonic::Status, endpoints: &str) -> EtcdError {
             | Code::OutOfRange
             | Code::Unimplemented
             | Code::Internal
-            | Code::DataLoss => EtcdError::Other(with_sources(status)),
+            | Code::DataLoss => EtcdError::Other(with_root_cause(status)),
         }
+    }
+}
+
+/// What a status says, and the deepest of its causes; the layers between are the gRPC library's own affair.
+fn with_root_cause(status: &tonic::Status) -> String {
+    let mut deepest = std::error::Error::source(status);
+    while let Some(below) = deepest.and_then(std::error::Error::source) {
+        deepest = Some(below);
+    }
+    let said = status.message();
+    let cause = deepest.map(ToString::to_string).filter(|cause| !said.contains(cause.as_str()));
+    match (said.is_empty(), cause) {
+        (false, Some(cause)) => format!("{said}: {cause}"),
+        (false, None) => said.to_owned(),
+        (true, cause) => cause.unwrap_or_else(|| status.code().description().to_owned()),
     }
 }
 

@@ -6,8 +6,8 @@
 use clap::{Args, Parser, Subcommand};
 use etcd_ferry::admin::client::{self, ClientError, Connection};
 use etcd_ferry::app;
-use etcd_ferry::certs;
-use etcd_ferry::config::{Config, Faults};
+use etcd_ferry::certs::{self, issue::CertsError};
+use etcd_ferry::config::{Config, Fault, Faults};
 use std::io::{IsTerminal, stdout};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -138,8 +138,8 @@ fn main() -> ExitCode {
 fn check(path: &Path) -> Result<(), Failure> {
     let config = Config::load(path)?;
     let identity = config.check_files()?;
-    println!("{} is sound: {} links to send, {} to receive", path.display(), config.send.len(), config.receive.len());
-    println!("this sidecar's certificate names {}", identity.sans.join(", "));
+    println!("{} is sound; links to send: {}, to receive: {}", path.display(), config.send.len(), config.receive.len());
+    println!("this sidecar's certificate is for {}", identity.sans.join(", "));
     println!("and is valid until {}", certs::load::rfc3339(identity.not_after));
     Ok(())
 }
@@ -192,7 +192,16 @@ fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
 }
 
 fn certs_dev(out: &Path, regions: &[String]) -> Result<(), Failure> {
-    let issued = certs::dev(out, regions).map_err(|e| Failure::Failed(e.to_string()))?;
+    let issued = certs::dev(out, regions).map_err(|e| match e {
+        CertsError::Region(_) => {
+            Failure::Config(Faults(vec![Fault { field: "--region".to_owned(), rule: e.to_string() }]))
+        }
+        CertsError::File { .. }
+        | CertsError::HalfPair { .. }
+        | CertsError::CaExpired { .. }
+        | CertsError::Load(_)
+        | CertsError::Make(_) => Failure::Failed(e.to_string()),
+    })?;
     for pair in &issued {
         println!("{}", certs::issue::describe(pair));
     }

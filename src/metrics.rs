@@ -52,6 +52,21 @@ const COUNTERS: [(&str, &str); 2] = [
     (RAW_BYTES_TOTAL, "Keys and values carried, before encoding."),
     (SENT_BYTES_TOTAL, "Frames and pages carried, after encoding."),
 ];
+/// The `counts` of a link's status; each becomes `etcd_ferry_<count>_total`, on the sides that are named here.
+const COUNTS: [(&str, &str); 12] = [
+    ("revisions", "Revisions shipped (origin)."),
+    ("skipped", "Revisions not shipped, since they came from the cluster that the link ships to (origin)."),
+    ("transactions", "Transactions that brought the position forward (both)."),
+    ("repeated", "Revisions that arrived again and changed nothing (both)."),
+    ("conflicts", "Differing keys that a base copy left alone, since a link back exists (both)."),
+    ("resets", "Frames that did not fit the receiver's window; each starts the window afresh (both)."),
+    ("frames", "Frames received (replica)."),
+    ("refused", "Streams that the replica ended with a reason (replica)."),
+    ("copies", "Base copies completed (origin)."),
+    ("copied_keys_written", "Keys that completed base copies wrote (origin)."),
+    ("copied_keys_equal", "Keys that completed base copies found equal already (origin)."),
+    ("copied_keys_deleted", "Keys that completed base copies deleted (origin)."),
+];
 /// Seconds from half a millisecond (a local etcd) to an outage.
 const SECONDS_BUCKETS: [f64; 18] =
     [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0];
@@ -60,7 +75,7 @@ const REVISIONS_BUCKETS: [f64; 13] =
     [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0];
 const HISTOGRAMS: [(&str, &str, &[f64]); 4] = [
     (REVISION_LAG_SECONDS, "From a revision's arrival at the origin to the word that it is applied.", &SECONDS_BUCKETS),
-    (ROUND_TRIP_SECONDS, "From shipping a frame to its first ack.", &SECONDS_BUCKETS),
+    (ROUND_TRIP_SECONDS, "From shipping a frame to the first ack that covers it.", &SECONDS_BUCKETS),
     (APPLY_SECONDS, "One transaction at the replica's etcd.", &SECONDS_BUCKETS),
     (BATCH_REVISIONS, "Origin revisions in one transaction at the replica.", &REVISIONS_BUCKETS),
 ];
@@ -74,6 +89,29 @@ pub enum MetricsError {
     Buckets { metric: &'static str, reason: String },
     #[error("another metrics recorder is installed in this process")]
     Taken,
+}
+
+/// One metric as `/metrics` describes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Metric {
+    pub name: String,
+    /// `gauge`, `counter` or `histogram`.
+    pub kind: &'static str,
+    pub meaning: &'static str,
+}
+
+/// Every metric that there can be, in the order of the README's table.
+pub fn all() -> Vec<Metric> {
+    let metric = |name: &str, kind, meaning| Metric { name: name.to_owned(), kind, meaning };
+    let gauges = GAUGES.iter().map(|(name, meaning)| metric(name, "gauge", meaning));
+    let counters = COUNTERS.iter().map(|(name, meaning)| metric(name, "counter", meaning));
+    let counts = COUNTS.iter().map(|(count, meaning)| metric(&count_name(count), "counter", meaning));
+    let histograms = HISTOGRAMS.iter().map(|(name, meaning, _)| metric(name, "histogram", meaning));
+    gauges.chain(counters).chain(counts).chain(histograms).collect()
+}
+
+fn count_name(count: &str) -> String {
+    format!("etcd_ferry_{count}_total")
 }
 
 /// Renders what was recorded.
@@ -111,6 +149,7 @@ fn build() -> Result<Exporter, MetricsError> {
     metrics::set_global_recorder(recorder).map_err(|_| MetricsError::Taken)?;
     GAUGES.iter().for_each(|(name, meaning)| describe_gauge!(*name, *meaning));
     COUNTERS.iter().for_each(|(name, meaning)| describe_counter!(*name, *meaning));
+    COUNTS.iter().for_each(|(count, meaning)| describe_counter!(count_name(count), *meaning));
     HISTOGRAMS.iter().for_each(|(name, meaning, _)| describe_histogram!(*name, *meaning));
     Ok(Exporter { handle })
 }
@@ -146,7 +185,8 @@ pub fn record_link(status: &LinkStatus) {
     counter!(RAW_BYTES_TOTAL, labels.clone()).absolute(status.bytes_raw);
     counter!(SENT_BYTES_TOTAL, labels.clone()).absolute(status.bytes_sent);
     for (count, value) in &status.counts {
-        counter!(format!("etcd_ferry_{count}_total"), labels.clone()).absolute(*value);
+        debug_assert!(COUNTS.iter().any(|(known, _)| known == count), "the count {count} is not described");
+        counter!(count_name(count), labels.clone()).absolute(*value);
     }
 }
 
@@ -245,9 +285,9 @@ mod tests {
 
     #[test]
     fn every_name_has_the_prefix() {
-        let names = GAUGES.iter().chain(&COUNTERS).map(|(name, _)| *name);
-        for name in names.chain(HISTOGRAMS.iter().map(|(name, _, _)| *name)) {
-            assert!(name.starts_with("etcd_ferry_"), "{name}");
+        for metric in all() {
+            assert!(metric.name.starts_with("etcd_ferry_"), "{}", metric.name);
+            assert_eq!(metric.name.ends_with("_total"), metric.kind == "counter", "{}", metric.name);
         }
     }
 }

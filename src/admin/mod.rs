@@ -62,11 +62,11 @@ pub struct EtcdHealth {
     /// As configured.
     pub endpoint: String,
     pub ok: bool,
-    /// As the member says it (`3.5.30`); empty: not known.
+    /// As the member says it (`3.5.30`); empty: not known, since it does not answer or the user is not root.
     pub version: String,
     /// True if this member leads its cluster.
     pub leader: bool,
-    /// What is wrong with it, and what to do; empty when all is well.
+    /// What is wrong with it, and what to do, or why its version is not known; empty when all is well.
     pub detail: String,
 }
 

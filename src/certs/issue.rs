@@ -290,12 +290,13 @@ pub fn describe(issued: &Issued) -> String {
     let Issued { name, cert, key, made } = issued;
     let identity = super::load::load_identity(cert).ok();
     let until = identity.as_ref().map(|i: &PeerIdentity| rfc3339(i.not_after)).unwrap_or_else(|| "?".to_owned());
-    let sans = identity.map(|i| i.sans.join(", ")).unwrap_or_default();
+    let names = identity.map(|i| i.sans.join(", ")).filter(|sans| !sans.is_empty());
+    let names = names.map(|sans| format!(" for {sans}")).unwrap_or_default();
     if *made {
-        format!("made {} and {} (until {until}) {sans}", cert.display(), key.display())
+        format!("made {} and {}{names}, until {until}", cert.display(), key.display())
     } else {
         let renew = if name == "ca" { "delete all .pem and .key files beside it" } else { "delete both files" };
-        format!("kept {} (until {until}) {sans}; to renew it, {renew} and run this again", cert.display())
+        format!("kept {}{names}, until {until}; to renew it, {renew} and run this again", cert.display())
     }
 }
 

@@ -109,6 +109,13 @@ impl LagTracker {
         self.covered(applied);
     }
 
+    /// How old is, at `now_ms`, what an ack of `revision` would take off: one age for each arrival that is told apart. To be asked before
+    /// [`Self::applied`].
+    pub fn ages_through(&self, revision: Revision, now_ms: u64) -> impl Iterator<Item = f64> {
+        let done = self.arrivals.iter().take_while(move |arrival| arrival.revision_last <= revision);
+        done.map(move |arrival| now_ms.saturating_sub(arrival.at_ms) as f64 / 1_000.0)
+    }
+
     /// Everything up to this revision is in the replica's journal.
     pub fn durable(&mut self, revision: Revision) {
         self.durable = self.durable.max(revision);
@@ -179,6 +186,13 @@ mod tests {
         assert_eq!(tracker.lag(4_000), Lag { revisions: 1, uncovered: 0, seconds: 1.0 });
         tracker.applied(Revision(15));
         assert_eq!(tracker.lag(9_000), Lag::default());
+    }
+
+    #[test]
+    fn an_ack_takes_off_what_it_covers_with_the_age_of_each() {
+        let tracker = arrived([(10, 1_000), (11, 2_000), (15, 3_000)]);
+        assert_eq!(tracker.ages_through(Revision(9), 4_000).count(), 0);
+        assert_eq!(tracker.ages_through(Revision(14), 4_000).collect::<Vec<_>>(), [3.0, 2.0]);
     }
 
     #[test]

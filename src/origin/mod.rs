@@ -13,7 +13,8 @@ pub mod watch;
 
 use crate::admin::LinkCommand;
 use crate::config::{EtcdConfig, Limits, SendConfig};
-use crate::model::{LinkState, LinkStatus, Revision, Side, StageStatus};
+use crate::metrics;
+use crate::model::{LinkName, LinkState, LinkStatus, Revision, Side, StageStatus};
 use lag::LagTracker;
 use ship::{ShipView, Shipper};
 use spool::{Spool, SpoolExtent};
@@ -136,7 +137,7 @@ impl OriginLink {
                 biased;
                 () = stop.cancelled() => break,
                 event = incoming.recv() => match event {
-                    Some(event) => take(&mut lag, event),
+                    Some(event) => take(&mut lag, event, &link, clock.now_ms()),
                     None => break,
                 },
                 ended = stages.join_next() => {
@@ -158,7 +159,7 @@ impl OriginLink {
     }
 }
 
-fn take(lag: &mut LagTracker, event: LinkEvent) {
+fn take(lag: &mut LagTracker, event: LinkEvent, link: &LinkName, now_ms: u64) {
     match event {
         LinkEvent::Arrived { revisions, at_ms } => {
             for revision in revisions {
@@ -168,6 +169,7 @@ fn take(lag: &mut LagTracker, event: LinkEvent) {
         LinkEvent::Covered(revision) => lag.covered(revision),
         LinkEvent::Head { revision, at_ms } => lag.head(revision, at_ms),
         LinkEvent::Acked { applied, durable } => {
+            lag.ages_through(applied, now_ms).for_each(|seconds| metrics::observe_lag(link, seconds));
             lag.applied(applied);
             lag.durable(durable);
         }
@@ -240,19 +242,26 @@ impl Views<'_> {
             reasons.push(self.ship.reason.clone());
         }
         match &self.tail.state {
+            TailState::SpoolFull if self.spool.disk_full => {}
             TailState::SpoolFull => reasons.push(
                 "the spool is full: watching goes on when the replica has applied more; raise [limits] spool_bytes_max if outages last longer"
                     .to_owned(),
             ),
             TailState::Stopped { reason } => reasons.push(reason.clone()),
-            TailState::Connecting { reason } if !reason.is_empty() => reasons.push(format!("the origin's watch: {reason}")),
+            TailState::Connecting { reason } if is_new(&reasons, reason) => reasons.push(format!("the origin's watch: {reason}")),
+            TailState::OtherHistory { reason } if *reason != self.ship.reason => reasons.push(reason.clone()),
+            TailState::Lost { compacted } => reasons.push(format!(
+                "etcd has compacted up to {compacted}, past the spool's end: a base copy follows once the replica answers"
+            )),
             TailState::Idle
             | TailState::Connecting { .. }
             | TailState::Running
-            | TailState::Lost { .. }
             | TailState::OtherHistory { .. } => {}
         }
-        if let Some(trouble) = &self.head.trouble {
+        if self.spool.disk_full {
+            reasons.push("the spool's disk takes no more: make room below data_dir".to_owned());
+        }
+        if let Some(trouble) = self.head.trouble.as_ref().filter(|trouble| is_new(&reasons, trouble)) {
             reasons.push(format!("the origin's head cannot be read: {trouble}"));
         }
         reasons.join("; ")
@@ -268,4 +277,9 @@ impl Views<'_> {
             TailState::OtherHistory { reason } | TailState::Stopped { reason } => reason.clone(),
         }
     }
+}
+
+/// An etcd that does not answer fails every stage with the same words; they are said once.
+fn is_new(reasons: &[String], reason: &str) -> bool {
+    !reason.is_empty() && !reasons.iter().any(|said| said.contains(reason))
 }

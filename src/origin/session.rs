@@ -9,6 +9,7 @@ use super::spool::SpoolEntry;
 use super::watch::TailState;
 use crate::admin::LinkCommand;
 use crate::etcd::{Compare, CompareOp, Etcd, Txn, TxnOp, txn_revision};
+use crate::metrics;
 use crate::model::{ClusterId, Digest, Epoch, LinkState, Position, Revision, Seq, Term, Waymark, WholeRevision};
 use crate::tls;
 use crate::wire::frame::FrameLimits;
@@ -92,9 +93,13 @@ pub struct Session {
     seq: Seq,
     /// The last revision that was read from the spool for shipping.
     cursor: Revision,
+    /// The last one that is on its way: a frame that waits for the connection is read, and not sent.
+    sent: Revision,
     /// Frames that are not durable at the replica: their last seq and revision.
     in_flight: VecDeque<(Seq, Revision)>,
     received: (Seq, Revision),
+    /// A frame whose round trip is being measured, one at a time.
+    timed: Option<(Seq, Instant)>,
     pub(super) acked: Acked,
     replica_cluster: ClusterId,
     resets_in_row: u32,
@@ -160,8 +165,10 @@ impl Session {
             term: Term(0),
             seq: received.0,
             cursor: Revision(0),
+            sent: Revision(0),
             in_flight: VecDeque::new(),
             received,
+            timed: None,
             acked,
             resets_in_row: 0,
             frame_bytes_max,
@@ -184,6 +191,7 @@ impl Session {
         self.seq = Seq(0);
         self.received = (Seq(0), anchor);
         self.in_flight.clear();
+        self.timed = None;
         self.acked.applied = Seq(0);
         self.acked.durable = Seq(0);
         self.acked.applied_revision = anchor;
@@ -203,6 +211,9 @@ impl Session {
         let mut stream_open = true;
         let (outbound, spool) = (self.outbound.clone(), ship.spool.clone());
         loop {
+            if pending.is_none() {
+                self.sent = self.cursor;
+            }
             let may_read = pending.is_none() && self.in_flight.len() < IN_FLIGHT_MAX;
             tokio::select! {
                 biased;
@@ -258,6 +269,7 @@ impl Session {
             };
             self.seq = Seq(self.seq.0 + revisions.len() as u64);
             self.in_flight.push_back((self.seq, last.revision));
+            self.timed.get_or_insert((self.seq, Instant::now()));
             frame
         });
         let raw: u64 = revisions.iter().map(|r| r.bytes() as u64).sum();
@@ -310,6 +322,9 @@ impl Session {
         }
         if Seq(ack.received_seq) > self.received.0 {
             self.resets_in_row = 0;
+        }
+        if let Some((_, shipped)) = self.timed.take_if(|(seq, _)| *seq <= Seq(ack.received_seq)) {
+            metrics::observe_round_trip(&ship.origin.send.link, shipped.elapsed().as_secs_f64());
         }
         let mut acked = self.acked;
         while let Some((seq, revision)) = self.in_flight.front().copied() {
@@ -385,7 +400,9 @@ impl Session {
         tracing::warn!(link = %ship.origin.send.link, %reason, seq = %after, "the replica asks for a fresh window");
         ship.view.send_modify(|view| view.count("resets", 1));
         self.encoder.restart();
+        self.timed = None;
         (self.seq, self.cursor) = back;
+        self.sent = self.sent.min(self.cursor);
         self.in_flight.retain(|(seq, _)| *seq <= after);
         Ok(())
     }
@@ -395,7 +412,7 @@ impl Session {
         self.check_deadline()?;
         let extent = ship.spool.extent().borrow().clone();
         let shipped_all = drained && extent.last.is_none_or(|(last, _)| last <= self.cursor);
-        let through = if shipped_all { extent.covered.max(self.cursor) } else { self.cursor };
+        let through = if shipped_all { extent.covered.max(self.cursor) } else { self.sent };
         self.rewrite_waymark(ship).await?;
         let now = movement(ship);
         let idle_write = shipped_all

@@ -167,6 +167,7 @@ impl Shipper {
                     }
                 }
                 SessionEnd::Stop(reason) => {
+                    let reason = reason.replace("resync LINK", &format!("resync {}", self.origin.send.link));
                     tracing::error!(link = %self.origin.send.link, %reason, "the link stops");
                     self.rest(LinkState::Stopped, reason);
                     let command = self.commands.recv().await;
@@ -205,6 +206,7 @@ impl Shipper {
             view.state = state;
             view.detail.clone_from(&reason);
             view.reason = reason;
+            view.copy = None;
         });
     }
 
@@ -391,9 +393,7 @@ impl Shipper {
     /// Brings the tail to where the decision wants it.
     async fn act(&mut self, decided: Resume) -> Result<Option<Way>, SessionEnd> {
         match decided {
-            Resume::Stop { reason } => {
-                Err(SessionEnd::Stop(reason.to_string().replace("LINK", self.origin.send.link.as_str())))
-            }
+            Resume::Stop { reason } => Err(SessionEnd::Stop(reason.to_string())),
             Resume::ShipFromSpool { after } => Ok(Some(Way::Follow { after })),
             Resume::WatchFrom { after } => {
                 self.watch_from(after).await?;
@@ -406,6 +406,8 @@ impl Shipper {
                 Ok(Some(Way::Copy { epoch, cursor: Some(at.cursor), reason: reason.to_string() }))
             }
             Resume::Copy { epoch, cursor: None, reason } => {
+                // Where the position was lost, its epoch may be used up.
+                let epoch = epoch.max(self.known_epoch.next());
                 Ok(Some(Way::Copy { epoch, cursor: None, reason: reason.to_string() }))
             }
             Resume::Tail { .. } => Ok(None),

@@ -190,7 +190,8 @@ impl Tail {
                     self.pause(format!("etcd cancelled the watch: {reason}; {hint}"), &mut backoff).await;
                 }
                 Ended::Sequence(e @ SequenceError::OtherHistory { .. }) => {
-                    next = self.halt(TailState::OtherHistory { reason: e.to_string() }, &mut opened);
+                    let reason = e.to_string().replace("LINK", self.link.as_str());
+                    next = self.halt(TailState::OtherHistory { reason }, &mut opened);
                 }
                 Ended::OtherHistory(reason) => next = self.halt(TailState::OtherHistory { reason }, &mut opened),
                 Ended::Sequence(e @ SequenceError::WentBack { .. }) => self.pause(e.to_string(), &mut backoff).await,
@@ -239,8 +240,11 @@ impl Tail {
             Err(e) => return Ended::Trouble(e),
         };
         if look.head < extent.covered {
-            let reason =
-                format!("the origin's head {} is below revision {} that was read before", look.head, extent.covered);
+            let reason = format!(
+                "the origin was restored or replaced: its head {} is below revision {} that was read before; if this origin is the \
+                     right one, run `etcd-ferry resync {}`",
+                look.head, extent.covered, self.link
+            );
             return Ended::OtherHistory(reason);
         }
         let expected = match extent.last {
@@ -283,7 +287,7 @@ impl Tail {
                         Ok(Some(WatchSignal::Canceled(reason))) => return Ended::Canceled(reason),
                         Ok(Some(signal)) => {
                             if let Err(ended) = self.take(&mut sequencer, signal).await {
-                                return ended;
+                                return self.confirmed(&etcd, ended).await;
                             }
                         }
                         Ok(None) => return Ended::Closed,
@@ -301,6 +305,17 @@ impl Tail {
                     }
                 }
             }
+        }
+    }
+
+    /// Another history only if etcd can still show the old one whole: it may have been compacted while the watch was opened,
+    /// and then the watch lacks deletes.
+    async fn confirmed(&self, etcd: &Etcd, ended: Ended) -> Ended {
+        let Ended::Sequence(SequenceError::OtherHistory { carried, .. }) = &ended else { return ended };
+        match shows_whole(etcd, *carried).await {
+            Ok(true) => ended,
+            Ok(false) => Ended::Closed,
+            Err(e) => Ended::Trouble(e),
         }
     }
 
@@ -455,10 +470,9 @@ pub async fn probe(
             }
         }
     };
-    match tokio::time::timeout(PROBE_DEADLINE, reading).await {
-        Ok(outcome) => outcome,
-        Err(_) => Err(EtcdError::TimedOut),
-    }
+    let read = tokio::time::timeout(PROBE_DEADLINE, reading).await.map_err(|_| EtcdError::TimedOut)??;
+    // Compacted meanwhile, the watch may have lacked deletes.
+    if shows_whole(etcd, at).await? { Ok(read) } else { Ok(Probed::Compacted) }
 }
 
 fn probe_step(

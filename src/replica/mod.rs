@@ -250,7 +250,13 @@ impl Views<'_> {
     fn reason(&self) -> String {
         let mut reasons = Vec::new();
         if !self.told.connected {
-            let ended = if self.told.ended.is_empty() { String::new() } else { format!(" ({})", self.told.ended) };
+            // What stopped the applier ended the stream too, and is said below.
+            let said_below = self.told.ended == self.view.waiting;
+            let ended = if said_below || self.told.ended.is_empty() {
+                String::new()
+            } else {
+                format!(" ({})", self.told.ended)
+            };
             reasons.push(format!("the origin's sidecar is not connected{ended}"));
         }
         if !self.view.waiting.is_empty() {

@@ -81,7 +81,7 @@ pub struct LinkEnd {
     admit: Arc<tokio::sync::Mutex<Admit>>,
 }
 
-/// The ranges that the first hello named, kept across restarts.
+/// The ranges that the first hello named, or where the configuration says what is accepted, the last; kept across restarts.
 pub struct RangesFile {
     path: PathBuf,
     stored: Mutex<Option<Ranges>>,
@@ -277,13 +277,16 @@ impl Receiver {
         Ok(())
     }
 
-    /// Keeps the ranges of a link's first hello. They are compared again: two links' first hellos may come at once.
+    /// Keeps a hello's ranges: the applier needs them after a restart, before an origin says hello again. Where the
+    /// configuration names none, the first hello's stand; they are compared again, since two links' may come at once.
     fn store_ranges(&self, end: &LinkEnd, ranges: &Ranges) -> Result<(), Status> {
         let _storing = guard(&self.storing);
-        if end.config.ranges.is_some() || end.ranges.get().is_some() {
-            return Ok(());
+        if end.config.ranges.is_none() {
+            if end.ranges.get().is_some() {
+                return Ok(());
+            }
+            self.check_overlaps(&end.config.link, ranges)?;
         }
-        self.check_overlaps(&end.config.link, ranges)?;
         end.ranges.put(ranges).map_err(|e| Status::unavailable(format!("the link's ranges cannot be stored: {e}")))
     }
 }

@@ -51,6 +51,8 @@ pub(super) struct Stream {
     durable: watch::Receiver<Seq>,
     latest_session: watch::Receiver<u64>,
     due: Due,
+    /// Frames are let pass until the fresh window that was asked for: what the origin says of its progress counts them.
+    awaits_fresh: bool,
 }
 
 /// What has been taken off the stream and waits for its place.
@@ -65,6 +67,7 @@ impl Stream {
             durable: end.journal.durable(),
             latest_session: end.latest_session.subscribe(),
             due: Due::default(),
+            awaits_fresh: false,
             opened,
             end,
         }
@@ -243,10 +246,12 @@ impl Stream {
             Err(e) => {
                 counters.resets.fetch_add(1, Ordering::Relaxed);
                 tracing::warn!(link = %self.end.config.link, error = %e, "a frame cannot be decoded; asking for a fresh window");
+                self.awaits_fresh = true;
                 self.due.reset = Some(Reset { after_seq: admit.received().0, reason: e.to_string() });
                 return Ok(None);
             }
         };
+        self.awaits_fresh = false;
         counters.bytes_raw.fetch_add(decoded.plain_bytes as u64, Ordering::Relaxed);
         if let Some(whole) = decoded.revisions.iter().find(|whole| outside(&self.opened.ranges, whole)) {
             return Err((
@@ -286,7 +291,7 @@ impl Stream {
             told.at = Some(Instant::now());
         });
         self.due.ack = true;
-        if progress.origin_revision == 0 {
+        if progress.origin_revision == 0 || self.awaits_fresh {
             return None;
         }
         let command = ApplyCommand::Progress {

@@ -49,7 +49,8 @@ fn words(error: &(dyn Error + 'static)) -> Option<String> {
         return Some(tls_words(fault));
     }
     if let Some(io) = error.downcast_ref::<io::Error>()
-        && io.get_ref().is_none()
+        // rustls says at length that a connection ended without a goodbye; it is the same end of file.
+        && (io.get_ref().is_none() || io.kind() == io::ErrorKind::UnexpectedEof)
     {
         return io_words(io.kind()).map(str::to_owned);
     }
@@ -188,6 +189,9 @@ mod tests {
     #[test]
     fn causes_without_words_are_listed_once_each() {
         assert_eq!(explain(&Outer("a cause".into())), "transport error: a cause");
+        let cut =
+            io::Error::new(io::ErrorKind::UnexpectedEof, "peer closed connection without sending TLS close_notify");
+        assert_eq!(explain(&Outer(Box::new(cut))), "the peer closed the connection in the middle of it");
         let refused = io::Error::from(io::ErrorKind::ConnectionRefused);
         assert!(explain(&Outer(Box::new(refused))).starts_with("nothing listens there"));
     }

@@ -7,6 +7,7 @@ mod bed;
 mod both_ways;
 mod config;
 mod copy;
+mod docs;
 mod following;
 mod guards;
 mod links;

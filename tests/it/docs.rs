@@ -1,0 +1,222 @@
+//! Job: hold the README against the product: its metrics, its configuration, its example configurations.
+//! Input: README.md, what the code says of its metrics and keys, the metrics of a running pair. Output: passes or fails, with the rows that are right.
+//! Edge: reads the README; one pair of real sidecars.
+//! Always true: a key, a default or a metric that is added, changed or removed without the README fails here.
+
+use crate::bed::pair::{LINK, Pair, PairOptions};
+use crate::bed::traffic::{Write, commit};
+use etcd_ferry::config::{Config, Fault, Faults, LogFormat, SendConfig};
+use etcd_ferry::metrics::{self, Metric};
+use etcd_ferry::model::Ranges;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+/// Each required key once, and one of each table.
+const SOUND: &str = r#"
+region = "us-east-1"
+node = "us-east-1-a"
+data_dir = "data"
+[etcd]
+endpoints = ["http://127.0.0.1:2379"]
+[listen]
+peer = "127.0.0.1:7443"
+admin = "127.0.0.1:7444"
+http = "127.0.0.1:7445"
+[tls]
+ca = "ca.pem"
+cert = "a.pem"
+key = "a.key"
+[[send]]
+link = "config"
+to = ["https://127.0.0.1:8443"]
+peer = "ferry.example"
+[[receive]]
+link = "back"
+peer = "ferry.example"
+[limits]
+[log]
+"#;
+
+fn readme() -> String {
+    std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap()
+}
+
+/// The cells of a table whose header line starts with `header`, row by row, without backticks.
+fn table(readme: &str, header: &str) -> Vec<Vec<String>> {
+    let mut lines = readme.lines().skip_while(|line| !line.starts_with(header));
+    assert!(lines.next().is_some(), "the README has no table that starts with {header}");
+    let rows = lines.skip(1).take_while(|line| line.starts_with('|'));
+    let cells = |row: &str| row.trim_matches('|').split(" | ").map(|cell| cell.trim().replace('`', "")).collect();
+    rows.map(cells).collect()
+}
+
+/// From the name, as Prometheus' custom has it.
+fn unit(metric: &Metric) -> &'static str {
+    let name = metric.name.trim_end_matches("_total");
+    let units = ["seconds", "bytes", "revisions", "keys"];
+    units.into_iter().find(|unit| name.ends_with(&format!("_{unit}"))).unwrap_or("-")
+}
+
+#[test]
+fn the_readme_s_table_of_metrics_is_what_the_code_has() {
+    let row =
+        |metric: &Metric| format!("| `{}` | {} | {} | {} |", metric.name, metric.kind, unit(metric), metric.meaning);
+    let wanted: Vec<String> = metrics::all().iter().map(row).collect();
+    let readme = readme();
+    let found: Vec<&str> = readme.lines().filter(|line| line.starts_with("| `etcd_ferry_")).collect();
+    assert_eq!(found, wanted, "the README's table of metrics must be:\n{}\n", wanted.join("\n"));
+}
+
+#[tokio::test]
+async fn every_metric_of_a_running_pair_is_in_the_readme_with_its_type() {
+    let pair = Box::pin(Pair::start(PairOptions::default())).await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    let written = commit(&mut pair.origin.kv().await, &[Write::put("/app/a", "1")]).await.unwrap().unwrap();
+    pair.wait_applied(written.revision).await;
+    let applied = |entry: &serde_json::Value| entry["applied_seq"] == 1;
+    pair.origin_sidecar.wait_for(LINK, "the ack of the first seq", applied).await;
+
+    let mut seen = BTreeSet::new();
+    for sidecar in [&pair.origin_sidecar, &pair.replica_sidecar] {
+        let (code, text) = sidecar.http("/metrics").await;
+        assert_eq!(code, 200);
+        for line in text.lines().filter_map(|line| line.strip_prefix("# TYPE ")) {
+            seen.insert(line.split_once(' ').map(|(name, kind)| (name.to_owned(), kind.to_owned())).unwrap());
+        }
+    }
+    let told = table(&readme(), "| metric | type |");
+    let told: BTreeSet<(String, String)> = told.into_iter().map(|row| (row[0].clone(), row[1].clone())).collect();
+    let untold: Vec<_> = seen.difference(&told).collect();
+    assert!(untold.is_empty(), "not in the README: {untold:?}");
+    // Counts start with what they count; everything else is there from the first revision on.
+    let unseen: Vec<_> = told.difference(&seen).filter(|(_, kind)| kind != "counter").collect();
+    assert!(unseen.is_empty(), "in the README, and not in /metrics: {unseen:?}");
+}
+
+fn faults(text: &str) -> Vec<Fault> {
+    match Config::from_toml(text) {
+        Ok(_) => Vec::new(),
+        Err(Faults(faults)) => faults,
+    }
+}
+
+/// Every key that the configuration knows, as `etcd.endpoints` or `send[].link`: asked by way of a key that it does not know.
+fn known_keys() -> BTreeSet<String> {
+    let mut keys = BTreeSet::new();
+    for head in ["", "[etcd]", "[listen]", "[tls]", "[[send]]", "[[receive]]", "[limits]", "[log]"] {
+        let text = format!("{head}\n{head_line}", head_line = "unheard_of = 1");
+        let fault = faults(&text).into_iter().find(|fault| fault.field.ends_with("unheard_of"));
+        let fault = fault.unwrap_or_else(|| panic!("{head} takes unknown keys"));
+        let (_, known) = fault.rule.split_once("one of ").expect("a fault of an unknown key names the known ones");
+        let table = head.trim_matches(['[', ']']);
+        let place = match head.starts_with("[[") {
+            true => format!("{table}[]."),
+            false if head.is_empty() => String::new(),
+            false => format!("{table}."),
+        };
+        let tables = ["etcd", "listen", "tls", "send", "receive", "limits", "log"];
+        let here = known.split(", ").filter(|key| !(head.is_empty() && tables.contains(key)));
+        keys.extend(here.map(|key| format!("{place}{key}")));
+    }
+    keys
+}
+
+/// The keys that `SOUND` cannot do without.
+fn required_keys() -> BTreeSet<String> {
+    let mut required = BTreeSet::new();
+    let mut table = String::new();
+    for (number, line) in SOUND.lines().enumerate() {
+        if let Some(head) = line.strip_prefix('[') {
+            let name = head.trim_matches(['[', ']']);
+            table = if head.starts_with('[') { format!("{name}[].") } else { format!("{name}.") };
+        } else if let Some((key, _)) = line.split_once(" = ") {
+            let without: Vec<&str> = SOUND.lines().enumerate().filter(|(n, _)| *n != number).map(|(_, l)| l).collect();
+            assert!(!faults(&without.join("\n")).is_empty(), "{table}{key} is not required");
+            required.insert(format!("{table}{key}"));
+        }
+    }
+    required
+}
+
+/// What a key that is left out becomes, where that is a value.
+fn defaults(config: &Config) -> BTreeMap<String, String> {
+    // `Limits { spool_bytes_max: 8589934592, ... }`: every field with its value.
+    let limits = format!("{:?}", config.limits);
+    let fields = limits.trim_start_matches("Limits {").trim_end_matches('}').split(", ");
+    let mut defaults: BTreeMap<String, String> = fields
+        .map(|field| field.trim().split_once(": ").unwrap())
+        .map(|(key, value)| (format!("limits.{key}"), value.to_owned()))
+        .collect();
+    let SendConfig { deletes_share_max, ranges, .. } = &config.send[0];
+    assert_eq!(*ranges, Ranges::new(&[], &[]));
+    assert_eq!(config.log.format, LogFormat::Text);
+    assert!(config.receive[0].ranges.is_none() && config.tls.admins.is_empty());
+    for (key, value) in [
+        ("send[].deletes_share_max", deletes_share_max.to_string()),
+        ("send[].prefixes", "the whole keyspace".to_owned()),
+        ("send[].exclude", "none".to_owned()),
+        ("receive[].prefixes", "what the first hello says".to_owned()),
+        ("tls.admins", "nobody".to_owned()),
+        ("log.format", "text".to_owned()),
+        ("log.level", config.log.level.clone()),
+    ] {
+        defaults.insert(key.to_owned(), value);
+    }
+    defaults
+}
+
+#[test]
+fn the_readme_names_every_key_of_the_configuration_with_its_default() {
+    let config = Config::from_toml(SOUND).unwrap_or_else(|faults| panic!("{faults}"));
+    let (required, defaults) = (required_keys(), defaults(&config));
+    let rows = table(&readme(), "| key | default |");
+    let told: BTreeSet<String> = rows.iter().map(|row| row[0].clone()).collect();
+    assert_eq!(told, known_keys(), "the README's keys (left) must be those of the configuration (right)");
+    assert_eq!(told.len(), rows.len(), "a key is there twice");
+    for row in rows {
+        let wanted = match defaults.get(&row[0]) {
+            _ if required.contains(&row[0]) => "required",
+            Some(default) => default,
+            None => "none",
+        };
+        assert_eq!(row[1], wanted, "the default of {}", row[0]);
+    }
+}
+
+/// The README's code blocks that hold a configuration.
+fn example_configurations(readme: &str) -> Vec<String> {
+    let blocks = readme.split("\n```toml\n").skip(1);
+    blocks.map(|rest| rest.split("\n```").next().unwrap_or_default().to_owned()).collect()
+}
+
+#[test]
+fn the_readme_s_example_configurations_are_sound() {
+    let examples = example_configurations(&readme());
+    assert!(examples.len() >= 2, "one for each side");
+    for example in examples {
+        Config::from_toml(&example).unwrap_or_else(|faults| panic!("{faults}\nin\n{example}"));
+    }
+}
+
+#[test]
+fn every_count_that_a_link_keeps_is_described() {
+    let described: BTreeSet<String> = metrics::all().into_iter().map(|metric| metric.name).collect();
+    let mut counts = BTreeSet::new();
+    for file in ["origin/anchor.rs", "origin/session.rs", "origin/ship.rs", "origin/mod.rs", "replica/mod.rs"] {
+        let source = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src").join(file)).unwrap();
+        for start in [".count(\"", "counts.insert(\"", "(\""] {
+            for rest in source.split(start).skip(1) {
+                let Some((name, after)) = rest.split_once('"') else { continue };
+                // The replica's counts stand in a list: ("frames", counters.frames...), ("conflicts", self.view.conflicts).
+                let is_count = start != "(\"" || after.starts_with(", counters.") || after.starts_with(", self.view.");
+                if is_count {
+                    counts.insert(name.to_owned());
+                }
+            }
+        }
+    }
+    assert!(counts.len() >= 10, "the sources do not look as this test expects: {counts:?}");
+    for count in counts {
+        assert!(described.contains(&format!("etcd_ferry_{count}_total")), "the count {count} is not in metrics.rs");
+    }
+}
