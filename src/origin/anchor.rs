@@ -65,6 +65,8 @@ pub(super) async fn copy(
     let keys_done = keys_total.saturating_sub(count(&session.etcd, &pieces_from(&ranges, cursor.as_ref())).await?);
     let mut copying = Copying { progress: CopyProgress { keys_done, keys_total }, sent: 0, highest: anchor };
     session.copying = true;
+    // The replica may open the epoch though its answer is lost: the next hello must not claim an older one.
+    ship.learned_epoch(epoch);
     copying.show(ship, session, "base copy: looking at what it would delete");
     copying.send(ship, session, shipment::What::CopyBegin(begin)).await?;
     if guard_pass {

@@ -36,6 +36,8 @@ pub struct SpoolEntry {
 /// What the spool holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SpoolExtent {
+    /// Of the ranges that it was filled for.
+    pub tag: u64,
     /// Every revision that the link carries after it, up to `covered`, is held.
     pub base: Revision,
     /// The last revision held, or further if the origin moved without a change for the link.
@@ -57,19 +59,32 @@ pub type SpoolError = FeedError;
 pub struct Spool {
     feed: Feed<SpoolEntry>,
     arrivals: Vec<(Revision, u64)>,
+    /// Which ranges it holds: see [`Spool::open`].
+    tag: u64,
 }
 
 impl Spool {
     /// Opens the files in `dir`, or makes them. Reads them all, off the async threads.
-    pub async fn open(dir: &Path, limits: &Limits) -> Result<(Self, Opened), SpoolError> {
+    /// What was spooled for other ranges is dropped: it may lack what these ranges carry.
+    pub async fn open(dir: &Path, limits: &Limits, ranges: Digest) -> Result<(Self, Opened), SpoolError> {
         let limits = FeedLimits::new(limits, limits.spool_bytes_max);
         let dir = dir.to_owned();
         let open = move || {
             let mut arrivals = Arrivals::default();
             let (feed, opened) = Feed::open(&dir, limits, &mut |last, record| arrivals.add(last, record))?;
-            Ok((Self { feed, arrivals: arrivals.samples }, opened))
+            Ok::<_, SpoolError>((Self { feed, arrivals: arrivals.samples, tag: tag_of(ranges) }, opened))
         };
-        tokio::task::spawn_blocking(open).await.map_err(|_| FeedError::Closed)?
+        let (mut spool, opened) = tokio::task::spawn_blocking(open).await.map_err(|_| FeedError::Closed)??;
+        let (tag, covered) = {
+            let extent = spool.extent();
+            let extent = extent.borrow();
+            (extent.tag, extent.covered)
+        };
+        if tag != spool.tag && covered > Revision(0) {
+            spool.arrivals.clear();
+            spool.reset(Revision(0)).await?;
+        }
+        Ok((spool, opened))
     }
 
     pub async fn append(&self, entries: Vec<SpoolEntry>) -> Result<Appended<SpoolEntry>, SpoolError> {
@@ -92,7 +107,7 @@ impl Spool {
 
     /// Drops everything; the next revision is the first one after `base` that the link carries.
     pub async fn reset(&self, base: Revision) -> Result<(), SpoolError> {
-        self.feed.reset(0, base.0).await
+        self.feed.reset(self.tag, base.0).await
     }
 
     pub async fn room(&self) -> Result<(), SpoolError> {
@@ -116,6 +131,11 @@ impl Spool {
     pub async fn close(&self) -> Result<(), SpoolError> {
         self.feed.close().await
     }
+}
+
+/// The ranges' digest, as far as a segment file has room for it.
+fn tag_of(ranges: Digest) -> u64 {
+    ranges.0.iter().take(8).fold(0, |tag, byte| tag << 8 | u64::from(*byte))
 }
 
 impl FeedEntry for SpoolEntry {
@@ -142,6 +162,7 @@ impl FeedEntry for SpoolEntry {
 
     fn extent(held: &Held<Self::Tail>) -> SpoolExtent {
         SpoolExtent {
+            tag: held.tag,
             base: Revision(held.base),
             covered: Revision(held.covered),
             last: held.last,
@@ -284,7 +305,7 @@ mod tests {
     async fn revisions_come_back_whole_with_their_notes_and_the_extent_survives_a_restart() {
         let folder = tempfile::tempdir().unwrap();
         let dir = folder.path().join("spool");
-        let (spool, opened) = Spool::open(&dir, &limits()).await.unwrap();
+        let (spool, opened) = Spool::open(&dir, &limits(), Digest::default()).await.unwrap();
         assert_eq!(opened, Opened::default());
         let empty = spool.extent().borrow().clone();
         assert_eq!((empty.base, empty.covered, empty.last, empty.first), (Revision(0), Revision(0), None, None));
@@ -299,7 +320,7 @@ mod tests {
         assert_eq!((before.base, before.covered), (Revision(40), Revision(500)));
         assert_eq!((before.first, before.last), (Some(Revision(42)), Some((Revision(398), entries[178].digest))));
         spool.close().await.unwrap();
-        let (spool, opened) = Spool::open(&dir, &limits()).await.unwrap();
+        let (spool, opened) = Spool::open(&dir, &limits(), Digest::default()).await.unwrap();
         let after = spool.extent().borrow().clone();
         assert_eq!(
             (opened, SpoolExtent { bytes: 0, ..after }),
@@ -313,15 +334,33 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_was_spooled_for_other_ranges_is_dropped() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("spool");
+        let (spool, _) = Spool::open(&dir, &limits(), Digest([1; 16])).await.unwrap();
+        spool.reset(Revision(10)).await.unwrap();
+        append_durably(&spool, vec![entry(900)]).await;
+        spool.close().await.unwrap();
+        let (same, _) = Spool::open(&dir, &limits(), Digest([1; 16])).await.unwrap();
+        assert_eq!(same.extent().borrow().covered, Revision(900));
+        same.close().await.unwrap();
+        let (other, _) = Spool::open(&dir, &limits(), Digest([2; 16])).await.unwrap();
+        let extent = other.extent().borrow().clone();
+        assert_eq!((extent.base, extent.covered, extent.last), (Revision(0), Revision(0), None));
+        assert_eq!(other.arrivals(), []);
+        other.close().await.unwrap();
+    }
+
+    #[tokio::test]
     async fn a_reset_spool_without_revisions_still_knows_where_it_stands_after_a_restart() {
         let folder = tempfile::tempdir().unwrap();
         let dir = folder.path().join("spool");
-        let (spool, _) = Spool::open(&dir, &limits()).await.unwrap();
+        let (spool, _) = Spool::open(&dir, &limits(), Digest::default()).await.unwrap();
         append_durably(&spool, vec![entry(900)]).await;
         spool.reset(Revision(70)).await.unwrap();
         spool.covered(Revision(75));
         spool.close().await.unwrap();
-        let (spool, _) = Spool::open(&dir, &limits()).await.unwrap();
+        let (spool, _) = Spool::open(&dir, &limits(), Digest::default()).await.unwrap();
         let extent = spool.extent().borrow().clone();
         assert_eq!((extent.base, extent.covered, extent.last), (Revision(70), Revision(75), None));
         assert_eq!(spool.arrivals(), []);

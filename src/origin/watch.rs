@@ -3,11 +3,11 @@
 //! Always true: one watcher on one stream and connection of its own; only whole revisions reach the spool; compaction, lost leaders,
 //! cancels and another history become values of `TailState`, never a bare exit.
 
-use super::sequence::{Carried, Event, SequenceError, Sequenced, Sequencer, WatchMessage};
+use super::sequence::{Carried, Event, OriginWaymark, SequenceError, Sequenced, Sequencer, WatchMessage};
 use super::spool::{Spool, SpoolEntry};
 use super::{Clock, LinkEvent};
 use crate::config::{EtcdConfig, Limits};
-use crate::etcd::{Columns, Etcd, EtcdError, Watch, WatchSignal};
+use crate::etcd::{Columns, Etcd, EtcdError, Look, Watch, WatchSignal};
 use crate::model::{ClusterId, Digest, KeyRange, LINKS_PREFIX, LinkName, Ranges, Revision};
 use crate::retry::Backoff;
 use crate::segment::feed::Appended;
@@ -85,6 +85,8 @@ pub struct Tail {
     pub view: watch::Sender<TailView>,
     pub events: mpsc::Sender<LinkEvent>,
     pub clock: Clock,
+    /// The origin as it was at the last connect since the spool was begun.
+    pub seen: Option<(ClusterId, OriginWaymark)>,
 }
 
 /// Why a watch session ended.
@@ -144,6 +146,7 @@ impl Tail {
             match ended {
                 Ended::Command(None) => return,
                 Ended::Command(Some(TailCommand::Restart { after, opened: tell })) => {
+                    self.seen = None;
                     match self.spool.reset(after).await {
                         Ok(()) => {
                             self.view.send_modify(|view| view.covered = after);
@@ -247,6 +250,9 @@ impl Tail {
             );
             return Ended::OtherHistory(reason);
         }
+        if let Err(reason) = self.same_origin(&look) {
+            return Ended::OtherHistory(reason);
+        }
         let expected = match extent.last {
             Some((last, _)) if !after_covered => match shows_whole(&etcd, last).await {
                 Ok(true) => extent.last,
@@ -319,6 +325,24 @@ impl Tail {
         }
     }
 
+    /// Where the last revision is compacted, cluster and waymark alone tell a restored origin; they are compared at each connect.
+    fn same_origin(&mut self, look: &Look) -> Result<(), String> {
+        let waymark = look.kv.as_ref().and_then(|kv| OriginWaymark::from_json(&kv.value)).unwrap_or_default();
+        let seen = self.seen.replace((look.cluster, waymark));
+        let Some((cluster, before)) = seen else { return Ok(()) };
+        let older = waymark.present.counter < before.present.counter;
+        let other = waymark.present.counter == before.present.counter && waymark.present != before.present;
+        if cluster == look.cluster && !older && !other {
+            return Ok(());
+        }
+        self.seen = seen;
+        Err(format!(
+            "the origin was restored or replaced while this sidecar watched it (cluster {cluster}, waymark {}; now cluster {}, waymark {}); \
+             if this origin is the right one, run `etcd-ferry resync {}`",
+            before.present.counter, look.cluster, waymark.present.counter, self.link
+        ))
+    }
+
     fn sequencer(&self, after: Revision) -> Sequencer {
         Sequencer::new(&self.link, self.ranges.clone(), after, self.limits.revision_bytes_max)
     }
@@ -336,10 +360,12 @@ impl Tail {
             WatchSignal::Created | WatchSignal::Compacted(_) | WatchSignal::Canceled(_) => {}
         }
         let covered = sequencer.covered();
-        let moved = self.view.send_if_modified(|view| {
-            let moved = covered > view.covered;
+        let mut moved = false;
+        // Whoever waits on the view waits for another state; progress is read now and then.
+        self.view.send_if_modified(|view| {
+            moved = covered > view.covered;
             view.covered = view.covered.max(covered);
-            moved
+            false
         });
         if moved {
             self.spool.covered(covered);

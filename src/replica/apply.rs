@@ -4,7 +4,7 @@
 //! an `Applied` is made here alone, from a committed transaction or from a position that was read.
 
 use super::dedupe::Dedupe;
-use super::journal::Journal;
+use super::journal::{Journal, JournalEntry, JournalError};
 use super::plan::{
     self, Extent, Plan, PlanError, Refusal as LimitRefusal, RequestLimits, RunFacts, Settled, TxnTree, Waiting,
 };
@@ -152,7 +152,8 @@ pub struct Applier {
     /// Set by what only an operator can cure; a new hello clears it.
     pub(super) stopped: bool,
     pub(super) session: u64,
-    pub(super) latest_session: watch::Receiver<u64>,
+    /// Changes when a hello is about to come.
+    pub(super) hello_waiting: watch::Receiver<u64>,
     pub(super) commands: mpsc::Receiver<ApplyCommand>,
     pub(super) view: watch::Sender<ApplyView>,
     pub(super) copying: Option<super::copy::Copying>,
@@ -166,7 +167,7 @@ pub struct ApplierParts {
     pub ranges: Option<Ranges>,
     pub journal: Arc<Journal>,
     pub dedupe: Arc<Dedupe>,
-    pub latest_session: watch::Receiver<u64>,
+    pub hello_waiting: watch::Receiver<u64>,
     pub commands: mpsc::Receiver<ApplyCommand>,
     pub view: watch::Sender<ApplyView>,
 }
@@ -203,7 +204,7 @@ impl Applier {
             retry_at: Some(Instant::now()),
             stopped: false,
             session: 0,
-            latest_session: parts.latest_session,
+            hello_waiting: parts.hello_waiting,
             commands: parts.commands,
             view: parts.view,
             copying: None,
@@ -223,8 +224,14 @@ impl Applier {
     }
 
     async fn turns(&mut self) {
+        let mut reading: Option<Reading> = None;
         loop {
             let may_read = self.may_read();
+            // A read goes on while answers are taken: begun anew at each of them, it would be done over and over.
+            reading = reading.filter(|reading| reading.after == self.read_through);
+            if reading.is_none() && may_read {
+                reading = Some(Reading::new(self.journal.clone(), self.read_through, self.queue_bytes_max / 2));
+            }
             tokio::select! {
                 biased;
                 answer = answer_of(&mut self.in_flight) => self.finished(answer).await,
@@ -233,15 +240,19 @@ impl Applier {
                     None => return,
                 },
                 () = sleep_until(self.retry_at) => self.retry().await,
-                entries = self.journal.read_after(self.read_through, self.queue_bytes_max / 2), if may_read => match entries {
+                entries = read(&mut reading), if may_read => match entries {
                     Ok(entries) => {
+                        reading = None;
                         for entry in entries {
                             self.read_through = entry.seq;
                             self.waiting_bytes += entry.revision.bytes();
                             self.waiting.push_back((Waiting { seq: entry.seq, revision: entry.revision }, entry.digest));
                         }
                     }
-                    Err(e) => self.wait(format!("the journal: {e}")),
+                    Err(e) => {
+                        reading = None;
+                        self.wait(format!("the journal: {e}"));
+                    }
                 },
             }
             self.advance().await;
@@ -537,7 +548,7 @@ impl Applier {
                 self.publish(false);
             }
             ApplyCommand::Copy { session, step } => {
-                if session == self.session && *self.latest_session.borrow() == session {
+                if session == self.session && !self.stopped {
                     self.copy_step(step).await;
                 }
             }
@@ -588,6 +599,25 @@ impl Applier {
 async fn answer_of(in_flight: &mut Option<InFlight>) -> Result<TxnResponse, EtcdError> {
     match in_flight {
         Some(in_flight) => (&mut in_flight.answer).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// A read of the journal under way.
+struct Reading {
+    after: Seq,
+    entries: Pin<Box<dyn Future<Output = Result<Vec<JournalEntry>, JournalError>> + Send>>,
+}
+
+impl Reading {
+    fn new(journal: Arc<Journal>, after: Seq, bytes_max: usize) -> Self {
+        Self { after, entries: Box::pin(async move { journal.read_after(after, bytes_max).await }) }
+    }
+}
+
+async fn read(reading: &mut Option<Reading>) -> Result<Vec<JournalEntry>, JournalError> {
+    match reading {
+        Some(reading) => reading.entries.as_mut().await,
         None => std::future::pending().await,
     }
 }

@@ -100,11 +100,11 @@ impl Applier {
             let wait = self.backoff.after_failure(rand::random());
             tokio::select! {
                 biased;
-                _ = self.latest_session.changed() => {}
+                _ = self.hello_waiting.changed() => {
+                    // The hello must be answered before the wait is over; its stream begins the step again.
+                    return self.refuse(Kind::Closing, "a hello came while the base copy waited".to_owned());
+                }
                 () = tokio::time::sleep(wait) => {}
-            }
-            if *self.latest_session.borrow() != self.session {
-                return;
             }
         }
     }
@@ -113,12 +113,29 @@ impl Applier {
         if self.held.is_none() {
             self.reread().await?;
         }
+        self.check_epoch(step)?;
         match step {
             CopyStep::Begin(begin) => self.begin_copy(begin.clone()).await,
             CopyStep::Keys { range, keys, last } => self.count_keys(range, keys, *last).await,
             CopyStep::Page { range, revision, kvs } => self.copy_page(range, *revision, kvs).await,
             CopyStep::End { anchor_revision } => self.end_copy(*anchor_revision).await,
         }
+    }
+
+    /// Once the epoch is open, each step needs the position to be in it still: after a doubt it may have been restored, or
+    /// another copy may have taken over.
+    fn check_epoch(&self, step: &CopyStep) -> Result<(), StepError> {
+        let Some(copying) = self.copying.as_ref().filter(|c| c.ack.guard_passed) else { return Ok(()) };
+        if matches!(step, CopyStep::Begin(_)) {
+            return Ok(());
+        }
+        let position = self.held.as_ref().and_then(|h| h.position.as_ref());
+        let ends = matches!(step, CopyStep::End { .. });
+        let ours = position.is_some_and(|p| p.epoch == copying.begin.epoch && (p.cursor.is_some() || ends));
+        if ours {
+            return Ok(());
+        }
+        Err(StepError::Refused(Kind::PositionMoved, "the position is no longer that of this base copy".to_owned()))
     }
 
     async fn begin_copy(&mut self, begin: Begin) -> Result<(), StepError> {
@@ -129,9 +146,12 @@ impl Applier {
             return Err(fenced(position));
         }
         let replica_empty = self.present_count().await? == 0;
+        let ranges_digest = self.ranges.as_ref().map(digest::of_ranges);
         let mut copying = Copying {
             replica_empty,
-            first_copy: position.as_ref().is_none_or(|p| p.origin_cluster != begin.origin_cluster),
+            first_copy: position
+                .as_ref()
+                .is_none_or(|p| p.origin_cluster != begin.origin_cluster || Some(p.ranges_digest) != ranges_digest),
             counted: GuardCount::default(),
             ack: CopyAck::default(),
             begin,

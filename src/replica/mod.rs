@@ -68,7 +68,8 @@ impl ReplicaLink {
         let ranges = RangesFile::open(self.dir.join("ranges.json"))?;
         let (commands, incoming) = mpsc::channel(COMMANDS_MAX);
         let (view_sender, view) = watch::channel(ApplyView::default());
-        let (latest_session, sessions) = watch::channel(0);
+        let (latest_session, _) = watch::channel(0);
+        let (hellos, hello_waiting) = watch::channel(0);
         let (told_sender, told) = watch::channel(Told::default());
         let applier = Applier::new(ApplierParts {
             link,
@@ -77,7 +78,7 @@ impl ReplicaLink {
             ranges: ranges.get(),
             journal: journal.clone(),
             dedupe: dedupe.clone(),
-            latest_session: sessions,
+            hello_waiting,
             commands: incoming,
             view: view_sender,
         });
@@ -90,6 +91,7 @@ impl ReplicaLink {
             journal,
             dedupe,
             latest_session,
+            hellos,
             told: told_sender,
             sends_back: self.sends_back,
             ranges,

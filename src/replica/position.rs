@@ -61,6 +61,11 @@ impl Applier {
                 }
             },
         };
+        if let Some(position) = &position
+            && position.waymark.counter >= self.waymark.counter
+        {
+            self.waymark = position.waymark;
+        }
         self.planned = None;
         self.align(position.as_ref()).await;
         self.expected.clone_from(&position);
@@ -75,7 +80,14 @@ impl Applier {
         let ours = self.expected.is_none() || (position.is_some() && epoch == known_epoch && seq >= known_seq);
         let extent = self.journal.extent().borrow().clone();
         let last = extent.last.map_or(extent.base, |(seq, _, _)| seq);
-        let continues = extent.epoch == epoch && extent.base <= seq && seq <= last;
+        let mut continues = extent.epoch == epoch && extent.base <= seq && seq <= last;
+        if let (true, Some(position)) = (continues && extent.base < seq, position)
+            && let Ok(entries) = self.journal.read_after(Seq(seq.0 - 1), 1).await
+            && let Some(entry) = entries.first()
+        {
+            // An epoch's number can be used again after the replica was restored: then the journal is of another run.
+            continues = entry.digest == position.carried_digest;
+        }
         if ours && continues {
             while self.waiting.front().is_some_and(|(w, _)| w.seq <= seq) {
                 if let Some((done, _)) = self.waiting.pop_front() {

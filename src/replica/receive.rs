@@ -69,7 +69,10 @@ pub struct LinkEnd {
     pub view: watch::Receiver<ApplyView>,
     pub journal: Arc<Journal>,
     pub dedupe: Arc<Dedupe>,
+    /// The last session whose hello was answered: every other stream of the link ends.
     pub latest_session: watch::Sender<u64>,
+    /// The last hello that came; each takes the next number.
+    pub hellos: watch::Sender<u64>,
     pub told: watch::Sender<Told>,
     pub counters: Counters,
     /// Ranges of this process's own `[[send]]` links to the same peer.
@@ -163,6 +166,7 @@ pub struct LinkEndParts {
     pub journal: Arc<Journal>,
     pub dedupe: Arc<Dedupe>,
     pub latest_session: watch::Sender<u64>,
+    pub hellos: watch::Sender<u64>,
     pub told: watch::Sender<Told>,
     pub sends_back: Vec<Ranges>,
     pub ranges: RangesFile,
@@ -179,6 +183,7 @@ impl LinkEnd {
             journal: parts.journal,
             dedupe: parts.dedupe,
             latest_session: parts.latest_session,
+            hellos: parts.hellos,
             told: parts.told,
             counters: Counters::default(),
             sends_back: parts.sends_back,
@@ -306,7 +311,7 @@ impl Handshake for Receiver {
         let link_back = hello.link_back || end.sends_back.iter().any(|back| back.overlaps(&ranges));
         let number = {
             let mut number = 0;
-            end.latest_session.send_modify(|latest| {
+            end.hellos.send_modify(|latest| {
                 *latest += 1;
                 number = *latest;
             });
@@ -316,6 +321,8 @@ impl Handshake for Receiver {
             HelloFacts { session: number, epoch: Epoch(hello.epoch), term: Term(hello.term), ranges: ranges.clone() };
         let answer = ask(&end, facts).await?;
         self.store_ranges(&end, &ranges)?;
+        // Not before: a sender that is refused changes nothing for the one that ships.
+        end.latest_session.send_modify(|latest| *latest = number.max(*latest));
         let session: [u8; 16] = rand::random();
         let window = WindowLimits {
             window_bytes_max: wire::lesser(end.limits.window_bytes_max, hello.window_bytes_max),
