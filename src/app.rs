@@ -114,7 +114,8 @@ impl App {
                 status: watching,
                 commands: Some(commands),
             });
-            let overlaps = |ranges: &Option<Ranges>| ranges.as_ref().is_none_or(|r| r.overlaps(&send.ranges));
+            // What a [[receive]] without prefixes will bring, the peer knows: it tells in its answer to the hello.
+            let overlaps = |ranges: &Option<Ranges>| ranges.as_ref().is_some_and(|r| r.overlaps(&send.ranges));
             let origin = OriginLink {
                 etcd: config.etcd.clone(),
                 limits: config.limits.clone(),

@@ -118,6 +118,8 @@ pub struct Session {
     last_progress: Instant,
     progressed: Revision,
     pub(super) copy_ack: CopyAck,
+    /// A base copy is under way, whatever the position still says.
+    pub(super) copying: bool,
 }
 
 impl Session {
@@ -185,11 +187,13 @@ impl Session {
             last_progress: now,
             progressed: Revision(0),
             copy_ack: CopyAck::default(),
+            copying: false,
         })
     }
 
     /// A base copy is over: seqs start afresh.
     pub(super) fn opened_epoch(&mut self, ship: &mut Shipper, epoch: Epoch, anchor: Revision) {
+        self.copying = false;
         self.epoch = epoch;
         self.seq = Seq(0);
         self.received = (Seq(0), anchor);
@@ -254,7 +258,7 @@ impl Session {
         }
     }
 
-    fn check_tail(&self, ship: &mut Shipper) -> Result<(), SessionEnd> {
+    pub(super) fn check_tail(&self, ship: &mut Shipper) -> Result<(), SessionEnd> {
         match &ship.tail.borrow_and_update().state {
             TailState::Lost { compacted } => {
                 Err(SessionEnd::HelloAgain(format!("the origin has compacted up to {compacted}, past the spool's end")))
@@ -368,7 +372,7 @@ impl Session {
         acked.durable = acked.durable.max(durable);
         acked.durable_revision = acked.durable_revision.max(acked.applied_revision);
         acked.waymark = ack.waymark.map(Waymark::from).unwrap_or_default();
-        acked.following = ack.following;
+        acked.following = ack.following && !self.copying;
         let moved = acked.applied_revision > self.acked.applied_revision
             || acked.durable_revision > self.acked.durable_revision;
         acked.position_revision = acked.position_revision.max(Revision(ack.position_revision));

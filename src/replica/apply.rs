@@ -84,6 +84,8 @@ pub struct ApplyView {
     /// The session that `copy` belongs to.
     pub copy_session: u64,
     pub copy_keys_total: u64,
+    /// Keys that the copy had reached before it was taken up again.
+    pub copy_keys_before: u64,
     /// What ended the stream; the session that it concerns.
     pub refusal: Option<(u64, Kind, String)>,
 }

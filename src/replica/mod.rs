@@ -212,7 +212,7 @@ impl Views<'_> {
         status.counts = counts.into_iter().collect();
         let copying = position.is_some_and(|p| p.state == Phase::Copying && p.cursor.is_some());
         status.copy = copying.then_some(CopyProgress {
-            keys_done: self.view.copy.keys_written + self.view.copy.keys_equal,
+            keys_done: self.view.copy_keys_before + self.view.copy.keys_written + self.view.copy.keys_equal,
             keys_total: self.view.copy_keys_total,
         });
         status.stages = vec![
