@@ -117,7 +117,7 @@ impl Applier {
         match step {
             CopyStep::Begin(begin) => self.begin_copy(begin.clone()).await,
             CopyStep::Keys { range, keys, last } => self.count_keys(range, keys, *last).await,
-            CopyStep::Page { range, revision, kvs } => self.copy_page(range, *revision, kvs).await,
+            CopyStep::Page { range, revision, kvs } => Box::pin(self.copy_page(range, *revision, kvs)).await,
             CopyStep::End { anchor_revision } => self.end_copy(*anchor_revision).await,
         }
     }

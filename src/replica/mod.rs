@@ -63,8 +63,8 @@ impl ReplicaLink {
         let dedupe = Arc::new(dedupe);
         if remembered.moved_aside {
             tracing::warn!(%link, "the dedupe log could not be read and was moved aside; it is made anew from the journal and the position");
-            note_again(&journal, &dedupe).await?;
         }
+        note_again(&journal, &dedupe, &remembered.recent).await?;
         let ranges = RangesFile::open(self.dir.join("ranges.json"))?;
         let (commands, incoming) = mpsc::channel(COMMANDS_MAX);
         let (view_sender, view) = watch::channel(ApplyView::default());
@@ -153,10 +153,11 @@ fn remembered_by(recent: &[(Epoch, Seq, Digest)]) -> Admit {
     Admit::new(epoch, Term(0), last, digests.into_iter().rev())
 }
 
-/// Notes what the journal holds in a dedupe log that was started afresh.
-async fn note_again(journal: &Journal, dedupe: &Dedupe) -> anyhow::Result<()> {
+/// Notes what the journal holds beyond the dedupe log's last entry: the log is synced later than the journal, and may be new.
+async fn note_again(journal: &Journal, dedupe: &Dedupe, recent: &[(Epoch, Seq, Digest)]) -> anyhow::Result<()> {
     let extent = journal.extent().borrow().clone();
-    let mut after = extent.base;
+    let known = recent.last().filter(|(epoch, _, _)| *epoch == extent.epoch).map_or(Seq(0), |(_, seq, _)| *seq);
+    let mut after = extent.base.max(known);
     while after < extent.end {
         let entries = journal.read_after(after, NOTE_BYTES).await?;
         let Some(last) = entries.last() else { break };
