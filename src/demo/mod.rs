@@ -101,8 +101,8 @@ async fn show(options: Options) -> anyhow::Result<Shown> {
     let course = async {
         faults.run(options.length).await?;
         cast.stop_writing().await?;
-        faults.caught_up(Instant::now()).await?;
-        let comparison = Box::pin(compare::compare(&origin, &replica)).await?;
+        faults.caught_up().await?;
+        let comparison = compare::compare(&origin, &replica).await?;
         anyhow::Ok((comparison, faults.regions.count().await))
     };
     let (comparison, counts) = tokio::select! {
