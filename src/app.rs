@@ -114,7 +114,8 @@ impl App {
                 status: watching,
                 commands: Some(commands),
             });
-            let overlaps = |ranges: &Option<Ranges>| ranges.as_ref().is_none_or(|r| r.overlaps(&send.ranges));
+            // What a [[receive]] without prefixes will bring, the peer knows: it tells in its answer to the hello.
+            let overlaps = |ranges: &Option<Ranges>| ranges.as_ref().is_some_and(|r| r.overlaps(&send.ranges));
             let origin = OriginLink {
                 etcd: config.etcd.clone(),
                 limits: config.limits.clone(),
@@ -297,7 +298,7 @@ async fn look_at(endpoint: &str, config: &crate::config::EtcdConfig) -> EtcdHeal
             detail: String::new(),
         },
         // etcd tells its version only to root; that it says so shows that it answers.
-        Err(EtcdError::Denied(_)) => {
+        Err(EtcdError::Denied { .. }) => {
             let detail = "it answers, and tells its version to the user root alone".to_owned();
             EtcdHealth { endpoint: endpoint.to_owned(), ok: true, detail, ..EtcdHealth::default() }
         }

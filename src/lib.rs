@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! main.rs            the command line: parse, call, print, exit code
-//! demo/              mod proxy: two regions on one machine, for `make demo`
+//! demo/              mod faults compare regions process load objects(p) ports proxy meter(p) report(p) show: two regions on one machine
 //! app.rs             bind everything, then run it; owns tasks and shutdown
 //! origin/            mod ship session anchor resume(p) watch sequence(p) spool lag(p)
 //! replica/           mod receive stream admit(p) copy apply position txn plan(p) journal dedupe(the only file that knows sled)

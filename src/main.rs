@@ -8,9 +8,11 @@ use etcd_ferry::admin::client::{self, ClientError, Connection};
 use etcd_ferry::app;
 use etcd_ferry::certs::{self, issue::CertsError};
 use etcd_ferry::config::{Config, Fault, Faults};
+use etcd_ferry::demo;
 use std::io::{IsTerminal, stdout};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 /// The width of a terminal that does not tell its own.
 const COLUMNS: usize = 80;
@@ -58,6 +60,19 @@ enum Command {
         /// Go on past the guards of the base copy: keys that the origin does not have are deleted at the replica
         #[arg(long)]
         allow_deletes: bool,
+    },
+    /// Show it on this machine: two etcds, two sidecars, a link that fails now and then, and both sides compared at the end
+    #[command(after_help = "Needs etcd in PATH. Example: etcd-ferry demo --keep")]
+    Demo {
+        /// Keep both regions up at the end, until Ctrl-C, and print the commands to look at them
+        #[arg(long)]
+        keep: bool,
+        /// How long to write
+        #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u64).range(3..=3600))]
+        seconds: u64,
+        /// The report as JSON; the rest goes to standard error
+        #[arg(long)]
+        json: bool,
     },
     /// Issue certificates
     Certs {
@@ -120,6 +135,7 @@ fn main() -> ExitCode {
         Command::Run { config } => run(&config),
         Command::Status { sidecar, json } => status(&sidecar, json),
         Command::Resync { link, sidecar, allow_deletes } => resync(&sidecar, &link, allow_deletes),
+        Command::Demo { keep, seconds, json } => demo(keep, seconds, json),
         Command::Certs { command: CertsCommand::Dev { out, regions } } => certs_dev(&out, &regions),
     };
     match result {
@@ -147,9 +163,17 @@ fn check(path: &Path) -> Result<(), Failure> {
 fn run(path: &Path) -> Result<(), Failure> {
     let config = Config::load(path)?;
     config.prepare_files()?;
-    let failed = |e: anyhow::Error| Failure::Failed(format!("{e:#}"));
     app::log(&config.log).map_err(failed)?;
     runtime()?.block_on(app::run(config)).map_err(failed)
+}
+
+fn demo(keep: bool, seconds: u64, json: bool) -> Result<(), Failure> {
+    let options = demo::Options { length: Duration::from_secs(seconds), keep, json };
+    runtime()?.block_on(demo::run(options)).map_err(failed)
+}
+
+fn failed(error: anyhow::Error) -> Failure {
+    Failure::Failed(format!("{error:#}"))
 }
 
 fn status(sidecar: &Sidecar, json: bool) -> Result<(), Failure> {

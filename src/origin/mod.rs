@@ -15,6 +15,7 @@ use crate::admin::LinkCommand;
 use crate::config::{EtcdConfig, Limits, SendConfig};
 use crate::metrics;
 use crate::model::{LinkName, LinkState, LinkStatus, Revision, Side, StageStatus};
+use crate::wire::digest;
 use lag::LagTracker;
 use ship::{ShipView, Shipper};
 use spool::{Spool, SpoolExtent};
@@ -86,7 +87,8 @@ impl OriginLink {
     ) -> anyhow::Result<()> {
         let link = self.send.link.clone();
         let clock = Clock::new();
-        let (spool, opened) = Spool::open(&self.dir.join("spool"), &self.limits).await?;
+        let (spool, opened) =
+            Spool::open(&self.dir.join("spool"), &self.limits, digest::of_ranges(&self.send.ranges)).await?;
         opened.log(&link, "spool");
         let spool = Arc::new(spool);
         let (events, mut incoming) = mpsc::channel(EVENTS_MAX);
@@ -96,8 +98,8 @@ impl OriginLink {
         let (tail_commands, tail_incoming) = mpsc::channel(1);
         let (ship_sender, ship) = watch_channel::channel(ShipView::default());
         let mut lag = LagTracker::new();
-        for (revision, at_ms) in spool.arrivals() {
-            lag.arrived(revision, at_ms);
+        for arrived in spool.arrivals() {
+            lag.arrived_several(arrived.revision_last, arrived.at_ms, arrived.count);
         }
         lag.covered(covered);
 
@@ -113,6 +115,7 @@ impl OriginLink {
             view: tail_sender,
             events: events.clone(),
             clock,
+            seen: None,
         };
         stages.spawn(watching.run(stop.clone()));
         let etcd = self.etcd.clone();

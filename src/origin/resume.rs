@@ -6,6 +6,7 @@
 use crate::model::{ClusterId, Digest, Epoch, Phase, Position, Revision, Seq, Waymark};
 use crate::origin::sequence::OriginWaymark;
 use bytes::Bytes;
+use std::fmt;
 
 /// What the spool holds: every carried revision above `base`, up to `covered`. A spool of another cluster or of other ranges is none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,13 +73,20 @@ pub enum Resume {
 }
 
 /// Where a base copy goes on that was cut short.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct CopyCursor {
     /// Every key below it is copied.
     pub cursor: Bytes,
     /// Following starts after this revision, from the spool if it reaches back so far, else by a watch.
     pub after: Revision,
     pub spool_reaches: bool,
+}
+
+/// Never shows the key: logs hold what this prints.
+impl fmt::Debug for CopyCursor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "CopyCursor(after {}, spool reaches: {})", self.after, self.spool_reaches)
+    }
 }
 
 /// Why a base copy is needed; for the log and `status`.
@@ -204,7 +212,9 @@ fn check_same_origin(
     let seen = position.waymark;
     if seen != Waymark::default() {
         let Some(waymark) = origin.waymark else { return Err(StopReason::WaymarkMissing { seen }) };
-        if waymark.present != seen && waymark.previous != Some(seen) {
+        // A replica that was restored has an older one; that its last revision is still the origin's says that history goes on.
+        let restored_replica = origin.carried == CarriedCheck::Same && waymark.present.counter > seen.counter;
+        if waymark.present != seen && waymark.previous != Some(seen) && !restored_replica {
             let origin = waymark.present;
             let older = origin.counter < seen.counter;
             return Err(if older {
@@ -429,13 +439,24 @@ mod tests {
     }
 
     #[test]
-    fn the_waymark_may_be_one_ahead_of_the_position_and_no_more() {
+    fn the_waymark_may_be_one_ahead_of_the_position_and_no_more_where_nothing_else_vouches() {
         let one_ahead = OriginWaymark { present: Waymark { counter: 6, id: 66 }, previous: Some(NOW) };
         let resume = decided(spool(50, 150), &at(position()), &OriginFacts { waymark: Some(one_ahead), ..origin() });
         assert!(matches!(resume, Resume::ShipFromSpool { .. }));
         let two_ahead = OriginWaymark { present: Waymark { counter: 7, id: 77 }, previous: Some(one_ahead.present) };
-        let reason = stop(OriginFacts { waymark: Some(two_ahead), ..origin() });
+        let reason = stop(OriginFacts { waymark: Some(two_ahead), carried: CarriedCheck::Compacted, ..origin() });
         assert_eq!(reason, StopReason::WaymarkUnknown { seen: NOW });
+    }
+
+    #[test]
+    fn a_replica_restored_to_an_older_waymark_goes_on_if_its_last_revision_is_still_the_origins() {
+        let newer =
+            OriginWaymark { present: Waymark { counter: 9, id: 99 }, previous: Some(Waymark { counter: 8, id: 88 }) };
+        let proven = OriginFacts { waymark: Some(newer), carried: CarriedCheck::Same, ..origin() };
+        assert_eq!(decided(spool(50, 150), &at(position()), &proven), Resume::ShipFromSpool { after: Revision(100) });
+        for carried in [CarriedCheck::Open, CarriedCheck::Compacted] {
+            assert_eq!(stop(OriginFacts { carried, ..proven }), StopReason::WaymarkUnknown { seen: NOW });
+        }
     }
 
     #[test]

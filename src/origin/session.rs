@@ -5,7 +5,7 @@
 use super::LinkEvent;
 use super::sequence::OriginWaymark;
 use super::ship::{Greeted, Shipper, at_origin};
-use super::spool::SpoolEntry;
+use super::spool::{Spool, SpoolEntry, SpoolError};
 use super::watch::TailState;
 use crate::admin::LinkCommand;
 use crate::etcd::{Compare, CompareOp, Etcd, Txn, TxnOp, txn_revision};
@@ -21,6 +21,8 @@ use crate::wire::{self, LINK_METADATA, SESSION_METADATA};
 use bytes::Bytes;
 use std::collections::VecDeque;
 use std::convert::Infallible;
+use std::future::Future;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -42,6 +44,8 @@ const IDLE_WRITE: Duration = Duration::from_secs(60);
 const OPEN_DEADLINE: Duration = Duration::from_secs(15);
 /// After so many resets in a row frames travel standalone.
 const RESETS_BEFORE_STANDALONE: u32 = 2;
+/// A frame that cannot be decoded so often never will be.
+const RESETS_MAX: u32 = 8;
 
 /// Why a stream ended, as its planned reaction.
 #[derive(Debug)]
@@ -63,6 +67,8 @@ pub(super) struct Acked {
     pub applied_revision: Revision,
     pub durable: Seq,
     pub durable_revision: Revision,
+    /// What the position says: the spool is trimmed up to it, never past it.
+    pub position_revision: Revision,
     pub waymark: Waymark,
     pub following: bool,
 }
@@ -112,6 +118,8 @@ pub struct Session {
     last_progress: Instant,
     progressed: Revision,
     pub(super) copy_ack: CopyAck,
+    /// A base copy is under way, whatever the position still says.
+    pub(super) copying: bool,
 }
 
 impl Session {
@@ -148,6 +156,7 @@ impl Session {
             acked.applied = position.seq;
             acked.applied_revision = position.origin_revision;
             acked.durable_revision = position.origin_revision;
+            acked.position_revision = position.origin_revision;
             acked.waymark = position.waymark;
         }
         let epoch = position.as_ref().map_or(Epoch(0), |p| p.epoch);
@@ -178,11 +187,13 @@ impl Session {
             last_progress: now,
             progressed: Revision(0),
             copy_ack: CopyAck::default(),
+            copying: false,
         })
     }
 
     /// A base copy is over: seqs start afresh.
     pub(super) fn opened_epoch(&mut self, ship: &mut Shipper, epoch: Epoch, anchor: Revision) {
+        self.copying = false;
         self.epoch = epoch;
         self.seq = Seq(0);
         self.received = (Seq(0), anchor);
@@ -192,6 +203,8 @@ impl Session {
         self.acked.durable = Seq(0);
         self.acked.applied_revision = anchor;
         self.acked.durable_revision = anchor;
+        self.persisted_at = (Instant::now(), movement(ship));
+        self.acked.position_revision = anchor;
         ship.learned_epoch(epoch);
     }
 
@@ -200,17 +213,24 @@ impl Session {
         self.cursor = after;
         self.received.1 = self.received.1.max(after);
         self.show(ship, true);
+        // What was applied while no stream was open makes room too.
+        ship.spool.trim(self.acked.position_revision);
         tracing::info!(link = %ship.origin.send.link, epoch = %self.epoch, seq = %self.seq, after = %after, "following");
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut pending: Option<Shipment> = None;
         let mut stream_open = true;
         let (outbound, spool) = (self.outbound.clone(), ship.spool.clone());
+        let mut reading: Option<Reading> = None;
         loop {
             if pending.is_none() {
                 self.sent = self.cursor;
             }
-            let may_read = pending.is_none() && self.in_flight.len() < IN_FLIGHT_MAX;
+            // A read goes on while receipts are taken: begun anew at each of them, it might never end.
+            reading = reading.filter(|reading| reading.after == self.cursor);
+            if reading.is_none() && pending.is_none() && self.in_flight.len() < IN_FLIGHT_MAX {
+                reading = Some(Reading::new(spool.clone(), self.cursor, self.frame_bytes_max));
+            }
             tokio::select! {
                 biased;
                 command = ship.commands.recv() => return Err(SessionEnd::Commanded(command)),
@@ -227,15 +247,18 @@ impl Session {
                     Err(_) => stream_open = false,
                 },
                 _ = ticks.tick() => self.tick(ship, pending.is_none()).await?,
-                entries = spool.read_after(self.cursor, self.frame_bytes_max), if may_read => match entries {
-                    Ok(entries) => pending = self.encode(ship, &entries),
-                    Err(e) => return Err(SessionEnd::HelloAgain(format!("the spool: {e}"))),
-                },
+                entries = read(&mut reading) => {
+                    reading = None;
+                    match entries {
+                        Ok(entries) => pending = self.encode(ship, &entries),
+                        Err(e) => return Err(SessionEnd::HelloAgain(format!("the spool: {e}"))),
+                    }
+                }
             }
         }
     }
 
-    fn check_tail(&self, ship: &mut Shipper) -> Result<(), SessionEnd> {
+    pub(super) fn check_tail(&self, ship: &mut Shipper) -> Result<(), SessionEnd> {
         match &ship.tail.borrow_and_update().state {
             TailState::Lost { compacted } => {
                 Err(SessionEnd::HelloAgain(format!("the origin has compacted up to {compacted}, past the spool's end")))
@@ -316,6 +339,14 @@ impl Session {
                 self.seq
             )));
         }
+        let told = self.cursor.max(self.progressed).max(self.received.1).max(self.acked.applied_revision);
+        // Before following, a base copy's anchor is acknowledged that was told in another way.
+        if self.cursor > Revision(0) && Revision(ack.applied_origin_revision) > told {
+            return Err(SessionEnd::HelloAgain(format!(
+                "the replica acknowledges revision {}, and was told of {told}",
+                ack.applied_origin_revision
+            )));
+        }
         if Seq(ack.received_seq) > self.received.0 {
             self.resets_in_row = 0;
         }
@@ -341,10 +372,11 @@ impl Session {
         acked.durable = acked.durable.max(durable);
         acked.durable_revision = acked.durable_revision.max(acked.applied_revision);
         acked.waymark = ack.waymark.map(Waymark::from).unwrap_or_default();
-        acked.following = ack.following;
+        acked.following = ack.following && !self.copying;
         let moved = acked.applied_revision > self.acked.applied_revision
             || acked.durable_revision > self.acked.durable_revision;
-        let trim = acked.applied_revision > self.acked.applied_revision;
+        acked.position_revision = acked.position_revision.max(Revision(ack.position_revision));
+        let trim = acked.position_revision > self.acked.position_revision;
         self.acked = acked;
         ship.view.send_modify(|view| {
             view.counts.insert("repeated", ack.repeated);
@@ -354,7 +386,7 @@ impl Session {
         });
         self.show(ship, ack.waiting.is_empty());
         if trim {
-            ship.spool.trim(acked.applied_revision);
+            ship.spool.trim(acked.position_revision);
         }
         if moved {
             let event = LinkEvent::Acked { applied: acked.applied_revision, durable: acked.durable_revision };
@@ -393,6 +425,11 @@ impl Session {
             }
         };
         self.resets_in_row += 1;
+        if self.resets_in_row > RESETS_MAX {
+            return Err(SessionEnd::Stop(format!(
+                "the replica cannot decode what comes after seq {after}, also standalone: {reason}; are both sides' [limits] revision_bytes_max alike?"
+            )));
+        }
         tracing::warn!(link = %ship.origin.send.link, %reason, seq = %after, "the replica asks for a fresh window");
         ship.view.send_modify(|view| view.count("resets", 1));
         self.encoder.restart();
@@ -486,13 +523,33 @@ impl Session {
         let txn = Txn::new()
             .when([Compare::mod_revision(key.to_vec(), CompareOp::Equal, self.waymark_revision.to_etcd())])
             .and_then([TxnOp::put(key.to_vec(), next.to_json(), None)]);
-        let response = self.etcd.txn(txn).await.map_err(|e| at_origin(&e))?;
+        let right = format!("write {}", key.escape_ascii());
+        let response = self.etcd.txn(txn, &right).await.map_err(|e| at_origin(&e))?;
         if !response.succeeded() {
             return Err(SessionEnd::HelloAgain("another sidecar wrote this link's waymark".to_owned()));
         }
         self.waymark = next;
         self.waymark_revision = txn_revision(&response);
         Ok(())
+    }
+}
+
+/// A read of the spool under way.
+struct Reading {
+    after: Revision,
+    entries: Pin<Box<dyn Future<Output = Result<Vec<SpoolEntry>, SpoolError>> + Send>>,
+}
+
+impl Reading {
+    fn new(spool: Arc<Spool>, after: Revision, bytes_max: usize) -> Self {
+        Self { after, entries: Box::pin(async move { spool.read_after(after, bytes_max).await }) }
+    }
+}
+
+async fn read(reading: &mut Option<Reading>) -> Result<Vec<SpoolEntry>, SpoolError> {
+    match reading {
+        Some(reading) => reading.entries.as_mut().await,
+        None => std::future::pending().await,
     }
 }
 

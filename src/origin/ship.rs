@@ -275,7 +275,13 @@ impl Shipper {
         let mut client = HandshakeClient::new(channel.clone());
         let reply = match tokio::time::timeout(HELLO_DEADLINE, client.hello(hello)).await {
             Ok(Ok(reply)) => reply.into_inner(),
-            Ok(Err(status)) => return Err(refused(&address, &status)),
+            Ok(Err(status)) => {
+                if status.code() == tonic::Code::FailedPrecondition {
+                    // It may be a fencing: the next hello claims nothing, and learns.
+                    self.forget_epoch();
+                }
+                return Err(refused(&address, &status));
+            }
             Err(_) => {
                 return Err(SessionEnd::Wait(format!(
                     "{address} did not answer the hello within {} s",

@@ -36,6 +36,8 @@ pub struct SpoolEntry {
 /// What the spool holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SpoolExtent {
+    /// Of the ranges that it was filled for.
+    pub tag: u64,
     /// Every revision that the link carries after it, up to `covered`, is held.
     pub base: Revision,
     /// The last revision held, or further if the origin moved without a change for the link.
@@ -56,20 +58,42 @@ pub type SpoolError = FeedError;
 /// See [`Feed`] for what each call promises.
 pub struct Spool {
     feed: Feed<SpoolEntry>,
-    arrivals: Vec<(Revision, u64)>,
+    arrivals: Vec<Arrived>,
+    /// Which ranges it holds: see [`Spool::open`].
+    tag: u64,
+}
+
+/// Revisions that were in the files at `open`: all of them after the sample before this one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Arrived {
+    pub revision_last: Revision,
+    /// When the oldest of them had arrived, in Unix milliseconds.
+    pub at_ms: u64,
+    pub count: u64,
 }
 
 impl Spool {
     /// Opens the files in `dir`, or makes them. Reads them all, off the async threads.
-    pub async fn open(dir: &Path, limits: &Limits) -> Result<(Self, Opened), SpoolError> {
+    /// What was spooled for other ranges is dropped: it may lack what these ranges carry.
+    pub async fn open(dir: &Path, limits: &Limits, ranges: Digest) -> Result<(Self, Opened), SpoolError> {
         let limits = FeedLimits::new(limits, limits.spool_bytes_max);
         let dir = dir.to_owned();
         let open = move || {
             let mut arrivals = Arrivals::default();
             let (feed, opened) = Feed::open(&dir, limits, &mut |last, record| arrivals.add(last, record))?;
-            Ok((Self { feed, arrivals: arrivals.samples }, opened))
+            Ok::<_, SpoolError>((Self { feed, arrivals: arrivals.samples, tag: tag_of(ranges) }, opened))
         };
-        tokio::task::spawn_blocking(open).await.map_err(|_| FeedError::Closed)?
+        let (mut spool, opened) = tokio::task::spawn_blocking(open).await.map_err(|_| FeedError::Closed)??;
+        let (tag, covered) = {
+            let extent = spool.extent();
+            let extent = extent.borrow();
+            (extent.tag, extent.covered)
+        };
+        if tag != spool.tag && covered > Revision(0) {
+            spool.arrivals.clear();
+            spool.reset(Revision(0)).await?;
+        }
+        Ok((spool, opened))
     }
 
     pub async fn append(&self, entries: Vec<SpoolEntry>) -> Result<Appended<SpoolEntry>, SpoolError> {
@@ -92,7 +116,7 @@ impl Spool {
 
     /// Drops everything; the next revision is the first one after `base` that the link carries.
     pub async fn reset(&self, base: Revision) -> Result<(), SpoolError> {
-        self.feed.reset(0, base.0).await
+        self.feed.reset(self.tag, base.0).await
     }
 
     pub async fn room(&self) -> Result<(), SpoolError> {
@@ -107,15 +131,19 @@ impl Spool {
         self.feed.extent()
     }
 
-    /// When revisions that were in the files at `open` had arrived, in Unix milliseconds: a sample stands for all revisions
-    /// after the sample before it, and names the time of the oldest of them.
-    pub fn arrivals(&self) -> Vec<(Revision, u64)> {
+    /// When revisions that were in the files at `open` had arrived.
+    pub fn arrivals(&self) -> Vec<Arrived> {
         self.arrivals.clone()
     }
 
     pub async fn close(&self) -> Result<(), SpoolError> {
         self.feed.close().await
     }
+}
+
+/// The ranges' digest, as far as a segment file has room for it.
+fn tag_of(ranges: Digest) -> u64 {
+    ranges.0.iter().take(8).fold(0, |tag, byte| tag << 8 | u64::from(*byte))
 }
 
 impl FeedEntry for SpoolEntry {
@@ -142,6 +170,7 @@ impl FeedEntry for SpoolEntry {
 
     fn extent(held: &Held<Self::Tail>) -> SpoolExtent {
         SpoolExtent {
+            tag: held.tag,
             base: Revision(held.base),
             covered: Revision(held.covered),
             last: held.last,
@@ -206,19 +235,20 @@ fn read_notes(left: &mut &[u8]) -> Option<Vec<Note>> {
 /// Samples of arrivals, of which neighbours are merged when there are too many.
 #[derive(Default)]
 struct Arrivals {
-    samples: Vec<(Revision, u64)>,
+    samples: Vec<Arrived>,
 }
 
 impl Arrivals {
     /// `last`: the record's last revision.
     fn add(&mut self, last: u64, record: &[u8]) {
         let mut left = record;
-        let Some(oldest) = read_notes(&mut left).and_then(|notes| notes.first().map(|note| note.0)) else { return };
-        self.samples.push((Revision(last), oldest));
+        let Some(notes) = read_notes(&mut left) else { return };
+        let Some(oldest) = notes.first() else { return };
+        self.samples.push(Arrived { revision_last: Revision(last), at_ms: oldest.0, count: notes.len() as u64 });
         if self.samples.len() > ARRIVALS_MAX {
             let pairs = self.samples.chunks(2).filter_map(|pair| {
-                let (last, _) = pair.last()?;
-                Some((*last, pair.iter().map(|sample| sample.1).min()?))
+                let at_ms = pair.iter().map(|sample| sample.at_ms).min()?;
+                Some(Arrived { at_ms, count: pair.iter().map(|sample| sample.count).sum(), ..*pair.last()? })
             });
             self.samples = pairs.collect();
         }
@@ -284,7 +314,7 @@ mod tests {
     async fn revisions_come_back_whole_with_their_notes_and_the_extent_survives_a_restart() {
         let folder = tempfile::tempdir().unwrap();
         let dir = folder.path().join("spool");
-        let (spool, opened) = Spool::open(&dir, &limits()).await.unwrap();
+        let (spool, opened) = Spool::open(&dir, &limits(), Digest::default()).await.unwrap();
         assert_eq!(opened, Opened::default());
         let empty = spool.extent().borrow().clone();
         assert_eq!((empty.base, empty.covered, empty.last, empty.first), (Revision(0), Revision(0), None, None));
@@ -299,7 +329,7 @@ mod tests {
         assert_eq!((before.base, before.covered), (Revision(40), Revision(500)));
         assert_eq!((before.first, before.last), (Some(Revision(42)), Some((Revision(398), entries[178].digest))));
         spool.close().await.unwrap();
-        let (spool, opened) = Spool::open(&dir, &limits()).await.unwrap();
+        let (spool, opened) = Spool::open(&dir, &limits(), Digest::default()).await.unwrap();
         let after = spool.extent().borrow().clone();
         assert_eq!(
             (opened, SpoolExtent { bytes: 0, ..after }),
@@ -307,21 +337,41 @@ mod tests {
         );
         assert!(read_all(&spool).await == entries);
         let arrivals = spool.arrivals();
-        assert_eq!(arrivals.first(), Some(&(Revision(58), 1_000_042)), "a sample names the oldest of its record");
-        assert_eq!(arrivals.last().map(|sample| sample.0), Some(Revision(398)));
+        let first = Arrived { revision_last: Revision(58), at_ms: 1_000_042, count: 9 };
+        assert_eq!(arrivals.first(), Some(&first), "a sample names the oldest of its record");
+        assert_eq!(arrivals.last().map(|sample| sample.revision_last), Some(Revision(398)));
+        assert_eq!(arrivals.iter().map(|sample| sample.count).sum::<u64>(), 179);
         spool.close().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_was_spooled_for_other_ranges_is_dropped() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("spool");
+        let (spool, _) = Spool::open(&dir, &limits(), Digest([1; 16])).await.unwrap();
+        spool.reset(Revision(10)).await.unwrap();
+        append_durably(&spool, vec![entry(900)]).await;
+        spool.close().await.unwrap();
+        let (same, _) = Spool::open(&dir, &limits(), Digest([1; 16])).await.unwrap();
+        assert_eq!(same.extent().borrow().covered, Revision(900));
+        same.close().await.unwrap();
+        let (other, _) = Spool::open(&dir, &limits(), Digest([2; 16])).await.unwrap();
+        let extent = other.extent().borrow().clone();
+        assert_eq!((extent.base, extent.covered, extent.last), (Revision(0), Revision(0), None));
+        assert_eq!(other.arrivals(), []);
+        other.close().await.unwrap();
     }
 
     #[tokio::test]
     async fn a_reset_spool_without_revisions_still_knows_where_it_stands_after_a_restart() {
         let folder = tempfile::tempdir().unwrap();
         let dir = folder.path().join("spool");
-        let (spool, _) = Spool::open(&dir, &limits()).await.unwrap();
+        let (spool, _) = Spool::open(&dir, &limits(), Digest::default()).await.unwrap();
         append_durably(&spool, vec![entry(900)]).await;
         spool.reset(Revision(70)).await.unwrap();
         spool.covered(Revision(75));
         spool.close().await.unwrap();
-        let (spool, _) = Spool::open(&dir, &limits()).await.unwrap();
+        let (spool, _) = Spool::open(&dir, &limits(), Digest::default()).await.unwrap();
         let extent = spool.extent().borrow().clone();
         assert_eq!((extent.base, extent.covered, extent.last), (Revision(70), Revision(75), None));
         assert_eq!(spool.arrivals(), []);
@@ -337,10 +387,11 @@ mod tests {
         }
         let mut samples = arrivals.samples.iter();
         for revision in 1..=5000 {
-            let sample = samples.as_slice().iter().find(|sample| sample.0.0 >= revision);
-            assert!(sample.is_some_and(|sample| sample.1 <= 1_000_000 + revision), "{revision}");
+            let sample = samples.as_slice().iter().find(|sample| sample.revision_last.0 >= revision);
+            assert!(sample.is_some_and(|sample| sample.at_ms <= 1_000_000 + revision), "{revision}");
         }
-        assert_eq!(samples.next_back().map(|sample| sample.0), Some(Revision(5000)));
+        assert_eq!(samples.next_back().map(|sample| sample.revision_last), Some(Revision(5000)));
+        assert_eq!(arrivals.samples.iter().map(|sample| sample.count).sum::<u64>(), 5000);
     }
 
     #[test]

@@ -3,11 +3,11 @@
 //! Always true: one watcher on one stream and connection of its own; only whole revisions reach the spool; compaction, lost leaders,
 //! cancels and another history become values of `TailState`, never a bare exit.
 
-use super::sequence::{Carried, Event, SequenceError, Sequenced, Sequencer, WatchMessage};
+use super::sequence::{Carried, Event, OriginWaymark, SequenceError, Sequenced, Sequencer, WatchMessage};
 use super::spool::{Spool, SpoolEntry};
 use super::{Clock, LinkEvent};
 use crate::config::{EtcdConfig, Limits};
-use crate::etcd::{Columns, Etcd, EtcdError, Watch, WatchSignal};
+use crate::etcd::{Columns, Etcd, EtcdError, Look, Watch, WatchSignal, watch_right};
 use crate::model::{ClusterId, Digest, KeyRange, LINKS_PREFIX, LinkName, Ranges, Revision};
 use crate::retry::Backoff;
 use crate::segment::feed::Appended;
@@ -85,6 +85,8 @@ pub struct Tail {
     pub view: watch::Sender<TailView>,
     pub events: mpsc::Sender<LinkEvent>,
     pub clock: Clock,
+    /// The origin as it was at the last connect since the spool was begun.
+    pub seen: Option<(ClusterId, OriginWaymark)>,
 }
 
 /// Why a watch session ended.
@@ -144,6 +146,7 @@ impl Tail {
             match ended {
                 Ended::Command(None) => return,
                 Ended::Command(Some(TailCommand::Restart { after, opened: tell })) => {
+                    self.seen = None;
                     match self.spool.reset(after).await {
                         Ok(()) => {
                             self.view.send_modify(|view| view.covered = after);
@@ -186,8 +189,8 @@ impl Tail {
                 }
                 Ended::Closed => self.pause("etcd closed the watch".to_owned(), &mut backoff).await,
                 Ended::Canceled(reason) => {
-                    let hint = "watching needs read rights over one range (README, etcd rights)";
-                    self.pause(format!("etcd cancelled the watch: {reason}; {hint}"), &mut backoff).await;
+                    let error = EtcdError::Denied { right: watch_right(&self.ranges.covering()), said: reason };
+                    self.pause(error.to_string(), &mut backoff).await;
                 }
                 Ended::Sequence(e @ SequenceError::OtherHistory { .. }) => {
                     let reason = e.to_string().replace("LINK", self.link.as_str());
@@ -245,6 +248,9 @@ impl Tail {
                      right one, run `etcd-ferry resync {}`",
                 look.head, extent.covered, self.link
             );
+            return Ended::OtherHistory(reason);
+        }
+        if let Err(reason) = self.same_origin(&look) {
             return Ended::OtherHistory(reason);
         }
         let expected = match extent.last {
@@ -319,6 +325,24 @@ impl Tail {
         }
     }
 
+    /// Where the last revision is compacted, cluster and waymark alone tell a restored origin; they are compared at each connect.
+    fn same_origin(&mut self, look: &Look) -> Result<(), String> {
+        let waymark = look.kv.as_ref().and_then(|kv| OriginWaymark::from_json(&kv.value)).unwrap_or_default();
+        let seen = self.seen.replace((look.cluster, waymark));
+        let Some((cluster, before)) = seen else { return Ok(()) };
+        let older = waymark.present.counter < before.present.counter;
+        let other = waymark.present.counter == before.present.counter && waymark.present != before.present;
+        if cluster == look.cluster && !older && !other {
+            return Ok(());
+        }
+        self.seen = seen;
+        Err(format!(
+            "the origin was restored or replaced while this sidecar watched it (cluster {cluster}, waymark {}; now cluster {}, waymark {}); \
+             if this origin is the right one, run `etcd-ferry resync {}`",
+            before.present.counter, look.cluster, waymark.present.counter, self.link
+        ))
+    }
+
     fn sequencer(&self, after: Revision) -> Sequencer {
         Sequencer::new(&self.link, self.ranges.clone(), after, self.limits.revision_bytes_max)
     }
@@ -336,10 +360,12 @@ impl Tail {
             WatchSignal::Created | WatchSignal::Compacted(_) | WatchSignal::Canceled(_) => {}
         }
         let covered = sequencer.covered();
-        let moved = self.view.send_if_modified(|view| {
-            let moved = covered > view.covered;
+        let mut moved = false;
+        // Whoever waits on the view waits for another state; progress is read now and then.
+        self.view.send_if_modified(|view| {
+            moved = covered > view.covered;
             view.covered = view.covered.max(covered);
-            moved
+            false
         });
         if moved {
             self.spool.covered(covered);
@@ -470,7 +496,8 @@ pub async fn probe(
             }
         }
     };
-    let read = tokio::time::timeout(PROBE_DEADLINE, reading).await.map_err(|_| EtcdError::TimedOut)??;
+    let read = tokio::time::timeout(PROBE_DEADLINE, reading).await.map_err(|_| EtcdError::TimedOut)?;
+    let read = read.map_err(|e| e.needing(|| watch_right(&ranges.covering())))?;
     // Compacted meanwhile, the watch may have lacked deletes.
     if shows_whole(etcd, at).await? { Ok(read) } else { Ok(Probed::Compacted) }
 }
@@ -486,7 +513,7 @@ fn probe_step(
     match signal {
         WatchSignal::Created => None,
         WatchSignal::Compacted(_) => Some(Ok(Probed::Compacted)),
-        WatchSignal::Canceled(reason) => Some(Err(EtcdError::Denied(reason))),
+        WatchSignal::Canceled(said) => Some(Err(EtcdError::Denied { right: String::new(), said })),
         WatchSignal::Progress(revision) if revision >= at => Some(Ok(Probed::Nothing)),
         WatchSignal::Progress(_) => None,
         WatchSignal::Events { events, fragment, header } => {
@@ -509,7 +536,9 @@ fn probe_step(
 pub async fn may_watch(etcd: &Etcd, ranges: &Ranges) -> Result<(), EtcdError> {
     let mut watch: Watch = etcd.watch(&ranges.covering(), Revision(0), MESSAGE_BYTES_FIRST).await?;
     match tokio::time::timeout(PROBE_DEADLINE, watch.next()).await {
-        Ok(Ok(Some(WatchSignal::Canceled(reason)))) => Err(EtcdError::Denied(reason)),
+        Ok(Ok(Some(WatchSignal::Canceled(reason)))) => {
+            Err(EtcdError::Denied { right: watch_right(&ranges.covering()), said: reason })
+        }
         Ok(Ok(_)) => Ok(()),
         Ok(Err(e)) => Err(e),
         Err(_) => Err(EtcdError::TimedOut),

@@ -4,7 +4,7 @@
 //! an `Applied` is made here alone, from a committed transaction or from a position that was read.
 
 use super::dedupe::Dedupe;
-use super::journal::Journal;
+use super::journal::{Journal, JournalEntry, JournalError};
 use super::plan::{
     self, Extent, Plan, PlanError, Refusal as LimitRefusal, RequestLimits, RunFacts, Settled, TxnTree, Waiting,
 };
@@ -33,6 +33,7 @@ const POSITION_BYTES_MAX: usize = 700;
 const RUN_KEYS_MAX: usize = 200_000;
 /// Guards that failed so often in a row mean that somebody else writes there: then key by key.
 const GUARD_FAILURES_MAX: u32 = 2;
+const APPLY_RIGHT: &str = "read and write the link's prefixes and its position under /etcd-ferry/v1/links/";
 /// A committed transaction may take so long to answer while the process stops.
 const STOP_DEADLINE: Duration = Duration::from_secs(3);
 
@@ -83,6 +84,8 @@ pub struct ApplyView {
     /// The session that `copy` belongs to.
     pub copy_session: u64,
     pub copy_keys_total: u64,
+    /// Keys that the copy had reached before it was taken up again.
+    pub copy_keys_before: u64,
     /// What ended the stream; the session that it concerns.
     pub refusal: Option<(u64, Kind, String)>,
 }
@@ -152,7 +155,8 @@ pub struct Applier {
     /// Set by what only an operator can cure; a new hello clears it.
     pub(super) stopped: bool,
     pub(super) session: u64,
-    pub(super) latest_session: watch::Receiver<u64>,
+    /// Changes when a hello is about to come.
+    pub(super) hello_waiting: watch::Receiver<u64>,
     pub(super) commands: mpsc::Receiver<ApplyCommand>,
     pub(super) view: watch::Sender<ApplyView>,
     pub(super) copying: Option<super::copy::Copying>,
@@ -166,7 +170,7 @@ pub struct ApplierParts {
     pub ranges: Option<Ranges>,
     pub journal: Arc<Journal>,
     pub dedupe: Arc<Dedupe>,
-    pub latest_session: watch::Receiver<u64>,
+    pub hello_waiting: watch::Receiver<u64>,
     pub commands: mpsc::Receiver<ApplyCommand>,
     pub view: watch::Sender<ApplyView>,
 }
@@ -204,7 +208,7 @@ impl Applier {
             retry_at: Some(Instant::now()),
             stopped: false,
             session: 0,
-            latest_session: parts.latest_session,
+            hello_waiting: parts.hello_waiting,
             commands: parts.commands,
             view: parts.view,
             copying: None,
@@ -224,8 +228,14 @@ impl Applier {
     }
 
     async fn turns(&mut self) {
+        let mut reading: Option<Reading> = None;
         loop {
             let may_read = self.may_read();
+            // A read goes on while answers are taken: begun anew at each of them, it would be done over and over.
+            reading = reading.filter(|reading| reading.after == self.read_through);
+            if reading.is_none() && may_read {
+                reading = Some(Reading::new(self.journal.clone(), self.read_through, self.queue_bytes_max / 2));
+            }
             tokio::select! {
                 biased;
                 answer = answer_of(&mut self.in_flight) => self.finished(answer).await,
@@ -234,15 +244,19 @@ impl Applier {
                     None => return,
                 },
                 () = sleep_until(self.retry_at) => self.retry().await,
-                entries = self.journal.read_after(self.read_through, self.queue_bytes_max / 2), if may_read => match entries {
+                entries = read(&mut reading), if may_read => match entries {
                     Ok(entries) => {
+                        reading = None;
                         for entry in entries {
                             self.read_through = entry.seq;
                             self.waiting_bytes += entry.revision.bytes();
                             self.waiting.push_back((Waiting { seq: entry.seq, revision: entry.revision }, entry.digest));
                         }
                     }
-                    Err(e) => self.wait(format!("the journal: {e}")),
+                    Err(e) => {
+                        reading = None;
+                        self.wait(format!("the journal: {e}"));
+                    }
                 },
             }
             self.advance().await;
@@ -258,7 +272,7 @@ impl Applier {
         self.follows() && self.waiting_bytes < self.queue_bytes_max
     }
 
-    fn follows(&self) -> bool {
+    pub(super) fn follows(&self) -> bool {
         let ready = self.held.as_ref().and_then(|h| h.position.as_ref()).is_some_and(|p| p.cursor.is_none());
         ready && !self.stopped && self.retry_at.is_none() && self.copying.is_none()
     }
@@ -364,7 +378,7 @@ impl Applier {
             next.state = Phase::Following;
         }
         let txn = transaction(&self.link, held, &next, tree);
-        let answer = Box::pin(async move { etcd.txn(txn).await });
+        let answer = Box::pin(async move { etcd.txn(txn, APPLY_RIGHT).await });
         self.in_flight = Some(InFlight { revisions, settled, next, started: Instant::now(), answer });
     }
 
@@ -382,6 +396,7 @@ impl Applier {
             Committed::Done => {
                 self.guard_failures = 0;
                 self.backoff.succeeded();
+                self.resumed();
                 metrics::observe_apply(&self.link, started.elapsed().as_secs_f64(), revisions as u64);
                 for _ in 0..revisions {
                     if let Some((done, _)) = self.waiting.pop_front() {
@@ -405,7 +420,7 @@ impl Applier {
     fn judge(&mut self, response: &TxnResponse, next: Position) -> Committed {
         if response.succeeded() {
             self.expected = Some(next.clone());
-            self.held = Some(Held { position: Some(next), mod_revision: txn_revision(response) });
+            self.held = Some(Held::now(Some(next), txn_revision(response)));
             return Committed::Done;
         }
         let found = response.op_responses().into_iter().find_map(|op| match op {
@@ -488,7 +503,7 @@ impl Applier {
         self.retry_at = Some(Instant::now() + self.backoff.after_failure(rand::random()));
     }
 
-    async fn retry(&mut self) {
+    pub(super) async fn retry(&mut self) {
         self.retry_at = None;
         if self.held.is_none() || self.etcd.is_none() {
             if let Err(e) = self.reread().await {
@@ -534,9 +549,10 @@ impl Applier {
                 let persist = persist || self.progress.is_some_and(|(_, _, p)| p);
                 self.progress = Some((through, after, persist));
                 self.publish(false);
+                self.look_again().await;
             }
             ApplyCommand::Copy { session, step } => {
-                if session == self.session && *self.latest_session.borrow() == session {
+                if session == self.session && !self.stopped {
                     self.copy_step(step).await;
                 }
             }
@@ -588,6 +604,25 @@ impl Applier {
 async fn answer_of(in_flight: &mut Option<InFlight>) -> Result<TxnResponse, EtcdError> {
     match in_flight {
         Some(in_flight) => (&mut in_flight.answer).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// A read of the journal under way.
+struct Reading {
+    after: Seq,
+    entries: Pin<Box<dyn Future<Output = Result<Vec<JournalEntry>, JournalError>> + Send>>,
+}
+
+impl Reading {
+    fn new(journal: Arc<Journal>, after: Seq, bytes_max: usize) -> Self {
+        Self { after, entries: Box::pin(async move { journal.read_after(after, bytes_max).await }) }
+    }
+}
+
+async fn read(reading: &mut Option<Reading>) -> Result<Vec<JournalEntry>, JournalError> {
+    match reading {
+        Some(reading) => reading.entries.as_mut().await,
         None => std::future::pending().await,
     }
 }

@@ -63,12 +63,13 @@ impl ReplicaLink {
         let dedupe = Arc::new(dedupe);
         if remembered.moved_aside {
             tracing::warn!(%link, "the dedupe log could not be read and was moved aside; it is made anew from the journal and the position");
-            note_again(&journal, &dedupe).await?;
         }
+        note_again(&journal, &dedupe, &remembered.recent).await?;
         let ranges = RangesFile::open(self.dir.join("ranges.json"))?;
         let (commands, incoming) = mpsc::channel(COMMANDS_MAX);
         let (view_sender, view) = watch::channel(ApplyView::default());
-        let (latest_session, sessions) = watch::channel(0);
+        let (latest_session, _) = watch::channel(0);
+        let (hellos, hello_waiting) = watch::channel(0);
         let (told_sender, told) = watch::channel(Told::default());
         let applier = Applier::new(ApplierParts {
             link,
@@ -77,7 +78,7 @@ impl ReplicaLink {
             ranges: ranges.get(),
             journal: journal.clone(),
             dedupe: dedupe.clone(),
-            latest_session: sessions,
+            hello_waiting,
             commands: incoming,
             view: view_sender,
         });
@@ -90,6 +91,7 @@ impl ReplicaLink {
             journal,
             dedupe,
             latest_session,
+            hellos,
             told: told_sender,
             sends_back: self.sends_back,
             ranges,
@@ -151,10 +153,11 @@ fn remembered_by(recent: &[(Epoch, Seq, Digest)]) -> Admit {
     Admit::new(epoch, Term(0), last, digests.into_iter().rev())
 }
 
-/// Notes what the journal holds in a dedupe log that was started afresh.
-async fn note_again(journal: &Journal, dedupe: &Dedupe) -> anyhow::Result<()> {
+/// Notes what the journal holds beyond the dedupe log's last entry: the log is synced later than the journal, and may be new.
+async fn note_again(journal: &Journal, dedupe: &Dedupe, recent: &[(Epoch, Seq, Digest)]) -> anyhow::Result<()> {
     let extent = journal.extent().borrow().clone();
-    let mut after = extent.base;
+    let known = recent.last().filter(|(epoch, _, _)| *epoch == extent.epoch).map_or(Seq(0), |(_, seq, _)| *seq);
+    let mut after = extent.base.max(known);
     while after < extent.end {
         let entries = journal.read_after(after, NOTE_BYTES).await?;
         let Some(last) = entries.last() else { break };
@@ -210,7 +213,7 @@ impl Views<'_> {
         status.counts = counts.into_iter().collect();
         let copying = position.is_some_and(|p| p.state == Phase::Copying && p.cursor.is_some());
         status.copy = copying.then_some(CopyProgress {
-            keys_done: self.view.copy.keys_written + self.view.copy.keys_equal,
+            keys_done: self.view.copy_keys_before + self.view.copy.keys_written + self.view.copy.keys_equal,
             keys_total: self.view.copy_keys_total,
         });
         status.stages = vec![

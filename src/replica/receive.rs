@@ -10,7 +10,7 @@ use super::journal::Journal;
 use super::position::{HelloAnswer, HelloFacts, HelloRefused};
 use super::stream::Stream;
 use crate::config::{Limits, ReceiveConfig};
-use crate::model::{ClusterId, Epoch, KeyRange, Ranges, Revision, Seq, Term};
+use crate::model::{ClusterId, Epoch, KeyRange, LinkName, Ranges, Revision, Seq, Term};
 use crate::tls::accept::PeerConnectInfo;
 use crate::wire::frame::FrameLimits;
 use crate::wire::replicate::handshake_server::Handshake;
@@ -69,7 +69,10 @@ pub struct LinkEnd {
     pub view: watch::Receiver<ApplyView>,
     pub journal: Arc<Journal>,
     pub dedupe: Arc<Dedupe>,
+    /// The last session whose hello was answered: every other stream of the link ends.
     pub latest_session: watch::Sender<u64>,
+    /// The last hello that came; each takes the next number.
+    pub hellos: watch::Sender<u64>,
     pub told: watch::Sender<Told>,
     pub counters: Counters,
     /// Ranges of this process's own `[[send]]` links to the same peer.
@@ -163,6 +166,7 @@ pub struct LinkEndParts {
     pub journal: Arc<Journal>,
     pub dedupe: Arc<Dedupe>,
     pub latest_session: watch::Sender<u64>,
+    pub hellos: watch::Sender<u64>,
     pub told: watch::Sender<Told>,
     pub sends_back: Vec<Ranges>,
     pub ranges: RangesFile,
@@ -179,6 +183,7 @@ impl LinkEnd {
             journal: parts.journal,
             dedupe: parts.dedupe,
             latest_session: parts.latest_session,
+            hellos: parts.hellos,
             told: parts.told,
             counters: Counters::default(),
             sends_back: parts.sends_back,
@@ -202,6 +207,8 @@ pub struct Receiver {
     node: Arc<str>,
     streams: TaskTracker,
     stop: CancellationToken,
+    /// Held while a first hello's ranges are compared with the other links' and stored.
+    storing: Arc<Mutex<()>>,
 }
 
 impl Receiver {
@@ -212,7 +219,8 @@ impl Receiver {
         streams: TaskTracker,
         stop: CancellationToken,
     ) -> Self {
-        Self { links: Arc::new(links), region: region.into(), node: node.into(), streams, stop }
+        let storing = Arc::new(Mutex::new(()));
+        Self { links: Arc::new(links), region: region.into(), node: node.into(), streams, stop, storing }
     }
 
     /// The link, if the caller's certificate bears the name that it is configured with.
@@ -257,8 +265,13 @@ impl Receiver {
                 ranges.pieces()
             )));
         }
+        self.check_overlaps(link, &ranges)?;
+        Ok(ranges)
+    }
+
+    fn check_overlaps(&self, link: &LinkName, ranges: &Ranges) -> Result<(), Status> {
         for other in self.links.iter().filter(|other| other.config.link != *link) {
-            if other.accepted().is_some_and(|theirs| theirs.overlaps(&ranges)) {
+            if other.accepted().is_some_and(|theirs| theirs.overlaps(ranges)) {
                 tracing::warn!(%link, other = %other.config.link, "refused: overlapping ranges");
                 return Err(Status::failed_precondition(format!(
                     "link {link}'s ranges overlap those of link {} at this replica: give each its own prefixes",
@@ -266,7 +279,20 @@ impl Receiver {
                 )));
             }
         }
-        Ok(ranges)
+        Ok(())
+    }
+
+    /// Keeps a hello's ranges: the applier needs them after a restart, before an origin says hello again. Where the
+    /// configuration names none, the first hello's stand; they are compared again, since two links' may come at once.
+    fn store_ranges(&self, end: &LinkEnd, ranges: &Ranges) -> Result<(), Status> {
+        let _storing = guard(&self.storing);
+        if end.config.ranges.is_none() {
+            if end.ranges.get().is_some() {
+                return Ok(());
+            }
+            self.check_overlaps(&end.config.link, ranges)?;
+        }
+        end.ranges.put(ranges).map_err(|e| Status::unavailable(format!("the link's ranges cannot be stored: {e}")))
     }
 }
 
@@ -285,7 +311,7 @@ impl Handshake for Receiver {
         let link_back = hello.link_back || end.sends_back.iter().any(|back| back.overlaps(&ranges));
         let number = {
             let mut number = 0;
-            end.latest_session.send_modify(|latest| {
+            end.hellos.send_modify(|latest| {
                 *latest += 1;
                 number = *latest;
             });
@@ -294,12 +320,9 @@ impl Handshake for Receiver {
         let facts =
             HelloFacts { session: number, epoch: Epoch(hello.epoch), term: Term(hello.term), ranges: ranges.clone() };
         let answer = ask(&end, facts).await?;
-        // The applier needs them after a restart, before an origin says hello again.
-        if end.config.ranges.is_some() || end.ranges.get().is_none() {
-            end.ranges
-                .put(&ranges)
-                .map_err(|e| Status::unavailable(format!("the link's ranges cannot be stored: {e}")))?;
-        }
+        self.store_ranges(&end, &ranges)?;
+        // Not before: a sender that is refused changes nothing for the one that ships.
+        end.latest_session.send_modify(|latest| *latest = number.max(*latest));
         let session: [u8; 16] = rand::random();
         let window = WindowLimits {
             window_bytes_max: wire::lesser(end.limits.window_bytes_max, hello.window_bytes_max),

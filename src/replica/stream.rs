@@ -9,7 +9,7 @@ use super::copy::{Begin, CopyStep};
 use super::dedupe::State;
 use super::journal::{JournalEntry, JournalError};
 use super::receive::{LinkEnd, Opened};
-use crate::model::{Change, Epoch, KeyRange, Phase, Revision, Seq, Term, Waymark};
+use crate::model::{Change, Epoch, KeyRange, Phase, Ranges, Revision, Seq, Term, Waymark};
 use crate::segment::feed::Appended;
 use crate::wire::frame::{self, FrameLimits};
 use crate::wire::replicate::refusal::Kind;
@@ -202,6 +202,7 @@ impl Stream {
             durable_seq: durable,
             applied_seq: applied.0,
             applied_origin_revision: if position.is_some() { view.applied_revision.0 } else { 0 },
+            position_revision: position.map_or(0, |p| p.origin_revision.0),
             waymark: position.map(|p| p.waymark.into()),
             following: position.is_some_and(|p| p.state == Phase::Following),
             waiting: view.waiting.clone(),
@@ -338,6 +339,11 @@ impl Stream {
     fn kvs_of(&self, page: Page) -> Result<Vec<(Bytes, Bytes)>, (Kind, String)> {
         let counters = &self.end.counters;
         counters.bytes_sent.fetch_add(page.frame.len() as u64, Ordering::Relaxed);
+        // What the replica has in a page's range and the page has not is deleted: the range itself must be allowed.
+        let piece = KeyRange { from: page.from.clone(), to: page.to.clone() };
+        if !Ranges::from_pieces(vec![piece]).is_some_and(|piece| self.opened.ranges.covers(&piece)) {
+            return Err((Kind::Outside, "a page of the base copy reaches outside of the link's ranges".to_owned()));
+        }
         // A page that cannot be decoded is asked for again by a new hello: the copy goes on at its cursor.
         let decoded = frame::decode_standalone(&page.frame, &self.pages)
             .map_err(|e| (Kind::Gap, format!("a page of the base copy cannot be decoded: {e}")))?;

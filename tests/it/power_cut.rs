@@ -45,7 +45,7 @@ fn a_power_cut_loses_no_note_of_the_dedupe_log_that_was_synced() {
 async fn a_full_disk_is_told_and_after_trimming_the_spool_goes_on_without_a_hole() {
     let disk = Disk::new(20 << 20);
     let dir = disk.mount.join("spool");
-    let (spool, _) = Spool::open(&dir, &limits(16 << 20, 1 << 30)).await.unwrap();
+    let (spool, _) = Spool::open(&dir, &limits(16 << 20, 1 << 30), Digest::default()).await.unwrap();
     let mut next = 1;
     let mut extent = spool.extent();
     loop {
@@ -73,7 +73,7 @@ async fn a_full_disk_is_told_and_after_trimming_the_spool_goes_on_without_a_hole
     durable(&spool, next + 9).await;
     let base = spool.extent().borrow().base;
     spool.close().await.unwrap();
-    let (spool, opened) = Spool::open(&dir, &limits(16 << 20, 1 << 30)).await.unwrap();
+    let (spool, opened) = Spool::open(&dir, &limits(16 << 20, 1 << 30), Digest::default()).await.unwrap();
     assert!(opened.cuts.is_empty() && opened.set_aside.is_none(), "{opened:?}");
     let kept = read_all(&spool, base.0, next + 9).await;
     assert!(kept.iter().map(|entry| entry.revision.revision.0).eq(base.0 + 1..next + 10), "after a restart");
@@ -107,7 +107,7 @@ fn write_segments(dir: &Path, bytes: usize) {
 }
 
 async fn write_spool(dir: &Path, bytes: usize) {
-    let (spool, _) = Spool::open(dir, &limits(2 << 20, 1 << 30)).await.unwrap();
+    let (spool, _) = Spool::open(dir, &limits(2 << 20, 1 << 30), Digest::default()).await.unwrap();
     let mut durable = spool.durable();
     for index in 1.. {
         assert_eq!(spool.append(vec![entry(index, bytes)]).await.unwrap(), Appended::Taken);
@@ -157,7 +157,7 @@ fn check_segments(dir: &Path, bytes: usize, durable: u64, what: &str) {
 }
 
 async fn check_spool(dir: &Path, bytes: usize, durable: u64, what: &str) {
-    let (spool, opened) = Spool::open(dir, &limits(2 << 20, 1 << 30)).await.unwrap();
+    let (spool, opened) = Spool::open(dir, &limits(2 << 20, 1 << 30), Digest::default()).await.unwrap();
     assert_eq!(opened.set_aside, None, "{what}");
     let last = spool.extent().borrow().last.map_or(0, |(revision, _)| revision.0);
     assert!(last >= durable, "{what}: only {last} are there");
