@@ -154,7 +154,7 @@ async fn delete_prefix(etcd: &Etcd, prefix: &str) -> anyhow::Result<Written> {
 /// The size of an object, for its life.
 fn bytes_min(number: u64) -> usize {
     let large = usize::try_from(number / LARGE_ONE_OF).unwrap_or(0) % LARGE_BYTES.len();
-    if number % LARGE_ONE_OF == 0 { LARGE_BYTES[large] } else { 0 }
+    if number.is_multiple_of(LARGE_ONE_OF) { LARGE_BYTES[large] } else { 0 }
 }
 
 struct Writer {
