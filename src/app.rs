@@ -114,7 +114,8 @@ impl App {
                 status: watching,
                 commands: Some(commands),
             });
-            let overlaps = |ranges: &Option<Ranges>| ranges.as_ref().is_none_or(|r| r.overlaps(&send.ranges));
+            // What a [[receive]] without prefixes will bring, the peer knows: it tells in its answer to the hello.
+            let overlaps = |ranges: &Option<Ranges>| ranges.as_ref().is_some_and(|r| r.overlaps(&send.ranges));
             let origin = OriginLink {
                 etcd: config.etcd.clone(),
                 limits: config.limits.clone(),
@@ -188,10 +189,13 @@ impl App {
             }
         });
         for (replica, status) in replicas {
-            tasks.spawn(replica.run(status, stop.clone()));
+            let (link, stop) = (status.borrow().link.clone(), stop.clone());
+            tasks.spawn(async move { replica.run(status, stop).await.with_context(|| format!("link {link}")) });
         }
         for (origin, status, commands) in origins {
-            tasks.spawn(origin.run(status, commands, stop.clone()));
+            let (link, stop) = (origin.send.link.clone(), stop.clone());
+            tasks
+                .spawn(async move { origin.run(status, commands, stop).await.with_context(|| format!("link {link}")) });
         }
         let mut outcome = Ok(());
         let mut deadline = None;
@@ -297,7 +301,7 @@ async fn look_at(endpoint: &str, config: &crate::config::EtcdConfig) -> EtcdHeal
             detail: String::new(),
         },
         // etcd tells its version only to root; that it says so shows that it answers.
-        Err(EtcdError::Denied(_)) => {
+        Err(EtcdError::Denied { .. }) => {
             let detail = "it answers, and tells its version to the user root alone".to_owned();
             EtcdHealth { endpoint: endpoint.to_owned(), ok: true, detail, ..EtcdHealth::default() }
         }

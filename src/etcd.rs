@@ -35,8 +35,8 @@ pub enum EtcdError {
     TimedOut,
     #[error("etcd is out of space (NOSPACE): compact and defragment it or raise its quota, then disarm the alarm")]
     NoSpace,
-    #[error("etcd refused: {0}; check the user's rights (README, etcd rights)")]
-    Denied(String),
+    #[error("etcd refused: {said}; its user needs the right to {right} (README, etcd rights)")]
+    Denied { right: String, said: String },
     #[error("etcd no longer accepts the login: {0}")]
     LoginLost(String),
     #[error("revision is compacted")]
@@ -60,7 +60,7 @@ impl EtcdError {
     pub fn changed_nothing(&self) -> bool {
         match self {
             EtcdError::NoSpace
-            | EtcdError::Denied(_)
+            | EtcdError::Denied { .. }
             | EtcdError::LoginLost(_)
             | EtcdError::Compacted
             | EtcdError::FutureRevision
@@ -74,6 +74,19 @@ impl EtcdError {
             | EtcdError::Other(_) => false,
         }
     }
+
+    /// The same, with the right that was missing, if that is what it is about.
+    pub fn needing(self, right: impl FnOnce() -> String) -> Self {
+        if let EtcdError::Denied { said, .. } = self {
+            return EtcdError::Denied { right: right(), said };
+        }
+        self
+    }
+}
+
+/// The right to watch a range, as it has to be granted: etcd refuses a watch over what several rights cover only in part.
+pub fn watch_right(range: &KeyRange) -> String {
+    format!("read all of {range:?}, as one range")
 }
 
 /// One key as etcd holds it.
@@ -127,10 +140,19 @@ impl Etcd {
     /// Connects and, with a user, logs in.
     pub async fn connect(config: &EtcdConfig) -> Result<Self, EtcdError> {
         let endpoints = config.endpoints.join(", ");
-        let options = connect_options(config)?;
-        let connecting = Client::connect(&config.endpoints, Some(options));
+        let (options, without_user) = (connect_options(config)?, EtcdConfig { username: None, ..config.clone() });
+        let connecting = async {
+            match Client::connect(&config.endpoints, Some(options)).await.map_err(|e| reaction(&e, &endpoints)) {
+                // While users are switched off in etcd nobody has to be anyone, and nobody can log in.
+                Err(EtcdError::Other(e)) if e.contains("authentication is not enabled") => {
+                    let options = connect_options(&without_user)?;
+                    Client::connect(&config.endpoints, Some(options)).await.map_err(|e| reaction(&e, &endpoints))
+                }
+                outcome => outcome,
+            }
+        };
         let client = match tokio::time::timeout(CONNECT_DEADLINE, connecting).await {
-            Ok(client) => client.map_err(|e| reaction(&e, &endpoints))?,
+            Ok(client) => client?,
             Err(_) => {
                 let reason = format!("no answer within {} s", CONNECT_DEADLINE.as_secs());
                 return Err(EtcdError::Unreachable { endpoints, reason });
@@ -143,7 +165,8 @@ impl Etcd {
     /// One key and the head, linearizable.
     pub async fn look(&self, key: &[u8]) -> Result<Look, EtcdError> {
         let mut kv = self.kv.clone();
-        let mut answer = self.within(kv.get(key, None)).await?;
+        let right = || format!("read {}", key.escape_ascii());
+        let mut answer = self.within(kv.get(key, None)).await.map_err(|e| e.needing(right))?;
         let (head, cluster) = head_of(answer.header());
         let found = answer.take_kvs().into_iter().next().map(kv_of);
         Ok(Look { kv: found, head, cluster })
@@ -168,16 +191,19 @@ impl Etcd {
             Columns::CountOnly => options.with_count_only(),
         };
         let mut kv = self.kv.clone();
-        let mut answer = self.within(kv.get(range.etcd_from(), Some(options))).await?;
+        // Not the range itself: where a page begins is a key of the user's.
+        let right = || "read the link's prefixes".to_owned();
+        let mut answer = self.within(kv.get(range.etcd_from(), Some(options))).await.map_err(|e| e.needing(right))?;
         let (head, _) = head_of(answer.header());
         let kvs = answer.take_kvs().into_iter().map(kv_of).collect();
         Ok(PageRead { kvs, head, more: answer.more(), count: u64::try_from(answer.count()).unwrap_or(0) })
     }
 
     /// Commits, or finds that a compare failed. Never retried here: see [`EtcdError::changed_nothing`].
-    pub async fn txn(&self, txn: Txn) -> Result<TxnResponse, EtcdError> {
+    /// `right`: what the user must be permitted for it, named where etcd refuses.
+    pub async fn txn(&self, txn: Txn, right: &str) -> Result<TxnResponse, EtcdError> {
         let mut kv = self.kv.clone();
-        self.within(kv.txn(txn)).await
+        self.within(kv.txn(txn)).await.map_err(|e| e.needing(|| right.to_owned()))
     }
 
     /// Opens a watch stream with one watcher, with fragments. `message_bytes_max` bounds one message.
@@ -350,6 +376,10 @@ fn reaction(error: &ClientError, endpoints: &str) -> EtcdError {
 const TOO_LARGE: [&str; 3] =
     ["request is too large", "trying to send message larger than max", "received message larger than max"];
 
+fn denied(said: &str) -> EtcdError {
+    EtcdError::Denied { right: String::new(), said: said.to_owned() }
+}
+
 fn status_reaction(status: &tonic::Status, endpoints: &str) -> EtcdError {
     let text = status.message();
     let has = |needle: &str| text.contains(needle);
@@ -367,8 +397,10 @@ fn status_reaction(status: &tonic::Status, endpoints: &str) -> EtcdError {
         EtcdError::NoSpace
     } else if has("no leader") || has("leader changed") {
         EtcdError::NoLeader(text.to_owned())
-    } else if has("permission denied") || has("user name is empty") {
-        EtcdError::Denied(text.to_owned())
+    } else if has("permission denied") {
+        denied(text)
+    } else if has("user name is empty") {
+        EtcdError::LoginLost(format!("{text}: it asks for a user, see [etcd] username"))
     } else if has("invalid auth token") || has("auth: revision in header is old") || has("authentication failed") {
         EtcdError::LoginLost(text.to_owned())
     } else {
@@ -376,7 +408,7 @@ fn status_reaction(status: &tonic::Status, endpoints: &str) -> EtcdError {
             Code::Unavailable => {
                 EtcdError::Unreachable { endpoints: endpoints.to_owned(), reason: with_root_cause(status) }
             }
-            Code::PermissionDenied => EtcdError::Denied(text.to_owned()),
+            Code::PermissionDenied => denied(text),
             Code::Unauthenticated => EtcdError::LoginLost(text.to_owned()),
             Code::DeadlineExceeded => EtcdError::TimedOut,
             Code::Ok

@@ -38,7 +38,9 @@ pub async fn watch(etcd: Etcd, from: Revision, seen: mpsc::Sender<Seen>) -> anyh
             let open = open.get_or_insert(Open { revision, changes: 0, position: None });
             match change {
                 Change::Put { key, value } if key == position_key => open.position = Position::from_json(&value).ok(),
-                change => open.changes += u64::from(!change.key().starts_with(FERRY_PREFIX)),
+                change @ (Change::Put { .. } | Change::Delete { .. }) => {
+                    open.changes += u64::from(!change.key().starts_with(FERRY_PREFIX))
+                }
             }
         }
         if !fragment {

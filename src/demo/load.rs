@@ -57,7 +57,10 @@ async fn commit(etcd: &Etcd, writes: Vec<Write>) -> anyhow::Result<Option<Writte
             }
         }
     }
-    let answer = etcd.txn(Txn::new().and_then(operations)).await.context("the origin's etcd did not take a write")?;
+    let answer = etcd
+        .txn(Txn::new().and_then(operations), "write the demo's keys")
+        .await
+        .context("the origin's etcd did not take a write")?;
     written.at = Instant::now();
     written.revision = txn_revision(&answer);
     let deleted = answer.op_responses().into_iter().filter_map(|response| match response {
@@ -140,7 +143,9 @@ pub async fn write_batches(
 async fn delete_prefix(etcd: &Etcd, prefix: &str) -> anyhow::Result<Written> {
     let range = KeyRange::prefix(prefix.as_bytes());
     let options = DeleteOptions::new().with_range(range.etcd_end());
-    let answer = etcd.txn(Txn::new().and_then([TxnOp::delete(range.etcd_from(), Some(options))])).await?;
+    let answer = etcd
+        .txn(Txn::new().and_then([TxnOp::delete(range.etcd_from(), Some(options))]), "write the demo's keys")
+        .await?;
     let key_bytes = prefix.len() as u64 + 5;
     let (at, revision) = (Instant::now(), txn_revision(&answer));
     Ok(Written { revision, at, puts: 0, deletes: BATCH_KEYS, bytes: BATCH_KEYS * key_bytes })
@@ -149,7 +154,7 @@ async fn delete_prefix(etcd: &Etcd, prefix: &str) -> anyhow::Result<Written> {
 /// The size of an object, for its life.
 fn bytes_min(number: u64) -> usize {
     let large = usize::try_from(number / LARGE_ONE_OF).unwrap_or(0) % LARGE_BYTES.len();
-    if number % LARGE_ONE_OF == 0 { LARGE_BYTES[large] } else { 0 }
+    if number.is_multiple_of(LARGE_ONE_OF) { LARGE_BYTES[large] } else { 0 }
 }
 
 struct Writer {

@@ -102,7 +102,7 @@ async fn show(options: Options) -> anyhow::Result<Shown> {
         faults.run(options.length).await?;
         cast.stop_writing().await?;
         faults.caught_up().await?;
-        let comparison = compare::compare(&origin, &replica).await?;
+        let comparison = Box::pin(compare::compare(&origin, &replica)).await?;
         anyhow::Ok((comparison, faults.regions.count().await))
     };
     let (comparison, counts) = tokio::select! {

@@ -8,7 +8,7 @@ use socket2::SockRef;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{ReadHalf, WriteHalf};
@@ -66,6 +66,30 @@ struct Shared {
     from_target: Lane,
     gate: watch::Sender<Gate>,
     connections: AtomicU64,
+    open: Mutex<Vec<Weak<Connection>>>,
+}
+
+/// What concerns one connection alone.
+#[derive(Default)]
+struct Connection {
+    to_target: Line,
+    from_target: Line,
+}
+
+/// One direction of one connection.
+#[derive(Default)]
+struct Line {
+    bytes: AtomicU64,
+    frozen: watch::Sender<bool>,
+}
+
+impl Connection {
+    fn line(&self, direction: Direction) -> &Line {
+        match direction {
+            Direction::ToTarget => &self.to_target,
+            Direction::FromTarget => &self.from_target,
+        }
+    }
 }
 
 /// What has passed since the start.
@@ -94,6 +118,7 @@ impl LinkProxy {
             from_target: Lane::new(),
             gate: watch::Sender::new(Gate::default()),
             connections: AtomicU64::new(0),
+            open: Mutex::new(Vec::new()),
         });
         let acceptor = tokio::spawn(accept(listener, target, shared.clone()));
         Ok(Self { address, shared, acceptor })
@@ -135,18 +160,31 @@ impl LinkProxy {
         self.lane(direction).shape.send_modify(|shape| shape.frozen = true);
     }
 
+    /// As `freeze`, but only for the connection that has carried the most bytes in this direction; others, and new ones, go on.
+    pub fn freeze_busiest(&self, direction: Direction) {
+        let open: Vec<Arc<Connection>> = locked(&self.shared.open).iter().filter_map(Weak::upgrade).collect();
+        let carried = |connection: &&Arc<Connection>| connection.line(direction).bytes.load(Ordering::Relaxed);
+        if let Some(busiest) = open.iter().max_by_key(carried) {
+            busiest.line(direction).frozen.send_replace(true);
+        }
+    }
+
     /// Bytes of this direction vanish, and closes are not passed on. Connections stay until `heal`, which resets those that lost bytes.
     pub fn black_hole(&self, direction: Direction) {
         self.lane(direction).shape.send_modify(|shape| shape.black_hole = true);
     }
 
-    /// Ends `cut`, `freeze` and `black_hole`; delay and rate stay.
+    /// Ends `cut`, `freeze`, `freeze_busiest` and `black_hole`; delay and rate stay.
     pub fn heal(&self) {
         for lane in [&self.shared.to_target, &self.shared.from_target] {
             lane.shape.send_modify(|shape| {
                 shape.frozen = false;
                 shape.black_hole = false;
             });
+        }
+        for connection in locked(&self.shared.open).iter().filter_map(Weak::upgrade) {
+            connection.to_target.frozen.send_replace(false);
+            connection.from_target.frozen.send_replace(false);
         }
         self.shared.gate.send_modify(|gate| gate.cut = false);
     }
@@ -207,11 +245,20 @@ async fn carry(mut inbound: TcpStream, target: SocketAddr, shared: Arc<Shared>) 
     };
     let _ = inbound.set_nodelay(true);
     let _ = outbound.set_nodelay(true);
+    let connection = Arc::new(Connection::default());
+    {
+        let mut open = locked(&shared.open);
+        open.retain(|other| other.strong_count() > 0);
+        open.push(Arc::downgrade(&connection));
+    }
     let ended_well = {
         let (in_read, in_write) = inbound.split();
         let (out_read, out_write) = outbound.split();
         let both = async {
-            tokio::try_join!(pump(in_read, out_write, &shared.to_target), pump(out_read, in_write, &shared.from_target))
+            tokio::try_join!(
+                pump(in_read, out_write, &shared.to_target, &connection.to_target),
+                pump(out_read, in_write, &shared.from_target, &connection.from_target)
+            )
         };
         tokio::select! {
             biased;
@@ -242,9 +289,9 @@ fn reset_on_drop(stream: &TcpStream) {
 
 /// One direction of one connection: a reader that stamps each chunk with its time of arrival, and a writer that waits for it. Both run
 /// at once, so a delay does not narrow the link.
-async fn pump(from: ReadHalf<'_>, to: WriteHalf<'_>, lane: &Lane) -> io::Result<()> {
+async fn pump(from: ReadHalf<'_>, to: WriteHalf<'_>, lane: &Lane, own: &Line) -> io::Result<()> {
     let (sender, receiver) = mpsc::channel(CHUNKS_MAX);
-    tokio::try_join!(read(from, sender, lane), write(to, receiver, lane)).map(|_| ())
+    tokio::try_join!(read(from, sender, lane), write(to, receiver, lane, own)).map(|_| ())
 }
 
 async fn read(mut from: ReadHalf<'_>, line: mpsc::Sender<(Instant, Bytes)>, lane: &Lane) -> io::Result<()> {
@@ -265,8 +312,14 @@ async fn read(mut from: ReadHalf<'_>, line: mpsc::Sender<(Instant, Bytes)>, lane
     }
 }
 
-async fn write(mut to: WriteHalf<'_>, mut line: mpsc::Receiver<(Instant, Bytes)>, lane: &Lane) -> io::Result<()> {
+async fn write(
+    mut to: WriteHalf<'_>,
+    mut line: mpsc::Receiver<(Instant, Bytes)>,
+    lane: &Lane,
+    own: &Line,
+) -> io::Result<()> {
     let mut shape = lane.shape.subscribe();
+    let mut frozen = own.frozen.subscribe();
     let mut lost = false;
     loop {
         let next = tokio::select! {
@@ -276,6 +329,7 @@ async fn write(mut to: WriteHalf<'_>, mut line: mpsc::Receiver<(Instant, Bytes)>
         };
         let Some((due, chunk)) = next else { break };
         tokio::time::sleep_until(due).await;
+        frozen.wait_for(|frozen| !frozen).await.map_err(io::Error::other)?;
         let now = *shape.wait_for(|shape| !shape.frozen).await.map_err(io::Error::other)?;
         lost |= now.black_hole;
         if lost {
@@ -283,6 +337,7 @@ async fn write(mut to: WriteHalf<'_>, mut line: mpsc::Receiver<(Instant, Bytes)>
         }
         let chunk = lane.bend(chunk);
         lane.bytes.fetch_add(chunk.len() as u64, Ordering::Relaxed);
+        own.bytes.fetch_add(chunk.len() as u64, Ordering::Relaxed);
         to.write_all(&chunk).await?;
     }
     // The other end closed. A black hole hides that too.

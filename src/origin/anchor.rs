@@ -47,7 +47,7 @@ pub(super) async fn copy(
         session.write_waymark(ship).await?;
     }
     let ranges = ship.origin.send.ranges.clone();
-    let keys_total = count(&session.etcd, &ranges).await?;
+    let keys_total = count(&session.etcd, ranges.pieces()).await?;
     let link_back = session.reply.link_back || ship.origin.link_back;
     let guard_pass = !resuming && !link_back && !session.reply.ranges_empty && keys_total > 0;
     let begin = CopyBegin {
@@ -62,7 +62,9 @@ pub(super) async fn copy(
         resume: resuming,
         deletes_share_max: ship.origin.send.deletes_share_max,
     };
-    let mut copying = Copying { progress: CopyProgress { keys_done: 0, keys_total }, sent: 0, highest: anchor };
+    let keys_done = keys_total.saturating_sub(count(&session.etcd, &pieces_from(&ranges, cursor.as_ref())).await?);
+    let mut copying = Copying { progress: CopyProgress { keys_done, keys_total }, sent: 0, highest: anchor };
+    session.copying = true;
     // The replica may open the epoch though its answer is lost: the next hello must not claim an older one.
     ship.learned_epoch(epoch);
     copying.show(ship, session, "base copy: looking at what it would delete");
@@ -112,9 +114,21 @@ async fn open_anchor(ship: &mut Shipper, session: &Session) -> Result<Revision, 
     Err(SessionEnd::Wait(format!("the origin was compacted past its head {TRIES} times before a watch could open")))
 }
 
-async fn count(etcd: &Etcd, ranges: &Ranges) -> Result<u64, SessionEnd> {
+/// What of the ranges is still to be copied.
+fn pieces_from(ranges: &Ranges, cursor: Option<&Bytes>) -> Vec<KeyRange> {
+    let mut pieces = ranges.pieces().to_vec();
+    if let Some(cursor) = cursor {
+        pieces.retain(|p| p.to.is_empty() || p.to > *cursor);
+        if let Some(first) = pieces.first_mut() {
+            first.from = first.from.clone().max(cursor.clone());
+        }
+    }
+    pieces
+}
+
+async fn count(etcd: &Etcd, pieces: &[KeyRange]) -> Result<u64, SessionEnd> {
     let mut keys = 0;
-    for piece in ranges.pieces() {
+    for piece in pieces {
         keys += etcd.page(piece, 0, None, Columns::CountOnly).await.map_err(|e| at_origin(&e))?.count;
     }
     Ok(keys)
@@ -189,6 +203,8 @@ impl Copying {
         reading.spawn(reader.run(pages));
         self.sent = session.copy_ack.pages;
         loop {
+            // Following could not begin where this copy ends: better to begin anew at once.
+            session.check_tail(ship)?;
             while self.sent >= session.copy_ack.pages + PAGES_IN_FLIGHT_MAX {
                 self.wait(ship, session).await?;
             }
@@ -272,13 +288,7 @@ impl Reader {
         columns: Columns,
     ) -> Self {
         let limits: &Limits = &ship.origin.limits;
-        let mut pieces: VecDeque<KeyRange> = ranges.pieces().iter().cloned().collect();
-        if let Some(cursor) = cursor {
-            pieces.retain(|p| p.to.is_empty() || p.to > cursor);
-            if let Some(first) = pieces.front_mut() {
-                first.from = first.from.clone().max(cursor);
-            }
-        }
+        let pieces = VecDeque::from(pieces_from(&ranges, cursor.as_ref()));
         let keys_only = columns == Columns::KeysOnly;
         Self {
             etcd: session.etcd.clone(),

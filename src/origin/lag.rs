@@ -58,11 +58,16 @@ impl LagTracker {
     /// A revision that the link carries came, or was found in the spool with the time that it came at. Told before `covered` is told of
     /// it: a head at or above it that was seen earlier says that it has been in etcd since then, however late its event came.
     pub fn arrived(&mut self, revision: Revision, at_ms: u64) {
+        self.arrived_several(revision, at_ms, 1);
+    }
+
+    /// As [`Self::arrived`], for `count` revisions that end with this one, of which the first arrived at `at_ms`.
+    pub fn arrived_several(&mut self, revision: Revision, at_ms: u64, count: u64) {
         if revision <= self.arrived {
             return;
         }
         self.arrived = revision;
-        self.number_arrived += 1;
+        self.number_arrived += count;
         if revision <= self.applied {
             self.number_applied = self.number_arrived;
             return;

@@ -6,6 +6,7 @@
 use crate::model::{ClusterId, Digest, Epoch, Phase, Position, Revision, Seq, Waymark};
 use crate::origin::sequence::OriginWaymark;
 use bytes::Bytes;
+use std::fmt;
 
 /// What the spool holds: every carried revision above `base`, up to `covered`. A spool of another cluster or of other ranges is none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,13 +73,20 @@ pub enum Resume {
 }
 
 /// Where a base copy goes on that was cut short.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct CopyCursor {
     /// Every key below it is copied.
     pub cursor: Bytes,
     /// Following starts after this revision, from the spool if it reaches back so far, else by a watch.
     pub after: Revision,
     pub spool_reaches: bool,
+}
+
+/// Never shows the key: logs hold what this prints.
+impl fmt::Debug for CopyCursor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "CopyCursor(after {}, spool reaches: {})", self.after, self.spool_reaches)
+    }
 }
 
 /// Why a base copy is needed; for the log and `status`.

@@ -118,6 +118,8 @@ pub struct Session {
     last_progress: Instant,
     progressed: Revision,
     pub(super) copy_ack: CopyAck,
+    /// A base copy is under way, whatever the position still says.
+    pub(super) copying: bool,
 }
 
 impl Session {
@@ -185,11 +187,13 @@ impl Session {
             last_progress: now,
             progressed: Revision(0),
             copy_ack: CopyAck::default(),
+            copying: false,
         })
     }
 
     /// A base copy is over: seqs start afresh.
     pub(super) fn opened_epoch(&mut self, ship: &mut Shipper, epoch: Epoch, anchor: Revision) {
+        self.copying = false;
         self.epoch = epoch;
         self.seq = Seq(0);
         self.received = (Seq(0), anchor);
@@ -199,6 +203,7 @@ impl Session {
         self.acked.durable = Seq(0);
         self.acked.applied_revision = anchor;
         self.acked.durable_revision = anchor;
+        self.persisted_at = (Instant::now(), movement(ship));
         self.acked.position_revision = anchor;
         ship.learned_epoch(epoch);
     }
@@ -253,7 +258,7 @@ impl Session {
         }
     }
 
-    fn check_tail(&self, ship: &mut Shipper) -> Result<(), SessionEnd> {
+    pub(super) fn check_tail(&self, ship: &mut Shipper) -> Result<(), SessionEnd> {
         match &ship.tail.borrow_and_update().state {
             TailState::Lost { compacted } => {
                 Err(SessionEnd::HelloAgain(format!("the origin has compacted up to {compacted}, past the spool's end")))
@@ -334,6 +339,14 @@ impl Session {
                 self.seq
             )));
         }
+        let told = self.cursor.max(self.progressed).max(self.received.1).max(self.acked.applied_revision);
+        // Before following, a base copy's anchor is acknowledged that was told in another way.
+        if self.cursor > Revision(0) && Revision(ack.applied_origin_revision) > told {
+            return Err(SessionEnd::HelloAgain(format!(
+                "the replica acknowledges revision {}, and was told of {told}",
+                ack.applied_origin_revision
+            )));
+        }
         if Seq(ack.received_seq) > self.received.0 {
             self.resets_in_row = 0;
         }
@@ -359,7 +372,7 @@ impl Session {
         acked.durable = acked.durable.max(durable);
         acked.durable_revision = acked.durable_revision.max(acked.applied_revision);
         acked.waymark = ack.waymark.map(Waymark::from).unwrap_or_default();
-        acked.following = ack.following;
+        acked.following = ack.following && !self.copying;
         let moved = acked.applied_revision > self.acked.applied_revision
             || acked.durable_revision > self.acked.durable_revision;
         acked.position_revision = acked.position_revision.max(Revision(ack.position_revision));
@@ -510,7 +523,8 @@ impl Session {
         let txn = Txn::new()
             .when([Compare::mod_revision(key.to_vec(), CompareOp::Equal, self.waymark_revision.to_etcd())])
             .and_then([TxnOp::put(key.to_vec(), next.to_json(), None)]);
-        let response = self.etcd.txn(txn).await.map_err(|e| at_origin(&e))?;
+        let right = format!("write {}", key.escape_ascii());
+        let response = self.etcd.txn(txn, &right).await.map_err(|e| at_origin(&e))?;
         if !response.succeeded() {
             return Err(SessionEnd::HelloAgain("another sidecar wrote this link's waymark".to_owned()));
         }

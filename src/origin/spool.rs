@@ -58,9 +58,18 @@ pub type SpoolError = FeedError;
 /// See [`Feed`] for what each call promises.
 pub struct Spool {
     feed: Feed<SpoolEntry>,
-    arrivals: Vec<(Revision, u64)>,
+    arrivals: Vec<Arrived>,
     /// Which ranges it holds: see [`Spool::open`].
     tag: u64,
+}
+
+/// Revisions that were in the files at `open`: all of them after the sample before this one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Arrived {
+    pub revision_last: Revision,
+    /// When the oldest of them had arrived, in Unix milliseconds.
+    pub at_ms: u64,
+    pub count: u64,
 }
 
 impl Spool {
@@ -122,9 +131,8 @@ impl Spool {
         self.feed.extent()
     }
 
-    /// When revisions that were in the files at `open` had arrived, in Unix milliseconds: a sample stands for all revisions
-    /// after the sample before it, and names the time of the oldest of them.
-    pub fn arrivals(&self) -> Vec<(Revision, u64)> {
+    /// When revisions that were in the files at `open` had arrived.
+    pub fn arrivals(&self) -> Vec<Arrived> {
         self.arrivals.clone()
     }
 
@@ -227,19 +235,20 @@ fn read_notes(left: &mut &[u8]) -> Option<Vec<Note>> {
 /// Samples of arrivals, of which neighbours are merged when there are too many.
 #[derive(Default)]
 struct Arrivals {
-    samples: Vec<(Revision, u64)>,
+    samples: Vec<Arrived>,
 }
 
 impl Arrivals {
     /// `last`: the record's last revision.
     fn add(&mut self, last: u64, record: &[u8]) {
         let mut left = record;
-        let Some(oldest) = read_notes(&mut left).and_then(|notes| notes.first().map(|note| note.0)) else { return };
-        self.samples.push((Revision(last), oldest));
+        let Some(notes) = read_notes(&mut left) else { return };
+        let Some(oldest) = notes.first() else { return };
+        self.samples.push(Arrived { revision_last: Revision(last), at_ms: oldest.0, count: notes.len() as u64 });
         if self.samples.len() > ARRIVALS_MAX {
             let pairs = self.samples.chunks(2).filter_map(|pair| {
-                let (last, _) = pair.last()?;
-                Some((*last, pair.iter().map(|sample| sample.1).min()?))
+                let at_ms = pair.iter().map(|sample| sample.at_ms).min()?;
+                Some(Arrived { at_ms, count: pair.iter().map(|sample| sample.count).sum(), ..*pair.last()? })
             });
             self.samples = pairs.collect();
         }
@@ -328,8 +337,10 @@ mod tests {
         );
         assert!(read_all(&spool).await == entries);
         let arrivals = spool.arrivals();
-        assert_eq!(arrivals.first(), Some(&(Revision(58), 1_000_042)), "a sample names the oldest of its record");
-        assert_eq!(arrivals.last().map(|sample| sample.0), Some(Revision(398)));
+        let first = Arrived { revision_last: Revision(58), at_ms: 1_000_042, count: 9 };
+        assert_eq!(arrivals.first(), Some(&first), "a sample names the oldest of its record");
+        assert_eq!(arrivals.last().map(|sample| sample.revision_last), Some(Revision(398)));
+        assert_eq!(arrivals.iter().map(|sample| sample.count).sum::<u64>(), 179);
         spool.close().await.unwrap();
     }
 
@@ -376,10 +387,11 @@ mod tests {
         }
         let mut samples = arrivals.samples.iter();
         for revision in 1..=5000 {
-            let sample = samples.as_slice().iter().find(|sample| sample.0.0 >= revision);
-            assert!(sample.is_some_and(|sample| sample.1 <= 1_000_000 + revision), "{revision}");
+            let sample = samples.as_slice().iter().find(|sample| sample.revision_last.0 >= revision);
+            assert!(sample.is_some_and(|sample| sample.at_ms <= 1_000_000 + revision), "{revision}");
         }
-        assert_eq!(samples.next_back().map(|sample| sample.0), Some(Revision(5000)));
+        assert_eq!(samples.next_back().map(|sample| sample.revision_last), Some(Revision(5000)));
+        assert_eq!(arrivals.samples.iter().map(|sample| sample.count).sum::<u64>(), 5000);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use super::sequence::{Carried, Event, OriginWaymark, SequenceError, Sequenced, S
 use super::spool::{Spool, SpoolEntry};
 use super::{Clock, LinkEvent};
 use crate::config::{EtcdConfig, Limits};
-use crate::etcd::{Columns, Etcd, EtcdError, Look, Watch, WatchSignal};
+use crate::etcd::{Columns, Etcd, EtcdError, Look, Watch, WatchSignal, watch_right};
 use crate::model::{ClusterId, Digest, KeyRange, LINKS_PREFIX, LinkName, Ranges, Revision};
 use crate::retry::Backoff;
 use crate::segment::feed::Appended;
@@ -189,8 +189,8 @@ impl Tail {
                 }
                 Ended::Closed => self.pause("etcd closed the watch".to_owned(), &mut backoff).await,
                 Ended::Canceled(reason) => {
-                    let hint = "watching needs read rights over one range (README, etcd rights)";
-                    self.pause(format!("etcd cancelled the watch: {reason}; {hint}"), &mut backoff).await;
+                    let error = EtcdError::Denied { right: watch_right(&self.ranges.covering()), said: reason };
+                    self.pause(error.to_string(), &mut backoff).await;
                 }
                 Ended::Sequence(e @ SequenceError::OtherHistory { .. }) => {
                     let reason = e.to_string().replace("LINK", self.link.as_str());
@@ -496,7 +496,8 @@ pub async fn probe(
             }
         }
     };
-    let read = tokio::time::timeout(PROBE_DEADLINE, reading).await.map_err(|_| EtcdError::TimedOut)??;
+    let read = tokio::time::timeout(PROBE_DEADLINE, reading).await.map_err(|_| EtcdError::TimedOut)?;
+    let read = read.map_err(|e| e.needing(|| watch_right(&ranges.covering())))?;
     // Compacted meanwhile, the watch may have lacked deletes.
     if shows_whole(etcd, at).await? { Ok(read) } else { Ok(Probed::Compacted) }
 }
@@ -512,7 +513,7 @@ fn probe_step(
     match signal {
         WatchSignal::Created => None,
         WatchSignal::Compacted(_) => Some(Ok(Probed::Compacted)),
-        WatchSignal::Canceled(reason) => Some(Err(EtcdError::Denied(reason))),
+        WatchSignal::Canceled(said) => Some(Err(EtcdError::Denied { right: String::new(), said })),
         WatchSignal::Progress(revision) if revision >= at => Some(Ok(Probed::Nothing)),
         WatchSignal::Progress(_) => None,
         WatchSignal::Events { events, fragment, header } => {
@@ -535,7 +536,9 @@ fn probe_step(
 pub async fn may_watch(etcd: &Etcd, ranges: &Ranges) -> Result<(), EtcdError> {
     let mut watch: Watch = etcd.watch(&ranges.covering(), Revision(0), MESSAGE_BYTES_FIRST).await?;
     match tokio::time::timeout(PROBE_DEADLINE, watch.next()).await {
-        Ok(Ok(Some(WatchSignal::Canceled(reason)))) => Err(EtcdError::Denied(reason)),
+        Ok(Ok(Some(WatchSignal::Canceled(reason)))) => {
+            Err(EtcdError::Denied { right: watch_right(&ranges.covering()), said: reason })
+        }
         Ok(Ok(_)) => Ok(()),
         Ok(Err(e)) => Err(e),
         Err(_) => Err(EtcdError::TimedOut),

@@ -5,9 +5,7 @@
 
 use super::dedupe::Dedupe;
 use super::journal::{Journal, JournalEntry, JournalError};
-use super::plan::{
-    self, Extent, Plan, PlanError, Refusal as LimitRefusal, RequestLimits, RunFacts, Settled, TxnTree, Waiting,
-};
+use super::plan::{self, Extent, Plan, PlanError, RequestLimits, RunFacts, Settled, TxnTree, Waiting};
 use super::position::{Held, HelloAnswer, HelloFacts, HelloRefused};
 use super::txn::transaction;
 use crate::config::{EtcdConfig, Limits};
@@ -33,6 +31,7 @@ const POSITION_BYTES_MAX: usize = 700;
 const RUN_KEYS_MAX: usize = 200_000;
 /// Guards that failed so often in a row mean that somebody else writes there: then key by key.
 const GUARD_FAILURES_MAX: u32 = 2;
+const APPLY_RIGHT: &str = "read and write the link's prefixes and its position under /etcd-ferry/v1/links/";
 /// A committed transaction may take so long to answer while the process stops.
 const STOP_DEADLINE: Duration = Duration::from_secs(3);
 
@@ -75,12 +74,16 @@ pub struct ApplyView {
     pub transactions: u64,
     /// Differing keys that base copies left alone because a link back exists.
     pub conflicts: u64,
+    /// Revisions larger than a request, which were applied in parts.
+    pub in_parts: u64,
     /// Only an operator, or a new hello, can make applying go on.
     pub stopped: bool,
     pub copy: CopyAck,
     /// The session that `copy` belongs to.
     pub copy_session: u64,
     pub copy_keys_total: u64,
+    /// Keys that the copy had reached before it was taken up again.
+    pub copy_keys_before: u64,
     /// What ended the stream; the session that it concerns.
     pub refusal: Option<(u64, Kind, String)>,
 }
@@ -124,7 +127,7 @@ pub(super) enum Committed {
 pub struct Applier {
     pub(super) link: LinkName,
     etcd_config: EtcdConfig,
-    etcd: Option<Etcd>,
+    pub(super) etcd: Option<Etcd>,
     pub(super) limits: RequestLimits,
     queue_bytes_max: usize,
     pub(super) ranges: Option<Ranges>,
@@ -175,6 +178,7 @@ impl Applier {
         let limits = RequestLimits {
             ops_max: parts.limits.txn_ops_max,
             bytes_max: parts.limits.request_bytes_max,
+            bytes_refused: None,
             position_key_bytes: parts.link.position_key().len(),
             position_value_bytes_max: POSITION_BYTES_MAX,
         };
@@ -266,7 +270,7 @@ impl Applier {
         self.follows() && self.waiting_bytes < self.queue_bytes_max
     }
 
-    fn follows(&self) -> bool {
+    pub(super) fn follows(&self) -> bool {
         let ready = self.held.as_ref().and_then(|h| h.position.as_ref()).is_some_and(|p| p.cursor.is_none());
         ready && !self.stopped && self.retry_at.is_none() && self.copying.is_none()
     }
@@ -302,22 +306,6 @@ impl Applier {
         self.held.as_ref().and_then(|h| h.position.as_ref()).map_or(0, |p| p.part)
     }
 
-    fn refuse_plan(&mut self, error: &PlanError) {
-        tracing::error!(link = %self.link, %error, "the revision cannot be applied");
-        self.refuse(Kind::TooLarge, error.to_string());
-    }
-
-    /// Tells the stream; nothing more is applied until the next hello.
-    pub(super) fn refuse(&mut self, kind: Kind, reason: String) {
-        self.stopped = true;
-        let session = self.session;
-        self.view.send_modify(|view| {
-            view.waiting.clone_from(&reason);
-            view.stopped = true;
-            view.refusal = Some((session, kind, reason));
-        });
-    }
-
     /// Asks the replica about the plan's runs, and sends the transaction.
     async fn settle(&mut self, planned: Plan) {
         let facts = match self.run_facts(&planned).await {
@@ -348,13 +336,9 @@ impl Applier {
     }
 
     fn submit(&mut self, settled: Settled) {
-        let Some(position) = self.held.as_ref().and_then(|h| h.position.clone()) else { return };
+        let Some(mut next) = self.held.as_ref().and_then(|h| h.position.clone()) else { return };
         let Some((last, digest)) = self.waiting.get(settled.revisions - 1) else { return };
-        let whole = match settled.extent {
-            Extent::Whole => true,
-            Extent::Part { to, of, .. } => to == of,
-        };
-        let mut next = position;
+        let whole = !matches!(settled.extent, Extent::Part { to, of, .. } if to < of);
         if whole {
             next.seq = settled.seq;
             next.origin_revision = last.revision.revision;
@@ -376,7 +360,7 @@ impl Applier {
             next.state = Phase::Following;
         }
         let txn = transaction(&self.link, held, &next, tree);
-        let answer = Box::pin(async move { etcd.txn(txn).await });
+        let answer = Box::pin(async move { etcd.txn(txn, APPLY_RIGHT).await });
         self.in_flight = Some(InFlight { revisions, settled, next, started: Instant::now(), answer });
     }
 
@@ -394,12 +378,16 @@ impl Applier {
             Committed::Done => {
                 self.guard_failures = 0;
                 self.backoff.succeeded();
+                self.resumed();
                 metrics::observe_apply(&self.link, started.elapsed().as_secs_f64(), revisions as u64);
                 for _ in 0..revisions {
                     if let Some((done, _)) = self.waiting.pop_front() {
                         self.waiting_bytes = self.waiting_bytes.saturating_sub(done.revision.bytes());
                     }
                 }
+                let in_parts = revisions > 0 && settled.is_some_and(|s| matches!(s.extent, Extent::Part { .. }));
+                self.view.send_modify(|view| view.in_parts += u64::from(in_parts));
+                self.resumed();
                 self.publish(true);
             }
             Committed::GuardFailed => {
@@ -414,7 +402,7 @@ impl Applier {
     fn judge(&mut self, response: &TxnResponse, next: Position) -> Committed {
         if response.succeeded() {
             self.expected = Some(next.clone());
-            self.held = Some(Held { position: Some(next), mod_revision: txn_revision(response) });
+            self.held = Some(Held::now(Some(next), txn_revision(response)));
             return Committed::Done;
         }
         let found = response.op_responses().into_iter().find_map(|op| match op {
@@ -455,71 +443,6 @@ impl Applier {
         }
     }
 
-    /// etcd refused what was in flight: learn a limit, or wait and read the position again.
-    fn refused(&mut self, error: EtcdError, settled: Option<&Settled>) {
-        let learned = match (&error, settled) {
-            (EtcdError::TooManyOps, Some(_)) => Some(LimitRefusal::TooManyOps),
-            (EtcdError::TooLarge, Some(settled)) => Some(LimitRefusal::TooLarge { sent_bytes: settled.request_bytes }),
-            (_, _) => None,
-        };
-        let Some(learned) = learned else { return self.doubt(&error) };
-        match self.limits.learned(learned) {
-            Some(limits) => {
-                tracing::warn!(link = %self.link, %error, ops_max = limits.ops_max, bytes_max = limits.bytes_max,
-                    "the replica's etcd takes less than configured; set [limits] txn_ops_max and request_bytes_max accordingly");
-                self.limits = limits;
-            }
-            None => self
-                .refuse(Kind::TooLarge, format!("the replica's etcd refuses even the smallest transaction: {error}")),
-        }
-    }
-
-    /// Something failed: show why, forget the position unless it surely is as it was, and try again after a wait.
-    pub(super) fn doubt(&mut self, error: &EtcdError) {
-        if !error.changed_nothing() {
-            self.held = None;
-        }
-        if matches!(
-            error,
-            EtcdError::Unreachable { .. } | EtcdError::LoginLost(_) | EtcdError::TimedOut | EtcdError::NoLeader(_)
-        ) {
-            self.etcd = None;
-        }
-        self.planned = None;
-        self.wait(format!("the replica's etcd: {error}"));
-    }
-
-    fn wait(&mut self, reason: String) {
-        if self.view.borrow().waiting != reason {
-            tracing::warn!(link = %self.link, %reason, "applying waits");
-        }
-        self.view.send_modify(|view| view.waiting = reason);
-        self.retry_at = Some(Instant::now() + self.backoff.after_failure(rand::random()));
-    }
-
-    async fn retry(&mut self) {
-        self.retry_at = None;
-        if self.held.is_some() {
-            self.resumed();
-            return;
-        }
-        match self.reread().await {
-            Ok(()) => {
-                self.resumed();
-                self.publish(true);
-            }
-            Err(e) => self.doubt(&e),
-        }
-    }
-
-    fn resumed(&mut self) {
-        if self.view.borrow().waiting.is_empty() || self.stopped {
-            return;
-        }
-        tracing::info!(link = %self.link, "applying goes on");
-        self.view.send_modify(|view| view.waiting.clear());
-    }
-
     pub(super) async fn etcd(&mut self) -> Result<Etcd, EtcdError> {
         if let Some(etcd) = &self.etcd {
             return Ok(etcd.clone());
@@ -544,6 +467,7 @@ impl Applier {
                 let persist = persist || self.progress.is_some_and(|(_, _, p)| p);
                 self.progress = Some((through, after, persist));
                 self.publish(false);
+                self.look_again().await;
             }
             ApplyCommand::Copy { session, step } => {
                 if session == self.session && !self.stopped {
@@ -555,7 +479,8 @@ impl Applier {
 
     /// Makes what is held visible; `committed`: something was applied, so journal and dedupe log may let go of it.
     pub(super) fn publish(&mut self, committed: bool) {
-        let position = self.held.as_ref().and_then(|h| h.position.clone());
+        // In doubt about the last transaction, what was known before it still holds.
+        let position = self.held.as_ref().map_or_else(|| self.expected.clone(), |h| h.position.clone());
         let applied = position.as_ref().map(Applied::of);
         let mut revision = applied.map_or(Revision(0), |a| a.revision);
         if let (Some((through, after, _)), Some(applied)) = (self.progress, applied)

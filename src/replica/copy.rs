@@ -49,6 +49,7 @@ pub(super) struct Copying {
     begin: Begin,
     replica_empty: bool,
     first_copy: bool,
+    /// What the keys pages before the last one came to.
     counted: GuardCount,
     ack: CopyAck,
 }
@@ -116,7 +117,7 @@ impl Applier {
         match step {
             CopyStep::Begin(begin) => self.begin_copy(begin.clone()).await,
             CopyStep::Keys { range, keys, last } => self.count_keys(range, keys, *last).await,
-            CopyStep::Page { range, revision, kvs } => self.copy_page(range, *revision, kvs).await,
+            CopyStep::Page { range, revision, kvs } => Box::pin(self.copy_page(range, *revision, kvs)).await,
             CopyStep::End { anchor_revision } => self.end_copy(*anchor_revision).await,
         }
     }
@@ -156,16 +157,22 @@ impl Applier {
             begin,
         };
         self.waymark = copying.begin.waymark;
-        let keys_total = copying.begin.keys_total;
-        self.view.send_modify(|view| view.copy_keys_total = keys_total);
         let resumable = position.as_ref().is_some_and(|p| p.epoch == copying.begin.epoch && p.cursor.is_some());
         if copying.begin.resume && !resumable {
             return Err(StepError::Refused(Kind::PositionMoved, "the position holds no copy to go on with".to_owned()));
         }
         let ready = copying.begin.resume;
+        let mut keys_before = 0;
         if ready {
             copying.ack.guard_passed = true;
+            let cursor = position.as_ref().and_then(|p| p.cursor.clone());
+            keys_before = self.present_below(&cursor.unwrap_or_default()).await?;
         }
+        let keys_total = copying.begin.keys_total;
+        self.view.send_modify(|view| {
+            view.copy_keys_total = keys_total;
+            view.copy_keys_before = keys_before;
+        });
         let pass = copying.begin.guard_pass && !replica_empty;
         self.copying = Some(copying);
         if !ready && !pass {
@@ -180,17 +187,17 @@ impl Applier {
                     "somebody wrote into the empty range meanwhile".to_owned(),
                 ));
             }
-            return self.open_epoch().await;
+            self.open_epoch(GuardCount::default()).await?;
         }
         self.acknowledge_copy();
         Ok(())
     }
 
     /// The guard's verdict; past it the position opens the new epoch.
-    async fn open_epoch(&mut self) -> Result<(), StepError> {
+    async fn open_epoch(&mut self, mut counted: GuardCount) -> Result<(), StepError> {
         let Some(copying) = &self.copying else { return Ok(()) };
         let begin = copying.begin.clone();
-        let (mut counted, first_copy, replica_empty) = (copying.counted, copying.first_copy, copying.replica_empty);
+        let (first_copy, replica_empty) = (copying.first_copy, copying.replica_empty);
         if begin.origin_empty {
             counted.replica_keys = self.present_count().await?;
             counted.deletes = counted.replica_keys;
@@ -232,14 +239,14 @@ impl Applier {
             copying.ack.guard_passed = true;
         }
         tracing::info!(link = %self.link, epoch = %begin.epoch, anchor = %begin.anchor, "base copy begins");
-        self.acknowledge_copy();
         Ok(())
     }
 
     async fn count_keys(&mut self, range: &KeyRange, keys: &[Bytes], last: bool) -> Result<(), StepError> {
         let etcd = self.etcd().await?;
         let mut from = range.from.clone();
-        let mut counted = GuardCount::default();
+        // The account changes once the whole step is done: a step that fails is done again.
+        let Some(mut counted) = self.copying.as_ref().map(|copying| copying.counted) else { return Ok(()) };
         loop {
             let rest = KeyRange { from: from.clone(), to: range.to.clone() };
             let page = etcd.page(&rest, 10 * PRESENT_KEYS_MAX, None, Columns::KeysOnly).await?;
@@ -252,13 +259,12 @@ impl Applier {
             }
             from = to;
         }
-        let Some(copying) = &mut self.copying else { return Ok(()) };
-        copying.counted.origin_keys += counted.origin_keys;
-        copying.counted.replica_keys += counted.replica_keys;
-        copying.counted.deletes += counted.deletes;
-        copying.ack.pages += 1;
         if last {
-            return self.open_epoch().await;
+            self.open_epoch(counted).await?;
+        }
+        if let Some(copying) = &mut self.copying {
+            copying.counted = counted;
+            copying.ack.pages += 1;
         }
         self.acknowledge_copy();
         Ok(())
@@ -370,6 +376,19 @@ impl Applier {
         let mut count = 0;
         for piece in ranges.pieces() {
             count += etcd.page(piece, 0, None, Columns::CountOnly).await?.count;
+        }
+        Ok(count)
+    }
+
+    /// Keys of the replica below a cursor: those that an earlier sidecar's copy has dealt with.
+    async fn present_below(&mut self, cursor: &Bytes) -> Result<u64, StepError> {
+        let etcd = self.etcd().await?;
+        let Some(ranges) = self.ranges.clone() else { return Ok(0) };
+        let mut count = 0;
+        for piece in ranges.pieces().iter().filter(|piece| piece.from < *cursor) {
+            let to = if piece.to.is_empty() { cursor.clone() } else { piece.to.clone().min(cursor.clone()) };
+            let below = KeyRange { from: piece.from.clone(), to };
+            count += etcd.page(&below, 0, None, Columns::CountOnly).await?.count;
         }
         Ok(count)
     }

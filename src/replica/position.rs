@@ -9,6 +9,11 @@ use crate::etcd::{Columns, EtcdError};
 use crate::model::{ClusterId, Digest, Epoch, Position, Ranges, Revision, Seq, Term};
 use crate::wire::replicate::CopyAck;
 use crate::wire::replicate::refusal::Kind;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// An idle link looks at its position so often: a replica that was restored shows nothing else of it.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
 
 /// A hello, checked for name, version and ranges.
 #[derive(Debug)]
@@ -41,6 +46,13 @@ pub enum HelloRefused {
 pub(super) struct Held {
     pub position: Option<Position>,
     pub mod_revision: Revision,
+    at: Instant,
+}
+
+impl Held {
+    pub fn now(position: Option<Position>, mod_revision: Revision) -> Self {
+        Self { position, mod_revision, at: Instant::now() }
+    }
 }
 
 impl Applier {
@@ -69,7 +81,7 @@ impl Applier {
         self.planned = None;
         self.align(position.as_ref()).await;
         self.expected.clone_from(&position);
-        self.held = Some(Held { position, mod_revision });
+        self.held = Some(Held::now(position, mod_revision));
         Ok(look.cluster)
     }
 
@@ -113,6 +125,14 @@ impl Applier {
             tracing::warn!(link = %self.link, %reason, "the position moved");
             let session = self.session;
             self.view.send_modify(|view| view.refusal = Some((session, kind, reason)));
+        }
+    }
+
+    /// Reads the position again where nothing else would show that it moved.
+    pub(super) async fn look_again(&mut self) {
+        if self.follows() && self.held.as_ref().is_some_and(|held| held.at.elapsed() >= LOOK_EVERY) {
+            self.held = None;
+            self.retry().await;
         }
     }
 

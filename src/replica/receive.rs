@@ -10,7 +10,7 @@ use super::journal::Journal;
 use super::position::{HelloAnswer, HelloFacts, HelloRefused};
 use super::stream::Stream;
 use crate::config::{Limits, ReceiveConfig};
-use crate::model::{ClusterId, Epoch, KeyRange, Ranges, Revision, Seq, Term};
+use crate::model::{ClusterId, Epoch, KeyRange, LinkName, Ranges, Revision, Seq, Term};
 use crate::tls::accept::PeerConnectInfo;
 use crate::wire::frame::FrameLimits;
 use crate::wire::replicate::handshake_server::Handshake;
@@ -103,22 +103,21 @@ pub(super) struct Opened {
     pub(super) term: Term,
 }
 
+/// Why the stored ranges of a link cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum RangesError {
+    #[error("{} does not hold ranges: remove it, and the next hello's are stored", path.display())]
+    Malformed { path: PathBuf },
+    #[error("{}: {source}", path.display())]
+    Io { path: PathBuf, source: std::io::Error },
+}
+
 impl RangesFile {
-    pub fn open(path: PathBuf) -> anyhow::Result<Self> {
+    pub fn open(path: PathBuf) -> Result<Self, RangesError> {
         let stored = match std::fs::read(&path) {
-            Ok(bytes) => {
-                let pieces: Vec<(String, String)> = serde_json::from_slice(&bytes).map_err(|e| {
-                    anyhow::anyhow!(
-                        "{} cannot be read ({e}): remove it, and the next hello's ranges are stored",
-                        path.display()
-                    )
-                })?;
-                let piece = |(from, to): (String, String)| Some(KeyRange { from: unhex(&from)?, to: unhex(&to)? });
-                let pieces: Option<Vec<KeyRange>> = pieces.into_iter().map(piece).collect();
-                pieces.and_then(Ranges::from_pieces)
-            }
+            Ok(bytes) => Some(ranges_from(&bytes).ok_or_else(|| RangesError::Malformed { path: path.clone() })?),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
-            Err(e) => return Err(anyhow::anyhow!("{}: {e}", path.display())),
+            Err(source) => return Err(RangesError::Io { path, source }),
         };
         Ok(Self { path, stored: Mutex::new(stored) })
     }
@@ -136,6 +135,12 @@ impl RangesFile {
         *guard(&self.stored) = Some(ranges.clone());
         Ok(())
     }
+}
+
+fn ranges_from(json: &[u8]) -> Option<Ranges> {
+    let pieces: Vec<(String, String)> = serde_json::from_slice(json).ok()?;
+    let piece = |(from, to): (String, String)| Some(KeyRange { from: unhex(&from)?, to: unhex(&to)? });
+    Ranges::from_pieces(pieces.into_iter().map(piece).collect::<Option<Vec<KeyRange>>>()?)
 }
 
 fn guard<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -207,6 +212,8 @@ pub struct Receiver {
     node: Arc<str>,
     streams: TaskTracker,
     stop: CancellationToken,
+    /// Held while a first hello's ranges are compared with the other links' and stored.
+    storing: Arc<Mutex<()>>,
 }
 
 impl Receiver {
@@ -217,7 +224,8 @@ impl Receiver {
         streams: TaskTracker,
         stop: CancellationToken,
     ) -> Self {
-        Self { links: Arc::new(links), region: region.into(), node: node.into(), streams, stop }
+        let storing = Arc::new(Mutex::new(()));
+        Self { links: Arc::new(links), region: region.into(), node: node.into(), streams, stop, storing }
     }
 
     /// The link, if the caller's certificate bears the name that it is configured with.
@@ -262,8 +270,13 @@ impl Receiver {
                 ranges.pieces()
             )));
         }
+        self.check_overlaps(link, &ranges)?;
+        Ok(ranges)
+    }
+
+    fn check_overlaps(&self, link: &LinkName, ranges: &Ranges) -> Result<(), Status> {
         for other in self.links.iter().filter(|other| other.config.link != *link) {
-            if other.accepted().is_some_and(|theirs| theirs.overlaps(&ranges)) {
+            if other.accepted().is_some_and(|theirs| theirs.overlaps(ranges)) {
                 tracing::warn!(%link, other = %other.config.link, "refused: overlapping ranges");
                 return Err(Status::failed_precondition(format!(
                     "link {link}'s ranges overlap those of link {} at this replica: give each its own prefixes",
@@ -271,7 +284,20 @@ impl Receiver {
                 )));
             }
         }
-        Ok(ranges)
+        Ok(())
+    }
+
+    /// Keeps a hello's ranges: the applier needs them after a restart, before an origin says hello again. Where the
+    /// configuration names none, the first hello's stand; they are compared again, since two links' may come at once.
+    fn store_ranges(&self, end: &LinkEnd, ranges: &Ranges) -> Result<(), Status> {
+        let _storing = guard(&self.storing);
+        if end.config.ranges.is_none() {
+            if end.ranges.get().is_some() {
+                return Ok(());
+            }
+            self.check_overlaps(&end.config.link, ranges)?;
+        }
+        end.ranges.put(ranges).map_err(|e| Status::unavailable(format!("the link's ranges cannot be stored: {e}")))
     }
 }
 
@@ -299,14 +325,9 @@ impl Handshake for Receiver {
         let facts =
             HelloFacts { session: number, epoch: Epoch(hello.epoch), term: Term(hello.term), ranges: ranges.clone() };
         let answer = ask(&end, facts).await?;
+        self.store_ranges(&end, &ranges)?;
         // Not before: a sender that is refused changes nothing for the one that ships.
         end.latest_session.send_modify(|latest| *latest = number.max(*latest));
-        // The applier needs them after a restart, before an origin says hello again.
-        if end.config.ranges.is_some() || end.ranges.get().is_none() {
-            end.ranges
-                .put(&ranges)
-                .map_err(|e| Status::unavailable(format!("the link's ranges cannot be stored: {e}")))?;
-        }
         let session: [u8; 16] = rand::random();
         let window = WindowLimits {
             window_bytes_max: wire::lesser(end.limits.window_bytes_max, hello.window_bytes_max),

@@ -93,7 +93,7 @@ pub struct SegmentLog {
     unsynced: bool,
     /// A write could not be taken back, or a sync failed: what the kernel still holds is then unknown, and a second sync would lie.
     in_doubt: bool,
-    _lock: File,
+    _lock: open::DirLock,
 }
 
 impl SegmentLog {

@@ -105,12 +105,25 @@ fn make_private_dir(dir: &Path) -> Result<(), SegmentError> {
     }
 }
 
-fn lock(dir: &Path) -> Result<File, SegmentError> {
+/// Gives a directory free when it is dropped. By an explicit unlock: a process that is just being started holds a copy of the
+/// descriptor for a moment, and with it the lock.
+#[derive(Debug)]
+pub(super) struct DirLock(pub(super) File);
+
+impl Drop for DirLock {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.unlock() {
+            tracing::debug!(%error, "a directory's lock goes with its descriptor");
+        }
+    }
+}
+
+fn lock(dir: &Path) -> Result<DirLock, SegmentError> {
     let path = dir.join("lock");
     let opened = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
     let file = opened.map_err(failed("opening", &path))?;
     match file.try_lock() {
-        Ok(()) => Ok(file),
+        Ok(()) => Ok(DirLock(file)),
         Err(TryLockError::WouldBlock) => Err(SegmentError::InUse { path: dir.to_owned() }),
         Err(TryLockError::Error(error)) => Err(failed("locking", &path)(error)),
     }

@@ -234,3 +234,14 @@ fn a_directory_that_others_may_enter_or_another_log_holds_is_refused() {
     let refused = open(&inner, OnDamage::Refuse).unwrap_err().to_string();
     assert!(refused.contains("750") && refused.contains("chmod 700"), "{refused}");
 }
+
+#[test]
+fn a_closed_log_can_be_opened_again_though_a_process_being_started_holds_a_copy_of_its_descriptors() {
+    let dir = private_dir();
+    let (log, _, _) = open(dir.path(), OnDamage::Refuse).unwrap();
+    let copy = log._lock.0.try_clone().unwrap();
+    assert!(matches!(open(dir.path(), OnDamage::Refuse), Err(SegmentError::InUse { .. })));
+    drop(log);
+    open(dir.path(), OnDamage::Refuse).unwrap();
+    drop(copy);
+}

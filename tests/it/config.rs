@@ -217,6 +217,6 @@ fn certs_dev_makes_what_is_missing_and_says_how_to_renew_the_rest() {
     assert!(lines[2].starts_with("made") && lines[2].contains("region/cn-hangzhou"), "{stdout}");
 
     let refused = ferry(&["certs", "dev", "--out", &out, "--region", "../x"]);
-    assert_eq!(refused.status.code(), Some(1));
+    assert_eq!(refused.status.code(), Some(2));
     assert_eq!(String::from_utf8(refused.stderr).unwrap().lines().count(), 1);
 }

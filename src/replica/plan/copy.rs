@@ -126,6 +126,7 @@ fn chunk_end(
         if !limits.fits(&grown) {
             if end == start {
                 check_fits_alone(op, revision, &limits)?;
+                return Ok((end + 1, grown));
             }
             return Ok((end, load));
         }
@@ -230,7 +231,13 @@ mod tests {
     use std::collections::{BTreeMap, BTreeSet};
 
     fn limits(bytes_max: usize) -> RequestLimits {
-        RequestLimits { ops_max: 16, bytes_max, position_key_bytes: 36, position_value_bytes_max: 500 }
+        RequestLimits {
+            ops_max: 16,
+            bytes_max,
+            bytes_refused: None,
+            position_key_bytes: 36,
+            position_value_bytes_max: 500,
+        }
     }
 
     fn case() -> GuardCase {

@@ -166,7 +166,7 @@ pub fn plan<'a>(
         return plan_part(first, ops, part, limits).map(Some);
     }
     let load = Load::of(&ops);
-    if !limits.fits(&load) {
+    if !limits.may_fit(&load) {
         return plan_large(first, ops, ranges, limits).map(Some);
     }
     let mut plan = Plan {
@@ -259,7 +259,7 @@ fn fitting(ops: &[Op], revision: Revision, limits: &RequestLimits) -> Result<usi
             if i == 0 {
                 check_fits_alone(op, revision, limits)?;
             }
-            return Ok(i);
+            return Ok(i.max(1));
         }
     }
     Ok(ops.len())
@@ -267,7 +267,7 @@ fn fitting(ops: &[Op], revision: Revision, limits: &RequestLimits) -> Result<usi
 
 fn check_fits_alone(op: &Op, revision: Revision, limits: &RequestLimits) -> Result<(), PlanError> {
     let load = Load::of(std::slice::from_ref(op));
-    if limits.fits(&load) {
+    if limits.may_fit(&load) {
         return Ok(());
     }
     let (key_bytes, value_bytes) = match op {
@@ -280,7 +280,7 @@ fn check_fits_alone(op: &Op, revision: Revision, limits: &RequestLimits) -> Resu
         key_bytes,
         value_bytes,
         request_bytes_needed: limits.fixed_bytes() + load.bytes,
-        request_bytes_max: limits.bytes_max,
+        request_bytes_max: limits.bytes_refused.map_or(limits.bytes_max, |refused| refused - 1),
     })
 }
 

@@ -79,7 +79,7 @@ impl Plan {
             return self.arrange(guards, &with_runs, limits);
         }
         let key_by_key = Load::of(&self.ops);
-        if limits.fits(&key_by_key) {
+        if limits.fits(&key_by_key) || (self.revisions == 1 && limits.may_fit(&key_by_key)) {
             return self.arrange(Vec::new(), &key_by_key, limits);
         }
         if self.revisions > 1 {

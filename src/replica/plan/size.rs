@@ -23,6 +23,9 @@ pub struct RequestLimits {
     pub ops_max: usize,
     /// etcd's `--max-request-bytes`.
     pub bytes_max: usize,
+    /// The smallest request that was refused as too large. `bytes_max` was learned from it with room to spare, so what cannot be made
+    /// smaller is tried up to here.
+    pub bytes_refused: Option<usize>,
     pub position_key_bytes: usize,
     /// The longest that the position's JSON can become, without a cursor.
     pub position_value_bytes_max: usize,
@@ -74,9 +77,12 @@ impl RequestLimits {
         match refusal {
             Refusal::TooManyOps => (self.ops_max >= 4).then_some(Self { ops_max: self.ops_max / 2, ..self }),
             Refusal::TooLarge { sent_bytes } => {
+                if sent_bytes > self.bytes_max && self.bytes_refused.is_some_and(|refused| sent_bytes < refused) {
+                    return Some(Self { bytes_refused: Some(sent_bytes), ..self });
+                }
                 let refused = self.bytes_max.min(sent_bytes);
                 let bytes_max = refused - refused.div_ceil(10);
-                (bytes_max > self.fixed_bytes()).then_some(Self { bytes_max, ..self })
+                (bytes_max > self.fixed_bytes()).then_some(Self { bytes_max, bytes_refused: Some(refused), ..self })
             }
         }
     }
@@ -98,8 +104,17 @@ impl RequestLimits {
     }
 
     pub(super) fn fits(&self, load: &Load) -> bool {
-        let Some(shape) = self.shape(load) else { return false };
-        self.fixed_bytes() + load.bytes + shape.nodes(load.count) * NODE_BYTES <= self.bytes_max
+        self.cost(load).is_some_and(|bytes| bytes <= self.bytes_max)
+    }
+
+    /// True also where only a try can tell: above what was learned, and below everything that was refused.
+    pub(super) fn may_fit(&self, load: &Load) -> bool {
+        self.fits(load) || self.cost(load).zip(self.bytes_refused).is_some_and(|(bytes, refused)| bytes < refused)
+    }
+
+    /// The bytes of the whole request; `None` if no nesting has places for so many operations.
+    fn cost(&self, load: &Load) -> Option<usize> {
+        Some(self.fixed_bytes() + load.bytes + self.shape(load)?.nodes(load.count) * NODE_BYTES)
     }
 
     pub(super) fn shape(&self, load: &Load) -> Option<Shape> {

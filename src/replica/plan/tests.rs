@@ -12,7 +12,13 @@ use proptest::prelude::*;
 use prost::Message;
 
 fn etcd_defaults() -> RequestLimits {
-    RequestLimits { ops_max: 128, bytes_max: 1_572_864, position_key_bytes: 36, position_value_bytes_max: 700 }
+    RequestLimits {
+        ops_max: 128,
+        bytes_max: 1_572_864,
+        bytes_refused: None,
+        position_key_bytes: 36,
+        position_value_bytes_max: 700,
+    }
 }
 
 fn everything() -> Ranges {
@@ -295,12 +301,26 @@ fn a_refusal_halves_the_operations_or_takes_a_tenth_off_the_bytes_until_nothing_
     let limits = etcd_defaults();
     assert_eq!(limits.learned(Refusal::TooManyOps), Some(RequestLimits { ops_max: 64, ..limits }));
     let sent = Refusal::TooLarge { sent_bytes: 1_000_000 };
-    assert_eq!(limits.learned(sent), Some(RequestLimits { bytes_max: 900_000, ..limits }));
+    assert_eq!(
+        limits.learned(sent),
+        Some(RequestLimits { bytes_max: 900_000, bytes_refused: Some(1_000_000), ..limits })
+    );
     let shrink =
         |limits: RequestLimits, refusal| std::iter::successors(Some(limits), move |l| l.learned(refusal)).take(1_000);
     assert_eq!(shrink(limits, Refusal::TooManyOps).last().unwrap().ops_max, 2);
     let smallest = shrink(limits, Refusal::TooLarge { sent_bytes: usize::MAX }).last().unwrap();
     assert!(smallest.bytes_max > 700 && smallest.bytes_max < 1_200, "{smallest:?}");
+}
+
+#[test]
+fn what_cannot_be_made_smaller_is_tried_below_the_smallest_request_that_was_refused() {
+    let learned = etcd_defaults().learned(Refusal::TooLarge { sent_bytes: 1_000_000 }).unwrap();
+    let large = waiting(vec![vec![put("/a".to_owned(), vec![0; 950_000])]]);
+    let settled = plan(&large, 0, &everything(), &learned).unwrap().unwrap().settle(&[], &learned).unwrap();
+    assert_eq!(settled.extent, Extent::Whole);
+    let refused = learned.learned(Refusal::TooLarge { sent_bytes: settled.request_bytes }).unwrap();
+    assert_eq!(refused.bytes_max, learned.bytes_max, "nothing that was known to fit became smaller");
+    assert!(matches!(plan(&large, 0, &everything(), &refused), Err(PlanError::TooLarge { .. })));
 }
 
 #[test]

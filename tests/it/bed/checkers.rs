@@ -10,6 +10,7 @@ use bytes::Bytes;
 use etcd_ferry::model::{Change, LINKS_PREFIX, LinkName, Phase, Position, Ranges, Revision};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::ops::Bound::{Excluded, Included};
 
 const KEYS_SHOWN: usize = 5;
 
@@ -119,7 +120,7 @@ impl Recording {
             if now.origin_revision < origin_at {
                 return fault(INVARIANT, format!("the position went back to {} from {origin_at}", now.origin_revision));
             }
-            for (_, changes) in self.origin.revisions.range(origin_at.next()..=now.origin_revision) {
+            for (_, changes) in self.origin.revisions.range((Excluded(origin_at), Included(now.origin_revision))) {
                 for change in changes.iter().filter(|change| self.ranges.contains(change.key())) {
                     pair.change_origin(change);
                 }
@@ -214,7 +215,7 @@ impl Recording {
             return None;
         }
         let mut carried = 0;
-        for (_, changes) in self.origin.revisions.range(from.next()..=to) {
+        for (_, changes) in self.origin.revisions.range((Excluded(from), Included(to))) {
             if changes.iter().any(|c| c.key().starts_with(LINKS_PREFIX) && c.key().ends_with(b"/position")) {
                 return None;
             }

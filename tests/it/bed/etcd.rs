@@ -7,8 +7,8 @@ use super::process::Process;
 use super::{PATIENCE, PROBE_PAUSE, until};
 use bytes::Bytes;
 use etcd_client::{
-    Certificate, Client, CompactionOptions, ConnectOptions, GetOptions, Identity, KvClient, Permission, PermissionType,
-    TlsOptions,
+    AlarmAction, AlarmOptions, AlarmType, Certificate, Client, CompactionOptions, ConnectOptions, GetOptions, Identity,
+    KvClient, Permission, PermissionType, TlsOptions,
 };
 use etcd_ferry::demo::ports::free_port;
 use etcd_ferry::model::{KeyRange, LinkName, Position, Ranges, Revision};
@@ -331,6 +331,26 @@ impl Etcd {
     pub async fn stop(&mut self) {
         if let Some(mut process) = self.process.take() {
             process.terminate(PATIENCE).await;
+        }
+    }
+
+    /// The next start has this limit.
+    pub fn set_max_request_bytes(&mut self, bytes: u64) {
+        self.options.max_request_bytes = Some(bytes);
+    }
+
+    /// Compacts to the head, gives the space back, and takes every alarm away: what an operator does after NOSPACE.
+    pub async fn make_room(&self) {
+        let mut client = self.client().await;
+        let physical = CompactionOptions::new().with_physical();
+        // An error says that this revision is compacted already.
+        let _ = client.compact(self.head().await.to_etcd(), Some(physical)).await;
+        client.defragment().await.expect("a defragmentation");
+        let raised = client.alarm(AlarmAction::Get, AlarmType::None, None).await.expect("a list of alarms");
+        for alarm in raised.alarms() {
+            let mut member = AlarmOptions::new();
+            member.with_member(alarm.member_id());
+            client.alarm(AlarmAction::Deactivate, alarm.alarm(), Some(member)).await.expect("an alarm is taken away");
         }
     }
 

@@ -6,6 +6,7 @@
 //! The bed panics where a test would `unwrap`: its messages are written for whoever reads the failed test.
 #![allow(dead_code, reason = "each test uses a part of the bed")]
 
+pub mod bender;
 pub mod checkers;
 pub mod contents;
 pub mod etcd;

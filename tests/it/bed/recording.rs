@@ -36,6 +36,12 @@ impl History {
         self.base.iter().filter(|(key, _)| ranges.contains(key)).map(|(k, v)| (k.clone(), v.clone())).collect()
     }
 
+    /// What each revision did to `ranges`, without those that did nothing there.
+    pub fn revisions_with_changes(&self, ranges: &Ranges) -> Vec<Vec<Change>> {
+        let carried = |changes: &Vec<Change>| changes.iter().filter(|c| ranges.contains(c.key())).cloned().collect();
+        self.revisions.values().map(carried).filter(|changes: &Vec<Change>| !changes.is_empty()).collect()
+    }
+
     pub fn head(&self) -> Revision {
         self.revisions.keys().next_back().copied().unwrap_or(self.base_revision)
     }

@@ -20,6 +20,7 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 const PAUSE_AFTER_FAILURE: Duration = Duration::from_millis(20);
 const OBJECTS_PER_WRITER: u64 = 150;
 const KEYS_PER_TXN_MAX: usize = 40;
+const WRITERS_AT_ONCE: usize = 16;
 
 /// A revision that etcd said it committed, with what the writer asked for in it; in key order.
 #[derive(Debug, Clone, PartialEq)]
@@ -91,6 +92,26 @@ pub async fn commit(kv: &mut KvClient, writes: &[Write]) -> Result<Option<Acknow
     }
     let revision = Revision::from_etcd(answer.header().map_or(0, |header| header.revision()));
     Ok((!changes.is_empty()).then(|| Acknowledged { revision, changes: changes.into_values().collect() }))
+}
+
+/// Puts each pair in a revision of its own, several at a time; what was acknowledged, in the order of revisions. Fails if one is refused.
+pub async fn put_at_once(access: &Access, pairs: Vec<(Bytes, Bytes)>) -> Vec<Acknowledged> {
+    let mut writers = JoinSet::new();
+    for share in pairs.chunks(pairs.len().div_ceil(WRITERS_AT_ONCE).max(1)) {
+        let (share, access) = (share.to_vec(), access.clone());
+        writers.spawn(async move {
+            let mut kv = access.kv().await;
+            let mut acknowledged = Vec::with_capacity(share.len());
+            for (key, value) in share {
+                let ack = commit(&mut kv, &[Write::Put { key, value }]).await.expect("a put");
+                acknowledged.extend(ack);
+            }
+            acknowledged
+        });
+    }
+    let mut acknowledged: Vec<Acknowledged> = writers.join_all().await.into_iter().flatten().collect();
+    acknowledged.sort_by_key(|ack| ack.revision);
+    acknowledged
 }
 
 #[derive(Debug, Clone)]

@@ -1,0 +1,263 @@
+//! Job: a man in the middle whom both sides trust, and whose memory is bad: TLS ends here, and bits of the gRPC messages flip.
+//! Input: connections of the origin's sidecar, certificates of both regions, what to aim at. Output: the same HTTP/2 frames, with bits flipped.
+//! Always true: frame headers, header blocks and the five bytes before each gRPC message pass unharmed, so what is hit is what the sidecars
+//! say to each other; the same seed aims in the same way.
+
+use super::sidecar::region_name;
+use bytes::{Bytes, BytesMut};
+use etcd_ferry::config::TlsConfig;
+use etcd_ferry::tls::{client_config, server_config};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use rustls::pki_types::ServerName;
+use std::collections::HashMap;
+use std::io;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::{JoinHandle, JoinSet};
+use tokio_rustls::{TlsAcceptor, TlsConnector};
+
+const PREFACE_BYTES: usize = 24;
+const FRAME_HEADER_BYTES: usize = 9;
+const MESSAGE_HEADER_BYTES: usize = 5;
+
+/// Which bytes may be hit: those of messages that begin with `tag`, from byte `from` to before byte `to`, but for the last `tail`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Aim {
+    to_target: bool,
+    tag: u8,
+    from: u32,
+    to: u32,
+    tail: u32,
+}
+
+impl Aim {
+    /// Frames of revisions, after the shipment's tag and length.
+    pub const FRAMES: Aim = Aim { to_target: true, tag: 0x0a, from: 6, to: u32::MAX, tail: 0 };
+    /// Frames in the pages of a base copy, after the page's two keys and before its last field.
+    pub const PAGES: Aim = Aim { to_target: true, tag: 0x2a, from: 300, to: u32::MAX, tail: 4 };
+    /// Acknowledgements.
+    pub const ACKS: Aim = Aim { to_target: false, tag: 0x0a, from: 0, to: u32::MAX, tail: 0 };
+}
+
+struct Plan {
+    random: StdRng,
+    aim: Aim,
+    bytes_between: u64,
+    flips_left: u64,
+    /// Bytes that may be hit until one is.
+    next: u64,
+    flips: u64,
+}
+
+impl Plan {
+    /// Takes one byte that may be hit.
+    fn pass(&mut self, byte: &mut u8) {
+        if self.flips_left == 0 {
+            return;
+        }
+        if self.next > 0 {
+            self.next -= 1;
+            return;
+        }
+        *byte ^= 1 << self.random.random_range(0..8);
+        self.flips += 1;
+        self.flips_left -= 1;
+        self.next = self.random.random_range(0..2 * self.bytes_between);
+    }
+}
+
+#[derive(Clone)]
+struct Middle {
+    target: SocketAddr,
+    acceptor: TlsAcceptor,
+    connector: TlsConnector,
+    plan: Arc<Mutex<Plan>>,
+}
+
+/// A running man in the middle on a loopback port; ends when dropped.
+pub struct Bender {
+    address: SocketAddr,
+    plan: Arc<Mutex<Plan>>,
+    task: JoinHandle<()>,
+}
+
+impl Bender {
+    /// Stands between `origin` and `replica`, whose certificates are in `certs`; flips nothing yet.
+    pub async fn start(target: SocketAddr, certs: &Path, origin: &str, replica: &str) -> Self {
+        let tls = |region: &str| TlsConfig {
+            ca: certs.join("ca.pem"),
+            cert: certs.join(format!("{region}.pem")),
+            key: certs.join(format!("{region}.key")),
+            crl: None,
+            admins: Vec::new(),
+        };
+        let random = StdRng::seed_from_u64(0);
+        let plan = Plan { random, aim: Aim::FRAMES, bytes_between: 1, flips_left: 0, next: 0, flips: 0 };
+        let middle = Middle {
+            target,
+            acceptor: TlsAcceptor::from(server_config(&tls(replica)).expect("the replica's certificate")),
+            connector: TlsConnector::from(
+                client_config(&tls(origin), &region_name(replica)).expect("the origin's certificate"),
+            ),
+            plan: Arc::new(Mutex::new(plan)),
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("it is bound");
+        let plan = middle.plan.clone();
+        Self { address, plan, task: tokio::spawn(accept(listener, middle)) }
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// From now on flips one bit in about each `bytes_between` bytes that `aim` allows, `flips_max` in all.
+    pub fn bend(&self, seed: u64, aim: Aim, bytes_between: u64, flips_max: u64) {
+        eprintln!("bender: seed {seed}");
+        let mut random = StdRng::seed_from_u64(seed);
+        let next = random.random_range(0..2 * bytes_between);
+        let mut plan = self.plan.lock().expect("no holder panics");
+        *plan = Plan { random, aim, bytes_between, flips_left: flips_max, next, flips: 0 };
+    }
+
+    /// Flips nothing more; returns how many bits it flipped.
+    pub fn rest(&self) -> u64 {
+        let mut plan = self.plan.lock().expect("no holder panics");
+        plan.flips_left = 0;
+        plan.flips
+    }
+}
+
+impl Drop for Bender {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn accept(listener: TcpListener, middle: Middle) {
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            Some(_) = connections.join_next() => {}
+            accepted = listener.accept() => if let Ok((inbound, _)) = accepted {
+                connections.spawn(carry(inbound, middle.clone()));
+            }
+        }
+    }
+}
+
+/// One connection; either end's end is the end of both.
+async fn carry(inbound: TcpStream, middle: Middle) -> io::Result<()> {
+    inbound.set_nodelay(true)?;
+    let outbound = TcpStream::connect(middle.target).await?;
+    outbound.set_nodelay(true)?;
+    let name = ServerName::try_from("localhost").map_err(io::Error::other)?;
+    let outbound = middle.connector.connect(name, outbound).await?;
+    let inbound = middle.acceptor.accept(inbound).await?;
+    let (in_read, in_write) = tokio::io::split(inbound);
+    let (out_read, out_write) = tokio::io::split(outbound);
+    tokio::select! {
+        ended = pump(in_read, out_write, Bent::new(true, &middle.plan)) => ended,
+        ended = pump(out_read, in_write, Bent::new(false, &middle.plan)) => ended,
+    }
+}
+
+async fn pump(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin, mut bent: Bent) -> io::Result<()> {
+    let mut buffer = BytesMut::new();
+    if bent.to_target {
+        let mut preface = [0; PREFACE_BYTES];
+        from.read_exact(&mut preface).await?;
+        to.write_all(&preface).await?;
+    }
+    loop {
+        while let Some(frame) = bent.next_frame(&mut buffer) {
+            to.write_all(&frame).await?;
+        }
+        to.flush().await?;
+        if from.read_buf(&mut buffer).await? == 0 {
+            return to.shutdown().await;
+        }
+    }
+}
+
+/// One direction of one connection.
+struct Bent {
+    to_target: bool,
+    plan: Arc<Mutex<Plan>>,
+    streams: HashMap<u32, Message>,
+}
+
+/// Where a stream is in its present gRPC message.
+#[derive(Default)]
+struct Message {
+    header: [u8; MESSAGE_HEADER_BYTES],
+    header_seen: usize,
+    first: u8,
+    at: u32,
+    left: u32,
+}
+
+impl Bent {
+    fn new(to_target: bool, plan: &Arc<Mutex<Plan>>) -> Self {
+        Self { to_target, plan: plan.clone(), streams: HashMap::new() }
+    }
+
+    /// The next whole HTTP/2 frame, bent if it carries data.
+    fn next_frame(&mut self, buffer: &mut BytesMut) -> Option<Bytes> {
+        let header = buffer.get(..FRAME_HEADER_BYTES)?;
+        let length = usize::from(header[0]) << 16 | usize::from(header[1]) << 8 | usize::from(header[2]);
+        let (kind, flags) = (header[3], header[4]);
+        let stream = u32::from_be_bytes([header[5], header[6], header[7], header[8]]);
+        if buffer.len() < FRAME_HEADER_BYTES + length {
+            return None;
+        }
+        let mut frame = buffer.split_to(FRAME_HEADER_BYTES + length);
+        if kind == 0 {
+            assert_eq!(flags & 0x8, 0, "nobody here pads");
+            let message = self.streams.entry(stream).or_default();
+            let mut plan = self.plan.lock().expect("no holder panics");
+            for byte in &mut frame[FRAME_HEADER_BYTES..] {
+                if message.take(*byte, plan.aim, self.to_target) {
+                    plan.pass(byte);
+                }
+            }
+        }
+        Some(frame.freeze())
+    }
+}
+
+impl Message {
+    /// Takes the stream's next byte; true if it may be hit.
+    fn take(&mut self, byte: u8, aim: Aim, to_target: bool) -> bool {
+        if self.header_seen < MESSAGE_HEADER_BYTES {
+            self.header[self.header_seen] = byte;
+            self.header_seen += 1;
+            if self.header_seen == MESSAGE_HEADER_BYTES {
+                let [_, a, b, c, d] = self.header;
+                (self.at, self.left) = (0, u32::from_be_bytes([a, b, c, d]));
+                self.begin_if_over();
+            }
+            return false;
+        }
+        if self.at == 0 {
+            self.first = byte;
+        }
+        let at = self.at;
+        self.at += 1;
+        self.left -= 1;
+        let left = self.left;
+        self.begin_if_over();
+        let aimed_at = to_target == aim.to_target && self.first == aim.tag;
+        aimed_at && (aim.from..aim.to).contains(&at) && left >= aim.tail
+    }
+
+    fn begin_if_over(&mut self) {
+        if self.left == 0 {
+            self.header_seen = 0;
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! Job: damaged disks: spool, journal and dedupe log with rubbish in them; and a replica's sidecar killed with work in its journal.
+//! Input: a pair of regions, files overwritten while their sidecar is down. Output: passes or fails.
+//! Always true: damage is told of in the log, what was damaged is kept aside, and the link goes on without a hole.
+
+use crate::bed::pair::{LINK, Pair, PairOptions};
+use crate::bed::traffic::Acknowledged;
+use crate::resume::{following, last, noise, spool_dir, wait_spooled, write};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+fn small_segments() -> PairOptions {
+    let limits = BTreeMap::from([("segment_bytes".to_owned(), 64 << 10)]);
+    PairOptions { limits, ..PairOptions::default() }
+}
+
+fn replica_dir(pair: &Pair, what: &str) -> PathBuf {
+    pair.replica_sidecar.data_dir().join("replica").join(LINK).join(what)
+}
+
+fn names_in(dir: &Path) -> Vec<String> {
+    let mut names: Vec<String> =
+        fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
+
+/// Overwrites a stretch in the middle of what the middle segment holds; zeros follow that.
+fn damage(dir: &Path) {
+    let segments: Vec<String> = names_in(dir).into_iter().filter(|name| name.ends_with(".segment")).collect();
+    assert!(segments.len() >= 3, "{segments:?}");
+    let path = dir.join(&segments[segments.len() / 2]);
+    let mut bytes = fs::read(&path).unwrap();
+    let middle = bytes.iter().rposition(|byte| *byte != 0).unwrap() / 2;
+    bytes[middle..middle + 64].copy_from_slice(&noise(7, 64));
+    fs::write(&path, bytes).unwrap();
+}
+
+/// Stops the replica's etcd, writes, and waits until all of it is durable at the replica, and nothing of it applied.
+async fn journaled(pair: &Pair, count: usize) -> Vec<Acknowledged> {
+    let before = pair.position().await.unwrap();
+    pair.replica.pause();
+    let acknowledged = write(&pair.origin.access(), "/app/journaled/", count, 1_000).await;
+    let durable = before.seq.0 + count as u64;
+    let seen = |entry: &Value| entry["durable_seq"] == durable && entry["applied_seq"] == before.seq.0;
+    pair.replica_sidecar.wait_for(LINK, "all of it to be durable", seen).await;
+    acknowledged
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_durable_is_applied_after_a_kill_of_the_replicas_sidecar_though_the_origin_is_gone() {
+    let prefixes = vec!["/app/".to_owned()];
+    let (mut pair, before) = following(PairOptions { prefixes, ..PairOptions::default() }).await;
+    let acknowledged = journaled(&pair, 500).await;
+    let (_, expected) = pair.origin.read(&pair.ranges, None).await;
+    pair.origin_sidecar.kill();
+    pair.origin.kill();
+    pair.replica_sidecar.kill();
+    pair.replica.resume();
+    // The one transaction that was on its way may land; all the others are in the journal alone.
+    assert!(pair.position().await.unwrap().seq.0 < before.seq.0 + 500);
+    pair.replica_sidecar.restart().await;
+    let after = pair.wait_applied(last(&acknowledged)).await;
+    assert_eq!((after.epoch, after.seq.0), (before.epoch, before.seq.0 + 500));
+    let (_, there) = pair.replica.read(&pair.ranges, None).await;
+    assert!(there == expected, "{} keys of {}", there.len(), expected.len());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_damaged_journal_is_set_aside_and_what_it_lacks_comes_from_the_origin_again() {
+    let (mut pair, before) = following(small_segments()).await;
+    let recorder = pair.record().await;
+    let mut acknowledged = journaled(&pair, 500).await;
+    pair.replica_sidecar.kill();
+    damage(&replica_dir(&pair, "journal"));
+    pair.replica.resume();
+    pair.replica_sidecar.restart().await;
+    acknowledged.extend(write(&pair.origin.access(), "/app/more/", 50, 100).await);
+    let after = pair.wait_applied(last(&acknowledged)).await;
+    assert_eq!((after.epoch, after.seq.0), (before.epoch, before.seq.0 + 550));
+    assert!(pair.replica_sidecar.log().contains("a damaged part was set aside"));
+    assert!(names_in(&replica_dir(&pair, "journal")).iter().any(|name| name.starts_with("damaged-")));
+    pair.assert_equal().await;
+    let recording = pair.recorded(recorder).await;
+    assert_eq!(recording.complete(&acknowledged).unwrap(), 550);
+    recording.check().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_damaged_spool_is_set_aside_and_what_it_lacks_is_watched_again() {
+    let (mut pair, before) = following(small_segments()).await;
+    let recorder = pair.record().await;
+    pair.proxy.cut();
+    let acknowledged = write(&pair.origin.access(), "/app/outage/", 500, 1_000).await;
+    wait_spooled(&pair, last(&acknowledged)).await;
+    pair.origin_sidecar.kill();
+    damage(&spool_dir(&pair));
+    pair.origin_sidecar.restart().await;
+    pair.proxy.heal();
+    let after = pair.wait_applied(last(&acknowledged)).await;
+    assert_eq!((after.epoch, after.seq.0), (before.epoch, before.seq.0 + 500));
+    assert!(pair.origin_sidecar.log().contains("a damaged part was set aside"));
+    pair.assert_equal().await;
+    let recording = pair.recorded(recorder).await;
+    assert_eq!(recording.complete(&acknowledged).unwrap(), 500);
+    recording.check().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_damaged_spool_whose_lost_part_is_compacted_leads_to_an_anchor_and_never_past_a_hole() {
+    let (mut pair, before) = following(small_segments()).await;
+    pair.proxy.cut();
+    let acknowledged = write(&pair.origin.access(), "/app/outage/", 500, 1_000).await;
+    wait_spooled(&pair, last(&acknowledged)).await;
+    pair.origin_sidecar.kill();
+    damage(&spool_dir(&pair));
+    pair.origin.compact(last(&acknowledged)).await;
+    pair.origin_sidecar.restart().await;
+    pair.proxy.heal();
+    let after = pair.wait_applied(last(&acknowledged)).await;
+    assert!(after.epoch > before.epoch, "{after:?}");
+    pair.wait_equal().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dedupe_log_full_of_rubbish_is_moved_aside_and_made_anew_and_the_link_goes_on() {
+    let (mut pair, before) = following(PairOptions::default()).await;
+    let mut acknowledged = write(&pair.origin.access(), "/app/some/", 200, 100).await;
+    pair.wait_applied(last(&acknowledged)).await;
+    pair.replica_sidecar.kill();
+    let db = replica_dir(&pair, "dedupe").join("db");
+    let bytes = fs::metadata(&db).unwrap().len();
+    fs::write(&db, noise(3, usize::try_from(bytes).unwrap())).unwrap();
+    pair.replica_sidecar.restart().await;
+    acknowledged.extend(write(&pair.origin.access(), "/app/more/", 200, 100).await);
+    let after = pair.wait_applied(last(&acknowledged)).await;
+    assert_eq!((after.epoch, after.seq.0), (before.epoch, before.seq.0 + 400));
+    assert!(pair.replica_sidecar.log().contains("moved aside"));
+    let beside = names_in(replica_dir(&pair, "dedupe").parent().unwrap());
+    assert!(beside.iter().any(|name| name.starts_with("dedupe.bad-")), "{beside:?}");
+    pair.assert_equal().await;
+}

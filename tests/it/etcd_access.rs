@@ -1,0 +1,315 @@
+//! Job: etcds that ask who is there: TLS with client certificates, users whose rights are just enough, rights and logins that go and come.
+//! Input: pairs of regions whose etcds use TLS or users. Output: passes or fails.
+//! Always true: the rights that are granted here are those that the README states; what is missing is named in the status.
+
+use crate::bed::etcd::{Etcd, EtcdOptions, EtcdTls};
+use crate::bed::pair::{LINK, LINK_BACK, Pair, PairOptions, REPLICA_REGION, link_name};
+use crate::bed::sidecar::{Sidecar, make_certificates};
+use crate::bed::traffic::{Traffic, TrafficOptions};
+use crate::bed::{PATIENCE, until};
+use bytes::Bytes;
+use etcd_client::{DeleteOptions, KvClient, Permission, PermissionType, RoleRevokePermissionOptions};
+use etcd_ferry::model::{KeyRange, Ranges};
+use serde_json::Value;
+use std::path::Path;
+
+const USER: &str = "ferry";
+const PASSWORD: &str = "ferry-password";
+
+/// A pair of a CA of its own, as an operator's etcd has it.
+fn etcd_tls(dir: &Path) -> EtcdTls {
+    make_certificates(dir, &["etcd"]);
+    let file = |name: &str| dir.join(name);
+    EtcdTls { ca: file("ca.pem"), cert: file("etcd.pem"), key: file("etcd.key"), client_certificates: true }
+}
+
+#[tokio::test]
+async fn a_link_between_etcds_that_ask_for_client_certificates_follows() {
+    let dir = tempfile::tempdir().unwrap();
+    let with_tls =
+        |name: &str, options: EtcdOptions| EtcdOptions { tls: Some(etcd_tls(&dir.path().join(name))), ..options };
+    let options = PairOptions {
+        origin: with_tls("origin", EtcdOptions::origin()),
+        replica: with_tls("replica", EtcdOptions::replica()),
+        ..PairOptions::default()
+    };
+    let pair = Box::pin(Pair::start(options)).await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    let recorder = pair.record().await;
+    let options = TrafficOptions { writes_per_writer: 50, ..TrafficOptions::default() };
+    let acknowledged = Traffic::start(&pair.origin.access(), &options).finish().await;
+    pair.wait_applied(acknowledged.last().unwrap().revision).await;
+    let recording = pair.recorded(recorder).await;
+    assert_eq!(recording.complete(&acknowledged).unwrap(), acknowledged.len());
+    assert!(recording.check().unwrap() > 0);
+}
+
+#[tokio::test]
+async fn an_etcd_that_does_not_trust_the_sidecar_or_is_not_trusted_by_it_is_said_to_be_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = EtcdOptions { tls: Some(etcd_tls(&dir.path().join("origin"))), ..EtcdOptions::origin() };
+    let mut pair = Box::pin(Pair::prepare(PairOptions { origin, ..PairOptions::default() })).await;
+    let good = pair.origin_sidecar.options.etcd.tls.clone();
+    let stranger = etcd_tls(&dir.path().join("stranger"));
+    // The sidecar's CA is not that of this etcd.
+    pair.origin_sidecar.options.etcd.tls = Some(stranger.clone());
+    pair.origin_sidecar.write_config();
+    pair.replica_sidecar.restart().await;
+    pair.origin_sidecar.restart().await;
+    wait_for_reason(&pair.origin_sidecar, LINK, "the origin's etcd: etcd cannot be reached at https://").await;
+    wait_for_reason(&pair.origin_sidecar, LINK, "invalid peer certificate").await;
+    // This etcd does not know the CA of the sidecar's certificate.
+    let ca = good.clone().unwrap().ca;
+    pair.origin_sidecar.options.etcd.tls = Some(EtcdTls { ca, ..stranger });
+    pair.origin_sidecar.write_config();
+    pair.origin_sidecar.restart().await;
+    wait_for_reason(&pair.origin_sidecar, LINK, "the origin's etcd: etcd cannot be reached at https://").await;
+
+    pair.origin_sidecar.options.etcd.tls = good;
+    pair.origin_sidecar.write_config();
+    pair.origin_sidecar.restart().await;
+    assert_carries(&pair, "/app/a").await;
+}
+
+async fn wait_for_reason(sidecar: &Sidecar, link: &str, words: &str) -> Value {
+    let says = |entry: &Value| entry["reason"].as_str().is_some_and(|reason| reason.contains(words));
+    sidecar.wait_for(link, &format!("the reason {words:?}"), says).await
+}
+
+async fn assert_carries(pair: &Pair, key: &str) {
+    let put = pair.origin.put(key, "value").await;
+    pair.wait_applied(put).await;
+    assert_eq!(pair.replica.get(key).await, Some(Bytes::from_static(b"value")));
+}
+
+fn app() -> KeyRange {
+    KeyRange::prefix(b"/app/")
+}
+
+/// One key alone.
+fn key(key: &Bytes) -> KeyRange {
+    KeyRange { from: key.clone(), to: Bytes::from([key, &[0][..]].concat()) }
+}
+
+/// At an origin: one range read for the watch, which covers the prefixes and `/etcd-ferry/v1/links/`; write of the waymark.
+fn rights_at_origin() -> Vec<(PermissionType, KeyRange)> {
+    let covering = Ranges::new(&[Bytes::from_static(b"/app/")], &[]).covering();
+    vec![(PermissionType::Read, covering), (PermissionType::Write, key(&link_name(LINK).waymark_key()))]
+}
+
+/// At a replica: the prefixes and the link's position.
+fn rights_at_replica() -> Vec<(PermissionType, KeyRange)> {
+    vec![(PermissionType::Readwrite, app()), (PermissionType::Readwrite, key(&link_name(LINK).position_key()))]
+}
+
+fn as_user(sidecar: &mut Sidecar) {
+    sidecar.options.etcd.user = Some((USER.into(), PASSWORD.into()));
+    sidecar.write_config();
+}
+
+/// Both etcds with users on, both sidecars as a user who has these rights, `/app/` with a few keys at the origin.
+async fn with_rights(
+    at_origin: &[(PermissionType, KeyRange)],
+    at_replica: &[(PermissionType, KeyRange)],
+    extra: &[&str],
+) -> Pair {
+    let extra: Vec<String> = extra.iter().map(|flag| (*flag).to_owned()).collect();
+    let options = PairOptions {
+        origin: EtcdOptions { auth: true, extra: extra.clone(), ..EtcdOptions::origin() },
+        replica: EtcdOptions { auth: true, extra, ..EtcdOptions::replica() },
+        prefixes: vec!["/app/".into()],
+        ..PairOptions::default()
+    };
+    let mut pair = Box::pin(Pair::prepare(options)).await;
+    for i in 0..100 {
+        pair.origin.put(format!("/app/copied/{i}"), "1").await;
+    }
+    pair.origin.add_user(USER, PASSWORD, at_origin).await;
+    pair.replica.add_user(USER, PASSWORD, at_replica).await;
+    as_user(&mut pair.origin_sidecar);
+    as_user(&mut pair.replica_sidecar);
+    pair.replica_sidecar.restart().await;
+    pair.origin_sidecar.restart().await;
+    pair
+}
+
+async fn grant(etcd: &Etcd, (kind, range): &(PermissionType, KeyRange)) {
+    let permission = Permission::new(*kind, range.etcd_from()).with_range_end(range.etcd_end());
+    etcd.client().await.role_grant_permission(USER, permission).await.unwrap();
+}
+
+async fn revoke(etcd: &Etcd, (_, range): &(PermissionType, KeyRange)) {
+    let options = RoleRevokePermissionOptions::new().with_range_end(range.etcd_end());
+    etcd.client().await.role_revoke_permission(USER, range.etcd_from(), Some(options)).await.unwrap();
+}
+
+#[tokio::test]
+async fn users_with_just_the_rights_that_the_readme_states_carry_copies_revisions_and_range_deletes() {
+    let pair = Box::pin(with_rights(&rights_at_origin(), &rights_at_replica(), &[])).await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    let recorder = pair.record().await;
+    let options = TrafficOptions { prefix: "/app/".into(), writes_per_writer: 50, ..TrafficOptions::default() };
+    let acknowledged = Traffic::start(&pair.origin.access(), &options).finish().await;
+    let head = pair.origin.put("/app/last", "1").await;
+    pair.wait_applied(head).await;
+    let mut kv = pair.origin.kv().await;
+    kv.delete("/app/", Some(DeleteOptions::new().with_prefix())).await.unwrap();
+    assert_carries(&pair, "/app/after-the-range-delete").await;
+    assert_eq!(pair.assert_equal().await, 1);
+    let recording = pair.recorded(recorder).await;
+    assert_eq!(recording.complete(&acknowledged).unwrap(), acknowledged.len());
+    assert!(recording.check().unwrap() > 0);
+    let waymark = pair.origin.get(link_name(LINK).waymark_key().to_vec()).await;
+    assert!(waymark.is_some(), "the waymark was written with the user's right");
+}
+
+#[tokio::test]
+async fn a_right_that_the_origins_user_lacks_is_named_and_granted_later_it_goes_on_by_itself() {
+    let rights = rights_at_origin();
+    let pair = Box::pin(with_rights(&[], &rights_at_replica(), &[])).await;
+    let waymark = link_name(LINK).waymark_key();
+    let waymark = waymark.escape_ascii();
+    wait_for_reason(&pair.origin_sidecar, LINK, &format!("needs the right to read {waymark}")).await;
+    // The parts of the range do not make the whole: etcd looks for one right that covers a watch.
+    grant(&pair.origin, &(PermissionType::Read, app())).await;
+    grant(&pair.origin, &(PermissionType::Read, KeyRange::prefix(b"/etcd-ferry/v1/links/"))).await;
+    let words = "needs the right to read all of [/app/, /etcd-ferry/v1/links0), as one range";
+    wait_for_reason(&pair.origin_sidecar, LINK, words).await;
+    grant(&pair.origin, &rights[0]).await;
+    wait_for_reason(&pair.origin_sidecar, LINK, &format!("needs the right to write {waymark}")).await;
+    assert_eq!(pair.replica.read_all().await.1.len(), 0);
+    grant(&pair.origin, &rights[1]).await;
+    assert_carries(&pair, "/app/a").await;
+    let entry = pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    assert_eq!(entry["reason"], "");
+}
+
+#[tokio::test]
+async fn a_right_that_the_replicas_user_lacks_is_named_at_both_ends_and_granted_later_it_goes_on_by_itself() {
+    let rights = rights_at_replica();
+    let pair = Box::pin(with_rights(&rights_at_origin(), &[], &[])).await;
+    let position = link_name(LINK).position_key();
+    let words = format!("needs the right to read {}", position.escape_ascii());
+    wait_for_reason(&pair.origin_sidecar, LINK, &words).await;
+    wait_for_reason(&pair.replica_sidecar, LINK, &words).await;
+    grant(&pair.replica, &rights[1]).await;
+    wait_for_reason(&pair.origin_sidecar, LINK, "needs the right to read the link's prefixes").await;
+    grant(&pair.replica, &(PermissionType::Read, app())).await;
+    let words = "needs the right to read and write the link's prefixes and its position under /etcd-ferry/v1/links/";
+    wait_for_reason(&pair.replica_sidecar, LINK, words).await;
+    wait_for_reason(&pair.origin_sidecar, LINK, words).await;
+    grant(&pair.replica, &rights[0]).await;
+    assert_carries(&pair, "/app/a").await;
+    // While it follows, a right goes and comes.
+    revoke(&pair.replica, &rights[0]).await;
+    let put = pair.origin.put("/app/b", "1").await;
+    wait_for_reason(&pair.replica_sidecar, LINK, words).await;
+    wait_for_reason(&pair.origin_sidecar, LINK, words).await;
+    grant(&pair.replica, &rights[0]).await;
+    pair.wait_applied(put).await;
+    pair.origin_sidecar.wait_for(LINK, "no reason any more", |entry| entry["reason"] == "").await;
+    pair.assert_equal().await;
+}
+
+#[tokio::test]
+async fn a_wrong_password_is_said_to_be_so() {
+    let mut pair = Box::pin(with_rights(&rights_at_origin(), &rights_at_replica(), &[])).await;
+    pair.origin_sidecar.options.etcd.user = Some((USER.into(), "another".into()));
+    pair.origin_sidecar.write_config();
+    pair.origin_sidecar.restart().await;
+    let entry =
+        wait_for_reason(&pair.origin_sidecar, LINK, "the origin's etcd: etcd no longer accepts the login").await;
+    assert!(entry["reason"].as_str().unwrap().contains("authentication failed"), "{entry:#}");
+    as_user(&mut pair.origin_sidecar);
+    pair.origin_sidecar.restart().await;
+    assert_carries(&pair, "/app/a").await;
+}
+
+#[tokio::test]
+async fn logins_that_expire_on_an_idle_link_or_with_a_restart_of_etcd_are_renewed() {
+    let mut pair = Box::pin(with_rights(&rights_at_origin(), &rights_at_replica(), &["--auth-token-ttl=1"])).await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    let recorder = pair.record().await;
+    for round in 0..2 {
+        // Nobody uses the applier's login meanwhile, and etcd forgets it after a second.
+        let (since, expired) = (tokio::time::Instant::now(), std::time::Duration::from_secs(3));
+        until("logins to expire", PATIENCE, async || (since.elapsed() > expired).then_some(())).await;
+        assert_carries(&pair, &format!("/app/after-expiry-{round}")).await;
+    }
+    pair.replica.kill();
+    let put = pair.origin.put("/app/while-down", "1").await;
+    pair.replica.restart().await;
+    pair.wait_applied(put).await;
+    pair.origin.kill();
+    pair.origin.restart().await;
+    assert_carries(&pair, "/app/after-restarts").await;
+    let recording = pair.recorded(recorder).await;
+    assert!(recording.check().unwrap() >= 4);
+}
+
+#[tokio::test]
+async fn users_switched_off_and_on_again_mid_run_lose_nothing() {
+    let mut pair = Box::pin(with_rights(&rights_at_origin(), &rights_at_replica(), &[])).await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    for round in 0..2 {
+        let etcd = if round == 0 { &pair.origin } else { &pair.replica };
+        let mut admin = etcd.client().await;
+        // Made while users are on, since no login is possible while they are off.
+        let (mut origin, mut replica) = (pair.origin.kv().await, pair.replica.kv().await);
+        admin.auth_disable().await.unwrap();
+        carries_with(&mut origin, &mut replica, &format!("/app/off-{round}")).await;
+        if round == 0 {
+            pair.origin_sidecar.restart().await;
+        } else {
+            pair.replica_sidecar.restart().await;
+        }
+        carries_with(&mut origin, &mut replica, &format!("/app/off-{round}-restarted")).await;
+        admin.auth_enable().await.unwrap();
+        assert_carries(&pair, &format!("/app/on-{round}")).await;
+    }
+    pair.origin_sidecar.wait_for(LINK, "no reason any more", |entry| entry["reason"] == "").await;
+    pair.assert_equal().await;
+}
+
+async fn carries_with(origin: &mut KvClient, replica: &mut KvClient, key: &str) {
+    origin.put(key, "value", None).await.unwrap();
+    let there = async || (!replica.get(key, None).await.ok()?.kvs().is_empty()).then_some(());
+    until(&format!("{key} at the replica"), PATIENCE, there).await;
+}
+
+#[tokio::test]
+async fn a_link_both_ways_needs_both_sets_of_rights_at_both_ends() {
+    let options = PairOptions {
+        origin: EtcdOptions { auth: true, ..EtcdOptions::origin() },
+        replica: EtcdOptions { auth: true, ..EtcdOptions::replica() },
+        prefixes: vec!["/app/".into()],
+        both_ways: true,
+        ..PairOptions::default()
+    };
+    let mut pair = Box::pin(Pair::prepare(options)).await;
+    let (there, back) = (link_name(LINK), link_name(LINK_BACK));
+    let covering = Ranges::new(&[Bytes::from_static(b"/app/")], &[]).covering();
+    for (etcd, waymark, position) in [
+        (&pair.origin, there.waymark_key(), back.position_key()),
+        (&pair.replica, back.waymark_key(), there.position_key()),
+    ] {
+        let rights = [
+            (PermissionType::Read, covering.clone()),
+            (PermissionType::Readwrite, app()),
+            (PermissionType::Write, key(&waymark)),
+            (PermissionType::Write, key(&position)),
+        ];
+        etcd.add_user(USER, PASSWORD, &rights).await;
+    }
+    as_user(&mut pair.origin_sidecar);
+    as_user(&mut pair.replica_sidecar);
+    pair.replica_sidecar.restart().await;
+    pair.origin_sidecar.restart().await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    pair.replica_sidecar.wait_for_state(LINK_BACK, "following").await;
+    assert_carries(&pair, "/app/there").await;
+    let put = pair.replica.put("/app/back", "1").await;
+    crate::bed::pair::wait_applied(&pair.origin, LINK_BACK, put, PATIENCE).await;
+    pair.wait_equal().await;
+    assert_eq!(pair.replica_sidecar.options.region, REPLICA_REGION);
+}

@@ -1,0 +1,108 @@
+//! Job: lag and position are true: of an idle link, of a link whose watch is frozen.
+//! Input: a pair of regions, a proxy before the origin's etcd. Output: passes or fails.
+//! Always true: what is judged is what `status` says of itself, against the origin's head as the test reads it.
+
+use crate::bed::etcd::EtcdOptions;
+use crate::bed::pair::{LINK, Pair, PairOptions};
+use crate::bed::traffic::{Acknowledged, Write, commit};
+use crate::bed::{LinkProxy, PATIENCE};
+use bytes::Bytes;
+use etcd_ferry::demo::proxy::Direction;
+use etcd_ferry::model::Revision;
+use serde_json::Value;
+use std::time::Duration;
+
+fn loose() -> PairOptions {
+    let loose = |options| EtcdOptions { sync: false, ..options };
+    PairOptions {
+        origin: loose(EtcdOptions::origin()),
+        replica: loose(EtcdOptions::replica()),
+        prefixes: vec!["/app/".into()],
+        ..PairOptions::default()
+    }
+}
+
+fn caught_up(entry: &Value, head: Revision) -> bool {
+    let reached = |field: &str| entry[field].as_u64() >= Some(head.0);
+    entry["lag_seconds"] == 0.0 && entry["lag_revisions"] == 0 && reached("origin_revision") && reached("head_revision")
+}
+
+#[tokio::test]
+async fn an_idle_link_follows_the_head_that_others_move_and_has_no_lag() {
+    let pair = Box::pin(Pair::start(loose())).await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    let carried = pair.origin.put("/app/a", "1").await;
+    pair.wait_applied(carried).await;
+    for i in 0..200 {
+        pair.origin.put(format!("/elsewhere/{i}"), "not carried").await;
+    }
+    let head = pair.origin.head().await;
+    assert!(head.0 >= carried.0 + 200);
+    for sidecar in [&pair.origin_sidecar, &pair.replica_sidecar] {
+        let what = format!("lag 0 at head {head}");
+        let entry = sidecar.wait_for_within(LINK, &what, Duration::from_secs(15), |e| caught_up(e, head)).await;
+        assert_eq!(entry["applied_seq"], 1, "one revision is the link's: {entry:#}");
+    }
+}
+
+/// A pair whose origin's sidecar reaches its etcd through a proxy, and the connection of the watch is the busiest of all.
+async fn behind_a_proxy() -> (Pair, LinkProxy) {
+    let mut pair = Box::pin(Pair::prepare(loose())).await;
+    let proxy = LinkProxy::start(pair.origin.address()).await.unwrap();
+    pair.origin_sidecar.options.etcd.url = format!("http://{}", proxy.address());
+    pair.origin_sidecar.write_config();
+    pair.origin_sidecar.restart().await;
+    pair.replica_sidecar.restart().await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    let mut last = Revision(0);
+    for i in 0..20 {
+        last = pair.origin.put(format!("/app/large-{i}"), vec![b'x'; 50_000]).await;
+    }
+    pair.wait_applied(last).await;
+    (pair, proxy)
+}
+
+/// Freezes the watch, writes, and waits until the lag has grown; what was written.
+async fn lag_grows_when_the_watch_freezes(pair: &Pair, proxy: &LinkProxy) -> Vec<Acknowledged> {
+    proxy.freeze_busiest(Direction::FromTarget);
+    let mut kv = pair.origin.kv().await;
+    let mut acknowledged = Vec::new();
+    for i in 0..50 {
+        let write = Write::put(format!("/app/{}", i % 7), Bytes::from(format!("value {i}")));
+        acknowledged.extend(commit(&mut kv, &[write]).await.unwrap());
+    }
+    let lags = |entry: &Value| entry["lag_seconds"].as_f64() > Some(4.0);
+    pair.origin_sidecar.wait_for_within(LINK, "lag of 4 s", Duration::from_secs(12), lags).await;
+    let told = |entry: &Value| entry["lag_seconds"].as_f64() > Some(3.0);
+    pair.replica_sidecar.wait_for_within(LINK, "lag at the replica", Duration::from_secs(8), told).await;
+    acknowledged
+}
+
+#[tokio::test]
+async fn lag_grows_while_the_origins_watch_is_frozen_and_nothing_is_lost_when_it_thaws() {
+    let (pair, proxy) = behind_a_proxy().await;
+    let recorder = pair.record().await;
+    let acknowledged = lag_grows_when_the_watch_freezes(&pair, &proxy).await;
+    proxy.heal();
+    let last = acknowledged.last().unwrap().revision;
+    pair.wait_applied(last).await;
+    for sidecar in [&pair.origin_sidecar, &pair.replica_sidecar] {
+        sidecar.wait_for(LINK, "lag 0 after the thaw", |e| caught_up(e, last)).await;
+    }
+    let recording = pair.recorded(recorder).await;
+    assert_eq!(recording.complete(&acknowledged).unwrap(), acknowledged.len());
+    assert!(recording.check().unwrap() > 0);
+}
+
+#[tokio::test]
+async fn a_watch_that_stays_frozen_is_opened_anew_on_another_connection() {
+    let (pair, proxy) = behind_a_proxy().await;
+    let recorder = pair.record().await;
+    let acknowledged = lag_grows_when_the_watch_freezes(&pair, &proxy).await;
+    let last = acknowledged.last().unwrap().revision;
+    pair.wait_applied_within(last, PATIENCE).await;
+    pair.origin_sidecar.wait_for(LINK, "lag 0 without a thaw", |e| caught_up(e, last)).await;
+    let recording = pair.recorded(recorder).await;
+    assert_eq!(recording.complete(&acknowledged).unwrap(), acknowledged.len());
+    assert!(recording.check().unwrap() > 0);
+}

@@ -1,0 +1,254 @@
+//! Job: large revisions: thousands of keys in one, values up to what the replica takes, and what is larger than a request.
+//! Input: a pair of regions. Output: passes or fails.
+//! Always true: what arrived is judged by a watch at the replica, not by what the sidecars say.
+
+use crate::bed::etcd::{Etcd, EtcdOptions};
+use crate::bed::pair::{LINK, Pair, PairOptions, link_name};
+use crate::bed::traffic::{Acknowledged, Write, commit};
+use crate::bed::{LinkProxy, PATIENCE, until};
+use bytes::Bytes;
+use etcd_ferry::model::{Change, Ranges, Revision, Seq, WholeRevision};
+use etcd_ferry::replica::plan::{self, Extent, RequestLimits, Waiting};
+use rand::RngCore;
+use std::sync::Arc;
+
+const MIB: usize = 1 << 20;
+/// etcd's default, and the sidecar's.
+const REQUEST_BYTES_DEFAULT: usize = 1_572_864;
+
+fn loose() -> EtcdOptions {
+    EtcdOptions { sync: false, ..EtcdOptions::origin() }
+}
+
+/// An origin that takes what is larger than the replica's default, and a replica with the defaults.
+fn wide_origin(replica: EtcdOptions) -> PairOptions {
+    let origin = EtcdOptions { max_request_bytes: Some(64 << 20), max_txn_ops: Some(20_000), ..loose() };
+    PairOptions { origin, replica: EtcdOptions { sync: false, ..replica }, ..PairOptions::default() }
+}
+
+fn key(number: usize) -> String {
+    format!("/app/many/{number:05}")
+}
+
+/// Puts `count` keys, some in each revision, and waits until they are at the replica.
+async fn fill(pair: &Pair, count: usize) {
+    let mut kv = pair.origin.kv().await;
+    let mut last = Revision(0);
+    for first in (0..count).step_by(100) {
+        let writes: Vec<Write> = (first..count.min(first + 100)).map(|i| Write::put(key(i), "value")).collect();
+        last = commit(&mut kv, &writes).await.unwrap().unwrap().revision;
+    }
+    pair.wait_applied(last).await;
+}
+
+/// Commits, and returns what the replica's revisions did to the link's keys from then on until it was applied.
+async fn arrives_as(pair: &Pair, writes: &[Write]) -> (Acknowledged, Vec<Vec<Change>>) {
+    let recorder = pair.record().await;
+    let ack = commit(&mut pair.origin.kv().await, writes).await.unwrap().unwrap();
+    pair.wait_applied(ack.revision).await;
+    let recording = pair.recorded(recorder).await;
+    let arrived = recording.replica.revisions_with_changes(&pair.ranges);
+    (ack, arrived)
+}
+
+fn random_value(bytes: usize) -> Bytes {
+    let mut value = vec![0; bytes];
+    rand::rng().fill_bytes(&mut value);
+    Bytes::from(value)
+}
+
+#[tokio::test]
+async fn a_prefix_delete_of_ten_thousand_keys_arrives_in_one_revision() {
+    let pair = Box::pin(Pair::start(wide_origin(EtcdOptions::replica()))).await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    fill(&pair, 10_000).await;
+    let (ack, arrived) = arrives_as(&pair, &[Write::delete_prefix("/app/many/")]).await;
+    assert_eq!(ack.changes.len(), 10_000);
+    assert!(arrived == [ack.changes], "it arrived in {} revisions", arrived.len());
+    assert_eq!(pair.assert_equal().await, 0);
+}
+
+#[tokio::test]
+async fn a_prefix_delete_spares_a_foreign_key_of_the_replica_and_still_arrives_in_one_revision() {
+    let pair = Box::pin(Pair::start(wide_origin(EtcdOptions::replica()))).await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    fill(&pair, 10_000).await;
+    pair.replica.put("/app/many/05000-foreign", "stays").await;
+    let (ack, arrived) = arrives_as(&pair, &[Write::delete_prefix("/app/many/")]).await;
+    assert_eq!(ack.changes.len(), 10_000);
+    assert!(arrived == [ack.changes], "it arrived in {} revisions", arrived.len());
+    let (_, left) = pair.replica.read(&pair.ranges, None).await;
+    assert_eq!(left.keys().collect::<Vec<_>>(), [&Bytes::from_static(b"/app/many/05000-foreign")]);
+}
+
+#[tokio::test]
+async fn a_prefix_delete_never_reaches_over_an_exclude_or_past_the_prefix() {
+    let options = PairOptions {
+        prefixes: vec!["/app/many/".into()],
+        exclude: vec!["/app/many/005".into()],
+        ..wide_origin(EtcdOptions::replica())
+    };
+    let pair = Box::pin(Pair::start(options)).await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    fill(&pair, 1_000).await;
+    let own = ["/app/many", "/app/many/00500", "/app/many/005zz", "/app/many0"];
+    for key in own {
+        pair.replica.put(key, "the replica's own").await;
+    }
+    let (ack, arrived) = arrives_as(&pair, &[Write::delete_prefix("/app/many/")]).await;
+    assert_eq!(ack.changes.len(), 1_000);
+    let carried: Vec<Change> = ack.changes.into_iter().filter(|c| pair.ranges.contains(c.key())).collect();
+    assert_eq!(carried.len(), 900);
+    assert!(arrived == [carried], "it arrived in {} revisions", arrived.len());
+    let app = Ranges::new(&[Bytes::from_static(b"/app/")], &[]);
+    let (_, left) = pair.replica.read(&app, None).await;
+    assert_eq!(left.into_keys().collect::<Vec<_>>(), own);
+}
+
+/// The longest value of `key` that is planned as a whole within the default request.
+fn value_bytes_largest(key: &str) -> usize {
+    let limits = RequestLimits {
+        ops_max: 128,
+        bytes_max: REQUEST_BYTES_DEFAULT,
+        bytes_refused: None,
+        position_key_bytes: link_name(LINK).position_key().len(),
+        position_value_bytes_max: 700,
+    };
+    let value = Bytes::from(vec![0; REQUEST_BYTES_DEFAULT]);
+    let fits = |bytes: usize| {
+        let changes = vec![Change::Put { key: Bytes::from(key.to_owned()), value: value.slice(..bytes) }];
+        let waiting = Waiting { seq: Seq(1), revision: Arc::new(WholeRevision { revision: Revision(1), changes }) };
+        plan::plan([&waiting], 0, &Ranges::new(&[], &[]), &limits)
+            .is_ok_and(|plan| plan.is_some_and(|plan| plan.extent == Extent::Whole))
+    };
+    let (mut fitting, mut refused) = (0, REQUEST_BYTES_DEFAULT);
+    while refused - fitting > 1 {
+        let middle = (fitting + refused) / 2;
+        if fits(middle) { fitting = middle } else { refused = middle }
+    }
+    fitting
+}
+
+#[tokio::test]
+async fn the_largest_value_passes_and_one_byte_more_stops_the_link_until_the_advice_is_taken() {
+    let mut pair = Box::pin(Pair::start(wide_origin(EtcdOptions::replica()))).await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    let largest = value_bytes_largest("/app/large");
+    assert!(largest > REQUEST_BYTES_DEFAULT - 1_500, "{largest}");
+    pair.wait_applied(pair.origin.put("/app/large", random_value(largest)).await).await;
+    assert_eq!(pair.assert_equal().await, 1);
+    assert!(!pair.replica_sidecar.log().contains("takes less than configured"), "a limit had to be learned");
+
+    let too_large = pair.origin.put("/app/large", random_value(largest + 1)).await;
+    let after = pair.origin.put("/app/small", "waits for the large one").await;
+    for sidecar in [&pair.replica_sidecar, &pair.origin_sidecar] {
+        let entry = sidecar.wait_for_state(LINK, "stopped").await;
+        let reason = entry["reason"].as_str().unwrap();
+        for advice in ["--max-request-bytes", "request_bytes_max", &too_large.to_string()] {
+            assert!(reason.contains(advice), "{advice} is not in: {reason}");
+        }
+    }
+    assert_eq!(pair.replica.get("/app/small").await, None, "nothing overtakes what cannot be applied");
+
+    pair.replica.set_max_request_bytes(4 << 20);
+    pair.replica.restart().await;
+    pair.replica_sidecar.options.limits.insert("request_bytes_max".to_owned(), 4 << 20);
+    pair.replica_sidecar.write_config();
+    pair.replica_sidecar.restart().await;
+    pair.origin_sidecar.restart().await;
+    pair.wait_applied(after).await;
+    assert_eq!(pair.assert_equal().await, 2);
+}
+
+#[tokio::test]
+async fn a_replica_whose_requests_are_smaller_than_configured_stops_the_link_with_the_advice() {
+    let replica = EtcdOptions { max_request_bytes: Some(MIB as u64), ..EtcdOptions::replica() };
+    let pair = Box::pin(Pair::start(wide_origin(replica))).await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    pair.origin.put("/app/large", random_value(MIB + 100_000)).await;
+    for sidecar in [&pair.replica_sidecar, &pair.origin_sidecar] {
+        let entry = sidecar.wait_for_state(LINK, "stopped").await;
+        let reason = entry["reason"].as_str().unwrap();
+        assert!(reason.contains("--max-request-bytes of the replica's etcd"), "{reason}");
+    }
+}
+
+#[tokio::test]
+async fn a_value_that_fits_is_applied_though_larger_requests_were_refused_before() {
+    let replica = EtcdOptions { max_request_bytes: Some(MIB as u64), ..EtcdOptions::replica() };
+    let pair = Box::pin(Pair::start(wide_origin(replica))).await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    let many: Vec<Write> = (0..11).map(|i| Write::put(key(i), random_value(100_000))).collect();
+    let ack = commit(&mut pair.origin.kv().await, &many).await.unwrap().unwrap();
+    pair.wait_applied(ack.revision).await;
+    pair.wait_applied(pair.origin.put("/app/large", random_value(MIB - 2_000)).await).await;
+    pair.assert_equal().await;
+}
+
+#[tokio::test]
+async fn a_replica_that_takes_fewer_operations_than_configured_is_learned_and_revisions_stay_whole() {
+    let replica = EtcdOptions { max_txn_ops: Some(40), ..EtcdOptions::replica() };
+    let pair = Box::pin(Pair::start(wide_origin(replica))).await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    let thousand: Vec<Write> = (0..1_000).map(|i| Write::put(key(i), "value")).collect();
+    let (ack, arrived) = arrives_as(&pair, &thousand).await;
+    assert!(arrived == [ack.changes], "it arrived in {} revisions", arrived.len());
+    assert!(pair.replica_sidecar.log().contains("takes less than configured"));
+}
+
+/// A revision of `count` keys of 100,000 random bytes.
+async fn write_large(origin: &Etcd, count: usize) -> Acknowledged {
+    let writes: Vec<Write> = (0..count).map(|i| Write::put(key(i), random_value(100_000))).collect();
+    commit(&mut origin.kv().await, &writes).await.unwrap().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_revision_larger_than_a_request_is_applied_in_parts_and_counted() {
+    let pair = Box::pin(Pair::start(wide_origin(EtcdOptions::replica()))).await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    let recorder = pair.record().await;
+    let ack = write_large(&pair.origin, 40).await;
+    let after = pair.origin.put("/app/after", "1").await;
+    pair.wait_applied(after).await;
+    let recording = pair.recorded(recorder).await;
+    let parts = recording.replica.revisions_with_changes(&pair.ranges);
+    assert_eq!(parts.len(), 3 + 1, "4 MB in requests of 1.5 MiB, and the next one");
+    assert_eq!(parts[..3].concat(), ack.changes);
+    assert_eq!(recording.complete(&[ack]).unwrap(), 1);
+    assert!(recording.check().unwrap() > 0);
+    pair.assert_equal().await;
+    let counted = |entry: &serde_json::Value| entry["counts"]["in_parts"] == 1;
+    pair.replica_sidecar.wait_for(LINK, "one revision counted as applied in parts", counted).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restart_amid_the_parts_of_a_revision_goes_on_with_the_next_part() {
+    let mut pair = Box::pin(Pair::prepare(wide_origin(EtcdOptions::replica()))).await;
+    let slow = LinkProxy::start(pair.replica.address()).await.unwrap();
+    pair.replica_sidecar.options.etcd.url = format!("http://{}", slow.address());
+    pair.replica_sidecar.write_config();
+    pair.replica_sidecar.restart().await;
+    pair.origin_sidecar.restart().await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    let recorder = pair.record().await;
+    slow.set_rate(Some(4 << 20));
+    let ack = write_large(&pair.origin, 120).await;
+    let part_above = async |least: u64| {
+        until("a part to be applied", PATIENCE, async || {
+            pair.position().await.map(|p| p.part).filter(|part| *part > least)
+        })
+        .await
+    };
+    let first = part_above(0).await;
+    pair.replica_sidecar.kill();
+    assert!(pair.position().await.unwrap().part >= first);
+    pair.replica_sidecar.restart().await;
+    slow.set_rate(None);
+    pair.wait_applied(ack.revision).await;
+    let recording = pair.recorded(recorder).await;
+    let parts = recording.replica.revisions_with_changes(&pair.ranges);
+    assert_eq!(parts.concat(), ack.changes, "each change once, in order");
+    assert_eq!(recording.complete(&[ack]).unwrap(), 1);
+    assert!(recording.check().unwrap() > 0);
+    pair.assert_equal().await;
+}
