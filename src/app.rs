@@ -50,6 +50,8 @@ pub fn log(config: &LogConfig) -> anyhow::Result<()> {
 
 /// Runs until SIGTERM or Ctrl-C.
 pub async fn run(config: Config) -> anyhow::Result<()> {
+    // What lies below data_dir holds values: whatever makes a file there, also sled, makes it for this user alone.
+    rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
     let stop = CancellationToken::new();
     let app = App::bind(config, stop.clone()).await?;
     let mut signals = JoinSet::new();
