@@ -191,10 +191,13 @@ impl App {
             }
         });
         for (replica, status) in replicas {
-            tasks.spawn(replica.run(status, stop.clone()));
+            let (link, stop) = (status.borrow().link.clone(), stop.clone());
+            tasks.spawn(async move { replica.run(status, stop).await.with_context(|| format!("link {link}")) });
         }
         for (origin, status, commands) in origins {
-            tasks.spawn(origin.run(status, commands, stop.clone()));
+            let (link, stop) = (origin.send.link.clone(), stop.clone());
+            tasks
+                .spawn(async move { origin.run(status, commands, stop).await.with_context(|| format!("link {link}")) });
         }
         let mut outcome = Ok(());
         let mut deadline = None;

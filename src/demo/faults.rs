@@ -15,14 +15,14 @@ const RECOVERY_DEADLINE: Duration = Duration::from_secs(60);
 /// How often processes are looked after.
 const LOOK: Duration = Duration::from_millis(250);
 
-/// One fault, from its end on.
+/// One fault, and what it cost.
 #[derive(Debug, Clone, Serialize)]
 pub struct FaultReport {
     pub fault: String,
-    /// Revisions that were written and not applied when it ended.
-    pub waiting_revisions: u64,
-    /// Until all of them were applied.
-    pub recovered_seconds: f64,
+    /// The most revisions that were written and not yet applied, meanwhile.
+    pub waited_revisions_max: u64,
+    /// From its end (a link is healed, a sidecar is started again) until the replica was as far as the origin had been then.
+    pub caught_up_seconds: f64,
 }
 
 /// Who causes the faults and waits for the recoveries.
@@ -70,27 +70,28 @@ impl Faults<'_> {
         .await
     }
 
-    /// Waits until the replica has everything that was written before now.
+    /// Waits until the replica has everything that was written up to now, and the first of what came after.
     async fn recover(&mut self, fault: String, what: &str) -> anyhow::Result<()> {
         let end = Instant::now();
-        self.all_told().await?;
-        let waiting = self.backlog.borrow().revisions;
-        self.caught_up(end).await?;
+        self.wait_for(|backlog| backlog.newest_applied.is_some_and(|newest| newest >= end)).await?;
         let took = end.elapsed();
-        self.happened(format!("{what}: {waiting} revisions waited; all there after {}", time(took))).await?;
-        self.reports.push(FaultReport { fault, waiting_revisions: waiting, recovered_seconds: took.as_secs_f64() });
+        let waited = self.backlog.borrow().revisions_max;
+        self.happened(format!("{what}: up to {waited} revisions waited; caught up after {}", time(took))).await?;
+        self.reports.push(FaultReport { fault, waited_revisions_max: waited, caught_up_seconds: took.as_secs_f64() });
         self.seen.send(Seen::Calm(Some(Instant::now()))).await?;
         Ok(())
     }
 
-    /// Waits until the replica has everything that was written before `moment`.
-    pub async fn caught_up(&mut self, moment: Instant) -> anyhow::Result<()> {
+    /// Waits until the replica has everything that was ever written; to be called when nobody writes any more.
+    pub async fn caught_up(&mut self) -> anyhow::Result<()> {
         self.all_told().await?;
+        self.wait_for(|backlog| backlog.revisions == 0).await
+    }
+
+    async fn wait_for(&mut self, done: impl Fn(&Backlog) -> bool) -> anyhow::Result<()> {
         let deadline = Instant::now() + RECOVERY_DEADLINE;
         loop {
-            let behind = |backlog: &Backlog| backlog.oldest.is_some_and(|oldest| oldest < moment);
-            let waited = tokio::time::timeout(LOOK, self.backlog.wait_for(|backlog| !behind(backlog))).await.is_ok();
-            if waited {
+            if tokio::time::timeout(LOOK, self.backlog.wait_for(&done)).await.is_ok() {
                 return Ok(());
             }
             self.regions.check()?;

@@ -27,7 +27,9 @@ pub const BATCH_KEYS: u64 = 3_000;
 
 const PREFIX: &str = "/registry/";
 const OBJECTS_PER_WRITER: u64 = 400;
-const VALUE_BYTES_MAX: usize = 100 * 1_024;
+/// One object of so many is large, and stays so; the others have about 0.9 KiB.
+const LARGE_ONE_OF: u64 = 40;
+const LARGE_BYTES: [usize; 5] = [5 << 10, 10 << 10, 20 << 10, 50 << 10, 100 << 10];
 /// Keys of a transaction; etcd's own limit is 128.
 const TXN_KEYS: u64 = 100;
 const BATCH_PAUSE: Duration = Duration::from_millis(10);
@@ -75,7 +77,10 @@ async fn commit(etcd: &Etcd, writes: Vec<Write>) -> anyhow::Result<Option<Writte
 /// Objects that are in the origin before there is a link.
 pub async fn write_first(etcd: &Etcd) -> anyhow::Result<()> {
     for first in (0..OBJECTS_FIRST).step_by(usize::try_from(TXN_KEYS)?) {
-        let put = |number| Write::Put { key: objects::key(PREFIX, number), value: objects::value(number, 0, 0) };
+        let put = |number| Write::Put {
+            key: objects::key(PREFIX, number),
+            value: objects::value(number, 0, bytes_min(number)),
+        };
         commit(etcd, (first..(first + TXN_KEYS).min(OBJECTS_FIRST)).map(put).collect()).await?;
     }
     Ok(())
@@ -146,6 +151,12 @@ async fn delete_prefix(etcd: &Etcd, prefix: &str) -> anyhow::Result<Written> {
     Ok(Written { revision, at, puts: 0, deletes: BATCH_KEYS, bytes: BATCH_KEYS * key_bytes })
 }
 
+/// The size of an object, for its life.
+fn bytes_min(number: u64) -> usize {
+    let large = usize::try_from(number / LARGE_ONE_OF).unwrap_or(0) % LARGE_BYTES.len();
+    if number.is_multiple_of(LARGE_ONE_OF) { LARGE_BYTES[large] } else { 0 }
+}
+
 struct Writer {
     random: StdRng,
     first: u64,
@@ -153,14 +164,10 @@ struct Writer {
 }
 
 impl Writer {
-    /// The next transaction: mostly one object of about 0.9 KiB, sometimes a large or an empty one, a delete, or many at once.
+    /// The next transaction: mostly one object, sometimes an empty one, a delete, or many at once.
     fn choose(&mut self) -> Vec<Write> {
         match self.random.random_range(0..100) {
-            0..70 => vec![self.put(0)],
-            70..72 => {
-                let bytes = self.random.random_range(0..=VALUE_BYTES_MAX);
-                vec![self.put(bytes)]
-            }
+            0..72 => vec![self.put()],
             72..75 => vec![Write::Put { key: self.any_key(), value: Bytes::new() }],
             75..87 => vec![Write::Delete { key: self.any_key() }],
             _ => self.many(),
@@ -179,19 +186,18 @@ impl Writer {
         objects::key(PREFIX, self.any())
     }
 
-    fn put(&mut self, bytes_min: usize) -> Write {
+    fn put(&mut self) -> Write {
         let number = self.any();
         let version = self.versions.entry(number).or_default();
         *version += 1;
-        Write::Put { key: objects::key(PREFIX, number), value: objects::value(number, *version, bytes_min) }
+        Write::Put { key: objects::key(PREFIX, number), value: objects::value(number, *version, bytes_min(number)) }
     }
 
     /// Several keys, each once: etcd refuses a key that is written twice in one transaction.
     fn many(&mut self) -> Vec<Write> {
         let mut writes = BTreeMap::new();
         for _ in 0..self.random.random_range(2..=40) {
-            let write =
-                if self.random.random_ratio(1, 5) { Write::Delete { key: self.any_key() } } else { self.put(0) };
+            let write = if self.random.random_ratio(1, 5) { Write::Delete { key: self.any_key() } } else { self.put() };
             let (Write::Put { key, .. } | Write::Delete { key }) = &write;
             writes.insert(key.clone(), write);
         }

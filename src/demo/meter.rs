@@ -78,11 +78,17 @@ pub struct Backlog {
     pub revisions: u64,
     /// When the oldest of them was acknowledged at the origin.
     pub oldest: Option<Instant>,
+    /// The most that waited since the link was last disturbed.
+    pub revisions_max: u64,
+    /// When the newest revision that is applied was acknowledged at the origin.
+    pub newest_applied: Option<Instant>,
 }
 
 #[derive(Debug, Default)]
 pub struct Meter {
     waiting: BTreeMap<Revision, Written>,
+    waiting_max: usize,
+    newest_applied: Option<Instant>,
     arrivals: VecDeque<(Revision, Instant)>,
     window: VecDeque<(Instant, Duration)>,
     calm_since: Option<Instant>,
@@ -107,6 +113,7 @@ impl Meter {
             Some(&(_, at)) => self.apply(&written, at),
             None => {
                 self.waiting.insert(written.revision, written);
+                self.waiting_max = self.waiting_max.max(self.waiting.len());
             }
         }
     }
@@ -131,6 +138,7 @@ impl Meter {
 
     fn apply(&mut self, written: &Written, at: Instant) {
         self.applied.add(written);
+        self.newest_applied = self.newest_applied.max(Some(written.at));
         let lag = at.saturating_duration_since(written.at);
         self.window.push_back((at, lag));
         if self.calm_since.is_some_and(|since| written.at >= since) {
@@ -141,10 +149,18 @@ impl Meter {
     /// From now on nothing is wrong with the link (`Some`), or something is (`None`).
     pub fn set_calm(&mut self, since: Option<Instant>) {
         self.calm_since = since;
+        if since.is_none() {
+            self.waiting_max = self.waiting.len();
+        }
     }
 
     pub fn backlog(&self) -> Backlog {
-        Backlog { revisions: self.waiting.len() as u64, oldest: self.waiting.values().next().map(|written| written.at) }
+        Backlog {
+            revisions: self.waiting.len() as u64,
+            oldest: self.waiting.values().next().map(|written| written.at),
+            revisions_max: self.waiting_max as u64,
+            newest_applied: self.newest_applied,
+        }
     }
 
     /// Revisions applied in the last second, and their lag.
@@ -221,7 +237,9 @@ mod tests {
         meter.set_calm(Some(start));
         meter.write(written(2, start));
         meter.set_calm(None);
+        assert_eq!(meter.backlog().newest_applied, None);
         meter.arrive(arrived(2, 1, start + ms(4_000)));
+        assert_eq!((meter.backlog().newest_applied, meter.backlog().revisions_max), (Some(start), 1));
         meter.set_calm(Some(start + ms(5_000)));
         meter.write(written(3, start + ms(4_500)));
         meter.write(written(4, start + ms(5_500)));

@@ -101,7 +101,7 @@ async fn show(options: Options) -> anyhow::Result<Shown> {
     let course = async {
         faults.run(options.length).await?;
         cast.stop_writing().await?;
-        faults.caught_up(Instant::now()).await?;
+        faults.caught_up().await?;
         let comparison = Box::pin(compare::compare(&origin, &replica)).await?;
         anyhow::Ok((comparison, faults.regions.count().await))
     };

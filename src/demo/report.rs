@@ -134,8 +134,8 @@ impl Report {
             row("lag without a fault", words);
         }
         for fault in &self.faults {
-            let took = time(Duration::from_secs_f64(fault.recovered_seconds));
-            row(&fault.fault, format!("{} revisions waited; all there after {took}", fault.waiting_revisions));
+            let took = time(Duration::from_secs_f64(fault.caught_up_seconds));
+            row(&fault.fault, format!("up to {} revisions waited; caught up after {took}", fault.waited_revisions_max));
         }
         let (raw, sent) = (self.bytes_raw, self.bytes_sent);
         row("raw, sent", format!("{}, {} with TLS and acks: ratio {}", bytes(raw), bytes(sent), ratio(raw, sent)));

@@ -207,7 +207,8 @@ mod tests {
     #[test]
     fn while_nothing_arrives_the_line_says_how_long_and_how_much_waits() {
         let now = Instant::now();
-        let behind = Backlog { revisions: 812, oldest: now.checked_sub(Duration::from_millis(3_200)) };
+        let behind =
+            Backlog { revisions: 812, oldest: now.checked_sub(Duration::from_millis(3_200)), ..Backlog::default() };
         assert_eq!(lag_words(None, behind, now), "lag 3.2 s, 812 waiting");
         assert_eq!(lag_words(None, Backlog::default(), now), "idle");
     }

@@ -63,6 +63,15 @@ pub enum LinkEvent {
     Acked { applied: Revision, durable: Revision },
 }
 
+/// Why an origin link cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum OriginError {
+    #[error("the spool: {0}")]
+    Spool(#[from] spool::SpoolError),
+    #[error("a stage has ended: {why}")]
+    Ended { why: String },
+}
+
 /// Everything that one origin link needs.
 pub struct OriginLink {
     pub send: SendConfig,
@@ -84,7 +93,7 @@ impl OriginLink {
         status: watch_channel::Sender<LinkStatus>,
         commands: mpsc::Receiver<LinkCommand>,
         stop: CancellationToken,
-    ) -> anyhow::Result<()> {
+    ) -> Result<(), OriginError> {
         let link = self.send.link.clone();
         let clock = Clock::new();
         let (spool, opened) =
@@ -145,7 +154,7 @@ impl OriginLink {
                 },
                 ended = stages.join_next() => {
                     let why = ended.and_then(Result::err).map_or_else(String::new, |e| e.to_string());
-                    anyhow::bail!("a stage of link {link} has ended: {why}");
+                    return Err(OriginError::Ended { why });
                 }
                 _ = ticks.tick() => {
                     let extent = spool.extent().borrow().clone();

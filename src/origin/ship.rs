@@ -24,6 +24,9 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 
+const DIAL_WAIT_FIRST: Duration = Duration::from_millis(200);
+/// A link that heals waits up to this long for the next dial, and all of it is lag; one dial a second costs nobody anything.
+const DIAL_WAIT_MAX: Duration = Duration::from_secs(1);
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 const HELLO_DEADLINE: Duration = Duration::from_secs(15);
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
@@ -152,7 +155,7 @@ impl Shipper {
     }
 
     async fn turns(&mut self) {
-        let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
+        let mut backoff = Backoff::new(DIAL_WAIT_FIRST, DIAL_WAIT_MAX);
         loop {
             let end = Box::pin(self.connect_and_ship(&mut backoff)).await;
             match end {

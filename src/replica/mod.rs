@@ -11,6 +11,7 @@ pub mod plan;
 pub mod position;
 pub mod receive;
 pub mod stream;
+pub mod trouble;
 pub mod txn;
 
 use crate::config::{EtcdConfig, Limits, ReceiveConfig};
@@ -33,6 +34,19 @@ const COMMANDS_MAX: usize = 2;
 const NOTE_BYTES: usize = 1 << 20;
 const STATUS_INTERVAL: Duration = Duration::from_millis(250);
 
+/// Why a replica link cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplicaError {
+    #[error("the journal: {0}")]
+    Journal(#[from] journal::JournalError),
+    #[error("the dedupe log: {0}")]
+    Dedupe(#[from] dedupe::DedupeError),
+    #[error(transparent)]
+    Ranges(#[from] receive::RangesError),
+    #[error("applying has ended: {why}")]
+    Ended { why: String },
+}
+
 /// Everything that one replica link needs.
 pub struct ReplicaLink {
     pub receive: ReceiveConfig,
@@ -54,7 +68,7 @@ pub struct ReplicaTask {
 
 impl ReplicaLink {
     /// Opens journal and dedupe log. An `Err` means that the disk cannot be used.
-    pub async fn open(self) -> anyhow::Result<(Arc<LinkEnd>, ReplicaTask)> {
+    pub async fn open(self) -> Result<(Arc<LinkEnd>, ReplicaTask), ReplicaError> {
         let link = self.receive.link.clone();
         let (journal, opened) = Journal::open(&self.dir.join("journal"), &self.limits).await?;
         opened.log(&link, "journal");
@@ -103,7 +117,7 @@ impl ReplicaLink {
 
 impl ReplicaTask {
     /// Runs until `stop`, then flushes journal and dedupe log.
-    pub async fn run(self, status: watch::Sender<LinkStatus>, stop: CancellationToken) -> anyhow::Result<()> {
+    pub async fn run(self, status: watch::Sender<LinkStatus>, stop: CancellationToken) -> Result<(), ReplicaError> {
         let Self { end, applier, view, told } = self;
         let mut applying = tokio::task::JoinSet::new();
         applying.spawn(applier.run(stop.clone()));
@@ -115,7 +129,7 @@ impl ReplicaTask {
                 () = stop.cancelled() => break,
                 ended = applying.join_next() => {
                     let why = ended.map_or_else(String::new, |e| e.err().map_or_else(String::new, |e| e.to_string()));
-                    anyhow::bail!("applying of link {} has ended: {why}", end.config.link);
+                    return Err(ReplicaError::Ended { why });
                 }
                 _ = ticks.tick() => {
                     let extent = end.journal.extent().borrow().clone();
@@ -154,7 +168,7 @@ fn remembered_by(recent: &[(Epoch, Seq, Digest)]) -> Admit {
 }
 
 /// Notes what the journal holds beyond the dedupe log's last entry: the log is synced later than the journal, and may be new.
-async fn note_again(journal: &Journal, dedupe: &Dedupe, recent: &[(Epoch, Seq, Digest)]) -> anyhow::Result<()> {
+async fn note_again(journal: &Journal, dedupe: &Dedupe, recent: &[(Epoch, Seq, Digest)]) -> Result<(), ReplicaError> {
     let extent = journal.extent().borrow().clone();
     let known = recent.last().filter(|(epoch, _, _)| *epoch == extent.epoch).map_or(Seq(0), |(_, seq, _)| *seq);
     let mut after = extent.base.max(known);

@@ -103,22 +103,21 @@ pub(super) struct Opened {
     pub(super) term: Term,
 }
 
+/// Why the stored ranges of a link cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum RangesError {
+    #[error("{} does not hold ranges: remove it, and the next hello's are stored", path.display())]
+    Malformed { path: PathBuf },
+    #[error("{}: {source}", path.display())]
+    Io { path: PathBuf, source: std::io::Error },
+}
+
 impl RangesFile {
-    pub fn open(path: PathBuf) -> anyhow::Result<Self> {
+    pub fn open(path: PathBuf) -> Result<Self, RangesError> {
         let stored = match std::fs::read(&path) {
-            Ok(bytes) => {
-                let pieces: Vec<(String, String)> = serde_json::from_slice(&bytes).map_err(|e| {
-                    anyhow::anyhow!(
-                        "{} cannot be read ({e}): remove it, and the next hello's ranges are stored",
-                        path.display()
-                    )
-                })?;
-                let piece = |(from, to): (String, String)| Some(KeyRange { from: unhex(&from)?, to: unhex(&to)? });
-                let pieces: Option<Vec<KeyRange>> = pieces.into_iter().map(piece).collect();
-                pieces.and_then(Ranges::from_pieces)
-            }
+            Ok(bytes) => Some(ranges_from(&bytes).ok_or_else(|| RangesError::Malformed { path: path.clone() })?),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
-            Err(e) => return Err(anyhow::anyhow!("{}: {e}", path.display())),
+            Err(source) => return Err(RangesError::Io { path, source }),
         };
         Ok(Self { path, stored: Mutex::new(stored) })
     }
@@ -136,6 +135,12 @@ impl RangesFile {
         *guard(&self.stored) = Some(ranges.clone());
         Ok(())
     }
+}
+
+fn ranges_from(json: &[u8]) -> Option<Ranges> {
+    let pieces: Vec<(String, String)> = serde_json::from_slice(json).ok()?;
+    let piece = |(from, to): (String, String)| Some(KeyRange { from: unhex(&from)?, to: unhex(&to)? });
+    Ranges::from_pieces(pieces.into_iter().map(piece).collect::<Option<Vec<KeyRange>>>()?)
 }
 
 fn guard<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -1,4 +1,8 @@
-//! The wire: what two sidecars say to each other.
+//! Job: the wire: what two sidecars say to each other, and the bounds of it.
+//! Input: revisions, and what came from a peer. Output: frames, digests, protobuf messages.
+//! Pure: the rooms below do no I/O; the services and streams are the origin's and the replica's.
+//! Always true: nothing from a peer is believed before its size, checksum and digest are checked.
+
 mod body;
 mod cache;
 pub mod delta;

@@ -1,0 +1,92 @@
+//! Job: what the applier does when something is refused or fails: learn a limit, wait, show why, or stop.
+//! Input: an `EtcdError`, a `PlanError`. Output: the applier's next try, or its stop; the reason in the view.
+//! Edge: part of the applier, which owns all of it.
+//! Always true: what leaves doubt makes the position be read again; a reason stays shown until what it held up is committed.
+
+use super::apply::Applier;
+use super::plan::{PlanError, Refusal as LimitRefusal, Settled};
+use crate::etcd::EtcdError;
+use crate::wire::replicate::refusal::Kind;
+use tokio::time::Instant;
+
+impl Applier {
+    pub(super) fn refuse_plan(&mut self, error: &PlanError) {
+        tracing::error!(link = %self.link, %error, "the revision cannot be applied");
+        self.refuse(Kind::TooLarge, error.to_string());
+    }
+
+    /// Tells the stream; nothing more is applied until the next hello.
+    pub(super) fn refuse(&mut self, kind: Kind, reason: String) {
+        self.stopped = true;
+        let session = self.session;
+        self.view.send_modify(|view| {
+            view.waiting.clone_from(&reason);
+            view.stopped = true;
+            view.refusal = Some((session, kind, reason));
+        });
+    }
+
+    /// etcd refused what was in flight: learn a limit, or wait and read the position again.
+    pub(super) fn refused(&mut self, error: EtcdError, settled: Option<&Settled>) {
+        let learned = match (&error, settled) {
+            (EtcdError::TooManyOps, Some(_)) => Some(LimitRefusal::TooManyOps),
+            (EtcdError::TooLarge, Some(settled)) => Some(LimitRefusal::TooLarge { sent_bytes: settled.request_bytes }),
+            (_, _) => None,
+        };
+        let Some(learned) = learned else { return self.doubt(&error) };
+        match self.limits.learned(learned) {
+            Some(limits) => {
+                tracing::warn!(link = %self.link, %error, ops_max = limits.ops_max, bytes_max = limits.bytes_max,
+                    "the replica's etcd takes less than configured; set [limits] txn_ops_max and request_bytes_max accordingly");
+                self.limits = limits;
+            }
+            None => self
+                .refuse(Kind::TooLarge, format!("the replica's etcd refuses even the smallest transaction: {error}")),
+        }
+    }
+
+    /// Something failed: show why, forget the position unless it surely is as it was, and try again after a wait.
+    pub(super) fn doubt(&mut self, error: &EtcdError) {
+        if !error.changed_nothing() {
+            self.held = None;
+        }
+        if matches!(
+            error,
+            EtcdError::Unreachable { .. } | EtcdError::LoginLost(_) | EtcdError::TimedOut | EtcdError::NoLeader(_)
+        ) {
+            self.etcd = None;
+        }
+        self.planned = None;
+        self.wait(format!("the replica's etcd: {error}"));
+    }
+
+    pub(super) fn wait(&mut self, reason: String) {
+        if self.view.borrow().waiting != reason {
+            tracing::warn!(link = %self.link, %reason, "applying waits");
+        }
+        self.view.send_modify(|view| view.waiting = reason);
+        self.retry_at = Some(Instant::now() + self.backoff.after_failure(rand::random()));
+    }
+
+    pub(super) async fn retry(&mut self) {
+        self.retry_at = None;
+        if self.held.is_none() || self.etcd.is_none() {
+            if let Err(e) = self.reread().await {
+                return self.doubt(&e);
+            }
+            self.publish(true);
+        }
+        // While something waits, only its commit says that the trouble is over.
+        if self.waiting.is_empty() {
+            self.resumed();
+        }
+    }
+
+    pub(super) fn resumed(&mut self) {
+        if self.view.borrow().waiting.is_empty() || self.stopped {
+            return;
+        }
+        tracing::info!(link = %self.link, "applying goes on");
+        self.view.send_modify(|view| view.waiting.clear());
+    }
+}
