@@ -50,7 +50,7 @@ pub fn log(config: &LogConfig) -> anyhow::Result<()> {
 
 /// Runs until SIGTERM or Ctrl-C.
 pub async fn run(config: Config) -> anyhow::Result<()> {
-    // Whatever a library writes below data_dir is for this user alone.
+    // What lies below data_dir holds values: whatever makes a file there, also sled, makes it for this user alone.
     rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
     let stop = CancellationToken::new();
     let app = App::bind(config, stop.clone()).await?;

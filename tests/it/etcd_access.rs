@@ -63,7 +63,7 @@ async fn an_etcd_that_does_not_trust_the_sidecar_or_is_not_trusted_by_it_is_said
     pair.origin_sidecar.options.etcd.tls = Some(EtcdTls { ca, ..stranger });
     pair.origin_sidecar.write_config();
     pair.origin_sidecar.restart().await;
-    wait_for_reason(&pair.origin_sidecar, LINK, "the origin's etcd: etcd cannot be reached at https://").await;
+    wait_for_reason(&pair.origin_sidecar, LINK, "received fatal alert: UnknownCA").await;
 
     pair.origin_sidecar.options.etcd.tls = good;
     pair.origin_sidecar.write_config();

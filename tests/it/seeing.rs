@@ -212,8 +212,8 @@ async fn full_health_names_every_stage_and_etcd_with_its_version_also_while_etcd
     let well = |names: [&str; 3]| names.map(|name| (name.to_owned(), true)).to_vec();
     let origin = pair.origin_sidecar.health().await.unwrap();
     assert_eq!(stages(&origin["links"][0]), well(["watch", "spool", "ship"]));
-    let replica = pair.replica_sidecar.health().await.unwrap();
-    assert_eq!(stages(&replica["links"][0]), well(["receive", "journal", "apply"]));
+    let replica = pair.replica_sidecar.wait_for_state(LINK, "following").await;
+    assert_eq!(stages(&replica), well(["receive", "journal", "apply"]));
     let version = pair.origin.client().await.status().await.unwrap().version().to_owned();
     let known = async || {
         let health = pair.origin_sidecar.health().await?;
