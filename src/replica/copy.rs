@@ -98,9 +98,10 @@ impl Applier {
             };
             self.doubt(&error);
             let wait = self.backoff.after_failure(rand::random());
+            let taken = self.hello_taken;
             tokio::select! {
                 biased;
-                _ = self.hello_waiting.changed() => {
+                _ = self.hello_waiting.wait_for(|latest| *latest > taken) => {
                     // The hello must be answered before the wait is over; its stream begins the step again.
                     return self.refuse(Kind::Closing, "a hello came while the base copy waited".to_owned());
                 }
