@@ -53,7 +53,7 @@ const COUNTERS: [(&str, &str); 2] = [
     (SENT_BYTES_TOTAL, "Frames and pages carried, after encoding."),
 ];
 /// The `counts` of a link's status; each becomes `etcd_ferry_<count>_total`, on the sides that are named here.
-const COUNTS: [(&str, &str); 12] = [
+const COUNTS: [(&str, &str); 13] = [
     ("revisions", "Revisions shipped (origin)."),
     ("skipped", "Revisions not shipped, since they came from the cluster that the link ships to (origin)."),
     ("transactions", "Transactions that brought the position forward (both)."),

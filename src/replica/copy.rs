@@ -99,13 +99,14 @@ impl Applier {
             self.doubt(&error);
             let wait = self.backoff.after_failure(rand::random());
             let taken = self.hello_taken;
-            tokio::select! {
+            let hello_came = tokio::select! {
                 biased;
-                _ = self.hello_waiting.wait_for(|latest| *latest > taken) => {
-                    // The hello must be answered before the wait is over; its stream begins the step again.
-                    return self.refuse(Kind::Closing, "a hello came while the base copy waited".to_owned());
-                }
-                () = tokio::time::sleep(wait) => {}
+                _ = self.hello_waiting.wait_for(|latest| *latest > taken) => true,
+                () = tokio::time::sleep(wait) => false,
+            };
+            if hello_came {
+                // It must be answered before the wait is over; its stream begins the step again.
+                return self.refuse(Kind::Closing, "a hello came while the base copy waited".to_owned());
             }
         }
     }
