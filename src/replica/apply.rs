@@ -153,7 +153,8 @@ pub struct Applier {
     /// Set by what only an operator can cure; a new hello clears it.
     pub(super) stopped: bool,
     pub(super) session: u64,
-    /// Changes when a hello is about to come.
+    /// The last hello that was taken, and the last that came: the one whose base copy runs is no reason to end it.
+    pub(super) hello_taken: u64,
     pub(super) hello_waiting: watch::Receiver<u64>,
     pub(super) commands: mpsc::Receiver<ApplyCommand>,
     pub(super) view: watch::Sender<ApplyView>,
@@ -206,6 +207,7 @@ impl Applier {
             retry_at: Some(Instant::now()),
             stopped: false,
             session: 0,
+            hello_taken: 0,
             hello_waiting: parts.hello_waiting,
             commands: parts.commands,
             view: parts.view,

@@ -98,9 +98,11 @@ impl Applier {
             };
             self.doubt(&error);
             let wait = self.backoff.after_failure(rand::random());
+            let taken = self.hello_taken;
+            let another = async { self.hello_waiting.wait_for(|latest| *latest > taken).await.is_ok() };
             tokio::select! {
                 biased;
-                _ = self.hello_waiting.changed() => {
+                _ = another => {
                     // The hello must be answered before the wait is over; its stream begins the step again.
                     return self.refuse(Kind::Closing, "a hello came while the base copy waited".to_owned());
                 }

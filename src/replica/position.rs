@@ -151,6 +151,7 @@ impl Applier {
     /// Reads the position, settles who may write it, and says from where to ship.
     pub(super) async fn hello(&mut self, facts: HelloFacts) -> Result<HelloAnswer, HelloRefused> {
         let unavailable = |e: EtcdError| HelloRefused::Unavailable(format!("the replica's etcd: {e}"));
+        self.hello_taken = self.hello_taken.max(facts.session);
         let replica_cluster = self.read_position().await.map_err(unavailable)?;
         let position = self.held.as_ref().and_then(|h| h.position.clone());
         if let Some(position) = &position {
