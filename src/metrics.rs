@@ -58,6 +58,7 @@ const COUNTS: [(&str, &str); 12] = [
     ("skipped", "Revisions not shipped, since they came from the cluster that the link ships to (origin)."),
     ("transactions", "Transactions that brought the position forward (both)."),
     ("repeated", "Revisions that arrived again and changed nothing (both)."),
+    ("in_parts", "Revisions larger than one request, which were applied in parts (replica)."),
     ("conflicts", "Differing keys that a base copy left alone, since a link back exists (both)."),
     ("resets", "Frames that did not fit the receiver's window; each starts the window afresh (both)."),
     ("frames", "Frames received (replica)."),

@@ -42,7 +42,7 @@ const PATHS: &str = "\
 /metrics          every metric, in Prometheus' text format
 /healthz          200 while this process lives
 /healthz?full=1   every link, each stage, and etcd, as JSON
-/readyz           200 when every link is following, else 503 and a line for each that is not
+/readyz           200 when every link follows and nothing holds it up, else 503 and a line for each that does not
 ";
 
 #[derive(Debug, thiserror::Error)]
@@ -160,12 +160,17 @@ async fn serve_health(State(shared): State<Shared>, RawQuery(query): RawQuery) -
 }
 
 /// One line for each link that is not following; `None` when all are.
+/// A link that follows in name, while its watch is refused or its replica takes nothing, has a reason.
+fn is_ready(link: &LinkStatus) -> bool {
+    link.state == LinkState::Following && link.reason.is_empty()
+}
+
 fn not_ready(links: &[LinkStatus]) -> Option<String> {
     let line = |link: &LinkStatus| {
         let reason = if link.reason.is_empty() { "no reason given yet" } else { &link.reason };
         format!("{} {} {}: {reason}\n", link.link, link.side.as_str(), link.state.as_str())
     };
-    let lines: String = links.iter().filter(|link| link.state != LinkState::Following).map(line).collect();
+    let lines: String = links.iter().filter(|link| !is_ready(link)).map(line).collect();
     (!lines.is_empty()).then_some(lines)
 }
 

@@ -54,7 +54,8 @@ impl Faults<'_> {
         self.regions.proxy.cut();
         self.pass(Instant::now() + length).await?;
         self.regions.proxy.heal();
-        self.recover(format!("link cut for {}", time(length)), "the link is healed").await
+        self.happened("the link is healed".to_owned()).await?;
+        self.recover(format!("link cut for {}", time(length))).await
     }
 
     async fn kill(&mut self, pick: fn(&mut Regions) -> &mut Region, side: &str) -> anyhow::Result<()> {
@@ -63,20 +64,18 @@ impl Faults<'_> {
         region.kill_sidecar().await;
         region.start_sidecar()?;
         let name = region.name;
-        self.recover(
-            format!("kill -9 of the {side}'s sidecar"),
-            &format!("kill -9 of the sidecar in {name} (the {side}), started again"),
-        )
-        .await
+        self.happened(format!("kill -9 of the sidecar in {name} (the {side}); it is started again")).await?;
+        self.recover(format!("kill -9 of the {side}'s sidecar")).await
     }
 
     /// Waits until the replica has everything that was written up to now, and the first of what came after.
-    async fn recover(&mut self, fault: String, what: &str) -> anyhow::Result<()> {
+    async fn recover(&mut self, fault: String) -> anyhow::Result<()> {
         let end = Instant::now();
         self.wait_for(|backlog| backlog.newest_applied.is_some_and(|newest| newest >= end)).await?;
         let took = end.elapsed();
         let waited = self.backlog.borrow().revisions_max;
-        self.happened(format!("{what}: up to {waited} revisions waited; caught up after {}", time(took))).await?;
+        self.happened(format!("the replica has caught up after {}; up to {waited} revisions waited", time(took)))
+            .await?;
         self.reports.push(FaultReport { fault, waited_revisions_max: waited, caught_up_seconds: took.as_secs_f64() });
         self.seen.send(Seen::Calm(Some(Instant::now()))).await?;
         Ok(())

@@ -18,7 +18,7 @@ pub fn key(prefix: &str, number: u64) -> Bytes {
     Bytes::from(format!("{prefix}{kind}/{space}/object-{number:06}"))
 }
 
-/// Object `number` as of its `version`, padded with text of its own to `bytes_min`.
+/// Object `number` as of its `version`, padded to `bytes_min` with lines of its own, such as a large ConfigMap holds.
 pub fn value(number: u64, version: u64, bytes_min: usize) -> Bytes {
     let kind = KINDS[pick(number, KINDS.len())];
     let space = SPACES[pick(number / 7, SPACES.len())];
@@ -51,9 +51,15 @@ pub fn value(number: u64, version: u64, bytes_min: usize) -> Bytes {
         node = number % 50,
     );
     let mut word = uid;
-    while object.len() < bytes_min {
+    for line in 0.. {
+        if object.len() >= bytes_min {
+            break;
+        }
         word = scramble(word);
-        object.push_str(&format!("{word:016x}"));
+        object.push_str(&format!(
+            "\n# setting {line:04}\nservice.{kind}.endpoint-{line:04} = {:08x}.{space}.svc",
+            word >> 32
+        ));
     }
     Bytes::from(object)
 }

@@ -1,6 +1,6 @@
 //! Job: what the demo has shown, as a table and as JSON.
 //! Input: the figures. Output: text.
-//! Pure.
+//! Pure: figures in, text out.
 //! Always true: the demo has passed only if both sides are equal and each written revision took effect once.
 
 use super::compare::Comparison;
@@ -19,8 +19,8 @@ pub struct Report {
     pub seconds: f64,
     pub keys_compared: u64,
     pub bytes_compared: u64,
-    pub written: Written,
-    pub applied: Applied,
+    pub written: WrittenReport,
+    pub applied: AppliedReport,
     /// Revisions that a sidecar sent again after a fault; the replica had them and left them out.
     pub repeated: u64,
     /// Streams that the replica's sidecar refused.
@@ -31,18 +31,20 @@ pub struct Report {
     pub bytes_raw: u64,
     /// What crossed the link in both directions, TLS and acknowledgements included.
     pub bytes_sent: u64,
+    /// The part of it that went from the replica to the origin: acknowledgements and the like.
+    pub bytes_back: u64,
     pub faults: Vec<FaultReport>,
 }
 
 #[derive(Debug, Clone, Serialize)]
-pub struct Written {
+pub struct WrittenReport {
     pub revisions: u64,
     pub puts: u64,
     pub deletes: u64,
 }
 
 #[derive(Debug, Clone, Serialize)]
-pub struct Applied {
+pub struct AppliedReport {
     pub revisions: u64,
     /// The position's last seq: the link's own count of revisions.
     pub seq: u64,
@@ -73,7 +75,8 @@ pub struct Findings<'a> {
     pub meter: &'a Meter,
     pub comparison: Comparison,
     pub counts: Counts,
-    pub bytes_sent: u64,
+    /// There, and back.
+    pub bytes_sent: (u64, u64),
     pub faults: Vec<FaultReport>,
 }
 
@@ -88,12 +91,12 @@ impl Report {
             seconds: length.as_secs_f64(),
             keys_compared: comparison.keys,
             bytes_compared: comparison.bytes,
-            written: Written {
+            written: WrittenReport {
                 revisions: meter.written.revisions,
                 puts: meter.written.puts,
                 deletes: meter.written.deletes,
             },
-            applied: Applied {
+            applied: AppliedReport {
                 revisions: meter.applied.revisions,
                 seq,
                 transactions: meter.transactions,
@@ -104,7 +107,8 @@ impl Report {
             refused: counts.refused,
             lag: meter.calm_lag().map(LagReport::from),
             bytes_raw: meter.applied.bytes,
-            bytes_sent,
+            bytes_sent: bytes_sent.0 + bytes_sent.1,
+            bytes_back: bytes_sent.1,
             faults,
         }
     }
@@ -117,9 +121,9 @@ impl Report {
     pub fn table(&self) -> String {
         let mut text = String::from("\n");
         let mut row = |head: &str, words: String| text.push_str(&format!("  {head:<34}{words}\n"));
-        let Written { revisions, puts, deletes } = self.written;
+        let WrittenReport { revisions, puts, deletes } = self.written;
         row(&format!("written in {ORIGIN}"), format!("{revisions} revisions: {puts} puts, {deletes} deletes"));
-        let Applied { revisions, seq, transactions, changes_in_one_max, twice } = self.applied;
+        let AppliedReport { revisions, seq, transactions, changes_in_one_max, twice } = self.applied;
         row(
             &format!("applied in {REPLICA}"),
             format!(

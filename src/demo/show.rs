@@ -80,7 +80,7 @@ pub struct Board {
     start: Instant,
     proxy: Arc<LinkProxy>,
     /// What had crossed the link before, such as the first copy.
-    bytes_before: u64,
+    bytes_before: (u64, u64),
     backlog: watch::Sender<Backlog>,
 }
 
@@ -90,9 +90,10 @@ impl Board {
         Self { screen, meter: Meter::default(), start: Instant::now(), proxy, bytes_before, backlog }
     }
 
-    /// Everything that crossed the link since the start, in both directions: frames, acknowledgements, TLS.
-    pub fn bytes_sent(&self) -> u64 {
-        crossed(&self.proxy).saturating_sub(self.bytes_before)
+    /// Everything that crossed the link since the start, there and back: frames, acknowledgements, TLS.
+    pub fn bytes_sent(&self) -> (u64, u64) {
+        let (there, back) = crossed(&self.proxy);
+        (there.saturating_sub(self.bytes_before.0), back.saturating_sub(self.bytes_before.1))
     }
 
     /// Takes in what comes, until nobody is left who could tell anything, or somebody failed.
@@ -137,7 +138,8 @@ impl Board {
         let elapsed = now.saturating_duration_since(self.start).as_secs_f64();
         let (revisions, lag) = self.meter.last_second(now);
         let behind = self.meter.backlog();
-        let (raw, sent) = (self.meter.applied.bytes, self.bytes_sent());
+        let (there, back) = self.bytes_sent();
+        let (raw, sent) = (self.meter.applied.bytes, there + back);
         format!(
             "{elapsed:>5.1}s {revisions:>5} rev/s  {:<26}  raw {} sent {} ratio {}",
             lag_words(lag, behind, now),
@@ -148,9 +150,9 @@ impl Board {
     }
 }
 
-fn crossed(proxy: &LinkProxy) -> u64 {
+fn crossed(proxy: &LinkProxy) -> (u64, u64) {
     let counters = proxy.counters();
-    counters.bytes_to_target + counters.bytes_from_target
+    (counters.bytes_to_target, counters.bytes_from_target)
 }
 
 /// The lag of what arrived in the last second; if nothing did, how long and how much has been waiting.

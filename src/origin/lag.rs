@@ -114,6 +114,20 @@ impl LagTracker {
         self.covered(applied);
     }
 
+    /// What a hello says. It may be less than was known: a replica that was restored, or a journal that was lost. What is missing again
+    /// counts from now on; how many revisions it is, is not known any more.
+    pub fn greeted(&mut self, applied: Revision, durable: Revision, now_ms: u64) {
+        self.durable = durable;
+        let known = self.applied.min(self.arrived);
+        if applied < known {
+            let number_last = self.number_applied;
+            self.arrivals.push_front(Arrival { revision_last: known, at_ms: now_ms, number_last });
+            self.number_applied = number_last.saturating_sub(1);
+            self.applied = applied;
+        }
+        self.applied(applied);
+    }
+
     /// How old is, at `now_ms`, what an ack of `revision` would take off: one age for each arrival that is told apart. To be asked before
     /// [`Self::applied`].
     pub fn ages_through(&self, revision: Revision, now_ms: u64) -> impl Iterator<Item = f64> {
@@ -165,6 +179,22 @@ fn halve<T: Copy>(samples: &mut VecDeque<T>, join: impl Fn(T, T) -> T) {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn what_a_restored_replica_lost_is_behind_again_and_what_a_lost_journal_held_is_at_risk_again() {
+        let mut tracker = arrived([(10, 1_000), (20, 2_000)]);
+        tracker.applied(Revision(10));
+        tracker.durable(Revision(20));
+        assert_eq!(tracker.rpo(5_000).revisions, 0);
+
+        tracker.greeted(Revision(10), Revision(10), 5_000);
+
+        assert_eq!((tracker.rpo(5_000).revisions, tracker.rpo(5_000).seconds), (1, 3.0));
+        tracker.greeted(Revision(4), Revision(4), 6_000);
+        assert_eq!((tracker.lag(7_000).revisions, tracker.lag(7_000).seconds), (2, 5.0));
+        tracker.applied(Revision(20));
+        assert_eq!(tracker.lag(9_000).revisions, 0);
+    }
 
     fn arrived(revisions: impl IntoIterator<Item = (u64, u64)>) -> LagTracker {
         let mut tracker = LagTracker::new();

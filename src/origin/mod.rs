@@ -60,6 +60,7 @@ pub enum LinkEvent {
     Arrived { revisions: Vec<Revision>, at_ms: u64 },
     Covered(Revision),
     Head { revision: Revision, at_ms: u64 },
+    Greeted { applied: Revision, durable: Revision },
     Acked { applied: Revision, durable: Revision },
 }
 
@@ -180,6 +181,7 @@ fn take(lag: &mut LagTracker, event: LinkEvent, link: &LinkName, now_ms: u64) {
         }
         LinkEvent::Covered(revision) => lag.covered(revision),
         LinkEvent::Head { revision, at_ms } => lag.head(revision, at_ms),
+        LinkEvent::Greeted { applied, durable } => lag.greeted(applied, durable, now_ms),
         LinkEvent::Acked { applied, durable } => {
             lag.ages_through(applied, now_ms).for_each(|seconds| metrics::observe_lag(link, seconds));
             lag.applied(applied);

@@ -161,6 +161,10 @@ impl Session {
         }
         let epoch = position.as_ref().map_or(Epoch(0), |p| p.epoch);
         ship.learned_epoch(epoch);
+        let durable =
+            if received.0 > acked.applied && acked.durable >= received.0 { received.1 } else { acked.applied_revision };
+        let greeting = LinkEvent::Greeted { applied: acked.applied_revision, durable };
+        let _ = ship.events.send(greeting).await;
         Ok(Self {
             outbound,
             receipts,

@@ -124,6 +124,11 @@ impl Bender {
         *plan = Plan { random, aim, bytes_between, flips_left: flips_max, next, flips: 0 };
     }
 
+    /// How many bits were flipped since `bend`.
+    pub fn flips(&self) -> u64 {
+        self.plan.lock().expect("no holder panics").flips
+    }
+
     /// Flips nothing more; returns how many bits it flipped.
     pub fn rest(&self) -> u64 {
         let mut plan = self.plan.lock().expect("no holder panics");
