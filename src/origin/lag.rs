@@ -121,7 +121,9 @@ impl LagTracker {
         let known = self.applied.min(self.arrived);
         if applied < known {
             let number_last = self.number_applied;
-            self.arrivals.push_front(Arrival { revision_last: known, at_ms: now_ms, number_last });
+            // What was applied before had arrived before what was not.
+            let at_ms = self.arrivals.front().map_or(now_ms, |next| next.at_ms.min(now_ms));
+            self.arrivals.push_front(Arrival { revision_last: known, at_ms, number_last });
             self.number_applied = number_last.saturating_sub(1);
             self.applied = applied;
         }
