@@ -34,6 +34,10 @@ const SEEN_MAX: usize = 1_024;
 /// Batches in one demo: one in quiet times at its start, and one while the link is cut.
 const BATCHES: u32 = 4;
 
+/// How long a failure waits for a process to turn out dead.
+const DEATH_LOOKS: u32 = 20;
+const DEATH_LOOK: Duration = Duration::from_millis(25);
+
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
     /// How long it writes.
@@ -92,17 +96,37 @@ async fn show(options: Options) -> anyhow::Result<Shown> {
     let took = show::time(started.elapsed());
     screen.say(&format!("both are up and {first} objects are copied, {took} after the start; now it writes"))?;
 
+    match Box::pin(perform(options, &mut regions, &origin, screen)).await {
+        Ok((screen, report)) => Ok(Shown { regions, screen, report }),
+        Err(failure) => {
+            // A process that has died explains what failed because of it. Its connections end a little before it can be seen.
+            for _ in 0..DEATH_LOOKS {
+                regions.check()?;
+                tokio::time::sleep(DEATH_LOOK).await;
+            }
+            Err(failure)
+        }
+    }
+}
+
+/// Writes, breaks the link, waits for the replica, compares.
+async fn perform(
+    options: Options,
+    regions: &mut Regions,
+    origin: &Etcd,
+    screen: Screen,
+) -> anyhow::Result<(Screen, Report)> {
     let (seen, mut incoming) = mpsc::channel(SEEN_MAX);
     let (backlog_sender, backlog) = watch::channel(Backlog::default());
     let mut board = Board::new(screen, regions.proxy.clone(), backlog_sender);
     let replica = regions.replica.connect().await?;
-    let mut cast = Cast::start(&origin, &replica, options.length, &seen).await?;
-    let mut faults = Faults { regions: &mut regions, seen, backlog, reports: Vec::new() };
+    let mut cast = Cast::start(origin, &replica, options.length, &seen).await?;
+    let mut faults = Faults { regions, seen, backlog, reports: Vec::new() };
     let course = async {
         faults.run(options.length).await?;
         cast.stop_writing().await?;
         faults.caught_up().await?;
-        let comparison = Box::pin(compare::compare(&origin, &replica)).await?;
+        let comparison = Box::pin(compare::compare(origin, &replica)).await?;
         anyhow::Ok((comparison, faults.regions.count().await))
     };
     let (comparison, counts) = tokio::select! {
@@ -117,7 +141,7 @@ async fn show(options: Options) -> anyhow::Result<Shown> {
     let findings =
         Findings { length: options.length, meter: &board.meter, comparison, counts, bytes_sent, faults: reports };
     let report = Report::new(findings);
-    Ok(Shown { regions, screen: board.screen, report })
+    Ok((board.screen, report))
 }
 
 /// Who writes at the origin, and who watches at the replica.

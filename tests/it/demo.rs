@@ -25,18 +25,20 @@ fn demo(temporary: &Path, arguments: &[&str]) -> Command {
     command
 }
 
-/// Command lines of all processes that name a file in `folder`, zombies aside: they name none.
-fn processes_in(folder: &Path) -> Vec<String> {
+/// Ids and command lines of all processes that name a file in `folder`, zombies aside: they name none.
+fn processes_in(folder: &Path) -> Vec<(i32, String)> {
     let folder = folder.to_str().unwrap();
     let lines = fs::read_dir("/proc").unwrap().filter_map(|entry| {
-        let line = fs::read(entry.ok()?.path().join("cmdline")).ok()?;
-        Some(String::from_utf8_lossy(&line).replace('\0', " "))
+        let entry = entry.ok()?;
+        let id = entry.file_name().to_str()?.parse().ok()?;
+        let line = fs::read(entry.path().join("cmdline")).ok()?;
+        Some((id, String::from_utf8_lossy(&line).replace('\0', " ")))
     });
-    lines.filter(|line| line.contains(folder)).collect()
+    lines.filter(|(_, line)| line.contains(folder)).collect()
 }
 
 fn assert_nothing_is_left(temporary: &Path) {
-    assert_eq!(processes_in(temporary), Vec::<String>::new());
+    assert_eq!(processes_in(temporary), Vec::new());
     let left: Vec<_> = fs::read_dir(temporary).unwrap().map(|entry| entry.unwrap().path()).collect();
     assert!(left.is_empty(), "{left:?}");
 }
@@ -118,5 +120,19 @@ async fn with_keep_it_stays_until_ctrl_c_with_commands_that_work_and_leaves_noth
     kill_process(Pid::from_raw(i32::try_from(demo.id()).unwrap()).unwrap(), Signal::INT).unwrap();
     let ended = until("the demo to end", Duration::from_secs(10), async || demo.ended()).await;
     assert!(ended.success(), "{ended}");
+    assert_nothing_is_left(temporary.path());
+}
+
+#[tokio::test]
+async fn an_etcd_that_dies_ends_the_demo_with_that_reason_and_leaves_nothing_behind() {
+    let temporary = TempDir::new().unwrap();
+    let log = TempDir::new().unwrap();
+    let mut demo = Process::start("the demo", &mut demo(temporary.path(), &[]), &log.path().join("log"));
+    until("the demo to write", PATIENCE * 2, async || demo.log().contains("now it writes").then_some(())).await;
+    let etcd = processes_in(temporary.path()).into_iter().find(|(_, line)| line.contains("cn-hangzhou/etcd"));
+    kill_process(Pid::from_raw(etcd.unwrap().0).unwrap(), Signal::KILL).unwrap();
+    let ended = until("the demo to end", Duration::from_secs(10), async || demo.ended()).await;
+    assert_eq!(ended.code(), Some(1));
+    assert!(demo.log().contains("the etcd of cn-hangzhou ended by itself"), "{}", demo.log());
     assert_nothing_is_left(temporary.path());
 }
