@@ -151,3 +151,43 @@ impl Report {
         text
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::meter::{Arrived, Written};
+    use super::*;
+    use crate::model::{Epoch, Revision, Seq};
+    use std::time::Instant;
+
+    fn report(meter: &Meter, difference: Option<&str>) -> Report {
+        let comparison = Comparison { keys: 1, bytes: 2, difference: difference.map(str::to_owned) };
+        let counts = Counts::default();
+        Report::new(Findings {
+            length: Duration::from_secs(1),
+            meter,
+            comparison,
+            counts,
+            bytes_sent: (3, 4),
+            faults: vec![],
+        })
+    }
+
+    #[test]
+    fn it_passes_only_if_both_sides_are_equal_and_each_revision_took_effect_once() {
+        let at = Instant::now();
+        let arrived =
+            |seq| Arrived { at, epoch: Epoch(1), seq: Seq(seq), origin_revision: Revision(seq + 1), changes: 1 };
+        let mut meter = Meter::default();
+        for revision in 2..=3 {
+            meter.write(Written { revision: Revision(revision), at, puts: 1, deletes: 0, bytes: 9 });
+        }
+        meter.arrive(arrived(1));
+        assert!(!report(&meter, None).passed, "a revision is not applied");
+        meter.arrive(arrived(2));
+        assert!(report(&meter, None).passed);
+        assert!(!report(&meter, Some("a is missing at the replica")).passed);
+        assert!(report(&meter, Some("a is missing at the replica")).table().contains("NOT EQUAL: a is missing"));
+        meter.arrive(arrived(2));
+        assert!(!report(&meter, None).passed, "something took effect twice");
+    }
+}
