@@ -124,19 +124,23 @@ struct Caller {
 
 /// The services of the admin port, behind [`authorise`].
 fn routes(directory: Arc<Directory>, admins: Vec<String>, health: HealthReporter) -> Result<Routes, ServiceError> {
-    let reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(DESCRIPTORS)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        // By name, since the descriptors also hold the services of the peer port.
-        .with_service_name(admin_server::SERVICE_NAME)
-        .with_service_name(health_server::SERVICE_NAME)
-        .with_service_name(server_reflection_server::SERVICE_NAME)
-        .build_v1()
-        .map_err(ServiceError::Reflection)?;
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            // By name, since the descriptors also hold the services of the peer port.
+            .with_service_name(admin_server::SERVICE_NAME)
+            .with_service_name(health_server::SERVICE_NAME)
+            .with_service_name(server_reflection_server::SERVICE_NAME)
+    };
+    let reflection_v1 = reflection().build_v1().map_err(ServiceError::Reflection)?;
+    // Python's client and older grpcurls know only this one.
+    let reflection_v1alpha = reflection().build_v1alpha().map_err(ServiceError::Reflection)?;
     let health = tonic_health::server::HealthService::from_health_reporter(health);
     let admin = AdminServer::new(Service { directory }).max_decoding_message_size(REQUEST_BYTES_MAX);
     let router = Routes::new(admin)
-        .add_service(reflection.max_decoding_message_size(REQUEST_BYTES_MAX))
+        .add_service(reflection_v1.max_decoding_message_size(REQUEST_BYTES_MAX))
+        .add_service(reflection_v1alpha.max_decoding_message_size(REQUEST_BYTES_MAX))
         .add_service(health_server::HealthServer::new(health).max_decoding_message_size(REQUEST_BYTES_MAX))
         .into_axum_router();
     Ok(router.layer(middleware::from_fn_with_state(Arc::new(admins), authorise)).into())

@@ -262,6 +262,24 @@ async fn reflection_lists_what_this_port_serves_and_describes_it() {
 }
 
 #[tokio::test]
+async fn reflection_answers_clients_that_know_only_its_alpha() {
+    use tonic_reflection::pb::v1alpha::server_reflection_client::ServerReflectionClient;
+    use tonic_reflection::pb::v1alpha::server_reflection_request::MessageRequest;
+    use tonic_reflection::pb::v1alpha::server_reflection_response::MessageResponse;
+    let running = start().await;
+    let channel = client::connect(&running.connection("admin")).await.unwrap();
+    let question = tonic_reflection::pb::v1alpha::ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(MessageRequest::ListServices(String::new())),
+    };
+    let mut client = ServerReflectionClient::new(channel);
+    let answers = client.server_reflection_info(tokio_stream::iter([question])).await.unwrap();
+    let answer = answers.into_inner().message().await.unwrap().unwrap().message_response;
+    let Some(MessageResponse::ListServicesResponse(list)) = answer else { panic!("not a list: {answer:?}") };
+    assert!(list.service.iter().any(|service| service.name == "etcd_ferry.admin.v1.Admin"), "{list:?}");
+}
+
+#[tokio::test]
 async fn a_port_that_nobody_answers_is_said_to_be_so() {
     let running = start().await;
     let connection = running.connection("admin");
