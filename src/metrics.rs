@@ -53,7 +53,7 @@ const COUNTERS: [(&str, &str); 2] = [
     (SENT_BYTES_TOTAL, "Frames and pages carried, after encoding."),
 ];
 /// The `counts` of a link's status; each becomes `etcd_ferry_<count>_total`, on the sides that are named here.
-const COUNTS: [(&str, &str); 13] = [
+const COUNTS: [(&str, &str); 14] = [
     ("revisions", "Revisions shipped (origin)."),
     ("skipped", "Revisions not shipped, since they came from the cluster that the link ships to (origin)."),
     ("transactions", "Transactions that brought the position forward (both)."),
@@ -61,6 +61,7 @@ const COUNTS: [(&str, &str); 13] = [
     ("in_parts", "Revisions larger than one request, which were applied in parts (replica)."),
     ("conflicts", "Differing keys that a base copy left alone, since a link back exists (both)."),
     ("resets", "Frames that did not fit the receiver's window; each starts the window afresh (both)."),
+    ("damaged", "Messages whose checksum did not match; each ends the stream, and a new hello goes on (both)."),
     ("frames", "Frames received (replica)."),
     ("refused", "Streams that the replica ended with a reason (replica)."),
     ("copies", "Base copies completed (origin)."),

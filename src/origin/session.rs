@@ -316,7 +316,12 @@ impl Session {
         let receipt = match receipt {
             Ok(Some(receipt)) => receipt,
             Ok(None) => return Err(SessionEnd::HelloAgain("the replica's sidecar closed the stream".to_owned())),
-            Err(status) => return Err(SessionEnd::HelloAgain(format!("the stream broke: {}", tls::explain(&status)))),
+            Err(status) => {
+                if status.code() == tonic::Code::DataLoss {
+                    ship.view.send_modify(|view| view.count("damaged", 1));
+                }
+                return Err(SessionEnd::HelloAgain(format!("the stream broke: {}", tls::explain(&status))));
+            }
         };
         match receipt.what {
             Some(receipt::What::Ack(ack)) => self.acknowledge(ship, ack).await,

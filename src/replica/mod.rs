@@ -219,6 +219,7 @@ impl Views<'_> {
             ("frames", counters.frames.load(Ordering::Relaxed)),
             ("repeated", counters.repeated.load(Ordering::Relaxed)),
             ("resets", counters.resets.load(Ordering::Relaxed)),
+            ("damaged", counters.damaged.load(Ordering::Relaxed)),
             ("refused", counters.refused.load(Ordering::Relaxed)),
             ("transactions", self.view.transactions),
             ("conflicts", self.view.conflicts),

@@ -56,6 +56,7 @@ pub struct Counters {
     pub frames: AtomicU64,
     pub repeated: AtomicU64,
     pub resets: AtomicU64,
+    pub damaged: AtomicU64,
     pub refused: AtomicU64,
     pub bytes_raw: AtomicU64,
     pub bytes_sent: AtomicU64,

@@ -24,7 +24,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tonic::{Status, Streaming};
+use tonic::{Code, Status, Streaming};
 
 /// What must be told to the origin, as soon as the way is free.
 #[derive(Default)]
@@ -143,7 +143,12 @@ impl Stream {
                         Err((kind, reason)) => self.refuse(kind, reason),
                     },
                     Ok(None) => return "the origin closed the stream".to_owned(),
-                    Err(status) => return format!("the stream broke: {}", crate::tls::explain(&status)),
+                    Err(status) => {
+                        if status.code() == Code::DataLoss {
+                            self.end.counters.damaged.fetch_add(1, Ordering::Relaxed);
+                        }
+                        return format!("the stream broke: {}", crate::tls::explain(&status));
+                    }
                 },
             }
         }

@@ -5,6 +5,7 @@
 
 mod body;
 mod cache;
+pub mod codec;
 pub mod delta;
 pub mod digest;
 pub mod frame;

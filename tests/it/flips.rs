@@ -59,12 +59,26 @@ impl BentPair {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn bits_flipped_in_frames_of_live_revisions_are_noticed_and_sent_again() {
+async fn bits_flipped_in_frames_on_the_way_are_noticed_and_a_new_hello_goes_on() {
     let mut bent = Box::pin(BentPair::prepare()).await;
     bent.start().await;
     bent.pair.origin_sidecar.wait_for_state(LINK, "following").await;
     let recorder = bent.pair.record().await;
-    bent.bend(Aim::FRAMES, 3_000, 40);
+    bent.bend(Aim::FRAMES, 5_000, 10);
+    let acknowledged = bent.write(200).await;
+    bent.judge(recorder, &acknowledged).await;
+    let flips = bent.bender.rest();
+    assert!(flips >= 3, "{flips} bits were flipped");
+    bent.wait_for_count("damaged").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bits_flipped_in_live_frames_before_they_were_sealed_are_noticed_and_sent_again() {
+    let mut bent = Box::pin(BentPair::prepare()).await;
+    bent.start().await;
+    bent.pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    let recorder = bent.pair.record().await;
+    bent.bend(Aim::SEALED_FRAMES, 3_000, 40);
     let acknowledged = bent.write(200).await;
     bent.judge(recorder, &acknowledged).await;
     let flips = bent.bender.rest();
@@ -73,14 +87,14 @@ async fn bits_flipped_in_frames_of_live_revisions_are_noticed_and_sent_again() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn bits_flipped_while_catching_up_are_noticed_and_sent_again() {
+async fn bits_flipped_while_catching_up_before_frames_were_sealed_are_noticed_and_sent_again() {
     let mut bent = Box::pin(BentPair::prepare()).await;
     bent.start().await;
     bent.pair.origin_sidecar.wait_for_state(LINK, "following").await;
     let recorder = bent.pair.record().await;
     bent.pair.proxy.cut();
     let acknowledged = bent.write(400).await;
-    bent.bend(Aim::FRAMES, 10_000, 10);
+    bent.bend(Aim::SEALED_FRAMES, 10_000, 10);
     bent.pair.proxy.heal();
     bent.judge(recorder, &acknowledged).await;
     let flips = bent.bender.rest();
@@ -109,7 +123,6 @@ async fn bits_flipped_in_the_pages_of_a_base_copy_are_noticed_and_the_copy_goes_
     bent.pair.origin_sidecar.wait_for_state(LINK, "following").await;
     let flips = bent.bender.rest();
     assert!(flips >= 2, "{flips} bits were flipped");
-    bent.wait_for_count("refused").await;
     let recorder = bent.pair.record().await;
     let acknowledged = bent.write(20).await;
     bent.judge(recorder, &acknowledged).await;
@@ -142,4 +155,52 @@ async fn bits_flipped_in_acknowledgements_lose_and_repeat_nothing_and_status_is_
             && link["origin_revision"].as_u64() <= link["head_revision"].as_u64()
     };
     bent.pair.origin_sidecar.wait_for(LINK, "a true status", settled).await;
+}
+
+/// Each new hello and each tick says again what was damaged, so whatever is hit is hit many times.
+async fn flips_all_over_what_steers_the_link(aim: Aim, bytes_between: u64) {
+    let mut bent = Box::pin(BentPair::prepare()).await;
+    let filled = fill(&bent.pair).await;
+    bent.bend(aim, bytes_between, 8);
+    bent.start().await;
+    bent.pair.wait_applied_within(filled.revision, LIMIT).await;
+    bent.pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    let recorder = bent.pair.record().await;
+    let mut acknowledged = bent.write(100).await;
+    for _ in 0..20 {
+        if bent.bender.flips() >= 3 {
+            break;
+        }
+        bent.pair.proxy.cut();
+        acknowledged.extend(bent.write(20).await);
+        bent.pair.proxy.heal();
+        bent.pair.wait_applied_within(acknowledged.last().unwrap().revision, LIMIT).await;
+    }
+    let flips = bent.bender.rest();
+    assert!(flips >= 3, "{flips} bits were flipped");
+    acknowledged.extend(bent.write(5).await);
+    bent.judge(recorder, &acknowledged).await;
+    // A position over a hole, or a wrong reason to copy anew, would show here.
+    let position = bent.pair.position().await.unwrap();
+    assert_eq!(position.epoch.0, 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bits_flipped_in_hellos_change_no_range_and_no_epoch() {
+    Box::pin(flips_all_over_what_steers_the_link(Aim::HELLOS, 60)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bits_flipped_in_the_answers_to_hellos_do_not_stop_the_link_nor_make_it_copy_anew() {
+    Box::pin(flips_all_over_what_steers_the_link(Aim::HELLO_REPLIES, 100)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bits_flipped_in_progress_raise_no_position() {
+    Box::pin(flips_all_over_what_steers_the_link(Aim::PROGRESS, 10)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bits_flipped_in_the_bounds_of_pages_delete_nothing() {
+    Box::pin(flips_all_over_what_steers_the_link(Aim::PAGE_BOUNDS, 60)).await;
 }

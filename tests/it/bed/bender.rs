@@ -23,6 +23,8 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 const PREFACE_BYTES: usize = 24;
 const FRAME_HEADER_BYTES: usize = 9;
 const MESSAGE_HEADER_BYTES: usize = 5;
+/// What follows each message: crc32c, little-endian.
+const CHECKSUM_BYTES: u32 = 4;
 
 /// Which bytes may be hit: those of messages that begin with `tag`, from byte `from` to before byte `to`, but for the last `tail`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,15 +34,28 @@ pub struct Aim {
     from: u32,
     to: u32,
     tail: u32,
+    /// The message's checksum is made anew: the bit flipped before the sender had sealed it.
+    sealed: bool,
 }
 
 impl Aim {
-    /// Frames of revisions, after the shipment's tag and length.
-    pub const FRAMES: Aim = Aim { to_target: true, tag: 0x0a, from: 6, to: u32::MAX, tail: 0 };
+    /// Frames of revisions, after the shipment's tag and length; the checksum of the message says nothing of it.
+    pub const SEALED_FRAMES: Aim =
+        Aim { to_target: true, tag: 0x0a, from: 6, to: u32::MAX, tail: CHECKSUM_BYTES, sealed: true };
+    /// The same, on the way.
+    pub const FRAMES: Aim = Aim { to_target: true, tag: 0x0a, from: 6, to: u32::MAX, tail: 0, sealed: false };
     /// Frames in the pages of a base copy, after the page's two keys and before its last field.
-    pub const PAGES: Aim = Aim { to_target: true, tag: 0x2a, from: 300, to: u32::MAX, tail: 4 };
+    pub const PAGES: Aim = Aim { to_target: true, tag: 0x2a, from: 300, to: u32::MAX, tail: 4, sealed: false };
     /// Acknowledgements.
-    pub const ACKS: Aim = Aim { to_target: false, tag: 0x0a, from: 0, to: u32::MAX, tail: 0 };
+    pub const ACKS: Aim = Aim { to_target: false, tag: 0x0a, from: 0, to: u32::MAX, tail: 0, sealed: false };
+    /// Who asks, and for what.
+    pub const HELLOS: Aim = Aim { to_target: true, tag: 0x08, from: 0, to: u32::MAX, tail: 0, sealed: false };
+    /// What a hello is answered: the position, and where to go on.
+    pub const HELLO_REPLIES: Aim = Aim { to_target: false, tag: 0x08, from: 0, to: u32::MAX, tail: 0, sealed: false };
+    /// What the origin says of itself while no frame does.
+    pub const PROGRESS: Aim = Aim { to_target: true, tag: 0x12, from: 0, to: u32::MAX, tail: 0, sealed: false };
+    /// The first bytes of a base copy's pages: from where to where.
+    pub const PAGE_BOUNDS: Aim = Aim { to_target: true, tag: 0x2a, from: 0, to: 80, tail: 0, sealed: false };
 }
 
 struct Plan {
@@ -204,6 +219,10 @@ struct Message {
     first: u8,
     at: u32,
     left: u32,
+    /// Of what has passed of the message.
+    checksum: u32,
+    /// How many of the message's bytes come after the one just taken; none before the first.
+    after: Option<u32>,
 }
 
 impl Bent {
@@ -229,6 +248,7 @@ impl Bent {
                 if message.take(*byte, plan.aim, self.to_target) {
                     plan.pass(byte);
                 }
+                message.seal(byte, plan.aim);
             }
         }
         Some(frame.freeze())
@@ -238,12 +258,13 @@ impl Bent {
 impl Message {
     /// Takes the stream's next byte; true if it may be hit.
     fn take(&mut self, byte: u8, aim: Aim, to_target: bool) -> bool {
+        self.after = None;
         if self.header_seen < MESSAGE_HEADER_BYTES {
             self.header[self.header_seen] = byte;
             self.header_seen += 1;
             if self.header_seen == MESSAGE_HEADER_BYTES {
                 let [_, a, b, c, d] = self.header;
-                (self.at, self.left) = (0, u32::from_be_bytes([a, b, c, d]));
+                (self.at, self.left, self.checksum) = (0, u32::from_be_bytes([a, b, c, d]), 0);
                 self.begin_if_over();
             }
             return false;
@@ -255,9 +276,20 @@ impl Message {
         self.at += 1;
         self.left -= 1;
         let left = self.left;
+        self.after = Some(left);
         self.begin_if_over();
         let aimed_at = to_target == aim.to_target && self.first == aim.tag;
         aimed_at && (aim.from..aim.to).contains(&at) && left >= aim.tail
+    }
+
+    /// Counts the byte just taken, as it goes on, or makes it one of the checksum's.
+    fn seal(&mut self, byte: &mut u8, aim: Aim) {
+        match self.after {
+            None => {}
+            Some(after) if after >= CHECKSUM_BYTES => self.checksum = crc32c::crc32c_append(self.checksum, &[*byte]),
+            Some(after) if aim.sealed => *byte = self.checksum.to_le_bytes()[(CHECKSUM_BYTES - 1 - after) as usize],
+            Some(_) => {}
+        }
     }
 
     fn begin_if_over(&mut self) {
