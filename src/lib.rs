@@ -11,7 +11,7 @@
 //! admin/             service http client
 //! etcd.rs            the narrow typed door to etcd
 //! tls/               mod (configurations) accept connect verify explain(p)
-//! wire/              mod window(p) frame(p) body(p) cache(p) delta(p) digest(p) varint(p) kubernetes_like (tests)
+//! wire/              mod codec window(p) frame(p) body(p) cache(p) delta(p) digest(p) varint(p) kubernetes_like (tests)
 //! segment/           mod open file writer (append-only files) feed (memory first, then files), under spool and journal
 //! config/            mod check(p) read(p) files: raw to checked, all faults at once
 //! certs/             mod identity load issue(the only file that knows rcgen)

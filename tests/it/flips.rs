@@ -183,6 +183,8 @@ async fn flips_all_over_what_steers_the_link(aim: Aim, bytes_between: u64) {
     // A position over a hole, or a wrong reason to copy anew, would show here.
     let position = bent.pair.position().await.unwrap();
     assert_eq!(position.epoch.0, 1);
+    let logs = bent.pair.origin_sidecar.log() + &bent.pair.replica_sidecar.log();
+    assert!(logs.contains("checksum does not match"), "nothing was noticed");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
