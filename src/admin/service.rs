@@ -37,7 +37,8 @@ const COMMAND_TIMEOUT: Duration = Duration::from_secs(8);
 const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 
 /// Operators' tools use a handful; a stranger to the CA gets no further than these.
-const LIMITS: AcceptLimits = AcceptLimits { handshakes_max: 32, handshake_timeout: Duration::from_secs(10) };
+const LIMITS: AcceptLimits =
+    AcceptLimits { handshakes_max: 32, connections_max: 64, handshake_timeout: Duration::from_secs(10) };
 const STREAMS_MAX: u32 = 32;
 const HEADER_BYTES_MAX: u32 = 16 * 1024;
 /// A connection whose other end is gone is found by a ping, and closed.

@@ -347,9 +347,11 @@ impl Applier {
             next.carried_revision = last.revision.revision;
             next.carried_digest = *digest;
             next.part = 0;
-        } else if let Extent::Part { to, .. } = settled.extent {
+        } else if let Extent::Part { from, to, .. } = settled.extent {
             next.part = to;
-            tracing::warn!(link = %self.link, revision = %settled.revision, "a revision larger than a request is applied in parts");
+            if from == 0 {
+                tracing::warn!(link = %self.link, revision = %settled.revision, "a revision larger than a request is applied in parts");
+            }
         }
         self.send(settled.revisions * usize::from(whole), next, settled.tree.clone(), Some(settled));
     }

@@ -26,6 +26,10 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, Streaming};
 
+/// The origin takes a stream for dead that says nothing for 20 s, and one large frame may be longer on its way over a narrow link.
+/// More than the 5 s between an idle origin's progress messages, which are answered anyway.
+const RECEIPT_INTERVAL: Duration = Duration::from_secs(7);
+
 /// What must be told to the origin, as soon as the way is free.
 #[derive(Default)]
 struct Due {
@@ -102,6 +106,7 @@ impl Stream {
         stop: &CancellationToken,
     ) -> String {
         let mut placing: Option<Placing> = None;
+        let mut told_at = Instant::now();
         loop {
             if *self.latest_session.borrow() != self.opened.number {
                 self.refuse(Kind::Closing, "a later hello took the link".to_owned());
@@ -112,6 +117,7 @@ impl Stream {
                 () = stop.cancelled(), if !refused => self.refuse(Kind::Closing, "the replica's sidecar is shutting down".to_owned()),
                 permit = out.reserve(), if self.due.any() => match permit {
                     Ok(permit) => {
+                        told_at = Instant::now();
                         let receipt = self.next_receipt(admit);
                         if let Some(receipt::What::Refusal(refusal)) = &receipt.what {
                             let reason = refusal.reason.clone();
@@ -123,6 +129,7 @@ impl Stream {
                     Err(_) => return "the origin closed the stream".to_owned(),
                 },
                 _ = self.latest_session.changed() => {}
+                () = tokio::time::sleep_until(told_at + RECEIPT_INTERVAL) => self.due.ack = true,
                 changed = self.view.changed() => {
                     if changed.is_err() {
                         return "the link has ended".to_owned();

@@ -1,7 +1,7 @@
 //! Job: take TCP connections, shake hands with each, and hand on those whose certificate is of our CA.
 //! Input: a bound listener. Output: a stream of [`PeerConnection`]s for `serve_with_incoming`; log lines for the rest.
 //! Always true: the stream never errs; no handshake waits for another one, lasts longer than its time-out, or goes on
-//! after shutdown; at most `handshakes_max` are under way, and further connections wait in the kernel.
+//! after shutdown; at most `handshakes_max` are under way and `connections_max` open, and further connections wait in the kernel.
 
 use super::explain::explain;
 use crate::certs::identity::PeerIdentity;
@@ -16,7 +16,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::mpsc;
+use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
@@ -40,13 +40,16 @@ const READY_MAX: usize = 16;
 #[derive(Debug, Clone, Copy)]
 pub struct AcceptLimits {
     pub handshakes_max: usize,
+    /// Those in their handshake are counted too.
+    pub connections_max: usize,
     pub handshake_timeout: Duration,
 }
 
 impl Default for AcceptLimits {
-    /// 10 s is far above the slowest honest handshake; a stranger who stalls on all 128 stops new peers for that long.
+    /// 10 s is far above the slowest honest handshake; a stranger who stalls on all 128 stops new peers for that long, and leaves
+    /// half of the connections to those whose certificate is of our CA: one each is what a sidecar needs.
     fn default() -> Self {
-        Self { handshakes_max: 128, handshake_timeout: Duration::from_secs(10) }
+        Self { handshakes_max: 128, connections_max: 256, handshake_timeout: Duration::from_secs(10) }
     }
 }
 
@@ -64,6 +67,8 @@ pub type Incoming = ReceiverStream<Result<PeerConnection, Infallible>>;
 pub struct PeerConnection {
     stream: TlsStream<TcpStream>,
     peer: PeerConnectInfo,
+    /// Given back when the connection ends.
+    _place: OwnedSemaphorePermit,
 }
 
 /// The loop behind one [`Incoming`]; its owner runs and joins it.
@@ -71,6 +76,7 @@ pub struct AcceptLoop {
     listener: TcpListener,
     acceptor: TlsAcceptor,
     limits: AcceptLimits,
+    places: Arc<Semaphore>,
     ready: mpsc::Sender<Result<PeerConnection, Infallible>>,
     shutdown: CancellationToken,
 }
@@ -84,7 +90,7 @@ struct Refused {
 
 enum Event {
     Shutdown,
-    Accepted(io::Result<(TcpStream, SocketAddr)>),
+    Accepted(io::Result<(TcpStream, SocketAddr)>, OwnedSemaphorePermit),
     Shaken(Result<Result<Box<PeerConnection>, Refused>, JoinError>),
 }
 
@@ -97,7 +103,8 @@ pub fn incoming(
 ) -> (AcceptLoop, Incoming) {
     let (ready, taken) = mpsc::channel(READY_MAX);
     let acceptor = TlsAcceptor::from(config);
-    (AcceptLoop { listener, acceptor, limits, ready, shutdown }, ReceiverStream::new(taken))
+    let places = Arc::new(Semaphore::new(limits.connections_max.clamp(1, Semaphore::MAX_PERMITS)));
+    (AcceptLoop { listener, acceptor, limits, places, ready, shutdown }, ReceiverStream::new(taken))
 }
 
 impl AcceptLoop {
@@ -113,17 +120,17 @@ impl AcceptLoop {
                 biased;
                 () = self.shutdown.cancelled() => Event::Shutdown,
                 Some(shaken) = handshakes.join_next() => Event::Shaken(shaken),
-                accepted = self.listener.accept(), if room => Event::Accepted(accepted),
+                Ok((place, accepted)) = accept(&self.listener, &self.places), if room => Event::Accepted(accepted, place),
             };
             let goes_on = match event {
                 Event::Shutdown => false,
-                Event::Accepted(Ok((tcp, remote))) => {
+                Event::Accepted(Ok((tcp, remote)), place) => {
                     backoff.succeeded();
-                    let handshake = handshake(self.acceptor.clone(), tcp, remote, self.limits.handshake_timeout);
+                    let handshake = handshake(self.acceptor.clone(), tcp, remote, self.limits.handshake_timeout, place);
                     handshakes.spawn(Box::pin(handshake));
                     true
                 }
-                Event::Accepted(Err(error)) => {
+                Event::Accepted(Err(error), _) => {
                     log.write(Instant::now(), |left_out| {
                         tracing::warn!(%error, left_out, "a connection cannot be accepted; trying again");
                     });
@@ -171,11 +178,21 @@ impl AcceptLoop {
     }
 }
 
+/// A place first, so that what finds none stays in the kernel. Cancel-safe: a place that leads to nothing is given back.
+async fn accept(
+    listener: &TcpListener,
+    places: &Arc<Semaphore>,
+) -> Result<(OwnedSemaphorePermit, io::Result<(TcpStream, SocketAddr)>), AcquireError> {
+    let place = places.clone().acquire_owned().await?;
+    Ok((place, listener.accept().await))
+}
+
 async fn handshake(
     acceptor: TlsAcceptor,
     tcp: TcpStream,
     remote: SocketAddr,
     timeout: Duration,
+    place: OwnedSemaphorePermit,
 ) -> Result<Box<PeerConnection>, Refused> {
     let refused = |reason| Refused { remote, reason, left: false };
     // Without it the last part of each small frame would wait for an acknowledgement.
@@ -188,7 +205,10 @@ async fn handshake(
             Err(Refused { left, ..refused(explain(&error)) })
         }
         Ok(Ok(stream)) => match identity(&stream) {
-            Ok(identity) => Ok(Box::new(PeerConnection { stream, peer: PeerConnectInfo { remote, identity } })),
+            Ok(identity) => {
+                let peer = PeerConnectInfo { remote, identity };
+                Ok(Box::new(PeerConnection { stream, peer, _place: place }))
+            }
             Err(reason) => Err(refused(reason)),
         },
     }

@@ -252,3 +252,17 @@ async fn a_restart_amid_the_parts_of_a_revision_goes_on_with_the_next_part() {
     assert!(recording.check().unwrap() > 0);
     pair.assert_equal().await;
 }
+
+/// 1.2 MB at 50 kB/s are on their way for longer than a stream may be silent.
+#[tokio::test]
+async fn a_value_that_is_half_a_minute_on_its_way_over_a_narrow_link_arrives_in_one_stream() {
+    let pair = Box::pin(Pair::start(PairOptions { origin: loose(), replica: loose(), ..PairOptions::default() })).await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    pair.proxy.set_rate(Some(50_000));
+    let connections = pair.proxy.counters().connections;
+    let put = pair.origin.put("/app/large", random_value(1_200_000)).await;
+    pair.wait_applied_within(put, PATIENCE * 2).await;
+    assert_eq!(pair.proxy.counters().connections, connections);
+    let link = pair.replica_sidecar.wait_for_state(LINK, "following").await;
+    assert_eq!(link["counts"]["frames"], 1, "{link:#}");
+}

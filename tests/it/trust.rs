@@ -410,12 +410,31 @@ async fn a_handshake_that_stalls_is_dropped_at_its_time_out() {
 async fn handshakes_beyond_the_limit_wait_and_are_served_later() {
     let authority = Authority::new();
     let (east, west) = (authority.east(), authority.west());
-    let limits = AcceptLimits { handshakes_max: 1, handshake_timeout: Duration::from_millis(300) };
+    let limits =
+        AcceptLimits { handshakes_max: 1, handshake_timeout: Duration::from_millis(300), ..AcceptLimits::default() };
     let server = Server::start_with(server_config(&west).unwrap(), limits).await;
     let start = Instant::now();
     let _stalled = TcpStream::connect(server.address).await.unwrap();
     server.call(client_config(&east, WEST).unwrap()).await.unwrap();
     assert!(start.elapsed() >= limits.handshake_timeout, "it waited for the one place");
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn connections_beyond_the_limit_wait_until_one_ends() {
+    let authority = Authority::new();
+    let (east, west) = (authority.east(), authority.west());
+    let limits = AcceptLimits { connections_max: 1, ..AcceptLimits::default() };
+    let server = Server::start_with(server_config(&west).unwrap(), limits).await;
+    let endpoint = endpoint(&format!("https://{}", server.address)).unwrap();
+    let connector = || PeerConnector::new(client_config(&east, WEST).unwrap());
+    let held = endpoint.connect_with_connector(connector()).await.unwrap();
+    HealthClient::new(held.clone()).check(HealthCheckRequest::default()).await.unwrap();
+    let impatient = connector().with_timeout(Duration::from_millis(300));
+    let refused = endpoint.connect_with_connector(impatient).await.expect_err("there is no place");
+    assert!(explain(&refused).contains("no answer within 300 ms"), "{}", explain(&refused));
+    drop(held);
+    server.call(client_config(&east, WEST).unwrap()).await.unwrap();
     server.stop().await;
 }
 
