@@ -121,7 +121,7 @@ impl Tail {
     }
 
     async fn turns(&mut self) {
-        let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
+        let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(1));
         let mut message_bytes_max = MESSAGE_BYTES_FIRST;
         let mut opened: Option<oneshot::Sender<Result<(), TailState>>> = None;
         // Below the spool's last revision etcd may be compacted while what follows it is still there.

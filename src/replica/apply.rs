@@ -203,7 +203,7 @@ impl Applier {
             in_flight: None,
             waymark: Waymark::default(),
             progress: None,
-            backoff: Backoff::new(Duration::from_millis(100), Duration::from_secs(5)),
+            backoff: Backoff::new(Duration::from_millis(100), Duration::from_secs(1)),
             retry_at: Some(Instant::now()),
             stopped: false,
             session: 0,
