@@ -10,6 +10,7 @@ use bytes::Bytes;
 use etcd_ferry::model::{Change, Ranges, Revision, Seq, WholeRevision};
 use etcd_ferry::replica::plan::{self, Extent, RequestLimits, Waiting};
 use rand::RngCore;
+use serde_json::Value;
 use std::sync::Arc;
 
 const MIB: usize = 1 << 20;
@@ -263,6 +264,6 @@ async fn a_value_that_is_half_a_minute_on_its_way_over_a_narrow_link_arrives_in_
     let put = pair.origin.put("/app/large", random_value(1_200_000)).await;
     pair.wait_applied_within(put, PATIENCE * 2).await;
     assert_eq!(pair.proxy.counters().connections, connections);
-    let link = pair.replica_sidecar.wait_for_state(LINK, "following").await;
-    assert_eq!(link["counts"]["frames"], 1, "{link:#}");
+    let counted = |link: &Value| link["counts"]["frames"] == 1 && link["state"] == "following";
+    pair.replica_sidecar.wait_for(LINK, "one frame to be counted", counted).await;
 }
