@@ -267,13 +267,7 @@ mod tests {
             journal_bytes_max: 1 << 20,
             segment_bytes: 32 * 1024,
             queue_bytes_max: 8 * 1024,
-            frame_bytes_max: 1 << 20,
-            window_bytes_max: 1 << 20,
-            revision_bytes_max: 1 << 20,
-            txn_ops_max: 128,
-            request_bytes_max: 1_572_864,
-            page_keys_max: 1000,
-            page_bytes_max: 1 << 20,
+            ..Limits::default()
         }
     }
 

@@ -97,7 +97,7 @@ impl ReplicaLink {
             view: view_sender,
         });
         let admit = remembered_by(&remembered.recent);
-        let end = Arc::new(LinkEnd::new(receive::LinkEndParts {
+        let end = Arc::new(LinkEnd {
             config: self.receive,
             limits: self.limits,
             commands,
@@ -107,10 +107,12 @@ impl ReplicaLink {
             latest_session,
             hellos,
             told: told_sender,
+            counters: receive::Counters::default(),
             sends_back: self.sends_back,
             ranges,
-            admit,
-        }));
+            opened: std::sync::Mutex::default(),
+            admit: Arc::new(tokio::sync::Mutex::new(admit)),
+        });
         Ok((end.clone(), ReplicaTask { end, applier, view, told }))
     }
 }

@@ -80,9 +80,9 @@ pub struct LinkEnd {
     pub sends_back: Vec<Ranges>,
     pub ranges: RangesFile,
     /// The session that the last hello opened.
-    opened: Mutex<Option<Opened>>,
+    pub(super) opened: Mutex<Option<Opened>>,
     /// Admission goes from one stream to the next; the lock is its hand-over.
-    admit: Arc<tokio::sync::Mutex<Admit>>,
+    pub(super) admit: Arc<tokio::sync::Mutex<Admit>>,
 }
 
 /// The ranges that the first hello named, or where the configuration says what is accepted, the last; kept across restarts.
@@ -163,42 +163,7 @@ fn unhex(text: &str) -> Option<Bytes> {
         .map(Bytes::from)
 }
 
-/// What a link's end is made of.
-pub struct LinkEndParts {
-    pub config: ReceiveConfig,
-    pub limits: Limits,
-    pub commands: mpsc::Sender<ApplyCommand>,
-    pub view: watch::Receiver<ApplyView>,
-    pub journal: Arc<Journal>,
-    pub dedupe: Arc<Dedupe>,
-    pub latest_session: watch::Sender<u64>,
-    pub hellos: watch::Sender<u64>,
-    pub told: watch::Sender<Told>,
-    pub sends_back: Vec<Ranges>,
-    pub ranges: RangesFile,
-    pub admit: Admit,
-}
-
 impl LinkEnd {
-    pub fn new(parts: LinkEndParts) -> Self {
-        Self {
-            config: parts.config,
-            limits: parts.limits,
-            commands: parts.commands,
-            view: parts.view,
-            journal: parts.journal,
-            dedupe: parts.dedupe,
-            latest_session: parts.latest_session,
-            hellos: parts.hellos,
-            told: parts.told,
-            counters: Counters::default(),
-            sends_back: parts.sends_back,
-            ranges: parts.ranges,
-            opened: Mutex::new(None),
-            admit: Arc::new(tokio::sync::Mutex::new(parts.admit)),
-        }
-    }
-
     /// What an origin may touch: what the configuration says, else what the first hello said.
     fn accepted(&self) -> Option<Ranges> {
         self.config.ranges.clone().or_else(|| self.ranges.get())

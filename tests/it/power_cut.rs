@@ -202,19 +202,7 @@ async fn read_all(spool: &Spool, after: u64, last: u64) -> Vec<SpoolEntry> {
 }
 
 fn limits(queue_bytes_max: usize, spool_bytes_max: u64) -> Limits {
-    Limits {
-        spool_bytes_max,
-        journal_bytes_max: 1 << 30,
-        segment_bytes: 1 << 20,
-        queue_bytes_max,
-        frame_bytes_max: 1 << 20,
-        window_bytes_max: 16 << 20,
-        revision_bytes_max: 256 << 20,
-        txn_ops_max: 128,
-        request_bytes_max: 1_572_864,
-        page_keys_max: 1000,
-        page_bytes_max: 1 << 20,
-    }
+    Limits { spool_bytes_max, segment_bytes: 1 << 20, queue_bytes_max, ..Limits::default() }
 }
 
 /// Bytes that differ for each index and cannot be compressed.
