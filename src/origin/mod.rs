@@ -3,6 +3,7 @@
 //! Always true: the link's task alone writes the link's status; a stage that ends ends the link.
 
 pub mod anchor;
+mod heartbeat;
 pub mod lag;
 pub mod resume;
 pub mod sequence;

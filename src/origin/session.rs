@@ -1,21 +1,22 @@
-//! Job: one Ship stream: encode what the spool holds, send it, take receipts, keep the replica told of idle progress.
+//! Job: one Ship stream: encode what the spool holds, send it, take receipts.
 //! Input: spool entries, receipts, ticks. Output: shipments; acknowledgements to the lag and the spool.
 //! Always true: frames carry consecutive seqs; a Reset starts a fresh window at the seq it names; the stream has a deadline of its own.
 
 use super::LinkEvent;
+use super::heartbeat::{Movement, movement};
 use super::sequence::OriginWaymark;
-use super::ship::{Greeted, Shipper, at_origin};
+use super::ship::{Greeted, Shipper};
 use super::spool::{Spool, SpoolEntry, SpoolError};
 use super::watch::TailState;
 use crate::admin::LinkCommand;
-use crate::etcd::{Compare, CompareOp, Etcd, Txn, TxnOp, txn_revision};
+use crate::etcd::Etcd;
 use crate::metrics;
 use crate::model::{ClusterId, Digest, Epoch, LinkState, Position, Revision, Seq, Term, Waymark, WholeRevision};
 use crate::tls;
 use crate::wire::frame::FrameLimits;
 use crate::wire::replicate::refusal::Kind;
 use crate::wire::replicate::replicate_client::ReplicateClient;
-use crate::wire::replicate::{Ack, CopyAck, HelloReply, Progress, Receipt, Refusal, Shipment, receipt, shipment};
+use crate::wire::replicate::{Ack, CopyAck, HelloReply, Receipt, Refusal, Shipment, receipt, shipment};
 use crate::wire::window::{Encoder, WindowLimits};
 use crate::wire::{self, LINK_METADATA, SESSION_METADATA};
 use bytes::Bytes;
@@ -36,11 +37,6 @@ const OUTBOUND_MAX: usize = 4;
 /// Frames that are not durable yet; each costs 16 bytes here, and the replica's own bounds hold the stream back long before.
 const IN_FLIGHT_MAX: usize = 4096;
 const TICK: Duration = Duration::from_secs(1);
-const IDLE_PROGRESS: Duration = Duration::from_secs(5);
-/// The replica answers each progress; so long without any receipt means that the stream is dead.
-const SILENCE_MAX: Duration = Duration::from_secs(20);
-/// Waymarks and idle positions are written at most so often.
-const IDLE_WRITE: Duration = Duration::from_secs(60);
 const OPEN_DEADLINE: Duration = Duration::from_secs(15);
 /// After so many resets in a row frames travel standalone.
 const RESETS_BEFORE_STANDALONE: u32 = 2;
@@ -73,21 +69,6 @@ pub(super) struct Acked {
     pub following: bool,
 }
 
-/// How much of the origin's movement was not ours, at some moment.
-#[derive(Debug, Clone, Copy, Default)]
-struct Movement {
-    covered: Revision,
-    ferry_only: u64,
-}
-
-impl Movement {
-    /// Revisions since `earlier` that touched something else than etcd-ferry's own keys.
-    fn by_others_since(self, earlier: Movement) -> u64 {
-        let moved = self.covered.0.saturating_sub(earlier.covered.0);
-        moved.saturating_sub(self.ferry_only.saturating_sub(earlier.ferry_only))
-    }
-}
-
 pub struct Session {
     pub(super) outbound: mpsc::Sender<Shipment>,
     receipts: Streaming<Receipt>,
@@ -98,9 +79,9 @@ pub struct Session {
     pub(super) term: Term,
     seq: Seq,
     /// The last revision that was read from the spool for shipping.
-    cursor: Revision,
+    pub(super) cursor: Revision,
     /// The last one that is on its way: a frame that waits for the connection is read, and not sent.
-    sent: Revision,
+    pub(super) sent: Revision,
     /// Frames that are not durable at the replica: their last seq and revision.
     in_flight: VecDeque<(Seq, Revision)>,
     received: (Seq, Revision),
@@ -111,12 +92,12 @@ pub struct Session {
     resets_in_row: u32,
     frame_bytes_max: usize,
     pub(super) waymark: OriginWaymark,
-    waymark_revision: Revision,
-    waymark_at: Option<(Instant, Movement)>,
-    persisted_at: (Instant, Movement),
-    last_receipt: Instant,
-    last_progress: Instant,
-    progressed: Revision,
+    pub(super) waymark_revision: Revision,
+    pub(super) waymark_at: Option<(Instant, Movement)>,
+    pub(super) persisted_at: (Instant, Movement),
+    pub(super) last_receipt: Instant,
+    pub(super) last_progress: Instant,
+    pub(super) progressed: Revision,
     pub(super) copy_ack: CopyAck,
     /// A base copy is under way, whatever the position still says.
     pub(super) copying: bool,
@@ -448,99 +429,6 @@ impl Session {
         self.in_flight.retain(|(seq, _)| *seq <= after);
         Ok(())
     }
-
-    /// Once a second: deadlines, progress, the waymark.
-    async fn tick(&mut self, ship: &mut Shipper, drained: bool) -> Result<(), SessionEnd> {
-        self.check_deadline()?;
-        let extent = ship.spool.extent().borrow().clone();
-        let shipped_all = drained && extent.last.is_none_or(|(last, _)| last <= self.cursor);
-        let through = if shipped_all { extent.covered.max(self.cursor) } else { self.sent };
-        self.rewrite_waymark(ship).await?;
-        let now = movement(ship);
-        let idle_write = shipped_all
-            && self.acked.following
-            && self.persisted_at.0.elapsed() >= IDLE_WRITE
-            && now.by_others_since(self.persisted_at.1) > 0;
-        let worth = through > self.progressed || idle_write || self.last_progress.elapsed() >= IDLE_PROGRESS;
-        if worth && self.send_progress(ship, through, idle_write) {
-            self.progressed = through;
-            if idle_write {
-                self.persisted_at = (Instant::now(), now);
-            }
-        }
-        Ok(())
-    }
-
-    pub(super) fn check_deadline(&self) -> Result<(), SessionEnd> {
-        if self.last_receipt.elapsed() > SILENCE_MAX {
-            let silence = SILENCE_MAX.as_secs();
-            return Err(SessionEnd::Wait(format!("the replica's sidecar said nothing for {silence} s")));
-        }
-        Ok(())
-    }
-
-    /// Keeps the stream alive during a base copy; says nothing of revisions.
-    pub(super) fn keep_alive(&mut self, ship: &Shipper) {
-        if self.last_progress.elapsed() >= IDLE_PROGRESS {
-            self.send_progress(ship, Revision(0), false);
-        }
-    }
-
-    /// False if frames fill the way: they say the same.
-    fn send_progress(&mut self, ship: &Shipper, through: Revision, persist: bool) -> bool {
-        let status = ship.status.borrow();
-        let millis = |seconds: f64| {
-            Duration::try_from_secs_f64(seconds).map_or(u64::MAX, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
-        };
-        let progress = Progress {
-            origin_revision: through.0,
-            head_revision: ship.head.borrow().revision.0,
-            waymark: Some(self.waymark.present.into()),
-            lag_ms: millis(status.lag_seconds),
-            rpo_ms: millis(status.rpo_seconds),
-            lag_revisions: status.lag_revisions,
-            rpo_revisions: status.rpo_revisions,
-            persist,
-        };
-        let sent = self.outbound.try_send(Shipment { what: Some(shipment::What::Progress(progress)) }).is_ok();
-        if sent {
-            self.last_progress = Instant::now();
-        }
-        sent
-    }
-
-    /// The waymark is rewritten only once the position holds the present one, so that a position's is always the present
-    /// or the previous one; and only if the origin moved by more than etcd-ferry's own work.
-    async fn rewrite_waymark(&mut self, ship: &Shipper) -> Result<(), SessionEnd> {
-        let now = movement(ship);
-        let due = match self.waymark_at {
-            None => true,
-            Some((at, then)) => at.elapsed() >= IDLE_WRITE && now.by_others_since(then) > 0,
-        };
-        if !due || !self.acked.following || self.acked.waymark != self.waymark.present {
-            return Ok(());
-        }
-        self.write_waymark(ship).await?;
-        self.waymark_at = Some((Instant::now(), movement(ship)));
-        Ok(())
-    }
-
-    /// Writes the next waymark at the origin; a rival writer ends the stream.
-    pub(super) async fn write_waymark(&mut self, ship: &Shipper) -> Result<(), SessionEnd> {
-        let key = ship.origin.send.link.waymark_key();
-        let next = self.waymark.next(rand::random());
-        let txn = Txn::new()
-            .when([Compare::mod_revision(key.to_vec(), CompareOp::Equal, self.waymark_revision.to_etcd())])
-            .and_then([TxnOp::put(key.to_vec(), next.to_json(), None)]);
-        let right = format!("write {}", key.escape_ascii());
-        let response = self.etcd.txn(txn, &right).await.map_err(|e| at_origin(&e))?;
-        if !response.succeeded() {
-            return Err(SessionEnd::HelloAgain("another sidecar wrote this link's waymark".to_owned()));
-        }
-        self.waymark = next;
-        self.waymark_revision = txn_revision(&response);
-        Ok(())
-    }
 }
 
 /// A read of the spool under way.
@@ -560,11 +448,6 @@ async fn read(reading: &mut Option<Reading>) -> Result<Vec<SpoolEntry>, SpoolErr
         Some(reading) => reading.entries.as_mut().await,
         None => std::future::pending().await,
     }
-}
-
-fn movement(ship: &Shipper) -> Movement {
-    let tail = ship.tail.borrow();
-    Movement { covered: tail.covered, ferry_only: tail.ferry_only }
 }
 
 fn end_of(ship: &mut Shipper, refusal: Refusal) -> SessionEnd {

@@ -1,0 +1,133 @@
+//! Job: what an open stream says and writes once a second, whether frames flow or not: progress, the waymark; and whether it is dead.
+//! Input: ticks, the tail's and the head's views, the lag. Output: progress messages, waymarks at the origin, the end of a silent stream.
+//! Edge: part of the session, which owns all of it.
+//! Always true: the waymark is rewritten only once the position holds the present one; an idle link causes no writes of its own.
+
+use super::session::{Session, SessionEnd};
+use super::ship::{Shipper, at_origin};
+use crate::etcd::{Compare, CompareOp, Txn, TxnOp, txn_revision};
+use crate::model::Revision;
+use crate::wire::replicate::{Progress, Shipment, shipment};
+use std::time::Duration;
+use tokio::time::Instant;
+
+const IDLE_PROGRESS: Duration = Duration::from_secs(5);
+/// The replica answers each progress; so long without any receipt means that the stream is dead.
+const SILENCE_MAX: Duration = Duration::from_secs(20);
+/// Waymarks and idle positions are written at most so often.
+const IDLE_WRITE: Duration = Duration::from_secs(60);
+
+/// How much of the origin's movement was not ours, at some moment.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Movement {
+    covered: Revision,
+    ferry_only: u64,
+}
+
+impl Movement {
+    /// Revisions since `earlier` that touched something else than etcd-ferry's own keys.
+    fn by_others_since(self, earlier: Movement) -> u64 {
+        let moved = self.covered.0.saturating_sub(earlier.covered.0);
+        moved.saturating_sub(self.ferry_only.saturating_sub(earlier.ferry_only))
+    }
+}
+
+impl Session {
+    /// Once a second: deadlines, progress, the waymark.
+    pub(super) async fn tick(&mut self, ship: &mut Shipper, drained: bool) -> Result<(), SessionEnd> {
+        self.check_deadline()?;
+        let extent = ship.spool.extent().borrow().clone();
+        let shipped_all = drained && extent.last.is_none_or(|(last, _)| last <= self.cursor);
+        let through = if shipped_all { extent.covered.max(self.cursor) } else { self.sent };
+        self.rewrite_waymark(ship).await?;
+        let now = movement(ship);
+        let idle_write = shipped_all
+            && self.acked.following
+            && self.persisted_at.0.elapsed() >= IDLE_WRITE
+            && now.by_others_since(self.persisted_at.1) > 0;
+        let worth = through > self.progressed || idle_write || self.last_progress.elapsed() >= IDLE_PROGRESS;
+        if worth && self.send_progress(ship, through, idle_write) {
+            self.progressed = through;
+            if idle_write {
+                self.persisted_at = (Instant::now(), now);
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn check_deadline(&self) -> Result<(), SessionEnd> {
+        if self.last_receipt.elapsed() > SILENCE_MAX {
+            let silence = SILENCE_MAX.as_secs();
+            return Err(SessionEnd::Wait(format!("the replica's sidecar said nothing for {silence} s")));
+        }
+        Ok(())
+    }
+
+    /// Keeps the stream alive during a base copy; says nothing of revisions.
+    pub(super) fn keep_alive(&mut self, ship: &Shipper) {
+        if self.last_progress.elapsed() >= IDLE_PROGRESS {
+            self.send_progress(ship, Revision(0), false);
+        }
+    }
+
+    /// False if frames fill the way: they say the same.
+    fn send_progress(&mut self, ship: &Shipper, through: Revision, persist: bool) -> bool {
+        let status = ship.status.borrow();
+        let millis = |seconds: f64| {
+            Duration::try_from_secs_f64(seconds).map_or(u64::MAX, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+        };
+        let progress = Progress {
+            origin_revision: through.0,
+            head_revision: ship.head.borrow().revision.0,
+            waymark: Some(self.waymark.present.into()),
+            lag_ms: millis(status.lag_seconds),
+            rpo_ms: millis(status.rpo_seconds),
+            lag_revisions: status.lag_revisions,
+            rpo_revisions: status.rpo_revisions,
+            persist,
+        };
+        let sent = self.outbound.try_send(Shipment { what: Some(shipment::What::Progress(progress)) }).is_ok();
+        if sent {
+            self.last_progress = Instant::now();
+        }
+        sent
+    }
+
+    /// The waymark is rewritten only once the position holds the present one, so that a position's is always the present
+    /// or the previous one; and only if the origin moved by more than etcd-ferry's own work.
+    async fn rewrite_waymark(&mut self, ship: &Shipper) -> Result<(), SessionEnd> {
+        let now = movement(ship);
+        let due = match self.waymark_at {
+            None => true,
+            Some((at, then)) => at.elapsed() >= IDLE_WRITE && now.by_others_since(then) > 0,
+        };
+        if !due || !self.acked.following || self.acked.waymark != self.waymark.present {
+            return Ok(());
+        }
+        self.write_waymark(ship).await?;
+        self.waymark_at = Some((Instant::now(), movement(ship)));
+        Ok(())
+    }
+
+    /// Writes the next waymark at the origin; a rival writer ends the stream.
+    pub(super) async fn write_waymark(&mut self, ship: &Shipper) -> Result<(), SessionEnd> {
+        let key = ship.origin.send.link.waymark_key();
+        let next = self.waymark.next(rand::random());
+        let txn = Txn::new()
+            .when([Compare::mod_revision(key.to_vec(), CompareOp::Equal, self.waymark_revision.to_etcd())])
+            .and_then([TxnOp::put(key.to_vec(), next.to_json(), None)]);
+        let right = format!("write {}", key.escape_ascii());
+        let response = self.etcd.txn(txn, &right).await.map_err(|e| at_origin(&e))?;
+        if !response.succeeded() {
+            return Err(SessionEnd::HelloAgain("another sidecar wrote this link's waymark".to_owned()));
+        }
+        self.waymark = next;
+        self.waymark_revision = txn_revision(&response);
+        Ok(())
+    }
+}
+
+pub(super) fn movement(ship: &Shipper) -> Movement {
+    let tail = ship.tail.borrow();
+    Movement { covered: tail.covered, ferry_only: tail.ferry_only }
+}
