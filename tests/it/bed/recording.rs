@@ -64,8 +64,13 @@ pub struct Recorder {
 impl Recorder {
     /// Records from the state that `etcd` has now.
     pub async fn start(etcd: &Etcd) -> Self {
+        Self::start_at(etcd, None).await
+    }
+
+    /// Records from the state that `etcd` had at a revision (`None`: now), which must not be compacted.
+    pub async fn start_at(etcd: &Etcd, revision: Option<Revision>) -> Self {
         let access = etcd.access();
-        let (base_revision, base) = read(&mut access.kv().await, &[whole_keyspace()], None).await;
+        let (base_revision, base) = read(&mut access.kv().await, &[whole_keyspace()], revision).await;
         let (sender, seen) = watch::channel(base_revision);
         let (stop, stopped) = watch::channel(false);
         let history = History { base_revision, base, revisions: BTreeMap::new() };

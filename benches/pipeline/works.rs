@@ -1,0 +1,410 @@
+//! Job: what is measured, work by work, each system on fresh clusters.
+//! Input: a `Scale`. Output: rows of the report.
+//! Always true: what is judged is seen at the replica's etcd, by a watch or a read; a work ends with both sides equal, and of etcd-ferry with
+//! the test suite's checkers over the history of both ends.
+
+use crate::arrivals::{Arrivals, Lag, percentile};
+use crate::load::{Load, PREFIX, VALUE_BYTES, Values, drive, fill};
+use crate::report::{Bound, Report, Row, Trial, Unit};
+use crate::rig::{Line, Rig, System, Used, cpu_seconds};
+use etcd_ferry::demo::proxy::LinkProxy;
+use etcd_ferry::model::Revision;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::time::Instant;
+
+const LIMIT: Duration = Duration::from_secs(600);
+/// A rate is carried if p99 of the lag stays under the line's one-way delay and this.
+const CARRIED_LAG: Duration = Duration::from_millis(100);
+const RATE_STEP: f64 = 1.26;
+const BOTH: [System; 2] = [System::MakeMirror, System::EtcdFerry];
+const OTHERS: &str = "/others/";
+
+/// How much of each work is done.
+#[derive(Debug, Clone, Copy, serde::Serialize)]
+pub struct Scale {
+    pub name: &'static str,
+    /// Objects that the load writes.
+    pub keys: u64,
+    pub lag_seconds: u64,
+    pub fast_seconds: u64,
+    pub rate_seconds: u64,
+    pub waiting: u64,
+    pub copied: u64,
+    pub spooled: u64,
+    pub at_rest: u64,
+    pub idle_seconds: u64,
+}
+
+impl Scale {
+    pub const FULL: Scale = Scale {
+        name: "full",
+        keys: 10_000,
+        lag_seconds: 20,
+        fast_seconds: 10,
+        rate_seconds: 20,
+        waiting: 20_000,
+        copied: 100_000,
+        spooled: 1_000_000,
+        at_rest: 1_000_000,
+        idle_seconds: 60,
+    };
+    pub const QUICK: Scale = Scale {
+        name: "quick",
+        keys: 2_000,
+        lag_seconds: 5,
+        fast_seconds: 2,
+        rate_seconds: 3,
+        waiting: 5_000,
+        copied: 10_000,
+        spooled: 50_000,
+        at_rest: 50_000,
+        idle_seconds: 10,
+    };
+}
+
+/// All works whose name is `wanted`.
+pub async fn run(scale: &Scale, wanted: &dyn Fn(&str) -> bool, report: &mut Report) {
+    if wanted("proxy") {
+        say("the proxy's own cost");
+        report.proxy = Some(proxy_cost().await.unwrap());
+    }
+    if wanted("lag") {
+        for line in [Line::Loopback, Line::Far] {
+            Box::pin(lag(scale, line, report)).await;
+        }
+    }
+    if wanted("rate") {
+        Box::pin(rate(scale, report)).await;
+    }
+    if wanted("waiting") {
+        Box::pin(waiting(scale, report)).await;
+    }
+    if wanted("copy") {
+        for line in [Line::Loopback, Line::Far] {
+            Box::pin(copy(scale, line, report)).await;
+        }
+    }
+    if wanted("spool") {
+        Box::pin(spool(scale, report)).await;
+    }
+    if wanted("rest") {
+        Box::pin(at_rest(scale, report)).await;
+    }
+    if wanted("idle") {
+        Box::pin(idle(scale, report)).await;
+    }
+}
+
+fn say(what: &str) {
+    println!("{what} ...");
+}
+
+/// A link that carries, with the load's objects copied, and a watch at the replica.
+struct Running {
+    rig: Rig,
+    from: (Revision, Revision),
+    next: u64,
+}
+
+impl Running {
+    async fn start(system: System, line: Line, keys: u64) -> Self {
+        let mut rig = Rig::prepare(system, line).await;
+        fill(rig.origin(), PREFIX, keys, Values::Kubernetes, VALUE_BYTES + 200).await;
+        rig.carry();
+        rig.holds(PREFIX, keys).await;
+        rig.settled().await;
+        let from = (rig.origin().head().await, rig.replica().head().await);
+        Self { rig, from, next: 1 }
+    }
+
+    async fn watch(&self, values: Values) -> (Arc<Arrivals>, crate::arrivals::Watching) {
+        Arrivals::watch(self.rig.replica(), values).await
+    }
+
+    /// Carries a load to its end; the lags, and what it took.
+    async fn carry(&mut self, load: Load) -> (Vec<Lag>, Used) {
+        let (arrivals, _watching) = self.watch(load.values).await;
+        let before = self.rig.used();
+        drive(self.rig.origin(), load, self.next, &arrivals).await;
+        self.next += load.puts;
+        assert!(arrivals.all_seen(LIMIT).await, "not everything arrived: {}", self.rig.why());
+        (arrivals.take(), self.rig.used() - before)
+    }
+
+    async fn end(self) {
+        self.rig.judge(self.from).await;
+    }
+}
+
+/// 200 revisions a second: lag and bytes; on the far line also random values, and 2,000 a second.
+async fn lag(scale: &Scale, line: Line, report: &mut Report) {
+    let mut quantiles = [[0.0; 2]; 2];
+    let mut bytes = [[0.0; 3]; 2];
+    for (at, system) in BOTH.into_iter().enumerate() {
+        say(&format!("lag at 200 revisions/s, {}, {}", line.name(), system.name()));
+        let mut running = Running::start(system, line, scale.keys).await;
+        let puts = 200 * scale.lag_seconds;
+        let steady = Load { values: Values::Kubernetes, keys: scale.keys, puts, rate: Some(200) };
+        let (lags, used) = running.carry(steady).await;
+        quantiles[at] = [percentile(&lags, 0.5) * 1e3, percentile(&lags, 0.99) * 1e3];
+        bytes[at][0] = used.bytes as f64 / puts as f64;
+        if line == Line::Far {
+            report.over_time.push((system, lags));
+            let (_, used) = running.carry(Load { values: Values::Random, ..steady }).await;
+            bytes[at][1] = used.bytes as f64 / puts as f64;
+            let puts = 2_000 * scale.fast_seconds;
+            let fast = Load { puts, rate: Some(2_000), ..steady };
+            // Random values are there now: each object is written once more before deltas count.
+            let again = Load { puts: scale.keys, rate: None, ..steady };
+            running.carry(again).await;
+            let (_, used) = running.carry(fast).await;
+            bytes[at][2] = used.bytes as f64 / puts as f64;
+        }
+        running.end().await;
+    }
+    let of = |q: usize| (Some(quantiles[0][q]), Some(quantiles[1][q]));
+    report.row(Row::new(
+        "lag at 200 revisions/s, p50",
+        line,
+        Unit::Millis,
+        of(0),
+        Bound::AtMost { times: 1.1, plus: 1.0 },
+    ));
+    report.row(Row::new(
+        "lag at 200 revisions/s, p99",
+        line,
+        Unit::Millis,
+        of(1),
+        Bound::AtMost { times: 1.1, plus: 2.0 },
+    ));
+    if line == Line::Far {
+        let of = |b: usize| (Some(bytes[0][b]), Some(bytes[1][b]));
+        let sixth = Bound::AtMost { times: 1.0 / 6.0, plus: 0.0 };
+        report.row(Row::new("bytes a revision at 200/s, Kubernetes-like", line, Unit::Bytes, of(0), sixth));
+        let little = Bound::AtMost { times: 1.03, plus: 0.0 };
+        report.row(Row::new("bytes a revision at 200/s, random", line, Unit::Bytes, of(1), little));
+        let twelfth = Bound::AtMost { times: 1.0 / 12.0, plus: 0.0 };
+        report.row(Row::new("bytes a revision at 2,000/s, Kubernetes-like", line, Unit::Bytes, of(2), twelfth));
+    }
+}
+
+/// The highest rate that is carried, in steps of 26 %.
+async fn rate(scale: &Scale, report: &mut Report) {
+    let line = Line::Far;
+    let mut highest = [None; 2];
+    for (at, system) in BOTH.into_iter().enumerate() {
+        let mut running = Running::start(system, line, scale.keys).await;
+        let mut rate = match system {
+            System::MakeMirror => 400.0,
+            System::EtcdFerry => 2_000.0,
+        };
+        loop {
+            let wanted = rate as u64;
+            say(&format!("{wanted} revisions/s for {} s, {}, {}", scale.rate_seconds, line.name(), system.name()));
+            let puts = wanted * scale.rate_seconds;
+            let load = Load { values: Values::Kubernetes, keys: scale.keys, puts, rate: Some(wanted) };
+            let (lags, _) = running.carry(load).await;
+            let p99 = percentile(&lags, 0.99);
+            report.trials.push(Trial { system, rate: wanted, p50_ms: percentile(&lags, 0.5) * 1e3, p99_ms: p99 * 1e3 });
+            if p99 >= (line.one_way() + CARRIED_LAG).as_secs_f64() {
+                break;
+            }
+            highest[at] = Some(wanted as f64);
+            rate *= RATE_STEP;
+        }
+        running.end().await;
+    }
+    let bound = Bound::AtLeast { times: 5.0 };
+    report.row(Row::new("highest rate carried, revisions/s", line, Unit::Count, (highest[0], highest[1]), bound));
+}
+
+/// Revisions written while the line was cut.
+async fn waiting(scale: &Scale, report: &mut Report) {
+    let line = Line::Far;
+    let mut seconds = [0.0; 2];
+    let mut bytes = [0.0; 2];
+    for (at, system) in BOTH.into_iter().enumerate() {
+        say(&format!("catching up {} revisions, {}, {}", scale.waiting, line.name(), system.name()));
+        let mut running = Running::start(system, line, scale.keys).await;
+        let (arrivals, _watching) = running.watch(Values::Kubernetes).await;
+        running.rig.proxy().cut();
+        let load = Load { values: Values::Kubernetes, keys: scale.keys, puts: scale.waiting, rate: None };
+        drive(running.rig.origin(), load, running.next, &arrivals).await;
+        let before = running.rig.used();
+        let healed = Instant::now();
+        running.rig.proxy().heal();
+        assert!(arrivals.all_seen(LIMIT).await, "not everything arrived: {}", running.rig.why());
+        seconds[at] = healed.elapsed().as_secs_f64();
+        bytes[at] = (running.rig.used() - before).bytes as f64 / scale.waiting as f64;
+        running.next += scale.waiting;
+        running.end().await;
+    }
+    let pair = |of: [f64; 2]| (Some(of[0]), Some(of[1]));
+    report.row(Row::new("catching up after a cut", line, Unit::Seconds, pair(seconds), Bound::Faster { times: 15.0 }));
+    let twelfth = Bound::AtMost { times: 1.0 / 12.0, plus: 0.0 };
+    report.row(Row::new("bytes a revision in catching up", line, Unit::Bytes, pair(bytes), twelfth));
+}
+
+async fn copy(scale: &Scale, line: Line, report: &mut Report) {
+    let mut seconds = [0.0; 2];
+    let mut cpu = [0.0; 2];
+    let mut bytes = [0.0; 2];
+    for (at, system) in BOTH.into_iter().enumerate() {
+        say(&format!("base copy of {} keys, {}, {}", scale.copied, line.name(), system.name()));
+        let mut rig = Rig::prepare(system, line).await;
+        fill(rig.origin(), PREFIX, scale.copied, Values::Kubernetes, VALUE_BYTES).await;
+        let before = rig.used();
+        let began = Instant::now();
+        rig.carry();
+        rig.holds(PREFIX, scale.copied).await;
+        seconds[at] = began.elapsed().as_secs_f64();
+        let used = rig.used() - before;
+        (cpu[at], bytes[at]) = (used.cpu_seconds, used.bytes as f64 / 1e6);
+        rig.assert_equal().await;
+    }
+    let pair = |of: [f64; 2]| (Some(of[0]), Some(of[1]));
+    report.row(Row::new("base copy", line, Unit::Seconds, pair(seconds), Bound::Faster { times: 15.0 }));
+    let quarter = Bound::AtMost { times: 0.25, plus: 0.0 };
+    report.row(Row::new("base copy, CPU of what carries", line, Unit::Seconds, pair(cpu), quarter));
+    report.row(Row::new("base copy, megabytes on the line", line, Unit::Count, pair(bytes), Bound::None));
+}
+
+/// A long outage: what waits is on disk, not in memory.
+async fn spool(scale: &Scale, report: &mut Report) {
+    let line = Line::Loopback;
+    say(&format!("{} revisions waiting in the spool", scale.spooled));
+    let running = Running::start(System::EtcdFerry, line, scale.keys).await;
+    let (arrivals, _watching) = running.watch(Values::Kubernetes).await;
+    running.rig.proxy().cut();
+    let load = Load { values: Values::Kubernetes, keys: scale.keys, puts: scale.spooled, rate: None };
+    drive(running.rig.origin(), load, running.next, &arrivals).await;
+    let healed = Instant::now();
+    running.rig.proxy().heal();
+    assert!(arrivals.all_seen(LIMIT).await, "not everything arrived: {}", running.rig.why());
+    let seconds = healed.elapsed().as_secs_f64();
+    let memory = running.rig.memory();
+    for (side, bytes) in ["the origin's", "the replica's"].into_iter().zip(memory) {
+        let work = format!("memory of {side} sidecar, {} revisions waiting, MiB", scale.spooled);
+        report.row(Row::new(
+            work,
+            line,
+            Unit::Count,
+            (None, Some(bytes as f64 / 1_048_576.0)),
+            Bound::Below { most: 150.0 },
+        ));
+    }
+    let work = format!("catching up {} revisions", scale.spooled);
+    report.row(Row::new(work, line, Unit::Seconds, (None, Some(seconds)), Bound::None));
+    running.rig.assert_equal().await;
+}
+
+/// What a revision costs must not depend on how many other keys there are.
+async fn at_rest(scale: &Scale, report: &mut Report) {
+    let line = Line::Loopback;
+    let mut running = Running::start(System::EtcdFerry, line, 1_000).await;
+    let mut micros = [0.0; 2];
+    for (at, rest) in [0, scale.at_rest].into_iter().enumerate() {
+        say(&format!("the cost of a revision beside {rest} keys at rest"));
+        if rest > 0 {
+            fill(running.rig.origin(), OTHERS, rest, Values::Kubernetes, 100).await;
+            running.rig.holds(OTHERS, rest).await;
+            running.rig.settled().await;
+        }
+        let puts = 1_000 * scale.lag_seconds;
+        let load = Load { values: Values::Kubernetes, keys: 1_000, puts, rate: Some(1_000) };
+        // Once unmeasured: the windows fill.
+        running.carry(Load { puts: 2_000, rate: None, ..load }).await;
+        let (_, used) = running.carry(load).await;
+        micros[at] = used.cpu_seconds * 1e6 / puts as f64;
+    }
+    let work = format!("CPU a revision beside {} keys at rest (left: none), µs", scale.at_rest);
+    let bound = Bound::AtMost { times: 1.2, plus: 0.0 };
+    report.row(Row::new(work, line, Unit::Count, (Some(micros[0]), Some(micros[1])), bound));
+    running.rig.assert_equal().await;
+}
+
+async fn idle(scale: &Scale, report: &mut Report) {
+    let line = Line::Loopback;
+    say(&format!("an idle link for {} s", scale.idle_seconds));
+    let running = Running::start(System::EtcdFerry, line, 1_000).await;
+    // Past the waymark and the first idle position.
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let before = running.rig.used();
+    let length = Duration::from_secs(scale.idle_seconds);
+    tokio::time::sleep(length).await;
+    let used = running.rig.used() - before;
+    let share = used.cpu_seconds / length.as_secs_f64() * 100.0;
+    let row = |work: &str, figure, most| Row::new(work, line, Unit::Count, (None, Some(figure)), Bound::Below { most });
+    report.row(row("an idle link, % of a core for both sidecars", share, 0.5));
+    report.row(row("an idle link, bytes/s", used.bytes as f64 / length.as_secs_f64(), 200.0));
+}
+
+/// What the proxy itself adds: microseconds to a round trip of one byte, and CPU for each megabyte.
+#[derive(Debug, Clone, Copy, serde::Serialize)]
+pub struct ProxyCost {
+    pub round_trip_added_micros: f64,
+    pub cpu_millis_a_megabyte: f64,
+    pub megabytes_a_second: f64,
+}
+
+async fn proxy_cost() -> io::Result<ProxyCost> {
+    const ROUND_TRIPS: u32 = 2_000;
+    const MEGABYTES: usize = 200;
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let target = listener.local_addr()?;
+    let echo = tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            stream.set_nodelay(true)?;
+            tokio::spawn(async move {
+                let (mut read, mut write) = stream.split();
+                tokio::io::copy(&mut read, &mut write).await
+            });
+        }
+        Ok::<_, io::Error>(())
+    });
+    let proxy = LinkProxy::start(target).await?;
+    let mut medians = [0.0; 2];
+    for (at, address) in [target, proxy.address()].into_iter().enumerate() {
+        let mut stream = TcpStream::connect(address).await?;
+        stream.set_nodelay(true)?;
+        let mut times = Vec::new();
+        for _ in 0..ROUND_TRIPS {
+            let began = Instant::now();
+            stream.write_all(b"x").await?;
+            stream.read_u8().await?;
+            times.push(began.elapsed().as_secs_f64());
+        }
+        times.sort_by(f64::total_cmp);
+        medians[at] = times[times.len() / 2] * 1e6;
+    }
+    let mut costs = [(0.0, 0.0); 2];
+    for (at, address) in [target, proxy.address()].into_iter().enumerate() {
+        let (mut read, mut write) = TcpStream::connect(address).await?.into_split();
+        let (began, cpu) = (Instant::now(), cpu_seconds(std::process::id()));
+        let sending = tokio::spawn(async move {
+            let megabyte = vec![0; 1_000_000];
+            for _ in 0..MEGABYTES {
+                write.write_all(&megabyte).await?;
+            }
+            Ok::<_, io::Error>(write)
+        });
+        let mut buffer = vec![0; 256 * 1024];
+        let mut left = MEGABYTES * 1_000_000;
+        while left > 0 {
+            left -= read.read(&mut buffer).await?;
+        }
+        drop(sending.await);
+        costs[at] = (began.elapsed().as_secs_f64(), cpu_seconds(std::process::id()) - cpu);
+    }
+    echo.abort();
+    Ok(ProxyCost {
+        round_trip_added_micros: medians[1] - medians[0],
+        // There and back.
+        cpu_millis_a_megabyte: (costs[1].1 - costs[0].1) * 1e3 / (2.0 * MEGABYTES as f64),
+        megabytes_a_second: 2.0 * MEGABYTES as f64 / costs[1].0,
+    })
+}
