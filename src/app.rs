@@ -95,9 +95,9 @@ impl App {
     /// Binds the listeners, opens the disks, loads the certificates.
     pub async fn bind(config: Config, stop: CancellationToken) -> anyhow::Result<Self> {
         let bind = |what: &'static str, address| async move {
-            TcpListener::bind(address)
-                .await
-                .with_context(|| format!("listen.{what} {address} cannot be bound: is another sidecar running?"))
+            TcpListener::bind(address).await.with_context(|| {
+                format!("cannot listen at {address} (listen.{what}): is another process there already?")
+            })
         };
         let peer = bind("peer", config.listen.peer).await?;
         let admin = admin::service::Server::bind(config.listen.admin, &config.tls).await?;

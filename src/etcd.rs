@@ -27,7 +27,7 @@ const READ_BYTES_MAX: usize = 256 << 20;
 /// Why etcd did not do what was asked. Each variant is one planned reaction.
 #[derive(Debug, thiserror::Error)]
 pub enum EtcdError {
-    #[error("etcd cannot be reached at {endpoints}: {reason}; check [etcd] endpoints and that etcd runs")]
+    #[error("etcd cannot be reached at {endpoints}: {reason}; {}", advice(.reason))]
     Unreachable { endpoints: String, reason: String },
     #[error("etcd has no leader: {0}")]
     NoLeader(String),
@@ -82,6 +82,27 @@ impl EtcdError {
         }
         self
     }
+}
+
+/// What to do about a connection that does not come about, by what rustls and the HTTP/2 library say of it.
+fn advice(reason: &str) -> &'static str {
+    let rules: [(&[&str], &str); 4] = [
+        (
+            &["UnknownIssuer", "NotValidForName"],
+            "check [etcd] ca and endpoints: its certificate is not of that CA, or not for that name",
+        ),
+        (&["CertificateRequired"], "it asks for a client certificate: set [etcd] cert and key"),
+        (
+            &["UnknownCA", "BadCertificate", "CertificateUnknown", "CertificateExpired", "DecryptError"],
+            "it refuses our client certificate: check [etcd] cert and key against its --trusted-ca-file",
+        ),
+        (
+            &["broken pipe", "frame with invalid size", "InvalidContentType", "http2 error"],
+            "check [etcd] endpoints: it is no etcd, or it speaks https:// where http:// is written, or the other way round",
+        ),
+    ];
+    let rule = rules.into_iter().find(|(words, _)| words.iter().any(|word| reason.contains(word)));
+    rule.map_or("check [etcd] endpoints and that etcd runs", |(_, advice)| advice)
 }
 
 /// The right to watch a range, as it has to be granted: etcd refuses a watch over what several rights cover only in part.

@@ -9,7 +9,7 @@ use etcd_ferry::app;
 use etcd_ferry::certs::{self, issue::CertsError};
 use etcd_ferry::config::{Config, Fault, Faults};
 use etcd_ferry::demo;
-use std::io::{IsTerminal, stdout};
+use std::io::{ErrorKind, IsTerminal, Write, stdout};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -151,17 +151,28 @@ fn main() -> ExitCode {
     }
 }
 
+/// A line on standard output. Whoever reads it may have seen enough: a closed pipe is no failure.
+fn say(line: &str) -> Result<(), Failure> {
+    match writeln!(stdout(), "{line}") {
+        Err(e) if e.kind() != ErrorKind::BrokenPipe => Err(Failure::Failed(format!("standard output: {e}"))),
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
 fn check(path: &Path) -> Result<(), Failure> {
-    let config = Config::load(path)?;
-    let identity = config.check_files()?;
-    println!("{} is sound; links to send: {}, to receive: {}", path.display(), config.send.len(), config.receive.len());
-    println!("this sidecar's certificate is for {}", identity.sans.join(", "));
-    println!("and is valid until {}", certs::load::rfc3339(identity.not_after));
-    Ok(())
+    let (config, identity) = Config::check(path)?;
+    say(&format!(
+        "{} is sound; links to send: {}, to receive: {}",
+        path.display(),
+        config.send.len(),
+        config.receive.len()
+    ))?;
+    say(&format!("this sidecar's certificate is for {}", identity.sans.join(", ")))?;
+    say(&format!("and is valid until {}", certs::load::rfc3339(identity.not_after)))
 }
 
 fn run(path: &Path) -> Result<(), Failure> {
-    let config = Config::load(path)?;
+    let (config, _) = Config::check(path)?;
     config.prepare_files()?;
     app::log(&config.log).map_err(failed)?;
     runtime()?.block_on(app::run(config)).map_err(failed)
@@ -180,20 +191,21 @@ fn status(sidecar: &Sidecar, json: bool) -> Result<(), Failure> {
     let connection = sidecar.connection()?;
     let reply = runtime()?.block_on(client::status(&connection))?;
     if json {
-        println!("{}", client::status_json(&reply));
+        say(&client::status_json(&reply))
     } else {
         let columns = || std::env::var("COLUMNS").ok()?.parse().ok();
         let width = stdout().is_terminal().then(|| columns().unwrap_or(COLUMNS));
-        println!("{}", client::status_table(&reply, width).trim_end());
+        say(client::status_table(&reply, width).trim_end())
     }
-    Ok(())
 }
 
 fn resync(sidecar: &Sidecar, link: &str, allow_deletes: bool) -> Result<(), Failure> {
     let connection = sidecar.connection()?;
     runtime()?.block_on(client::resync(&connection, link, allow_deletes))?;
-    println!("link {link}: a new base copy starts; follow it with `etcd-ferry status`");
-    Ok(())
+    let config = sidecar.config.display();
+    say(&format!(
+        "link {link}: a new base copy is asked for; see how it goes with `etcd-ferry status --config {config}`"
+    ))
 }
 
 impl Sidecar {
@@ -227,7 +239,7 @@ fn certs_dev(out: &Path, regions: &[String]) -> Result<(), Failure> {
         | CertsError::Make(_) => Failure::Failed(e.to_string()),
     })?;
     for pair in &issued {
-        println!("{}", certs::issue::describe(pair));
+        say(&certs::issue::describe(pair))?;
     }
     Ok(())
 }

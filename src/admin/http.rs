@@ -47,7 +47,7 @@ const PATHS: &str = "\
 
 #[derive(Debug, thiserror::Error)]
 pub enum HttpError {
-    #[error("cannot listen at {addr} (listen.http): {source}; is another process there already?")]
+    #[error("cannot listen at {addr} (listen.http): is another process there already?")]
     Bind { addr: SocketAddr, source: io::Error },
 }
 

@@ -51,7 +51,7 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 pub enum ServiceError {
     #[error("the admin service cannot use its certificates: {0}")]
     Tls(#[from] TlsError),
-    #[error("cannot listen at {addr} (listen.admin): {source}; is another process there already?")]
+    #[error("cannot listen at {addr} (listen.admin): is another process there already?")]
     Bind { addr: SocketAddr, source: io::Error },
     #[error("reflection cannot be served: {0}")]
     Reflection(#[source] tonic_reflection::server::Error),
@@ -129,6 +129,7 @@ fn routes(directory: Arc<Directory>, admins: Vec<String>, health: HealthReporter
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(DESCRIPTORS)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET)
             // By name, since the descriptors also hold the services of the peer port.
             .with_service_name(admin_server::SERVICE_NAME)
             .with_service_name(health_server::SERVICE_NAME)
@@ -160,8 +161,12 @@ async fn authorise(
     };
     let Some(admin) = admins.iter().find(|admin| identity.bears(admin)).cloned() else {
         warn!(who = %identity, %from, call, "admin call refused: none of tls.admins");
-        let advice = "have it put there, or show another certificate (--cert and --key)";
-        return Status::permission_denied(format!("{identity} is not among `tls.admins`: {advice}")).into_http();
+        let advice =
+            "an operator shows another certificate (--cert and --key), a sidecar dials the other's listen.peer";
+        return Status::permission_denied(format!(
+            "this is the admin port, and {identity} is not among its `tls.admins`: {advice}"
+        ))
+        .into_http();
     };
     debug!(admin, %from, call, "admin port called");
     request.extensions_mut().insert(Caller { admin, from });

@@ -3,6 +3,7 @@
 //! Pure: no file, no clock; what only the disk can tell is in `files.rs`.
 //! Always true: a rule speaks of its own field, and also runs when other fields are at fault.
 
+use super::files::NamedFiles;
 use super::read::Section;
 use super::{
     Config, EtcdConfig, Faults, Limits, ListenConfig, LogConfig, LogFormat, ReceiveConfig, SendConfig, TlsConfig,
@@ -17,7 +18,8 @@ use toml::Table;
 /// The share of the replica's keys that a base copy may delete, unless configured.
 const DELETES_SHARE_MAX: f64 = 0.1;
 
-pub(super) fn config(table: &Table) -> Result<Config, Faults> {
+/// Also says what of it names files, as far as that could be read.
+pub(super) fn config(table: &Table) -> (Result<Config, Faults>, NamedFiles) {
     let mut root = Section::root(table);
     let region = name(&mut root, "region", "us-east-1");
     let node = name(&mut root, "node", "us-east-1-a");
@@ -38,7 +40,8 @@ pub(super) fn config(table: &Table) -> Result<Config, Faults> {
     disjoint_ranges(&mut root, &receive);
 
     let faults = root.finish();
-    match (region, node, data_dir, etcd, listen, tls, limits, log) {
+    let files = NamedFiles { data_dir: data_dir.clone(), etcd: etcd.clone(), tls: tls.clone() };
+    let config = match (region, node, data_dir, etcd, listen, tls, limits, log) {
         (Some(region), Some(node), Some(data_dir), Some(etcd), Some(listen), Some(tls), Some(limits), Some(log))
             if faults.is_empty() =>
         {
@@ -47,7 +50,8 @@ pub(super) fn config(table: &Table) -> Result<Config, Faults> {
             Ok(Config { region, node, data_dir, etcd, listen, tls, send, receive, limits, log })
         }
         _ => Err(Faults(faults)),
-    }
+    };
+    (config, files)
 }
 
 fn name(s: &mut Section<'_>, key: &'static str, example: &str) -> Option<String> {
@@ -150,7 +154,7 @@ fn send(s: &mut Section<'_>) -> Option<SendConfig> {
     }
     let prefixes = prefixes.unwrap_or_default();
     let ranges = Ranges::new(&prefixes, &exclude);
-    if ranges.pieces().is_empty() {
+    if ranges.pieces().is_empty() && !exclude.is_empty() {
         s.fault("exclude", "leaves no key to carry: make it narrower");
     }
     Some(SendConfig { link: link?, to: to?, peer: peer?, ranges, prefixes, exclude, deletes_share_max: share })

@@ -2,27 +2,46 @@
 //! Input: a `Config`, the files it names, the clock. Output: this sidecar's own identity, or all faults.
 //! Always true: a private key, a password or the data directory that others may read is refused.
 
-use super::{Config, Fault, Faults};
+use super::{Config, EtcdConfig, Fault, Faults, TlsConfig};
 use crate::certs::identity::PeerIdentity;
 use crate::certs::load::{self, LoadError};
 use std::fs::{DirBuilder, File};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use time::OffsetDateTime;
 
-impl Config {
-    /// Checks every file that the configuration names; changes nothing (so that `check`, run by another user, leaves no
-    /// folder behind that the sidecar cannot write). Returns whom this sidecar's own certificate names.
-    pub fn check_files(&self) -> Result<PeerIdentity, Faults> {
+/// What of a configuration names files; `None` where it could not be read.
+pub(super) struct NamedFiles {
+    pub data_dir: Option<PathBuf>,
+    pub etcd: Option<EtcdConfig>,
+    pub tls: Option<TlsConfig>,
+}
+
+impl NamedFiles {
+    /// Checks every file; changes nothing (so that `check`, run by another user, leaves no folder behind that the sidecar cannot write).
+    /// Returns whom this sidecar's own certificate names.
+    pub(super) fn check(&self) -> Result<PeerIdentity, Faults> {
         let now = OffsetDateTime::now_utc();
         let mut faults = Vec::new();
-        check_data_dir(&mut faults, &self.data_dir);
-        check_etcd(&mut faults, self, now);
-        let identity = check_tls(&mut faults, self, now);
+        if let Some(data_dir) = &self.data_dir {
+            check_data_dir(&mut faults, data_dir);
+        }
+        if let Some(etcd) = &self.etcd {
+            check_etcd(&mut faults, etcd, now);
+        }
+        let identity = self.tls.as_ref().and_then(|tls| check_tls(&mut faults, tls, now));
         match identity {
             Some(identity) if faults.is_empty() => Ok(identity),
             _ => Err(Faults(faults)),
         }
+    }
+}
+
+impl Config {
+    /// Checks every file that the configuration names; changes nothing. Returns whom this sidecar's own certificate names.
+    pub fn check_files(&self) -> Result<PeerIdentity, Faults> {
+        let (data_dir, etcd, tls) = (self.data_dir.clone(), self.etcd.clone(), self.tls.clone());
+        NamedFiles { data_dir: Some(data_dir), etcd: Some(etcd), tls: Some(tls) }.check()
     }
 
     /// [`Config::check_files`], and makes the data directory (0700) if there is none: what `run` starts with.
@@ -59,8 +78,7 @@ fn check_data_dir(faults: &mut Vec<Fault>, dir: &Path) {
     }
 }
 
-fn check_etcd(faults: &mut Vec<Fault>, config: &Config, now: OffsetDateTime) {
-    let etcd = &config.etcd;
+fn check_etcd(faults: &mut Vec<Fault>, etcd: &EtcdConfig, now: OffsetDateTime) {
     if let Some(ca) = &etcd.ca
         && let Err(e) = load::load_roots(ca)
     {
@@ -81,8 +99,7 @@ fn check_etcd(faults: &mut Vec<Fault>, config: &Config, now: OffsetDateTime) {
     }
 }
 
-fn check_tls(faults: &mut Vec<Fault>, config: &Config, now: OffsetDateTime) -> Option<PeerIdentity> {
-    let tls = &config.tls;
+fn check_tls(faults: &mut Vec<Fault>, tls: &TlsConfig, now: OffsetDateTime) -> Option<PeerIdentity> {
     let roots = load::load_roots(&tls.ca).map_err(|e| fault(faults, "tls.ca", e)).ok();
     if let Some(crl) = &tls.crl {
         note(faults, "tls.crl", load::load_crls(crl).map(drop));

@@ -6,6 +6,7 @@ mod check;
 mod files;
 mod read;
 
+use crate::certs::identity::PeerIdentity;
 use crate::model::{LinkName, Ranges};
 use bytes::Bytes;
 use std::fmt;
@@ -42,18 +43,36 @@ impl Config {
     /// Reads and checks text; looks at no file. Paths stay as they are written: relative ones are relative to the
     /// current directory, as those on a command line are.
     pub fn from_toml(text: &str) -> Result<Config, Faults> {
-        check::config(&read::parse(text)?)
+        check::config(&read::parse(text)?).0
     }
 
-    /// Reads and checks a configuration file; looks at no other file (see [`Config::check_files`]).
+    /// Reads and checks a configuration file; looks at no other file (see [`Config::check`]).
     pub fn load(path: &Path) -> Result<Config, Faults> {
-        let fault = |rule| Faults(vec![Fault { field: path.display().to_string(), rule }]);
-        let unreadable = |e: std::io::Error| fault(format!("cannot be read ({e}): give the path of a TOML file"));
-        if std::fs::metadata(path).map_err(unreadable)?.len() > CONFIG_BYTES_MAX {
-            return Err(fault(format!("is larger than {CONFIG_BYTES_MAX} bytes: give the path of a TOML file")));
-        }
-        Config::from_toml(&std::fs::read_to_string(path).map_err(unreadable)?)
+        Config::from_toml(&read_file(path)?)
     }
+
+    /// Reads and checks a configuration file and every file that it names, also where a rule is broken; changes nothing. Returns also whom
+    /// this sidecar's own certificate names.
+    pub fn check(path: &Path) -> Result<(Config, PeerIdentity), Faults> {
+        let (config, files) = check::config(&read::parse(&read_file(path)?)?);
+        match (config, files.check()) {
+            (Ok(config), Ok(identity)) => Ok((config, identity)),
+            (config, identity) => {
+                let of_rules = config.err().map_or(Vec::new(), |faults| faults.0);
+                let of_files = identity.err().map_or(Vec::new(), |faults| faults.0);
+                Err(Faults([of_rules, of_files].concat()))
+            }
+        }
+    }
+}
+
+fn read_file(path: &Path) -> Result<String, Faults> {
+    let fault = |rule| Faults(vec![Fault { field: path.display().to_string(), rule }]);
+    let unreadable = |e: std::io::Error| fault(format!("cannot be read ({e}): give the path of a TOML file"));
+    if std::fs::metadata(path).map_err(unreadable)?.len() > CONFIG_BYTES_MAX {
+        return Err(fault(format!("is larger than {CONFIG_BYTES_MAX} bytes: give the path of a TOML file")));
+    }
+    std::fs::read_to_string(path).map_err(unreadable)
 }
 
 /// A checked configuration.

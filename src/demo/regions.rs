@@ -245,7 +245,7 @@ impl Region {
             let Some(process) = process else { continue };
             let Some(status) = process.ended() else { continue };
             let log = process.log_end();
-            if log.contains("address already in use") || log.contains("cannot be bound") {
+            if log.contains("address already in use") || log.contains("cannot listen at") {
                 bail!(PortTaken);
             }
             bail!("the {what} of {} ended by itself ({status}); its last words:\n{log}", self.name);

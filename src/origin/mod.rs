@@ -213,10 +213,11 @@ impl Views<'_> {
         status.applied_seq = ship.applied_seq;
         status.durable_seq = ship.durable_seq;
         let (behind, at_risk) = (lag.lag(now_ms), lag.rpo(now_ms));
+        let copying = ship.copy_since.map_or(0.0, |since| since.elapsed().as_secs_f64());
         status.lag_revisions = behind.revisions;
-        status.lag_seconds = behind.seconds;
+        status.lag_seconds = behind.seconds.max(copying);
         status.rpo_revisions = at_risk.revisions;
-        status.rpo_seconds = at_risk.seconds;
+        status.rpo_seconds = at_risk.seconds.max(copying);
         status.bytes_raw = ship.bytes_raw;
         status.bytes_sent = ship.bytes_sent;
         status.counts.clone_from(&ship.counts);

@@ -115,27 +115,27 @@ pub enum CopyReason {
 pub enum StopReason {
     #[error(
         "the origin was restored: its head is revision {head}, and the replica has come to revision {reached}; if this origin is the right \
-         one, run `etcd-ferry resync LINK`"
+         one, run `etcd-ferry resync LINK --config F` at its sidecar"
     )]
     HeadBelow { head: Revision, reached: Revision },
     #[error(
         "the origin was restored or replaced: it has no waymark of this link, and the replica has seen number {}; if this origin is the \
-         right one, run `etcd-ferry resync LINK`", seen.counter
+         right one, run `etcd-ferry resync LINK --config F` at its sidecar", seen.counter
     )]
     WaymarkMissing { seen: Waymark },
     #[error(
         "the origin was restored: its waymark is number {}, and the replica has seen number {}; if this origin is the right one, run \
-         `etcd-ferry resync LINK`", origin.counter, seen.counter
+         `etcd-ferry resync LINK --config F` at its sidecar", origin.counter, seen.counter
     )]
     WaymarkOlder { origin: Waymark, seen: Waymark },
     #[error(
         "the origin was restored or replaced: the waymark number {} that the replica has seen is neither its present nor its previous one; \
-         if this origin is the right one, run `etcd-ferry resync LINK`", seen.counter
+         if this origin is the right one, run `etcd-ferry resync LINK --config F` at its sidecar", seen.counter
     )]
     WaymarkUnknown { seen: Waymark },
     #[error(
         "the origin was restored or replaced: its revision {revision} is not the one that was carried; if this origin is the right one, run \
-         `etcd-ferry resync LINK`"
+         `etcd-ferry resync LINK --config F` at its sidecar"
     )]
     CarriedDiffers { revision: Revision },
 }

@@ -388,6 +388,9 @@ impl Session {
     fn show(&self, ship: &Shipper, well: bool) {
         ship.view.send_modify(|view| {
             view.state = if self.acked.following { LinkState::Following } else { LinkState::Copying };
+            if self.acked.following {
+                view.copy_since = None;
+            }
             view.epoch = self.epoch;
             view.term = self.term;
             view.seq = self.seq;

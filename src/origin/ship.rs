@@ -21,12 +21,15 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 
 const DIAL_WAIT_FIRST: Duration = Duration::from_millis(200);
 /// A link that heals waits up to this long for the next dial, and all of it is lag; one dial a second costs nobody anything.
 const DIAL_WAIT_MAX: Duration = Duration::from_secs(1);
+/// A stream that lasted so long was a good one: what ended it is a new trouble.
+const STEADY: Duration = Duration::from_secs(5);
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 const HELLO_DEADLINE: Duration = Duration::from_secs(15);
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
@@ -49,6 +52,8 @@ pub struct ShipView {
     pub bytes_sent: u64,
     pub counts: BTreeMap<&'static str, u64>,
     pub copy: Option<CopyProgress>,
+    /// Since when a base copy is wanted and not complete: all that it is to bring is behind since then.
+    pub copy_since: Option<Instant>,
 }
 
 impl Default for ShipView {
@@ -67,6 +72,7 @@ impl Default for ShipView {
             bytes_sent: 0,
             counts: BTreeMap::new(),
             copy: None,
+            copy_since: None,
         }
     }
 }
@@ -96,6 +102,10 @@ pub struct Shipper {
     known_epoch: Epoch,
     pub(super) resync: Option<Resync>,
     next_address: usize,
+    /// When the present stream was opened, or the last one.
+    opened: Option<Instant>,
+    /// The last reason that was logged: one that repeats is logged once.
+    logged: String,
 }
 
 /// How the stream begins.
@@ -143,6 +153,8 @@ impl Shipper {
             known_epoch: Epoch(0),
             resync: None,
             next_address: 0,
+            opened: None,
+            logged: String::new(),
         }
     }
 
@@ -157,7 +169,11 @@ impl Shipper {
     async fn turns(&mut self) {
         let mut backoff = Backoff::new(DIAL_WAIT_FIRST, DIAL_WAIT_MAX);
         loop {
-            let end = Box::pin(self.connect_and_ship(&mut backoff)).await;
+            let end = Box::pin(self.connect_and_ship()).await;
+            if self.opened.take().is_some_and(|opened| opened.elapsed() >= STEADY) {
+                backoff.succeeded();
+                self.logged.clear();
+            }
             match end {
                 SessionEnd::Wait(reason) => {
                     let wait = backoff.after_failure(rand::random());
@@ -198,9 +214,10 @@ impl Shipper {
     }
 
     /// A failure that repeats is logged once.
-    fn log_wait(&self, reason: &str) {
-        if self.view.borrow().reason != reason {
-            tracing::warn!(link = %self.origin.send.link, %reason, "the replica is not reached; trying again");
+    fn log_wait(&mut self, reason: &str) {
+        if self.logged != reason {
+            tracing::warn!(link = %self.origin.send.link, %reason, "the link waits; trying again");
+            reason.clone_into(&mut self.logged);
         }
     }
 
@@ -225,16 +242,14 @@ impl Shipper {
         }
     }
 
-    async fn connect_and_ship(&mut self, backoff: &mut Backoff) -> SessionEnd {
+    async fn connect_and_ship(&mut self) -> SessionEnd {
         let greeted = match self.greet().await {
             Ok(greeted) => greeted,
             Err(end) => return end,
         };
         let outcome = match self.decide(&greeted).await {
-            Ok(Way::Follow { after }) => self.follow(greeted, after, backoff).await,
-            Ok(Way::Copy { epoch, cursor, reason }) => {
-                Box::pin(self.copy(greeted, epoch, cursor, &reason, backoff)).await
-            }
+            Ok(Way::Follow { after }) => self.follow(greeted, after).await,
+            Ok(Way::Copy { epoch, cursor, reason }) => Box::pin(self.copy(greeted, epoch, cursor, &reason)).await,
             Err(end) => return end,
         };
         match outcome {
@@ -323,6 +338,14 @@ impl Shipper {
             ReplicaFacts::Answered { position, .. } => position.clone(),
             ReplicaFacts::Unreachable => None,
         };
+        if let Some(position) = &position {
+            // Whatever is decided, a stop for one: this is how far the replica is.
+            self.view.send_modify(|view| {
+                (view.epoch, view.term) = (position.epoch, position.term);
+                (view.seq, view.applied_seq, view.durable_seq) = (position.seq, position.seq, position.seq);
+                view.applied_revision = position.origin_revision;
+            });
+        }
         if self.resync.is_some() {
             return self.act(resume::resync(position.as_deref())).await?.ok_or_else(no_way);
         }
@@ -445,14 +468,9 @@ impl Shipper {
         }
     }
 
-    async fn follow(
-        &mut self,
-        greeted: Greeted,
-        after: Revision,
-        backoff: &mut Backoff,
-    ) -> Result<std::convert::Infallible, SessionEnd> {
+    async fn follow(&mut self, greeted: Greeted, after: Revision) -> Result<std::convert::Infallible, SessionEnd> {
         let mut session = Session::open(self, greeted).await?;
-        backoff.succeeded();
+        self.opened = Some(Instant::now());
         session.follow(self, after).await
     }
 
@@ -463,11 +481,11 @@ impl Shipper {
         epoch: Epoch,
         cursor: Option<bytes::Bytes>,
         reason: &str,
-        backoff: &mut Backoff,
     ) -> Result<std::convert::Infallible, SessionEnd> {
         tracing::info!(link = %self.origin.send.link, %reason, "base copy");
+        self.view.send_modify(|view| _ = view.copy_since.get_or_insert_with(Instant::now));
         let mut session = Session::open(self, greeted).await?;
-        backoff.succeeded();
+        self.opened = Some(Instant::now());
         let after = anchor::copy(self, &mut session, epoch, cursor).await?;
         session.follow(self, after).await
     }

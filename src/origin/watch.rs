@@ -219,9 +219,15 @@ impl Tail {
         Next::WaitForCommand
     }
 
+    /// A failure that repeats is logged once.
     async fn pause(&self, reason: String, backoff: &mut Backoff) {
-        tracing::info!(link = %self.link, %reason, "the watch will be opened again");
-        self.publish(TailState::Connecting { reason });
+        let state = TailState::Connecting { reason };
+        if self.view.borrow().state != state
+            && let TailState::Connecting { reason } = &state
+        {
+            tracing::warn!(link = %self.link, %reason, "the watch at the origin has ended; it is opened again until it stays");
+        }
+        self.publish(state);
         tokio::time::sleep(backoff.after_failure(rand::random())).await;
     }
 
@@ -245,7 +251,7 @@ impl Tail {
         if look.head < extent.covered {
             let reason = format!(
                 "the origin was restored or replaced: its head {} is below revision {} that was read before; if this origin is the \
-                     right one, run `etcd-ferry resync {}`",
+                     right one, run `etcd-ferry resync {} --config F` at its sidecar",
                 look.head, extent.covered, self.link
             );
             return Ended::OtherHistory(reason);
@@ -338,7 +344,7 @@ impl Tail {
         self.seen = seen;
         Err(format!(
             "the origin was restored or replaced while this sidecar watched it (cluster {cluster}, waymark {}; now cluster {}, waymark {}); \
-             if this origin is the right one, run `etcd-ferry resync {}`",
+             if this origin is the right one, run `etcd-ferry resync {} --config F` at its sidecar",
             before.present.counter, look.cluster, waymark.present.counter, self.link
         ))
     }

@@ -30,6 +30,10 @@ use tonic::{Code, Status, Streaming};
 /// More than the 5 s between an idle origin's progress messages, which are answered anyway.
 const RECEIPT_INTERVAL: Duration = Duration::from_secs(7);
 
+/// At most one acknowledgement in this time: each costs about 80 bytes on the line, and at 200 revisions a second one for each would
+/// be a third of all. A slower link has each of its own, at once.
+const ACK_INTERVAL: Duration = Duration::from_millis(25);
+
 /// What must be told to the origin, as soon as the way is free.
 #[derive(Default)]
 struct Due {
@@ -40,8 +44,9 @@ struct Due {
 }
 
 impl Due {
-    fn any(&self) -> bool {
-        self.ack || self.copy || self.reset.is_some() || self.refusal.is_some()
+    /// What the origin waits for.
+    fn urgent(&self) -> bool {
+        self.copy || self.reset.is_some() || self.refusal.is_some()
     }
 }
 
@@ -106,16 +111,19 @@ impl Stream {
         stop: &CancellationToken,
     ) -> String {
         let mut placing: Option<Placing> = None;
-        let mut told_at = Instant::now();
+        let now = Instant::now();
+        let mut told_at = now.checked_sub(ACK_INTERVAL).unwrap_or(now);
         loop {
             if *self.latest_session.borrow() != self.opened.number {
                 self.refuse(Kind::Closing, "a later hello took the link".to_owned());
             }
             let refused = self.due.refusal.is_some();
+            let quiet = told_at.elapsed() < ACK_INTERVAL;
+            let next_word = told_at + if self.due.ack && quiet { ACK_INTERVAL } else { RECEIPT_INTERVAL };
             tokio::select! {
                 biased;
                 () = stop.cancelled(), if !refused => self.refuse(Kind::Closing, "the replica's sidecar is shutting down".to_owned()),
-                permit = out.reserve(), if self.due.any() => match permit {
+                permit = out.reserve(), if self.due.urgent() || (self.due.ack && !quiet) => match permit {
                     Ok(permit) => {
                         told_at = Instant::now();
                         let receipt = self.next_receipt(admit);
@@ -129,7 +137,7 @@ impl Stream {
                     Err(_) => return "the origin closed the stream".to_owned(),
                 },
                 _ = self.latest_session.changed() => {}
-                () = tokio::time::sleep_until(told_at + RECEIPT_INTERVAL) => self.due.ack = true,
+                () = tokio::time::sleep_until(next_word) => self.due.ack = true,
                 changed = self.view.changed() => {
                     if changed.is_err() {
                         return "the link has ended".to_owned();

@@ -11,6 +11,7 @@ use rustls::{CertificateError, Error as TlsFault, OtherError, PeerIncompatible};
 use std::error::Error;
 use std::io;
 use time::OffsetDateTime;
+use tonic::Status;
 
 /// What rustls writes before an alert's name; some layers above keep only the text of an error.
 const ALERT_TEXT: &str = "received fatal alert: ";
@@ -23,7 +24,11 @@ pub fn explain(error: &(dyn Error + 'static)) -> String {
         if let Some(words) = words(cause) {
             return words;
         }
-        let text = cause.to_string();
+        let text = match cause.downcast_ref::<Status>().filter(|status| status.source().is_some()) {
+            // As a whole it is shown with its causes, in the way of a debugger.
+            Some(status) => status.message().to_owned(),
+            None => cause.to_string(),
+        };
         // A layer that repeats its cause adds nothing.
         if !texts.iter().any(|t| t.contains(&text)) {
             texts.push(text);
@@ -56,6 +61,10 @@ fn words(error: &(dyn Error + 'static)) -> Option<String> {
     }
     if error.source().is_none() {
         let text = error.to_string();
+        if text == "connection closed" {
+            let words = "the peer closed the connection; if it refused our certificate, its log says why";
+            return Some(words.to_owned());
+        }
         let name = text.split_once(ALERT_TEXT)?.1;
         let name = name.split(|c: char| !c.is_ascii_alphanumeric()).next()?;
         return Some(refusal(name));

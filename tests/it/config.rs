@@ -102,6 +102,20 @@ fn check_reports_all_faults_and_exits_with_2() {
 }
 
 #[test]
+fn check_reports_faults_of_files_beside_those_of_rules() {
+    let place = Place::new();
+    std::fs::create_dir(place.path("data")).unwrap();
+    chmod(&place.path("data"), 0o755);
+    let text = place.text().replace("ca.pem", "none.pem").replace("node = ", "nod = ");
+    let output = place.check(&text);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    for field in ["nod: ", "node: ", "data_dir: ", "tls.ca: "] {
+        assert!(stderr.lines().any(|l| l.starts_with(field)), "{field} is lacking:\n{stderr}");
+    }
+}
+
+#[test]
 fn a_missing_configuration_and_bad_usage_exit_with_2() {
     let place = Place::new();
     let output = ferry(&["check", "--config", &place.path("none.toml").display().to_string()]);

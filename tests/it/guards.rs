@@ -34,7 +34,7 @@ async fn assert_stopped(pair: &Pair, times: usize, words: &[&str], before: &(Rev
     for word in words {
         assert!(reason.contains(word), "{word:?} is not in the reason: {reason}");
     }
-    assert!(reason.contains("etcd-ferry resync config --allow-deletes"), "{reason}");
+    assert!(reason.contains("etcd-ferry resync config --allow-deletes --config F"), "{reason}");
     assert_eq!(pair.replica.all_stamps().await, *before, "something was written at the replica");
 }
 

@@ -69,6 +69,24 @@ async fn a_prefix_delete_of_ten_thousand_keys_arrives_in_one_revision() {
     assert_eq!(pair.assert_equal().await, 0);
 }
 
+/// etcd cuts a watch message where it would be larger than a request: 3 MB of keys are one revision in several messages.
+#[tokio::test]
+async fn a_prefix_delete_that_etcd_tells_in_fragments_arrives_in_one_revision() {
+    let pair = Box::pin(Pair::start(PairOptions { origin: loose(), replica: loose(), ..PairOptions::default() })).await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    let mut kv = pair.origin.kv().await;
+    let long = "x".repeat(300);
+    for first in (0..10_000).step_by(100) {
+        let writes: Vec<Write> =
+            (first..first + 100).map(|i| Write::put(format!("/app/many/{long}/{i}"), "")).collect();
+        commit(&mut kv, &writes).await.unwrap();
+    }
+    pair.wait_applied(pair.origin.head().await).await;
+    let (ack, arrived) = arrives_as(&pair, &[Write::delete_prefix("/app/many/")]).await;
+    assert_eq!(ack.changes.len(), 10_000);
+    assert!(arrived == [ack.changes], "it arrived in {} revisions", arrived.len());
+}
+
 #[tokio::test]
 async fn a_prefix_delete_spares_a_foreign_key_of_the_replica_and_still_arrives_in_one_revision() {
     let pair = Box::pin(Pair::start(wide_origin(EtcdOptions::replica()))).await;

@@ -398,7 +398,7 @@ async fn run_says_what_is_wrong_before_it_does_anything() {
     let ports = Ports { http: Ports::choose().http, ..busy.ports };
     let second = pair.dir().join("second");
     let mut second = Sidecar::prepare(crate::bed::sidecar::SidecarOptions { ports, ..busy }, &second);
-    assert_run_fails(&mut second, 1, &["cannot be bound: is another sidecar running?"]).await;
+    assert_run_fails(&mut second, 1, &["(listen.peer): is another process there already?"]).await;
 }
 
 #[tokio::test]

@@ -187,17 +187,17 @@ pub struct GuardCase {
 pub enum GuardStop {
     #[error(
         "the origin holds no key in the ranges of link {link}, and the replica holds {replica_keys}: a copy would delete them all; \
-         if that is right, run `etcd-ferry resync {link} --allow-deletes`"
+         if they may go, run `etcd-ferry resync {link} --allow-deletes --config F` at the origin's sidecar"
     )]
     OriginEmpty { link: LinkName, replica_keys: u64 },
     #[error(
         "the first copy of link {link} would delete {deletes} of the {replica_keys} keys that the replica holds in its ranges, since the \
-         origin (with {origin_keys} keys) has not got them; if that is right, run `etcd-ferry resync {link} --allow-deletes`"
+         origin (with {origin_keys} keys) has not got them; if they may go, run `etcd-ferry resync {link} --allow-deletes --config F` at the origin's sidecar"
     )]
     FirstCopyDeletes { link: LinkName, deletes: u64, replica_keys: u64, origin_keys: u64 },
     #[error(
         "the copy of link {link} would delete {deletes} of the {replica_keys} keys that the replica holds in its ranges, more than the \
-         share of {deletes_share_max} that deletes_share_max allows; if that is right, run `etcd-ferry resync {link} --allow-deletes`"
+         share of {deletes_share_max} that deletes_share_max allows; if they may go, run `etcd-ferry resync {link} --allow-deletes --config F` at the origin's sidecar"
     )]
     TooManyDeletes { link: LinkName, deletes: u64, replica_keys: u64, deletes_share_max: f64 },
 }

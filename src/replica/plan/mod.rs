@@ -129,7 +129,7 @@ pub enum PlanError {
     #[error(
         "revision {revision} holds a key of {key_bytes} bytes with a value of {value_bytes} bytes; to apply it takes a request of \
          {request_bytes_needed} bytes, and the replica's etcd takes {request_bytes_max}: raise --max-request-bytes of the replica's etcd, \
-         and request_bytes_max in [limits] of its sidecar, to at least {request_bytes_needed}; then restart the origin's sidecar"
+         and request_bytes_max in [limits] of its sidecar, to at least {request_bytes_needed}; then restart that sidecar, and after it the origin's"
     )]
     TooLarge {
         revision: Revision,
