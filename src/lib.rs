@@ -10,7 +10,7 @@
 //! replica/           mod receive stream admit(p) copy apply position trouble txn plan(p) journal dedupe(the only file that knows sled)
 //! admin/             service http client
 //! etcd.rs            the narrow typed door to etcd
-//! tls/               mod (configurations) accept connect verify explain(p)
+//! tls/               mod (configurations) accept connect verify explain
 //! wire/              mod codec window(p) frame(p) body(p) cache(p) delta(p) digest(p) varint(p) kubernetes_like (tests)
 //! segment/           mod open file writer (append-only files) feed (memory first, then files), under spool and journal
 //! config/            mod check(p) read(p) files: raw to checked, all faults at once

@@ -13,7 +13,9 @@ use crate::model::{Change, Epoch, KeyRange, Phase, Ranges, Revision, Seq, Term, 
 use crate::segment::feed::Appended;
 use crate::wire::frame::{self, FrameLimits};
 use crate::wire::replicate::refusal::Kind;
-use crate::wire::replicate::{Ack, CopyBegin, Page, Progress, Receipt, Refusal, Reset, Shipment, receipt, shipment};
+use crate::wire::replicate::{
+    Ack, CopyAck, CopyBegin, Page, Progress, Receipt, Refusal, Reset, Shipment, receipt, shipment,
+};
 use crate::wire::window::{DecodeError, Decoder};
 use bytes::Bytes;
 use std::future::Future;
@@ -62,6 +64,8 @@ pub(super) struct Stream {
     due: Due,
     /// Frames are let pass until the fresh window that was asked for: what the origin says of its progress counts them.
     awaits_fresh: bool,
+    /// What the origin was last told of a base copy.
+    copy_told: CopyAck,
 }
 
 /// What has been taken off the stream and waits for its place.
@@ -77,6 +81,7 @@ impl Stream {
             latest_session: end.latest_session.subscribe(),
             due: Due::default(),
             awaits_fresh: false,
+            copy_told: CopyAck::default(),
             opened,
             end,
         }
@@ -125,8 +130,10 @@ impl Stream {
                 () = stop.cancelled(), if !refused => self.refuse(Kind::Closing, "the replica's sidecar is shutting down".to_owned()),
                 permit = out.reserve(), if self.due.urgent() || (self.due.ack && !quiet) => match permit {
                     Ok(permit) => {
-                        told_at = Instant::now();
                         let receipt = self.next_receipt(admit);
+                        if matches!(receipt.what, Some(receipt::What::Ack(_))) {
+                            told_at = Instant::now();
+                        }
                         if let Some(receipt::What::Refusal(refusal)) = &receipt.what {
                             let reason = refusal.reason.clone();
                             permit.send(Ok(receipt));
@@ -180,7 +187,7 @@ impl Stream {
         let view = self.view.borrow_and_update();
         self.due.ack = true;
         if view.copy_session == self.opened.number {
-            self.due.copy = true;
+            self.due.copy |= view.copy != self.copy_told;
             if view.copy.complete
                 && let Some(position) = &view.position
                 && position.epoch > admit.epoch().0
@@ -202,7 +209,8 @@ impl Stream {
             receipt::What::Reset(reset)
         } else if self.due.copy {
             self.due.copy = false;
-            receipt::What::CopyAck(self.view.borrow().copy.clone())
+            self.copy_told.clone_from(&self.view.borrow().copy);
+            receipt::What::CopyAck(self.copy_told.clone())
         } else if self.due.ack {
             self.due.ack = false;
             receipt::What::Ack(self.ack(admit))

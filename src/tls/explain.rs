@@ -1,6 +1,6 @@
 //! Job: say in plain words why a connection did not come about.
 //! Input: an error with its sources. Output: one line for the log and for `status`.
-//! Pure.
+//! Edge in name only: it looks into the errors of libraries, and does nothing else.
 //! Always true: who refused whom is said; the line holds no key, value or secret.
 
 use super::connect::ConnectError;

@@ -134,7 +134,7 @@ async fn bits_flipped_in_acknowledgements_lose_and_repeat_nothing_and_status_is_
     bent.start().await;
     bent.pair.origin_sidecar.wait_for_state(LINK, "following").await;
     let recorder = bent.pair.record().await;
-    bent.bend(Aim::ACKS, 300, 40);
+    bent.bend(Aim::ACKS, 100, 10);
     let mut acknowledged = bent.write(100).await;
     // How many acknowledgements there are depends on how fast the machine is.
     for _ in 0..20 {
@@ -142,6 +142,7 @@ async fn bits_flipped_in_acknowledgements_lose_and_repeat_nothing_and_status_is_
             break;
         }
         acknowledged.extend(bent.write(50).await);
+        bent.pair.wait_applied_within(acknowledged.last().unwrap().revision, LIMIT).await;
     }
     let flips = bent.bender.rest();
     assert!(flips >= 5, "{flips} bits were flipped");
