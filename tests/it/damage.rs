@@ -87,6 +87,22 @@ async fn a_damaged_journal_is_set_aside_and_what_it_lacks_comes_from_the_origin_
     recording.check().unwrap();
 }
 
+/// A journal is one disk: the origin forgets what is applied, not what is durable.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_only_a_lost_journal_held_comes_from_the_spool_though_the_origin_is_compacted_to_its_head() {
+    let (mut pair, before) = following(small_segments()).await;
+    let acknowledged = journaled(&pair, 500).await;
+    pair.origin_sidecar.wait_for(LINK, "the word that it is durable", |e| e["durable_seq"] == before.seq.0 + 500).await;
+    pair.replica_sidecar.kill();
+    std::fs::remove_dir_all(replica_dir(&pair, "journal")).unwrap();
+    pair.replica.resume();
+    pair.origin.compact(last(&acknowledged)).await;
+    pair.replica_sidecar.restart().await;
+    let after = pair.wait_applied(last(&acknowledged)).await;
+    assert_eq!((after.epoch, after.seq.0), (before.epoch, before.seq.0 + 500));
+    pair.assert_equal().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_damaged_spool_is_set_aside_and_what_it_lacks_is_watched_again() {
     let (mut pair, before) = following(small_segments()).await;
