@@ -257,12 +257,12 @@ async fn copy(scale: &Scale, line: Line, report: &mut Report) {
         say(&format!("base copy of {} keys, {}, {}", scale.copied, line.name(), system.name()));
         let mut rig = Rig::prepare(system, line).await;
         fill(rig.origin(), PREFIX, scale.copied, Values::Kubernetes, VALUE_BYTES).await;
-        let before = rig.used();
         let began = Instant::now();
         rig.carry();
         rig.holds(PREFIX, scale.copied).await;
         seconds[at] = began.elapsed().as_secs_f64();
-        let used = rig.used() - before;
+        // Since the processes began.
+        let used = rig.used();
         (cpu[at], bytes[at]) = (used.cpu_seconds, used.bytes as f64 / 1e6);
         rig.assert_equal().await;
     }
