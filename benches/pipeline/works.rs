@@ -192,7 +192,7 @@ async fn lag(scale: &Scale, line: Line, report: &mut Report) {
     }
 }
 
-/// The highest rate that is carried, in steps of 26 %.
+/// The highest rate that is carried, in steps of 26 %; each is tried twice, since one stall of the disk spoils a trial.
 async fn rate(scale: &Scale, report: &mut Report) {
     let line = Line::Far;
     let mut highest = [None; 2];
@@ -200,17 +200,25 @@ async fn rate(scale: &Scale, report: &mut Report) {
         let mut running = Running::start(system, line, scale.keys).await;
         let mut rate = match system {
             System::MakeMirror => 400.0,
-            System::EtcdFerry => 2_000.0,
+            System::EtcdFerry => 1_000.0,
         };
         loop {
             let wanted = rate as u64;
-            say(&format!("{wanted} revisions/s for {} s, {}, {}", scale.rate_seconds, line.name(), system.name()));
             let puts = wanted * scale.rate_seconds;
             let load = Load { values: Values::Kubernetes, keys: scale.keys, puts, rate: Some(wanted) };
-            let (lags, _) = running.carry(load).await;
-            let p99 = percentile(&lags, 0.99);
-            report.trials.push(Trial { system, rate: wanted, p50_ms: percentile(&lags, 0.5) * 1e3, p99_ms: p99 * 1e3 });
-            if p99 >= (line.one_way() + CARRIED_LAG).as_secs_f64() {
+            let mut carried = false;
+            for _ in 0..2 {
+                say(&format!("{wanted} revisions/s for {} s, {}, {}", scale.rate_seconds, line.name(), system.name()));
+                let (lags, _) = running.carry(load).await;
+                let (p50, p99) = (percentile(&lags, 0.5), percentile(&lags, 0.99));
+                println!("  p50 {:.0} ms, p99 {:.0} ms", p50 * 1e3, p99 * 1e3);
+                report.trials.push(Trial { system, rate: wanted, p50_ms: p50 * 1e3, p99_ms: p99 * 1e3 });
+                carried = p99 < (line.one_way() + CARRIED_LAG).as_secs_f64();
+                if carried {
+                    break;
+                }
+            }
+            if !carried {
                 break;
             }
             highest[at] = Some(wanted as f64);

@@ -13,6 +13,9 @@ use tokio::sync::watch;
 const RECORD_PLAIN_BYTES: usize = 256 * 1024;
 /// Entries that share a record.
 const RECORD_ENTRIES_MAX: usize = 1024;
+/// Entries gather so long between two syncs, unless there are many bytes of them: an etcd's disk may be this one, and each sync makes etcd's
+/// own wait. Nothing live waits for it; what is `durable` is told so much later.
+const SYNC_EVERY: Duration = Duration::from_millis(10);
 /// How often a `covered` that is beyond the last record is written.
 const COVER_EVERY: Duration = Duration::from_secs(10);
 /// How often a full disk is tried again.
@@ -24,6 +27,7 @@ pub(super) struct Writer<T: FeedEntry> {
     finish: Finish<T>,
     retry_at: Option<Instant>,
     cover_at: Instant,
+    sync_at: Instant,
 }
 
 /// Says that the thread has ended, also if it panicked.
@@ -43,7 +47,8 @@ enum Job<T> {
 impl<T: FeedEntry> Writer<T> {
     pub(super) fn new(shared: Arc<Shared<T>>, log: SegmentLog, finished: watch::Sender<bool>) -> Self {
         let finish = Finish { shared: Arc::clone(&shared), finished };
-        Self { shared, log, finish, retry_at: None, cover_at: Instant::now() + COVER_EVERY }
+        let now = Instant::now();
+        Self { shared, log, finish, retry_at: None, cover_at: now + COVER_EVERY, sync_at: now }
     }
 
     pub(super) fn run(mut self) {
@@ -72,6 +77,8 @@ impl<T: FeedEntry> Writer<T> {
             let now = Instant::now();
             let retry_in = self.retry_at.and_then(|at| at.checked_duration_since(now)).filter(|wait| !wait.is_zero());
             let cover_in = self.cover_at.saturating_duration_since(now);
+            let sync_in = self.sync_at.saturating_duration_since(now);
+            let enough = state.closing || state.unwritten_bytes >= RECORD_PLAIN_BYTES || sync_in.is_zero();
             let uncovered = state.unwritten == 0 && state.reset.is_none() && state.held.covered > state.logged;
             if retry_in.is_none() {
                 if let Some((tag, base)) = state.reset {
@@ -80,7 +87,7 @@ impl<T: FeedEntry> Writer<T> {
                 if state.trim_to > state.trimmed_to {
                     return (Job::Trim(state.trim_to), state.resets);
                 }
-                if state.unwritten > 0 {
+                if state.unwritten > 0 && enough {
                     return (Job::Write(state.first_unwritten()), state.resets);
                 }
                 if uncovered && (state.closing || cover_in.is_zero()) {
@@ -90,7 +97,8 @@ impl<T: FeedEntry> Writer<T> {
             if state.closing {
                 return (Job::Close, state.resets);
             }
-            state = match retry_in.or(uncovered.then_some(cover_in)) {
+            let gathers = (state.unwritten > 0).then_some(sync_in);
+            state = match retry_in.or(gathers).or(uncovered.then_some(cover_in)) {
                 Some(wait) => {
                     let waited = self.shared.wake_writer.wait_timeout(state, wait);
                     waited.unwrap_or_else(PoisonError::into_inner).0
@@ -139,6 +147,7 @@ impl<T: FeedEntry> Writer<T> {
             written += if appended.is_ok() { run.len() } else { 0 };
         }
         self.log.sync()?;
+        self.sync_at = Instant::now() + SYNC_EVERY;
         if let Some(mut state) = self.still(resets) {
             state.advance(&entries[..written], &self.log, &self.shared.limits);
             state.held.disk_full = false;

@@ -14,7 +14,7 @@ pub(in crate::segment) struct State<T: FeedEntry> {
     pub(super) ring_bytes: usize,
     pub(super) ring_after: u64,
     pub(in crate::segment) unwritten: usize,
-    pub(super) unwritten_bytes: usize,
+    pub(in crate::segment) unwritten_bytes: usize,
     pub(in crate::segment) held: Held<T::Tail>,
     /// The last entry's index, or the base.
     pub(super) last: u64,
