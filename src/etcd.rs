@@ -88,8 +88,8 @@ impl EtcdError {
 fn advice(reason: &str) -> &'static str {
     let rules: [(&[&str], &str); 4] = [
         (
-            &["UnknownIssuer", "NotValidForName"],
-            "check [etcd] ca and endpoints: its certificate is not of that CA, or not for that name",
+            &["invalid peer certificate"],
+            "check [etcd] ca and endpoints: its certificate is not of that CA, not for that name, or out of its time",
         ),
         (&["CertificateRequired"], "it asks for a client certificate: set [etcd] cert and key"),
         (
@@ -424,6 +424,9 @@ fn status_reaction(status: &tonic::Status, endpoints: &str) -> EtcdError {
         EtcdError::LoginLost(format!("{text}: it asks for a user, see [etcd] username"))
     } else if has("invalid auth token") || has("auth: revision in header is old") || has("authentication failed") {
         EtcdError::LoginLost(text.to_owned())
+    } else if has("transport error") {
+        // The library's own words: no connection came about, or it broke.
+        EtcdError::Unreachable { endpoints: endpoints.to_owned(), reason: with_root_cause(status) }
     } else {
         match status.code() {
             Code::Unavailable => {

@@ -27,6 +27,8 @@ struct State {
     outstanding: u64,
     began: Option<Instant>,
     lags: Vec<Lag>,
+    /// From when a put was due to etcd's answer, in seconds: what the origin itself adds.
+    answers: Vec<f64>,
 }
 
 pub struct Arrivals {
@@ -77,9 +79,14 @@ impl Arrivals {
         self.outstanding.send_replace(outstanding);
     }
 
+    /// etcd has answered the put that was due at `at`.
+    pub fn answered(&self, at: Instant) {
+        self.state.lock().unwrap().answers.push(at.elapsed().as_secs_f64());
+    }
+
     fn seen(&self, number: u64, version: u64, now: Instant) {
         let mut state = self.state.lock().unwrap();
-        let State { waiting, outstanding, began, lags } = &mut *state;
+        let State { waiting, outstanding, began, lags, .. } = &mut *state;
         let Some(queue) = waiting.get_mut(&number) else { return };
         while let Some((_, at)) = queue.front().copied().filter(|(waits, _)| *waits <= version) {
             queue.pop_front();
@@ -97,11 +104,11 @@ impl Arrivals {
         tokio::time::timeout(limit, outstanding.wait_for(|outstanding| *outstanding == 0)).await.is_ok()
     }
 
-    /// The lags so far, taken away.
-    pub fn take(&self) -> Vec<Lag> {
+    /// The lags and the answers' times so far, taken away.
+    pub fn take(&self) -> (Vec<Lag>, Vec<f64>) {
         let mut state = self.state.lock().unwrap();
         state.began = None;
-        std::mem::take(&mut state.lags)
+        (std::mem::take(&mut state.lags), std::mem::take(&mut state.answers))
     }
 }
 
@@ -111,9 +118,9 @@ fn number_of(key: &[u8]) -> Option<u64> {
     std::str::from_utf8(digits).ok()?.parse().ok()
 }
 
-/// The share `p` of `lags` is at most this many seconds.
-pub fn percentile(lags: &[Lag], p: f64) -> f64 {
-    let mut sorted: Vec<f64> = lags.iter().map(|lag| lag.lag).collect();
+/// The share `p` of `seconds` is at most this.
+pub fn percentile(seconds: impl IntoIterator<Item = f64>, p: f64) -> f64 {
+    let mut sorted: Vec<f64> = seconds.into_iter().collect();
     sorted.sort_by(f64::total_cmp);
     let at = ((sorted.len() as f64 * p).ceil() as usize).clamp(1, sorted.len().max(1)) - 1;
     sorted.get(at).copied().unwrap_or(f64::INFINITY)

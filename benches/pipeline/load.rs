@@ -127,11 +127,13 @@ pub async fn drive(etcd: &Etcd, load: Load, first: u64, arrivals: &Arc<Arrivals>
     let mut writers = JoinSet::new();
     let mut senders = Vec::new();
     for writer in 0..WRITERS {
-        let (sender, mut jobs) = mpsc::channel::<(Bytes, Bytes)>(WAITING_MAX / WRITERS);
+        let (sender, mut jobs) = mpsc::channel::<(Bytes, Bytes, Instant)>(WAITING_MAX / WRITERS);
         let mut kv = connections[writer % CONNECTIONS].clone();
+        let arrivals = arrivals.clone();
         writers.spawn(async move {
-            while let Some((key, value)) = jobs.recv().await {
+            while let Some((key, value, due)) = jobs.recv().await {
                 kv.put(key, value, None).await.unwrap();
+                arrivals.answered(due);
             }
         });
         senders.push(sender);
@@ -151,7 +153,7 @@ pub async fn drive(etcd: &Etcd, load: Load, first: u64, arrivals: &Arc<Arrivals>
         }
         arrivals.due(number, first + put, due);
         let writer = &senders[number as usize % WRITERS];
-        writer.send((objects::key(PREFIX, number), value)).await.unwrap();
+        writer.send((objects::key(PREFIX, number), value, due)).await.unwrap();
     }
     drop(senders);
     writers.join_all().await;

@@ -36,7 +36,7 @@ pub fn draw(path: &Path, report: &Report) -> Result<(), Box<dyn std::error::Erro
         .x_label_area_size(36)
         .y_label_area_size(56)
         .build_cartesian_2d(0.0..longest, 0.0..highest)?;
-    chart.configure_mesh().x_desc("seconds").y_desc("lag, ms").draw()?;
+    chart.configure_mesh().max_light_lines(0).x_desc("seconds").y_desc("lag, ms").draw()?;
     for (system, points) in over_time {
         let colour = colour(system);
         chart
@@ -56,7 +56,7 @@ pub fn draw(path: &Path, report: &Report) -> Result<(), Box<dyn std::error::Erro
         .x_label_area_size(36)
         .y_label_area_size(56)
         .build_cartesian_2d((lowest..fastest.max(lowest * 2.0)).log_scale(), (10.0..highest.max(100.0)).log_scale())?;
-    chart.configure_mesh().x_desc("revisions/s").y_desc("lag p99, ms").draw()?;
+    chart.configure_mesh().max_light_lines(0).x_desc("revisions/s").y_desc("lag p99, ms").draw()?;
     for system in [System::MakeMirror, System::EtcdFerry] {
         let colour = colour(system);
         let points: Vec<(f64, f64)> = report

@@ -112,6 +112,8 @@ pub struct Trial {
     pub rate: u64,
     pub p50_ms: f64,
     pub p99_ms: f64,
+    /// From when a put was due to the origin's answer: no carrier can be faster.
+    pub put_p99_ms: f64,
 }
 
 #[derive(Debug, Clone, Serialize)]

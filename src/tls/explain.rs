@@ -162,6 +162,15 @@ mod tests {
     struct Outer(#[source] Box<dyn Error + Send + Sync>);
 
     #[test]
+    fn a_peer_that_closes_without_a_word_is_said_to_have_done_so_in_our_words() {
+        let closed = Outer(Box::new(Outer("connection closed".into())));
+        let words = explain(&Status::from_error(Box::new(closed)));
+        assert_eq!(words, "the peer closed the connection; if it refused our certificate, its log says why");
+        let reason = Outer("no such thing".into());
+        assert_eq!(explain(&Status::from_error(Box::new(reason))), "transport error: no such thing");
+    }
+
+    #[test]
     fn an_alert_becomes_words_however_deep_it_lies() {
         let alert = TlsFault::AlertReceived(AlertDescription::CertificateExpired);
         let io = io::Error::new(io::ErrorKind::InvalidData, alert);

@@ -57,14 +57,28 @@ async fn an_etcd_that_does_not_trust_the_sidecar_or_is_not_trusted_by_it_is_said
     pair.replica_sidecar.restart().await;
     pair.origin_sidecar.restart().await;
     wait_for_reason(&pair.origin_sidecar, LINK, "the origin's etcd: etcd cannot be reached at https://").await;
-    wait_for_reason(&pair.origin_sidecar, LINK, "invalid peer certificate").await;
+    wait_for_reason(&pair.origin_sidecar, LINK, "; check [etcd] ca and endpoints").await;
     // This etcd does not know the CA of the sidecar's certificate.
     let ca = good.clone().unwrap().ca;
     pair.origin_sidecar.options.etcd.tls = Some(EtcdTls { ca, ..stranger });
     pair.origin_sidecar.write_config();
     pair.origin_sidecar.restart().await;
-    wait_for_reason(&pair.origin_sidecar, LINK, "received fatal alert: UnknownCA").await;
+    wait_for_reason(&pair.origin_sidecar, LINK, "it refuses our client certificate: check [etcd] cert and key").await;
+    // It shows none at all, and then dials without TLS.
+    let config = std::fs::read_to_string(pair.origin_sidecar.config_path()).unwrap();
+    let without_pair = |line: &&str| !(line.starts_with("cert = ") || line.starts_with("key = "));
+    let (etcd, rest) = config.split_once("[listen]").unwrap();
+    let etcd: Vec<&str> = etcd.lines().filter(without_pair).collect();
+    std::fs::write(pair.origin_sidecar.config_path(), format!("{}\n[listen]{rest}", etcd.join("\n"))).unwrap();
+    pair.origin_sidecar.restart().await;
+    wait_for_reason(&pair.origin_sidecar, LINK, "it asks for a client certificate: set [etcd] cert and key").await;
+    pair.origin_sidecar.options.etcd.tls = None;
+    pair.origin_sidecar.options.etcd.url = pair.origin.url().replace("https://", "http://");
+    pair.origin_sidecar.write_config();
+    pair.origin_sidecar.restart().await;
+    wait_for_reason(&pair.origin_sidecar, LINK, "it speaks https:// where http:// is written").await;
 
+    pair.origin_sidecar.options.etcd.url = pair.origin.url();
     pair.origin_sidecar.options.etcd.tls = good;
     pair.origin_sidecar.write_config();
     pair.origin_sidecar.restart().await;
