@@ -3,8 +3,10 @@
 //! Always true: the link's task alone writes the link's status; a stage that ends ends the link.
 
 pub mod anchor;
+mod head;
 mod heartbeat;
 pub mod lag;
+mod probe;
 pub mod resume;
 pub mod sequence;
 pub mod session;
@@ -17,6 +19,7 @@ use crate::config::{EtcdConfig, Limits, SendConfig};
 use crate::metrics;
 use crate::model::{LinkName, LinkState, LinkStatus, Revision, Side, StageStatus};
 use crate::wire::digest;
+use head::HeadView;
 use lag::LagTracker;
 use ship::{ShipView, Shipper};
 use spool::{Spool, SpoolExtent};
@@ -24,8 +27,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::{mpsc, watch as watch_channel};
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use watch::{HeadView, Tail, TailState, TailView};
+use watch::{Tail, TailState, TailView};
 
 /// Batches of arrivals and head readings that wait for the link's task; it only counts them, so they never gather.
 const EVENTS_MAX: usize = 256;
@@ -102,19 +106,58 @@ impl OriginLink {
             Spool::open(&self.dir.join("spool"), &self.limits, digest::of_ranges(&self.send.ranges)).await?;
         opened.log(&link, "spool");
         let spool = Arc::new(spool);
-        let (events, mut incoming) = mpsc::channel(EVENTS_MAX);
-        let (head_sender, head) = watch_channel::channel(HeadView::default());
-        let covered = spool.extent().borrow().covered;
-        let (tail_sender, tail) = watch_channel::channel(TailView { state: TailState::Idle, covered, ferry_only: 0 });
-        let (tail_commands, tail_incoming) = mpsc::channel(1);
-        let (ship_sender, ship) = watch_channel::channel(ShipView::default());
         let mut lag = LagTracker::new();
         for arrived in spool.arrivals() {
             lag.arrived_several(arrived.revision_last, arrived.at_ms, arrived.count);
         }
-        lag.covered(covered);
+        lag.covered(spool.extent().borrow().covered);
+        let mut stages = self.start(&spool, clock, status.subscribe(), commands, &stop);
+        let mut ticks = tokio::time::interval(STATUS_INTERVAL);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => break,
+                event = stages.events.recv() => match event {
+                    Some(event) => take(&mut lag, event, &link, clock.now_ms()),
+                    None => break,
+                },
+                ended = stages.tasks.join_next() => {
+                    let why = ended.and_then(Result::err).map_or_else(String::new, |e| e.to_string());
+                    return Err(OriginError::Ended { why });
+                }
+                _ = ticks.tick() => {
+                    let extent = spool.extent().borrow().clone();
+                    let (tail, head, ship) = (stages.tail.borrow(), stages.head.borrow(), stages.ship.borrow());
+                    let views = Views { tail: &tail, head: &head, ship: &ship, spool: &extent };
+                    status.send_modify(|status| views.write(status, &lag, clock.now_ms()));
+                }
+            }
+        }
+        while stages.tasks.join_next().await.is_some() {}
+        if let Err(e) = spool.close().await {
+            tracing::warn!(%link, error = %e, "the spool was not closed well; its tail is checked at the next start");
+        }
+        Ok(())
+    }
 
-        let mut stages = tokio::task::JoinSet::new();
+    /// Starts watching, reading the head and shipping; each runs until `stop`.
+    fn start(
+        self,
+        spool: &Arc<Spool>,
+        clock: Clock,
+        status: watch_channel::Receiver<LinkStatus>,
+        commands: mpsc::Receiver<LinkCommand>,
+        stop: &CancellationToken,
+    ) -> Stages {
+        let link = self.send.link.clone();
+        let covered = spool.extent().borrow().covered;
+        let (events, incoming) = mpsc::channel(EVENTS_MAX);
+        let (head_sender, head) = watch_channel::channel(HeadView::default());
+        let (tail_sender, tail) = watch_channel::channel(TailView { state: TailState::Idle, covered, ferry_only: 0 });
+        let (tail_commands, tail_incoming) = mpsc::channel(1);
+        let (ship_sender, ship) = watch_channel::channel(ShipView::default());
+        let mut tasks = JoinSet::new();
         let watching = Tail {
             link: link.clone(),
             etcd: self.etcd.clone(),
@@ -128,9 +171,8 @@ impl OriginLink {
             clock,
             seen: None,
         };
-        stages.spawn(watching.run(stop.clone()));
-        let etcd = self.etcd.clone();
-        stages.spawn(watch::poll_head(etcd, link.clone(), head_sender, events.clone(), clock, stop.clone()));
+        tasks.spawn(watching.run(stop.clone()));
+        tasks.spawn(head::poll(self.etcd.clone(), link, head_sender, events.clone(), clock, stop.clone()));
         let shipper = Shipper::new(
             self,
             spool.clone(),
@@ -140,37 +182,20 @@ impl OriginLink {
             commands,
             ship_sender,
             events,
-            status.subscribe(),
+            status,
         );
-        stages.spawn(shipper.run(stop.clone()));
-
-        let mut ticks = tokio::time::interval(STATUS_INTERVAL);
-        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        loop {
-            tokio::select! {
-                biased;
-                () = stop.cancelled() => break,
-                event = incoming.recv() => match event {
-                    Some(event) => take(&mut lag, event, &link, clock.now_ms()),
-                    None => break,
-                },
-                ended = stages.join_next() => {
-                    let why = ended.and_then(Result::err).map_or_else(String::new, |e| e.to_string());
-                    return Err(OriginError::Ended { why });
-                }
-                _ = ticks.tick() => {
-                    let extent = spool.extent().borrow().clone();
-                    let views = Views { tail: &tail.borrow(), head: &head.borrow(), ship: &ship.borrow(), spool: &extent };
-                    status.send_modify(|status| views.write(status, &lag, clock.now_ms()));
-                }
-            }
-        }
-        while stages.join_next().await.is_some() {}
-        if let Err(e) = spool.close().await {
-            tracing::warn!(%link, error = %e, "the spool was not closed well; its tail is checked at the next start");
-        }
-        Ok(())
+        tasks.spawn(shipper.run(stop.clone()));
+        Stages { tasks, events: incoming, tail, head, ship }
     }
+}
+
+/// The stages under way, and what the link's task sees of them.
+struct Stages {
+    tasks: JoinSet<()>,
+    events: mpsc::Receiver<LinkEvent>,
+    tail: watch_channel::Receiver<TailView>,
+    head: watch_channel::Receiver<HeadView>,
+    ship: watch_channel::Receiver<ShipView>,
 }
 
 fn take(lag: &mut LagTracker, event: LinkEvent, link: &LinkName, now_ms: u64) {

@@ -3,11 +3,13 @@
 //! Always true: seqs count on from what the replica has received; nothing is trimmed from the spool before it is applied;
 //! everything that ends a stream is a value of `Ended` with one planned reaction.
 
+use super::head::HeadView;
+use super::probe::{Probed, probe};
 use super::resume::{self, CarriedCheck, OriginFacts, Received, ReplicaFacts, Resume, SpoolFacts};
 use super::sequence::OriginWaymark;
 use super::session::{Session, SessionEnd};
 use super::spool::Spool;
-use super::watch::{HeadView, Probed, TailCommand, TailState, TailView, probe};
+use super::watch::{TailCommand, TailState, TailView};
 use super::{LinkEvent, OriginLink, anchor};
 use crate::admin::LinkCommand;
 use crate::etcd::{Etcd, EtcdError};

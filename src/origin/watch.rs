@@ -1,14 +1,16 @@
-//! Job: tail the origin's watch stream into the spool, and keep an eye on the origin's head.
-//! Input: etcd's watch messages and head. Output: spool entries, `covered`, a `TailView`, arrivals for the lag.
+//! Job: tail the origin's watch stream into the spool.
+//! Input: etcd's watch messages. Output: spool entries, `covered`, a `TailView`, arrivals for the lag.
 //! Always true: one watcher on one stream and connection of its own; only whole revisions reach the spool; compaction, lost leaders,
 //! cancels and another history become values of `TailState`, never a bare exit.
 
+use super::head::{HEAD_INTERVAL, HeadView};
+use super::probe::shows_whole;
 use super::sequence::{Carried, Event, OriginWaymark, SequenceError, Sequenced, Sequencer, WatchMessage};
 use super::spool::{Spool, SpoolEntry};
 use super::{Clock, LinkEvent};
 use crate::config::{EtcdConfig, Limits};
-use crate::etcd::{Columns, Etcd, EtcdError, Look, Watch, WatchSignal, watch_right};
-use crate::model::{ClusterId, Digest, KeyRange, LINKS_PREFIX, LinkName, Ranges, Revision};
+use crate::etcd::{Etcd, EtcdError, Look, Watch, WatchSignal, watch_right};
+use crate::model::{ClusterId, LinkName, Ranges, Revision};
 use crate::retry::Backoff;
 use crate::segment::feed::Appended;
 use crate::wire::digest;
@@ -19,11 +21,9 @@ use tokio_util::sync::CancellationToken;
 
 /// etcd can send the first events of a stream unfragmented, so the first limit is generous, and a refusal doubles it.
 const MESSAGE_BYTES_FIRST: usize = 64 << 20;
-const MESSAGE_BYTES_CEILING: usize = 512 << 20;
-pub const HEAD_INTERVAL: Duration = Duration::from_secs(2);
+pub(super) const MESSAGE_BYTES_CEILING: usize = 512 << 20;
 /// An open watch that shows nothing of a head for so long is opened anew.
 const SILENCE_MAX: Duration = Duration::from_secs(20);
-const PROBE_DEADLINE: Duration = Duration::from_secs(10);
 
 /// What the tail is doing.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,19 +59,13 @@ pub struct TailView {
     pub ferry_only: u64,
 }
 
-/// The origin's head, read linearizably each [`HEAD_INTERVAL`].
-#[derive(Debug, Clone, Default)]
-pub struct HeadView {
-    pub revision: Revision,
-    pub cluster: ClusterId,
-    /// Why the head could not be read the last time.
-    pub trouble: Option<String>,
-}
+/// Told once etcd has created a watch, or why it did not.
+pub type Opened = oneshot::Sender<Result<(), TailState>>;
 
 /// What the shipper asks of the tail.
 pub enum TailCommand {
     /// Forget the spool and watch everything after `after`; `opened` is told once etcd has created the watch.
-    Restart { after: Revision, opened: oneshot::Sender<Result<(), TailState>> },
+    Restart { after: Revision, opened: Opened },
 }
 
 pub struct Tail {
@@ -103,11 +97,37 @@ enum Ended {
     Spool(String),
 }
 
+impl From<EtcdError> for Ended {
+    fn from(error: EtcdError) -> Self {
+        Self::Trouble(error)
+    }
+}
+
 /// What the next turn of the loop does.
 enum Next {
     Watch,
     WaitForCommand,
     WaitForRoom,
+    /// Nobody can give a command any more.
+    End,
+}
+
+/// What one turn of the loop leaves to the next.
+struct Turn {
+    next: Next,
+    backoff: Backoff,
+    message_bytes_max: usize,
+    /// Whoever waits for the watch to open.
+    opened: Option<Opened>,
+    /// Below the spool's last revision etcd may be compacted while what follows it is still there: then the watch begins after it.
+    after_covered: bool,
+}
+
+struct OpenWatch {
+    etcd: Etcd,
+    watch: Watch,
+    sequencer: Sequencer,
+    from: Revision,
 }
 
 impl Tail {
@@ -121,88 +141,92 @@ impl Tail {
     }
 
     async fn turns(&mut self) {
-        let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(1));
-        let mut message_bytes_max = MESSAGE_BYTES_FIRST;
-        let mut opened: Option<oneshot::Sender<Result<(), TailState>>> = None;
-        // Below the spool's last revision etcd may be compacted while what follows it is still there.
-        let mut after_covered = false;
         let has_coverage = self.spool.extent().borrow().covered > Revision(0);
-        let mut next = if has_coverage { Next::Watch } else { Next::WaitForCommand };
+        let mut turn = Turn {
+            next: if has_coverage { Next::Watch } else { Next::WaitForCommand },
+            backoff: Backoff::new(Duration::from_millis(200), Duration::from_secs(1)),
+            message_bytes_max: MESSAGE_BYTES_FIRST,
+            opened: None,
+            after_covered: false,
+        };
         loop {
-            let skip_last = std::mem::take(&mut after_covered);
-            let ended = match next {
-                Next::Watch => self.watch_once(message_bytes_max, skip_last, &mut opened, &mut backoff).await,
+            let ended = match std::mem::replace(&mut turn.next, Next::Watch) {
+                Next::Watch => Box::pin(self.watch_once(&mut turn)).await,
+                Next::End => return,
                 Next::WaitForCommand => Ended::Command(self.commands.recv().await),
                 Next::WaitForRoom => tokio::select! {
                     biased;
                     command = self.commands.recv() => Ended::Command(command),
                     room = self.spool.room() => match room {
-                        Ok(()) => { next = Next::Watch; continue; }
+                        Ok(()) => continue,
                         Err(e) => Ended::Spool(e.to_string()),
                     },
                 },
             };
-            next = Next::Watch;
-            match ended {
-                Ended::Command(None) => return,
-                Ended::Command(Some(TailCommand::Restart { after, opened: tell })) => {
-                    self.seen = None;
-                    match self.spool.reset(after).await {
-                        Ok(()) => {
-                            self.view.send_modify(|view| view.covered = after);
-                            opened = Some(tell);
-                        }
-                        Err(e) => {
-                            let state = TailState::Stopped { reason: e.to_string() };
-                            let _ = tell.send(Err(state.clone()));
-                            self.publish(state);
-                            next = Next::WaitForCommand;
-                        }
-                    }
-                    continue;
-                }
-                Ended::Compacted { from, compacted } => {
-                    let covered = self.spool.extent().borrow().covered;
-                    if from <= covered && compacted <= covered.next() {
-                        after_covered = true;
-                        continue;
-                    }
-                    tracing::warn!(link = %self.link, %covered, %compacted, "etcd has compacted past the spool's end");
-                    next = self.halt(TailState::Lost { compacted }, &mut opened);
-                }
-                Ended::Full => {
-                    tracing::warn!(link = %self.link, "the spool is full: the watch waits for room");
-                    self.publish(TailState::SpoolFull);
-                    next = Next::WaitForRoom;
-                }
-                Ended::Trouble(EtcdError::AnswerTooLarge { limit_bytes }) if limit_bytes < MESSAGE_BYTES_CEILING => {
-                    message_bytes_max = limit_bytes.saturating_mul(2).min(MESSAGE_BYTES_CEILING);
-                }
-                Ended::Trouble(e @ EtcdError::AnswerTooLarge { .. }) => {
-                    let reason = format!("a watch message of the origin: {e}");
-                    next = self.halt(TailState::Stopped { reason }, &mut opened);
-                }
-                Ended::Trouble(e) => self.pause(e.to_string(), &mut backoff).await,
-                Ended::Silent => {
-                    let reason = format!("the watch shows nothing of the head for {} s", SILENCE_MAX.as_secs());
-                    self.pause(reason, &mut backoff).await;
-                }
-                Ended::Closed => self.pause("etcd closed the watch".to_owned(), &mut backoff).await,
-                Ended::Canceled(reason) => {
-                    let error = EtcdError::Denied { right: watch_right(&self.ranges.covering()), said: reason };
-                    self.pause(error.to_string(), &mut backoff).await;
-                }
-                Ended::Sequence(e @ SequenceError::OtherHistory { .. }) => {
-                    let reason = e.to_string().replace("LINK", self.link.as_str());
-                    next = self.halt(TailState::OtherHistory { reason }, &mut opened);
-                }
-                Ended::OtherHistory(reason) => next = self.halt(TailState::OtherHistory { reason }, &mut opened),
-                Ended::Sequence(e @ SequenceError::WentBack { .. }) => self.pause(e.to_string(), &mut backoff).await,
-                Ended::Sequence(e @ SequenceError::TooLarge { .. }) => {
-                    next = self.halt(TailState::Stopped { reason: e.to_string() }, &mut opened)
-                }
-                Ended::Spool(reason) => next = self.halt(TailState::Stopped { reason }, &mut opened),
+            self.go_on_after(ended, &mut turn).await;
+        }
+    }
+
+    /// Begins the spool anew, then watches; `opened` is told when the watch stands.
+    async fn restart(&mut self, after: Revision, opened: Opened, turn: &mut Turn) {
+        self.seen = None;
+        match self.spool.reset(after).await {
+            Ok(()) => {
+                self.view.send_modify(|view| view.covered = after);
+                turn.opened = Some(opened);
             }
+            Err(e) => {
+                turn.opened = Some(opened);
+                self.halt(TailState::Stopped { reason: e.to_string() }, turn);
+            }
+        }
+    }
+
+    /// Decides what follows the end of a watch; waits where that is all that can be done.
+    async fn go_on_after(&mut self, ended: Ended, turn: &mut Turn) {
+        match ended {
+            Ended::Command(None) => turn.next = Next::End,
+            Ended::Command(Some(TailCommand::Restart { after, opened })) => self.restart(after, opened, turn).await,
+            Ended::Compacted { from, compacted } => {
+                let covered = self.spool.extent().borrow().covered;
+                if from <= covered && compacted <= covered.next() {
+                    turn.after_covered = true;
+                    return;
+                }
+                tracing::warn!(link = %self.link, %covered, %compacted, "etcd has compacted past the spool's end");
+                self.halt(TailState::Lost { compacted }, turn);
+            }
+            Ended::Full => {
+                tracing::warn!(link = %self.link, "the spool is full: the watch waits for room");
+                self.publish(TailState::SpoolFull);
+                turn.next = Next::WaitForRoom;
+            }
+            Ended::Trouble(EtcdError::AnswerTooLarge { limit_bytes }) if limit_bytes < MESSAGE_BYTES_CEILING => {
+                turn.message_bytes_max = limit_bytes.saturating_mul(2).min(MESSAGE_BYTES_CEILING);
+            }
+            Ended::Trouble(e @ EtcdError::AnswerTooLarge { .. }) => {
+                self.halt(TailState::Stopped { reason: format!("a watch message of the origin: {e}") }, turn);
+            }
+            Ended::Trouble(e) => self.pause(e.to_string(), turn).await,
+            Ended::Silent => {
+                let reason = format!("the watch shows nothing of the head for {} s", SILENCE_MAX.as_secs());
+                self.pause(reason, turn).await;
+            }
+            Ended::Closed => self.pause("etcd closed the watch".to_owned(), turn).await,
+            Ended::Canceled(reason) => {
+                let error = EtcdError::Denied { right: watch_right(&self.ranges.covering()), said: reason };
+                self.pause(error.to_string(), turn).await;
+            }
+            Ended::Sequence(e @ SequenceError::OtherHistory { .. }) => {
+                let reason = e.to_string().replace("LINK", self.link.as_str());
+                self.halt(TailState::OtherHistory { reason }, turn);
+            }
+            Ended::OtherHistory(reason) => self.halt(TailState::OtherHistory { reason }, turn),
+            Ended::Sequence(e @ SequenceError::WentBack { .. }) => self.pause(e.to_string(), turn).await,
+            Ended::Sequence(e @ SequenceError::TooLarge { .. }) => {
+                self.halt(TailState::Stopped { reason: e.to_string() }, turn);
+            }
+            Ended::Spool(reason) => self.halt(TailState::Stopped { reason }, turn),
         }
     }
 
@@ -211,16 +235,16 @@ impl Tail {
     }
 
     /// Stops watching until a command comes; whoever waits for the watch to open is told.
-    fn halt(&self, state: TailState, opened: &mut Option<oneshot::Sender<Result<(), TailState>>>) -> Next {
-        if let Some(tell) = opened.take() {
-            let _ = tell.send(Err(state.clone()));
+    fn halt(&self, state: TailState, turn: &mut Turn) {
+        if let Some(opened) = turn.opened.take() {
+            let _ = opened.send(Err(state.clone()));
         }
         self.publish(state);
-        Next::WaitForCommand
+        turn.next = Next::WaitForCommand;
     }
 
     /// A failure that repeats is logged once.
-    async fn pause(&self, reason: String, backoff: &mut Backoff) {
+    async fn pause(&self, reason: String, turn: &mut Turn) {
         let state = TailState::Connecting { reason };
         if self.view.borrow().state != state
             && let TailState::Connecting { reason } = &state
@@ -228,56 +252,53 @@ impl Tail {
             tracing::warn!(link = %self.link, %reason, "the watch at the origin has ended; it is opened again until it stays");
         }
         self.publish(state);
-        tokio::time::sleep(backoff.after_failure(rand::random())).await;
+        tokio::time::sleep(turn.backoff.after_failure(rand::random())).await;
     }
 
     /// One watch stream, from the spool's end until something ends it.
-    async fn watch_once(
-        &mut self,
-        message_bytes_max: usize,
-        after_covered: bool,
-        opened: &mut Option<oneshot::Sender<Result<(), TailState>>>,
-        backoff: &mut Backoff,
-    ) -> Ended {
+    async fn watch_once(&mut self, turn: &mut Turn) -> Ended {
+        let after_covered = std::mem::take(&mut turn.after_covered);
+        match self.open(after_covered, turn.message_bytes_max).await {
+            Ok(mut open) => {
+                let ended = self.follow(&mut open, turn).await;
+                self.confirmed(&open.etcd, ended).await
+            }
+            Err(ended) => ended,
+        }
+    }
+
+    /// Asks whether this is still the same origin, and opens the watch where the spool ends: at its last revision, to see that
+    /// again, or after it where etcd no longer shows it whole.
+    async fn open(&mut self, after_covered: bool, message_bytes_max: usize) -> Result<OpenWatch, Ended> {
         let extent = self.spool.extent().borrow().clone();
-        let etcd = match Etcd::connect(&self.etcd).await {
-            Ok(etcd) => etcd,
-            Err(e) => return Ended::Trouble(e),
-        };
-        let look = match etcd.look(&self.link.waymark_key()).await {
-            Ok(look) => look,
-            Err(e) => return Ended::Trouble(e),
-        };
+        let etcd = Etcd::connect(&self.etcd).await?;
+        let look = etcd.look(&self.link.waymark_key()).await?;
         if look.head < extent.covered {
             let reason = format!(
                 "the origin was restored or replaced: its head {} is below revision {} that was read before; if this origin is the \
                      right one, run `etcd-ferry resync {} --config F` at its sidecar",
                 look.head, extent.covered, self.link
             );
-            return Ended::OtherHistory(reason);
+            return Err(Ended::OtherHistory(reason));
         }
-        if let Err(reason) = self.same_origin(&look) {
-            return Ended::OtherHistory(reason);
-        }
+        self.same_origin(&look).map_err(Ended::OtherHistory)?;
         let expected = match extent.last {
-            Some((last, _)) if !after_covered => match shows_whole(&etcd, last).await {
-                Ok(true) => extent.last,
-                Ok(false) => None,
-                Err(e) => return Ended::Trouble(e),
-            },
+            Some((last, _)) if !after_covered && shows_whole(&etcd, last).await? => extent.last,
             Some(_) | None => None,
         };
-        let (mut sequencer, from) = match expected {
+        let sequencer = Sequencer::new(&self.link, self.ranges.clone(), extent.covered, self.limits.revision_bytes_max);
+        let (sequencer, from) = match expected {
             Some((revision, digest)) => {
                 let carried = Carried { revision, digest, peer: None, digest_of: digest::of_revision };
-                (self.sequencer(extent.covered).expect(carried), revision)
+                (sequencer.expect(carried), revision)
             }
-            None => (self.sequencer(extent.covered), extent.covered.next()),
+            None => (sequencer, extent.covered.next()),
         };
-        let mut watch = match etcd.watch(&self.ranges.covering(), from, message_bytes_max).await {
-            Ok(watch) => watch,
-            Err(e) => return Ended::Trouble(e),
-        };
+        let watch = etcd.watch(&self.ranges.covering(), from, message_bytes_max).await?;
+        Ok(OpenWatch { etcd, watch, sequencer, from })
+    }
+
+    async fn follow(&mut self, open: &mut OpenWatch, turn: &mut Turn) -> Ended {
         let mut silent_since = tokio::time::Instant::now();
         let mut head_ticks = tokio::time::interval(HEAD_INTERVAL);
         head_ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -285,21 +306,21 @@ impl Tail {
             tokio::select! {
                 biased;
                 command = self.commands.recv() => return Ended::Command(command),
-                signal = watch.next() => {
+                signal = open.watch.next() => {
                     silent_since = tokio::time::Instant::now();
                     match signal {
                         Ok(Some(WatchSignal::Created)) => {
-                            backoff.succeeded();
+                            turn.backoff.succeeded();
                             self.publish(TailState::Running);
-                            if let Some(tell) = opened.take() {
-                                let _ = tell.send(Ok(()));
+                            if let Some(opened) = turn.opened.take() {
+                                let _ = opened.send(Ok(()));
                             }
                         }
-                        Ok(Some(WatchSignal::Compacted(compacted))) => return Ended::Compacted { from, compacted },
+                        Ok(Some(WatchSignal::Compacted(compacted))) => return Ended::Compacted { from: open.from, compacted },
                         Ok(Some(WatchSignal::Canceled(reason))) => return Ended::Canceled(reason),
                         Ok(Some(signal)) => {
-                            if let Err(ended) = self.take(&mut sequencer, signal).await {
-                                return self.confirmed(&etcd, ended).await;
+                            if let Err(ended) = self.take(&mut open.sequencer, signal).await {
+                                return ended;
                             }
                         }
                         Ok(None) => return Ended::Closed,
@@ -307,12 +328,12 @@ impl Tail {
                     }
                 }
                 _ = head_ticks.tick() => {
-                    let behind = self.head.borrow().revision > sequencer.covered();
+                    let behind = self.head.borrow().revision > open.sequencer.covered();
                     if !behind {
                         silent_since = tokio::time::Instant::now();
                     } else if silent_since.elapsed() > SILENCE_MAX {
                         return Ended::Silent;
-                    } else if let Err(e) = watch.request_progress().await {
+                    } else if let Err(e) = open.watch.request_progress().await {
                         return Ended::Trouble(e);
                     }
                 }
@@ -347,10 +368,6 @@ impl Tail {
              if this origin is the right one, run `etcd-ferry resync {} --config F` at its sidecar",
             before.present.counter, look.cluster, waymark.present.counter, self.link
         ))
-    }
-
-    fn sequencer(&self, after: Revision) -> Sequencer {
-        Sequencer::new(&self.link, self.ranges.clone(), after, self.limits.revision_bytes_max)
     }
 
     /// Puts what a message completes into the spool.
@@ -406,147 +423,4 @@ impl Tail {
 fn entry_of(sequenced: Sequenced, arrived_ms: u64) -> SpoolEntry {
     let digest = digest::of_revision(&sequenced.whole);
     SpoolEntry { revision: Arc::new(sequenced.whole), digest, arrived_ms, came_from: sequenced.came_from }
-}
-
-/// Reads the head each [`HEAD_INTERVAL`], on a connection of its own, so that a frozen watch does not hide it.
-pub async fn poll_head(
-    etcd: EtcdConfig,
-    link: LinkName,
-    view: watch::Sender<HeadView>,
-    events: mpsc::Sender<LinkEvent>,
-    clock: Clock,
-    stop: CancellationToken,
-) {
-    let key = link.waymark_key();
-    let mut connection: Option<Etcd> = None;
-    let mut ticks = tokio::time::interval(HEAD_INTERVAL);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        tokio::select! {
-            biased;
-            () = stop.cancelled() => return,
-            _ = ticks.tick() => {}
-        }
-        let read = async {
-            let etcd = match connection.take() {
-                Some(etcd) => etcd,
-                None => Etcd::connect(&etcd).await?,
-            };
-            let look = etcd.look(&key).await?;
-            Ok::<_, EtcdError>((etcd, look))
-        };
-        let outcome = tokio::select! {
-            biased;
-            () = stop.cancelled() => return,
-            outcome = read => outcome,
-        };
-        match outcome {
-            Ok((etcd, look)) => {
-                connection = Some(etcd);
-                view.send_replace(HeadView { revision: look.head, cluster: look.cluster, trouble: None });
-                let at_ms = clock.now_ms();
-                if events.send(LinkEvent::Head { revision: look.head, at_ms }).await.is_err() {
-                    return;
-                }
-            }
-            Err(e) => {
-                view.send_modify(|view| view.trouble = Some(e.to_string()));
-            }
-        }
-    }
-}
-
-/// What the origin holds at one revision of the link.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Probed {
-    Digest(Digest),
-    Compacted,
-    /// etcd has passed the revision and shows no change of the link there.
-    Nothing,
-}
-
-/// False if etcd has compacted at or past `revision`: then it no longer shows that revision's deletes, and nothing can be told of it.
-async fn shows_whole(etcd: &Etcd, revision: Revision) -> Result<bool, EtcdError> {
-    let one = KeyRange::prefix(LINKS_PREFIX);
-    match etcd.page(&one, 1, Some(Revision(revision.0.saturating_sub(1))), Columns::CountOnly).await {
-        Ok(_) => Ok(true),
-        Err(EtcdError::Compacted) => Ok(false),
-        Err(e) => Err(e),
-    }
-}
-
-/// Reads one revision of the link from etcd's history, by a short watch that starts at it.
-pub async fn probe(
-    etcd: &Etcd,
-    ranges: &Ranges,
-    link: &LinkName,
-    at: Revision,
-    limits: &Limits,
-) -> Result<Probed, EtcdError> {
-    if !shows_whole(etcd, at).await? {
-        return Ok(Probed::Compacted);
-    }
-    let reading = async {
-        let mut watch = etcd.watch(&ranges.covering(), at, MESSAGE_BYTES_CEILING).await?;
-        let mut sequencer =
-            Sequencer::new(link, ranges.clone(), Revision(at.0.saturating_sub(1)), limits.revision_bytes_max);
-        let mut ask = tokio::time::interval(Duration::from_millis(500));
-        loop {
-            tokio::select! {
-                biased;
-                signal = watch.next() => match probe_step(&mut sequencer, at, signal?) {
-                    Some(outcome) => return outcome,
-                    None => continue,
-                },
-                _ = ask.tick() => watch.request_progress().await?,
-            }
-        }
-    };
-    let read = tokio::time::timeout(PROBE_DEADLINE, reading).await.map_err(|_| EtcdError::TimedOut)?;
-    let read = read.map_err(|e| e.needing(|| watch_right(&ranges.covering())))?;
-    // Compacted meanwhile, the watch may have lacked deletes.
-    if shows_whole(etcd, at).await? { Ok(read) } else { Ok(Probed::Compacted) }
-}
-
-fn probe_step(
-    sequencer: &mut Sequencer,
-    at: Revision,
-    signal: Option<WatchSignal>,
-) -> Option<Result<Probed, EtcdError>> {
-    let Some(signal) = signal else {
-        return Some(Err(EtcdError::Other("etcd closed the watch".to_owned())));
-    };
-    match signal {
-        WatchSignal::Created => None,
-        WatchSignal::Compacted(_) => Some(Ok(Probed::Compacted)),
-        WatchSignal::Canceled(said) => Some(Err(EtcdError::Denied { right: String::new(), said })),
-        WatchSignal::Progress(revision) if revision >= at => Some(Ok(Probed::Nothing)),
-        WatchSignal::Progress(_) => None,
-        WatchSignal::Events { events, fragment, header } => {
-            let events = events.into_iter().map(|(revision, change)| Event { revision, change }).collect();
-            match sequencer.push(WatchMessage { events, fragment, header_revision: header }) {
-                Err(e) => Some(Err(EtcdError::Other(e.to_string()))),
-                Ok(whole) => {
-                    let first = whole.iter().find(|w| !w.whole.changes.is_empty())?;
-                    if first.whole.revision == at {
-                        return Some(Ok(Probed::Digest(digest::of_revision(&first.whole))));
-                    }
-                    Some(Ok(Probed::Nothing))
-                }
-            }
-        }
-    }
-}
-
-/// Watches nothing and closes at once: tells at start whether the rights suffice. `Ok` once etcd has created the watch.
-pub async fn may_watch(etcd: &Etcd, ranges: &Ranges) -> Result<(), EtcdError> {
-    let mut watch: Watch = etcd.watch(&ranges.covering(), Revision(0), MESSAGE_BYTES_FIRST).await?;
-    match tokio::time::timeout(PROBE_DEADLINE, watch.next()).await {
-        Ok(Ok(Some(WatchSignal::Canceled(reason)))) => {
-            Err(EtcdError::Denied { right: watch_right(&ranges.covering()), said: reason })
-        }
-        Ok(Ok(_)) => Ok(()),
-        Ok(Err(e)) => Err(e),
-        Err(_) => Err(EtcdError::TimedOut),
-    }
 }

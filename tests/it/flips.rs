@@ -58,32 +58,28 @@ impl BentPair {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn bits_flipped_in_frames_on_the_way_are_noticed_and_a_new_hello_goes_on() {
+/// Live frames under flips: at least `flips_wanted` are made, all are noticed, counted as `counted`, and cost nothing.
+async fn flipped_live(aim: Aim, bytes_between: u64, flips_max: u64, flips_wanted: u64, counted: &str) {
     let mut bent = Box::pin(BentPair::prepare()).await;
     bent.start().await;
     bent.pair.origin_sidecar.wait_for_state(LINK, "following").await;
     let recorder = bent.pair.record().await;
-    bent.bend(Aim::FRAMES, 5_000, 10);
+    bent.bend(aim, bytes_between, flips_max);
     let acknowledged = bent.write(200).await;
     bent.judge(recorder, &acknowledged).await;
     let flips = bent.bender.rest();
-    assert!(flips >= 3, "{flips} bits were flipped");
-    bent.wait_for_count("damaged").await;
+    assert!(flips >= flips_wanted, "{flips} bits were flipped");
+    bent.wait_for_count(counted).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bits_flipped_in_frames_on_the_way_are_noticed_and_a_new_hello_goes_on() {
+    flipped_live(Aim::FRAMES, 5_000, 10, 3, "damaged").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bits_flipped_in_live_frames_before_they_were_sealed_are_noticed_and_sent_again() {
-    let mut bent = Box::pin(BentPair::prepare()).await;
-    bent.start().await;
-    bent.pair.origin_sidecar.wait_for_state(LINK, "following").await;
-    let recorder = bent.pair.record().await;
-    bent.bend(Aim::SEALED_FRAMES, 3_000, 40);
-    let acknowledged = bent.write(200).await;
-    bent.judge(recorder, &acknowledged).await;
-    let flips = bent.bender.rest();
-    assert!(flips >= 5, "{flips} bits were flipped");
-    bent.wait_for_count("resets").await;
+    flipped_live(Aim::SEALED_FRAMES, 3_000, 40, 5, "resets").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

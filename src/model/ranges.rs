@@ -1,0 +1,147 @@
+//! Job: the set of keys that a link carries.
+//! Input: prefixes and excludes. Output: ranges of keys, sorted and apart.
+//! Pure: no clock, no I/O, no async.
+//! Always true: `Ranges` never contain a key under `/etcd-ferry/`.
+
+use super::{FERRY_PREFIX, LINKS_PREFIX};
+use bytes::Bytes;
+use std::fmt;
+
+/// Keys from `from` up to, not including, `to`; an empty `to` means to the end of the keyspace.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct KeyRange {
+    pub from: Bytes,
+    pub to: Bytes,
+}
+
+impl fmt::Debug for KeyRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "[{}, {})", self.from.escape_ascii(), self.to.escape_ascii())
+    }
+}
+
+impl KeyRange {
+    /// All keys that start with `prefix` (etcd's prefix rule: the end is the prefix with its last byte below 0xff raised).
+    pub fn prefix(prefix: &[u8]) -> Self {
+        Self { from: Bytes::copy_from_slice(prefix), to: prefix_end(prefix) }
+    }
+
+    pub fn contains(&self, key: &[u8]) -> bool {
+        key >= &self.from[..] && (self.to.is_empty() || key < &self.to[..])
+    }
+
+    pub fn overlaps(&self, other: &KeyRange) -> bool {
+        (self.to.is_empty() || other.from < self.to) && (other.to.is_empty() || self.from < other.to)
+    }
+
+    /// `range_end` as etcd's API wants it: a single zero byte stands for the end of the keyspace.
+    pub fn etcd_end(&self) -> Vec<u8> {
+        if self.to.is_empty() { vec![0] } else { self.to.to_vec() }
+    }
+
+    /// `key` as etcd's API wants it: a single zero byte stands for the start of the keyspace.
+    pub fn etcd_from(&self) -> Vec<u8> {
+        if self.from.is_empty() { vec![0] } else { self.from.to_vec() }
+    }
+}
+
+fn prefix_end(prefix: &[u8]) -> Bytes {
+    let mut end = prefix.to_vec();
+    while let Some(last) = end.pop() {
+        if last < 0xff {
+            end.push(last + 1);
+            return Bytes::from(end);
+        }
+    }
+    Bytes::new()
+}
+
+/// The set of keys that a link carries: prefixes less excludes, and never [`FERRY_PREFIX`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ranges {
+    /// Disjoint, not touching, in key order.
+    pieces: Vec<KeyRange>,
+}
+
+impl Ranges {
+    /// No prefix means the whole keyspace.
+    pub fn new(prefixes: &[Bytes], excludes: &[Bytes]) -> Self {
+        let whole = [Bytes::new()];
+        let prefixes = if prefixes.is_empty() { &whole[..] } else { prefixes };
+        let mut pieces: Vec<KeyRange> = prefixes.iter().map(|p| KeyRange::prefix(p)).collect();
+        pieces.sort();
+        let mut merged: Vec<KeyRange> = Vec::new();
+        for piece in pieces {
+            match merged.last_mut() {
+                Some(last) if last.to.is_empty() || piece.from <= last.to => {
+                    if piece.to.is_empty() || (!last.to.is_empty() && piece.to > last.to) {
+                        last.to = piece.to;
+                    }
+                }
+                _ => merged.push(piece),
+            }
+        }
+        let ferry = Bytes::from_static(FERRY_PREFIX);
+        for exclude in excludes.iter().chain([&ferry]) {
+            merged = subtract(merged, &KeyRange::prefix(exclude));
+        }
+        Self { pieces: merged }
+    }
+
+    /// From pieces that came over the wire: sorted, disjoint and non-empty, or `None`.
+    pub fn from_pieces(pieces: Vec<KeyRange>) -> Option<Self> {
+        let ordered = pieces.windows(2).all(|w| !w[0].to.is_empty() && w[0].to <= w[1].from);
+        let ferry = KeyRange::prefix(FERRY_PREFIX);
+        let valid = pieces.iter().all(|p| (p.to.is_empty() || p.from < p.to) && !p.overlaps(&ferry));
+        (ordered && valid && !pieces.is_empty()).then_some(Self { pieces })
+    }
+
+    pub fn pieces(&self) -> &[KeyRange] {
+        &self.pieces
+    }
+
+    pub fn contains(&self, key: &[u8]) -> bool {
+        let after = self.pieces.partition_point(|p| &p.from[..] <= key);
+        after > 0 && self.pieces[after - 1].contains(key)
+    }
+
+    pub fn overlaps(&self, other: &Ranges) -> bool {
+        self.pieces.iter().any(|a| other.pieces.iter().any(|b| a.overlaps(b)))
+    }
+
+    /// True if every key of `other` is a key of `self`.
+    pub fn covers(&self, other: &Ranges) -> bool {
+        other.pieces.iter().all(|b| {
+            self.pieces.iter().any(|a| a.from <= b.from && (a.to.is_empty() || (!b.to.is_empty() && b.to <= a.to)))
+        })
+    }
+
+    /// The smallest single range over all pieces and [`LINKS_PREFIX`]: what the one watcher of a link watches.
+    pub fn covering(&self) -> KeyRange {
+        let links = KeyRange::prefix(LINKS_PREFIX);
+        let mut from = links.from;
+        let mut to = links.to;
+        for piece in &self.pieces {
+            from = from.min(piece.from.clone());
+            to = if to.is_empty() || piece.to.is_empty() { Bytes::new() } else { to.max(piece.to.clone()) };
+        }
+        KeyRange { from, to }
+    }
+}
+
+fn subtract(pieces: Vec<KeyRange>, hole: &KeyRange) -> Vec<KeyRange> {
+    let mut left = Vec::new();
+    for piece in pieces {
+        if !piece.overlaps(hole) {
+            left.push(piece);
+            continue;
+        }
+        if piece.from < hole.from {
+            left.push(KeyRange { from: piece.from.clone(), to: hole.from.clone() });
+        }
+        if !hole.to.is_empty() && (piece.to.is_empty() || hole.to < piece.to) {
+            left.push(KeyRange { from: hole.to.clone(), to: piece.to });
+        }
+    }
+    left
+}

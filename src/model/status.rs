@@ -1,0 +1,143 @@
+//! Job: what a link says of itself: its state, figures and stages.
+//! Input: plain values. Output: plain values, serialised as `status --json` prints them.
+//! Pure: no clock, no I/O, no async.
+//! Always true: every state and side has one spelling, in JSON, metrics and text.
+
+use super::{Epoch, LinkName, Revision, Seq, Term};
+use serde::Serialize;
+use std::collections::BTreeMap;
+
+/// Which end of a link a status, metric or stage belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Side {
+    Origin,
+    Replica,
+}
+
+impl Side {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Side::Origin => "origin",
+            Side::Replica => "replica",
+        }
+    }
+}
+
+/// What a link is doing, as `status` shows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LinkState {
+    Connecting,
+    Copying,
+    Repairing,
+    Following,
+    SpoolFull,
+    Paused,
+    Stopped,
+}
+
+impl LinkState {
+    pub const ALL: [LinkState; 7] = [
+        LinkState::Connecting,
+        LinkState::Copying,
+        LinkState::Repairing,
+        LinkState::Following,
+        LinkState::SpoolFull,
+        LinkState::Paused,
+        LinkState::Stopped,
+    ];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            LinkState::Connecting => "connecting",
+            LinkState::Copying => "copying",
+            LinkState::Repairing => "repairing",
+            LinkState::Following => "following",
+            LinkState::SpoolFull => "spool_full",
+            LinkState::Paused => "paused",
+            LinkState::Stopped => "stopped",
+        }
+    }
+}
+
+/// One link, seen from one side; what `status --json` prints. Only the link's own task writes it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct LinkStatus {
+    pub link: LinkName,
+    pub side: Side,
+    pub state: LinkState,
+    /// Why the link is not following, and what to do; empty when all is well.
+    pub reason: String,
+    /// The SAN of the other side.
+    pub peer: String,
+    pub epoch: Epoch,
+    pub term: Term,
+    /// The last seq given (origin) or received (replica).
+    pub seq: Seq,
+    /// Everything up to this origin revision is in the replica.
+    pub origin_revision: Revision,
+    /// The origin's head, as last read.
+    pub head_revision: Revision,
+    pub applied_seq: Seq,
+    pub durable_seq: Seq,
+    pub lag_revisions: u64,
+    pub lag_seconds: f64,
+    pub rpo_revisions: u64,
+    pub rpo_seconds: f64,
+    /// Keys and values carried, before encoding.
+    pub bytes_raw: u64,
+    /// Frames and pages, after encoding.
+    pub bytes_sent: u64,
+    /// Monotonic counts with names from the glossary (`skipped`, `repeated`, `refused`, `conflicts`, ...).
+    pub counts: BTreeMap<&'static str, u64>,
+    /// The base copy while it runs: keys done, keys in all (0: not known).
+    pub copy: Option<CopyProgress>,
+    pub stages: Vec<StageStatus>,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct CopyProgress {
+    pub keys_done: u64,
+    pub keys_total: u64,
+}
+
+/// One stage of a link, for `/healthz?full=1`.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct StageStatus {
+    /// `watch`, `spool`, `ship`, `receive`, `journal` or `apply`.
+    pub stage: &'static str,
+    pub ok: bool,
+    /// What it is doing or waiting for; no key, no value.
+    pub detail: String,
+    /// What waits before it, in bytes.
+    pub queue_bytes: u64,
+}
+
+impl LinkStatus {
+    pub fn new(link: LinkName, side: Side, peer: String) -> Self {
+        Self {
+            link,
+            side,
+            state: LinkState::Connecting,
+            reason: String::new(),
+            peer,
+            epoch: Epoch(0),
+            term: Term(0),
+            seq: Seq(0),
+            origin_revision: Revision(0),
+            head_revision: Revision(0),
+            applied_seq: Seq(0),
+            durable_seq: Seq(0),
+            lag_revisions: 0,
+            lag_seconds: 0.0,
+            rpo_revisions: 0,
+            rpo_seconds: 0.0,
+            bytes_raw: 0,
+            bytes_sent: 0,
+            counts: BTreeMap::new(),
+            copy: None,
+            stages: Vec::new(),
+        }
+    }
+}
