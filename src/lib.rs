@@ -15,8 +15,8 @@
 //! segment/           mod open file writer (append-only files) feed (memory first, then files), under spool and journal
 //! config/            mod check(p) read(p) files: raw to checked, all faults at once
 //! certs/             mod identity load issue(the only file that knows rcgen)
-//! model/             mod(p) ranges(p) status(p)
 //! retry.rs(p) metrics.rs
+//! model/             mod(p) ranges(p) status(p)
 //! ```
 
 pub mod admin;
