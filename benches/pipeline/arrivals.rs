@@ -46,9 +46,13 @@ impl Drop for Watching {
 }
 
 impl Arrivals {
+    pub fn new() -> Self {
+        Self { state: Mutex::default(), outstanding: watch::Sender::new(0) }
+    }
+
     /// Watches `replica` from now on.
     pub async fn watch(replica: &Etcd, values: Values) -> (Arc<Self>, Watching) {
-        let arrivals = Arc::new(Self { state: Mutex::default(), outstanding: watch::Sender::new(0) });
+        let arrivals = Arc::new(Self::new());
         let mut client = replica.client().await.watch_client().max_decoding_message_size(usize::MAX);
         let options = WatchOptions::new().with_prefix().with_fragment();
         let mut stream = client.watch(PREFIX, Some(options)).await.unwrap();

@@ -62,7 +62,7 @@ pub fn draw(path: &Path, report: &Report) -> Result<(), Box<dyn std::error::Erro
         let points: Vec<(f64, f64)> = report
             .trials
             .iter()
-            .filter(|trial| trial.system == system)
+            .filter(|trial| trial.system == Some(system))
             .map(|trial| (trial.rate as f64, trial.p99_ms))
             .collect();
         chart.draw_series(LineSeries::new(points.iter().copied(), colour.stroke_width(2)))?;

@@ -108,12 +108,15 @@ impl Row {
 /// One rate that was tried.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Trial {
-    pub system: System,
+    /// `None`: the origin's etcd alone, nothing carries.
+    pub system: Option<System>,
     pub rate: u64,
     pub p50_ms: f64,
     pub p99_ms: f64,
     /// From when a put was due to the origin's answer: no carrier can be faster.
     pub put_p99_ms: f64,
+    /// Cores in use: by the origin's etcd, the replica's, what carries, the benchmark itself.
+    pub cores: [f64; 4],
 }
 
 #[derive(Debug, Clone, Serialize)]

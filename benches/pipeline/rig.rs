@@ -15,6 +15,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 use tempfile::TempDir;
+use tokio::time::Instant;
 
 /// Long enough for make-mirror's base copy of 100,000 keys on a slow machine.
 const LIMIT: Duration = Duration::from_secs(600);
@@ -187,6 +188,23 @@ impl Rig {
         let counters = self.proxy().counters();
         let cpu_seconds = self.processes().into_iter().map(|process| cpu_seconds(process.id())).sum();
         Used { bytes: counters.bytes_to_target + counters.bytes_from_target, cpu_seconds }
+    }
+
+    /// CPU seconds so far, of each that takes part: origin's etcd, replica's etcd, what carries, this benchmark (load, watch, line).
+    pub fn cpu_of_all(&self) -> [f64; 4] {
+        let of = |process: &Process| cpu_seconds(process.id());
+        let carries = self.processes().into_iter().map(of).sum();
+        [of(self.origin().process()), of(self.replica().process()), carries, cpu_seconds(std::process::id())]
+    }
+
+    /// How many cores each of [`Self::cpu_of_all`] had on average since `began`, when it was `before`.
+    pub fn cores_since(&self, before: [f64; 4], began: Instant) -> [f64; 4] {
+        let mut cores = self.cpu_of_all();
+        cores
+            .iter_mut()
+            .zip(before)
+            .for_each(|(cores, before)| *cores = (*cores - before) / began.elapsed().as_secs_f64());
+        cores
     }
 
     /// The most that each process ever held, in bytes; the origin's sidecar first.

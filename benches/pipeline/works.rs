@@ -142,6 +142,21 @@ impl Running {
         (lags, answers, self.rig.used() - before)
     }
 
+    /// Carries a load at a rate, and says how that went.
+    async fn trial(&mut self, load: Load, rate: u64, system: Option<System>) -> Trial {
+        let (began, cpu) = (Instant::now(), self.rig.cpu_of_all());
+        let (lags, answers, _) = self.carry_timing_answers(load).await;
+        let cores = self.rig.cores_since(cpu, began);
+        let [p50_ms, p99_ms] = [0.5, 0.99].map(|p| percentile(lags.iter().map(|lag| lag.lag), p) * 1e3);
+        let put_p99_ms = percentile(answers, 0.99) * 1e3;
+        let [origin, replica, carries, own] = cores;
+        println!("  lag p50 {p50_ms:.0} ms, p99 {p99_ms:.0} ms; the puts themselves p99 {put_p99_ms:.0} ms");
+        println!(
+            "  cores: origin's etcd {origin:.2}, replica's {replica:.2}, what carries {carries:.2}, load and line {own:.2}"
+        );
+        Trial { system, rate, p50_ms, p99_ms, put_p99_ms, cores }
+    }
+
     async fn end(self) {
         self.rig.judge(self.from).await;
     }
@@ -204,7 +219,9 @@ async fn lag(scale: &Scale, line: Line, report: &mut Report) {
 /// The highest rate that is carried, in steps of 26 %; each is tried twice, since one stall of the disk spoils a trial.
 async fn rate(scale: &Scale, report: &mut Report) {
     let line = Line::Far;
+    let lag_max_ms = (line.one_way() + CARRIED_LAG).as_secs_f64() * 1e3;
     let mut highest = [None; 2];
+    let alone = Box::pin(rate_of_etcd_alone(scale, lag_max_ms, report)).await;
     for (at, system) in BOTH.into_iter().enumerate() {
         let mut running = Running::start(system, line, scale.keys).await;
         let mut rate = match system {
@@ -218,13 +235,9 @@ async fn rate(scale: &Scale, report: &mut Report) {
             let mut carried = false;
             for _ in 0..2 {
                 say(&format!("{wanted} revisions/s for {} s, {}, {}", scale.rate_seconds, line.name(), system.name()));
-                let (lags, answers, _) = running.carry_timing_answers(load).await;
-                let [p50, p99] = [0.5, 0.99].map(|p| percentile(lags.iter().map(|lag| lag.lag), p));
-                let put_p99 = percentile(answers, 0.99);
-                let [p50_ms, p99_ms, put_p99_ms] = [p50, p99, put_p99].map(|seconds| seconds * 1e3);
-                println!("  lag p50 {p50_ms:.0} ms, p99 {p99_ms:.0} ms; the puts themselves p99 {put_p99_ms:.0} ms");
-                report.trials.push(Trial { system, rate: wanted, p50_ms, p99_ms, put_p99_ms });
-                carried = p99 < (line.one_way() + CARRIED_LAG).as_secs_f64();
+                let trial = running.trial(load, wanted, Some(system)).await;
+                report.trials.push(trial);
+                carried = trial.p99_ms < lag_max_ms;
                 if carried {
                     break;
                 }
@@ -239,6 +252,39 @@ async fn rate(scale: &Scale, report: &mut Report) {
     }
     let bound = Bound::AtLeast { times: 5.0 };
     report.row(Row::new("highest rate carried, revisions/s", line, Unit::Count, (highest[0], highest[1]), bound));
+    let work = "highest rate at which the origin's etcd alone answers so fast, revisions/s";
+    report.row(Row::new(work, Line::Loopback, Unit::Count, (alone, None), Bound::None));
+}
+
+/// The same loads on one etcd of which nothing is carried: what the machine leaves possible.
+async fn rate_of_etcd_alone(scale: &Scale, put_max_ms: f64, report: &mut Report) -> Option<f64> {
+    let rig = Rig::prepare(System::MakeMirror, Line::Loopback).await;
+    fill(rig.origin(), PREFIX, scale.keys, Values::Kubernetes, VALUE_BYTES + 200).await;
+    let (mut highest, mut rate, mut next) = (None, 1_000.0, 1);
+    loop {
+        let wanted = rate as u64;
+        say(&format!("{wanted} puts/s for {} s, the origin's etcd alone", scale.rate_seconds));
+        let load = Load {
+            values: Values::Kubernetes,
+            keys: scale.keys,
+            puts: wanted * scale.rate_seconds,
+            rate: Some(wanted),
+        };
+        let arrivals = Arc::new(Arrivals::new());
+        let (began, cpu) = (Instant::now(), rig.cpu_of_all());
+        drive(rig.origin(), load, next, &arrivals).await;
+        next += load.puts;
+        let cores = rig.cores_since(cpu, began);
+        let put_p99_ms = percentile(arrivals.take().1, 0.99) * 1e3;
+        println!("  the puts' p99 {put_p99_ms:.0} ms; cores: etcd {:.2}, load {:.2}", cores[0], cores[3]);
+        let trial = Trial { system: None, rate: wanted, p50_ms: f64::NAN, p99_ms: f64::NAN, put_p99_ms, cores };
+        report.trials.push(trial);
+        if put_p99_ms > put_max_ms {
+            return highest;
+        }
+        highest = Some(wanted as f64);
+        rate *= RATE_STEP;
+    }
 }
 
 /// Revisions written while the line was cut.

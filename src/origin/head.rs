@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-pub const HEAD_INTERVAL: Duration = Duration::from_secs(2);
+const HEAD_INTERVAL: Duration = Duration::from_secs(2);
 
 /// The origin's head, read linearizably each [`HEAD_INTERVAL`].
 #[derive(Debug, Clone, Default)]

@@ -3,7 +3,7 @@
 //! Always true: one watcher on one stream and connection of its own; only whole revisions reach the spool; compaction, lost leaders,
 //! cancels and another history become values of `TailState`, never a bare exit.
 
-use super::head::{HEAD_INTERVAL, HeadView};
+use super::head::HeadView;
 use super::probe::shows_whole;
 use super::sequence::{Carried, Event, OriginWaymark, SequenceError, Sequenced, Sequencer, WatchMessage};
 use super::spool::{Spool, SpoolEntry};
@@ -300,8 +300,7 @@ impl Tail {
 
     async fn follow(&mut self, open: &mut OpenWatch, turn: &mut Turn) -> Ended {
         let mut silent_since = tokio::time::Instant::now();
-        let mut head_ticks = tokio::time::interval(HEAD_INTERVAL);
-        head_ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut head_open = true;
         loop {
             tokio::select! {
                 biased;
@@ -327,8 +326,10 @@ impl Tail {
                         Err(e) => return Ended::Trouble(e),
                     }
                 }
-                _ = head_ticks.tick() => {
-                    let behind = self.head.borrow().revision > open.sequencer.covered();
+                // Told at each read of the head, whether it moved or not.
+                read = self.head.changed(), if head_open => {
+                    head_open = read.is_ok();
+                    let behind = self.head.borrow_and_update().revision > open.sequencer.covered();
                     if !behind {
                         silent_since = tokio::time::Instant::now();
                     } else if silent_since.elapsed() > SILENCE_MAX {
