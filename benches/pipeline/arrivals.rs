@@ -1,12 +1,12 @@
 //! Job: when each put was seen at the replica, by a watch there.
 //! Input: puts as they are due, the replica's events. Output: a lag for each put.
-//! Always true: a put that a later one of its key overtook (merged on the way) has arrived when that one is seen; a lag counts from when
-//! the put was due.
+//! Always true: a put that a later one of its key overtook (merged on the way) has arrived when that one is seen, later by the origin's
+//! revisions; a lag counts from when the put was due.
 
 use crate::bed::etcd::Etcd;
 use crate::load::{PREFIX, Values};
 use etcd_client::{EventType, WatchOptions};
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::watch;
@@ -20,20 +20,50 @@ pub struct Lag {
     pub lag: f64,
 }
 
+/// One object's puts, and what the replica showed of it.
+#[derive(Default)]
+struct Object {
+    /// By version: when it was due, and the origin's revision once that is known.
+    puts: HashMap<u64, (Instant, Option<i64>)>,
+    /// Versions as they came, in the replica's order.
+    seen: Vec<(u64, Instant)>,
+}
+
+impl Object {
+    /// The version that the origin committed last.
+    fn last_version(&self) -> Option<u64> {
+        self.puts.iter().max_by_key(|(_, (_, revision))| *revision).map(|(version, _)| *version)
+    }
+
+    /// From when a put was due to when the replica first showed it, or what the origin committed after it.
+    fn lags(&self, began: Instant) -> Vec<Lag> {
+        let mut puts: Vec<(i64, Instant)> =
+            self.puts.values().filter_map(|(due, revision)| Some(((*revision)?, *due))).collect();
+        puts.sort_unstable();
+        let seen = self.seen.iter().filter_map(|(version, at)| Some((self.puts.get(version)?.1?, *at)));
+        let mut seen = seen.peekable();
+        let lag = |(revision, due): (i64, Instant)| {
+            while seen.next_if(|(shown, _)| *shown < revision).is_some() {}
+            let (_, at) = seen.peek()?;
+            let since = |earlier: Instant, later: Instant| later.saturating_duration_since(earlier).as_secs_f64();
+            Some(Lag { at: since(began, due), lag: since(due, *at) })
+        };
+        puts.into_iter().filter_map(lag).collect()
+    }
+}
+
 #[derive(Default)]
 struct State {
-    /// By object: puts that are not seen yet.
-    waiting: HashMap<u64, VecDeque<(u64, Instant)>>,
-    outstanding: u64,
+    objects: HashMap<u64, Object>,
     began: Option<Instant>,
-    lags: Vec<Lag>,
     /// From when a put was due to etcd's answer, in seconds: what the origin itself adds.
     answers: Vec<f64>,
 }
 
 pub struct Arrivals {
     state: Mutex<State>,
-    outstanding: watch::Sender<u64>,
+    /// Changes with each message of the watch.
+    messages: watch::Sender<()>,
 }
 
 /// A watch at the replica; ends when dropped.
@@ -47,7 +77,7 @@ impl Drop for Watching {
 
 impl Arrivals {
     pub fn new() -> Self {
-        Self { state: Mutex::default(), outstanding: watch::Sender::new(0) }
+        Self { state: Mutex::default(), messages: watch::Sender::new(()) }
     }
 
     /// Watches `replica` from now on.
@@ -62,12 +92,16 @@ impl Arrivals {
         let task = tokio::spawn(async move {
             while let Ok(Some(message)) = stream.message().await {
                 let now = Instant::now();
-                for event in message.events() {
-                    let Some(kv) = event.kv().filter(|_| event.event_type() == EventType::Put) else { continue };
-                    if let (Some(number), Some(version)) = (number_of(kv.key()), values.version(kv.value())) {
-                        told.seen(number, version, now);
+                {
+                    let mut state = told.state.lock().unwrap();
+                    for event in message.events() {
+                        let Some(kv) = event.kv().filter(|_| event.event_type() == EventType::Put) else { continue };
+                        if let (Some(number), Some(version)) = (number_of(kv.key()), values.version(kv.value())) {
+                            state.objects.entry(number).or_default().seen.push((version, now));
+                        }
                     }
                 }
+                told.messages.send_replace(());
             }
         });
         (arrivals, Watching(task))
@@ -77,42 +111,53 @@ impl Arrivals {
     pub fn due(&self, number: u64, version: u64, at: Instant) {
         let mut state = self.state.lock().unwrap();
         state.began.get_or_insert(at);
-        state.waiting.entry(number).or_default().push_back((version, at));
-        state.outstanding += 1;
-        let outstanding = state.outstanding;
-        self.outstanding.send_replace(outstanding);
+        state.objects.entry(number).or_default().puts.insert(version, (at, None));
     }
 
-    /// etcd has answered the put that was due at `at`.
-    pub fn answered(&self, at: Instant) {
-        self.state.lock().unwrap().answers.push(at.elapsed().as_secs_f64());
-    }
-
-    fn seen(&self, number: u64, version: u64, now: Instant) {
+    /// etcd has answered a put: it is in `revision`.
+    pub fn answered(&self, number: u64, version: u64, revision: i64) {
         let mut state = self.state.lock().unwrap();
-        let State { waiting, outstanding, began, lags, .. } = &mut *state;
-        let Some(queue) = waiting.get_mut(&number) else { return };
-        while let Some((_, at)) = queue.front().copied().filter(|(waits, _)| *waits <= version) {
-            queue.pop_front();
-            let began = began.unwrap_or(at);
-            let since = |earlier: Instant, later: Instant| later.saturating_duration_since(earlier).as_secs_f64();
-            lags.push(Lag { at: since(began, at), lag: since(at, now) });
-            *outstanding -= 1;
-        }
-        self.outstanding.send_replace(*outstanding);
+        let State { objects, answers, .. } = &mut *state;
+        let Some((due, put)) = objects.get_mut(&number).and_then(|object| object.puts.get_mut(&version)) else {
+            return;
+        };
+        *put = Some(revision);
+        answers.push(due.elapsed().as_secs_f64());
     }
 
-    /// Waits until everything that was due has been seen. False if that takes longer than `limit`.
+    /// Once all puts are answered: waits until the last one of each object has been seen. False if that takes longer than `limit`.
     pub async fn all_seen(&self, limit: Duration) -> bool {
-        let mut outstanding = self.outstanding.subscribe();
-        tokio::time::timeout(limit, outstanding.wait_for(|outstanding| *outstanding == 0)).await.is_ok()
+        let mut messages = self.messages.subscribe();
+        let mut missing: Vec<(u64, u64)> = {
+            let state = self.state.lock().unwrap();
+            state.objects.iter().filter_map(|(number, object)| Some((*number, object.last_version()?))).collect()
+        };
+        let waiting = async {
+            loop {
+                messages.borrow_and_update();
+                {
+                    let state = self.state.lock().unwrap();
+                    let shown = |number: &u64| state.objects.get(number)?.seen.last().map(|(version, _)| *version);
+                    missing.retain(|(number, version)| shown(number) != Some(*version));
+                }
+                if missing.is_empty() {
+                    return true;
+                }
+                if messages.changed().await.is_err() {
+                    return false;
+                }
+            }
+        };
+        tokio::time::timeout(limit, waiting).await.unwrap_or(false)
     }
 
     /// The lags and the answers' times so far, taken away.
     pub fn take(&self) -> (Vec<Lag>, Vec<f64>) {
-        let mut state = self.state.lock().unwrap();
-        state.began = None;
-        (std::mem::take(&mut state.lags), std::mem::take(&mut state.answers))
+        let State { objects, began, answers } = std::mem::take(&mut *self.state.lock().unwrap());
+        let mut lags: Vec<Lag> =
+            began.map_or_else(Vec::new, |began| objects.values().flat_map(|object| object.lags(began)).collect());
+        lags.sort_by(|a, b| a.at.total_cmp(&b.at));
+        (lags, answers)
     }
 }
 

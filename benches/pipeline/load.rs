@@ -1,6 +1,6 @@
 //! Job: puts at the origin, at a rate (open loop: the schedule does not wait for answers) or as fast as etcd takes them.
 //! Input: a rate, keys drawn by Zipf 0.9, values. Output: puts, each told to the arrivals before it is sent.
-//! Always true: the puts of one key are sent in order, by one writer; a put counts from the time it was due, not from when it was sent.
+//! Always true: a put counts from the time it was due, not from when it was sent; etcd orders the puts of one key, and its answers tell how.
 
 use crate::arrivals::Arrivals;
 use crate::bed::etcd::Etcd;
@@ -11,17 +11,16 @@ use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::mpsc;
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 pub const PREFIX: &str = "/registry/";
 pub const VALUE_BYTES: usize = 1_024;
 const ZIPF_EXPONENT: f64 = 0.9;
-const WRITERS: usize = 128;
 const CONNECTIONS: usize = 4;
-/// Puts that wait for one writer; a schedule that is so far ahead of etcd waits.
-const WAITING_MAX: usize = 4_096;
+/// Puts that etcd has not answered; a schedule that is so far ahead of etcd waits, and its puts count from when they were due.
+const IN_FLIGHT_MAX: usize = 256;
 const KEYS_A_TXN: u64 = 100;
 const FILLERS: u64 = 8;
 
@@ -124,37 +123,33 @@ pub async fn drive(etcd: &Etcd, load: Load, first: u64, arrivals: &Arc<Arrivals>
     for _ in 0..CONNECTIONS {
         connections.push(etcd.kv().await);
     }
-    let mut writers = JoinSet::new();
-    let mut senders = Vec::new();
-    for writer in 0..WRITERS {
-        let (sender, mut jobs) = mpsc::channel::<(Bytes, Bytes, Instant)>(WAITING_MAX / WRITERS);
-        let mut kv = connections[writer % CONNECTIONS].clone();
-        let arrivals = arrivals.clone();
-        writers.spawn(async move {
-            while let Some((key, value, due)) = jobs.recv().await {
-                kv.put(key, value, None).await.unwrap();
-                arrivals.answered(due);
-            }
-        });
-        senders.push(sender);
-    }
+    let in_flight = Arc::new(Semaphore::new(IN_FLIGHT_MAX));
+    let mut puts = JoinSet::new();
     let zipf = Zipf::new(load.keys);
     let mut random = StdRng::seed_from_u64(first);
     let start = Instant::now();
     for put in 0..load.puts {
+        let number = zipf.draw(&mut random);
+        let value = load.values.value(number, first + put, &mut random);
         let due = match load.rate {
             Some(rate) => start + Duration::from_secs_f64(put as f64 / rate as f64),
             None => Instant::now(),
         };
-        let number = zipf.draw(&mut random);
-        let value = load.values.value(number, first + put, &mut random);
         if due > Instant::now() {
             tokio::time::sleep_until(due).await;
         }
         arrivals.due(number, first + put, due);
-        let writer = &senders[number as usize % WRITERS];
-        writer.send((objects::key(PREFIX, number), value, due)).await.unwrap();
+        let permit = in_flight.clone().acquire_owned().await.unwrap();
+        let mut kv = connections[put as usize % CONNECTIONS].clone();
+        let arrivals = arrivals.clone();
+        puts.spawn(async move {
+            let response = kv.put(objects::key(PREFIX, number), value, None).await.unwrap();
+            arrivals.answered(number, first + put, response.header().map_or(0, |header| header.revision()));
+            drop(permit);
+        });
+        while let Some(done) = puts.try_join_next() {
+            done.unwrap();
+        }
     }
-    drop(senders);
-    writers.join_all().await;
+    puts.join_all().await;
 }

@@ -117,8 +117,9 @@ impl Running {
         rig.carry();
         rig.holds(PREFIX, keys).await;
         rig.settled().await;
-        let from = (rig.origin().head().await, rig.replica().head().await);
-        Self { rig, from, next: 1 }
+        let mut running = Self { rig, from: Default::default(), next: 1 };
+        running.judge_from_here().await;
+        running
     }
 
     async fn watch(&self, values: Values) -> (Arc<Arrivals>, crate::arrivals::Watching) {
@@ -140,6 +141,11 @@ impl Running {
         assert!(arrivals.all_seen(LIMIT).await, "not everything arrived: {}", self.rig.why());
         let (lags, answers) = arrivals.take();
         (lags, answers, self.rig.used() - before)
+    }
+
+    /// Everything has arrived: what is judged at the end begins here. A history of several minutes takes longer to read than it took.
+    async fn judge_from_here(&mut self) {
+        self.from = (self.rig.origin().head().await, self.rig.replica().head().await);
     }
 
     /// Carries a load at a rate, and says how that went.
@@ -235,6 +241,7 @@ async fn rate(scale: &Scale, report: &mut Report) {
             let mut carried = false;
             for _ in 0..2 {
                 say(&format!("{wanted} revisions/s for {} s, {}, {}", scale.rate_seconds, line.name(), system.name()));
+                running.judge_from_here().await;
                 let trial = running.trial(load, wanted, Some(system)).await;
                 report.trials.push(trial);
                 carried = trial.p99_ms < lag_max_ms;

@@ -260,7 +260,8 @@ impl ReadPage {
     fn encode(self) -> Page {
         let changes = self.kvs.into_iter().map(|kv| Change::Put { key: kv.key, value: kv.value }).collect();
         let whole = WholeRevision { revision: self.revision, changes };
-        let frame = wire::frame::encode_standalone(Epoch(0), Term(0), Seq(0), &[whole]);
+        let digest = wire::digest::of_revision(&whole);
+        let frame = wire::frame::encode_standalone(Epoch(0), Term(0), Seq(0), &[whole], &[digest]);
         Page { from: self.from, to: self.to, revision: self.revision.0, frame, last: self.last }
     }
 }

@@ -267,7 +267,7 @@ impl Session {
             let standalone = self.resets_in_row >= RESETS_BEFORE_STANDALONE;
             let first = self.seq.next();
             let frame = if standalone {
-                wire::frame::encode_standalone(self.epoch, self.term, first, &revisions)
+                wire::frame::encode_standalone(self.epoch, self.term, first, &revisions, &digests)
             } else {
                 self.encoder.encode(self.epoch, self.term, first, &revisions, &digests)
             };

@@ -193,7 +193,8 @@ impl FeedEntry for SpoolEntry {
             }
         }
         let revisions: Vec<&WholeRevision> = run.iter().map(|entry| entry.revision.as_ref()).collect();
-        record.extend_from_slice(&encode_standalone(Epoch(0), Term(0), Seq(0), &revisions));
+        let digests: Vec<Digest> = run.iter().map(|entry| entry.digest).collect();
+        record.extend_from_slice(&encode_standalone(Epoch(0), Term(0), Seq(0), &revisions, &digests));
         record.into()
     }
 

@@ -26,6 +26,8 @@ const RECENT_MAX: usize = 4096;
 const CALLS_MAX: usize = 64;
 /// Entries of one trim: larger ones cost sled hundreds of megabytes.
 const TRIM_BATCH: usize = 64;
+/// Revisions that are noted in memory before they are written.
+const GATHERED_MAX: usize = 4096;
 /// How long a note may be in memory only. It is a cache: nobody waits for it.
 const SYNC_EVERY: Duration = Duration::from_secs(1);
 /// On a disk that refuses everything each start fails at once; each costs a warning, and the log that it moves aside.
@@ -142,8 +144,41 @@ impl Dedupe {
     }
 }
 
-/// The thread: takes calls until there are no more, and syncs at most each [`SYNC_EVERY`] unless asked.
+/// What was noted since the last write: one insert for each revision is what sled costs, and little else.
+#[derive(Default)]
+struct Gathered {
+    notes: Vec<(Epoch, Vec<Noted>, State)>,
+    revisions: usize,
+    done: Option<(Epoch, Seq)>,
+}
+
+impl Gathered {
+    fn note(&mut self, epoch: Epoch, revisions: Vec<Noted>, state: State) {
+        self.revisions += revisions.len();
+        self.notes.push((epoch, revisions, state));
+    }
+
+    fn done_through(&mut self, epoch: Epoch, seq: Seq) {
+        self.done = self.done.max(Some((epoch, seq)));
+    }
+
+    fn write(&mut self, log: &mut Log) {
+        let Self { notes, done, .. } = std::mem::take(self);
+        for (epoch, revisions, state) in notes {
+            log.try_do(|db| db.note(epoch, &revisions, state));
+        }
+        log.try_do(|db| {
+            if let Some((epoch, seq)) = done {
+                db.done_through(epoch, seq)?;
+            }
+            db.trim()
+        });
+    }
+}
+
+/// The thread: takes calls until there are no more, and writes and syncs at most each [`SYNC_EVERY`] unless asked.
 fn serve(mut log: Log, calls: &Receiver<Call>, places: &Semaphore) {
+    let mut gathered = Gathered::default();
     let mut sync_at: Option<Instant> = None;
     let closed = loop {
         let call = match sync_at {
@@ -151,25 +186,33 @@ fn serve(mut log: Log, calls: &Receiver<Call>, places: &Semaphore) {
             Some(at) => calls.recv_timeout(at.saturating_duration_since(Instant::now())),
         };
         places.add_permits(usize::from(call.is_ok()));
-        match call {
-            Ok(Call::Note(epoch, revisions, state)) => log.try_do(|db| db.note(epoch, &revisions, state)),
-            Ok(Call::Done(epoch, seq)) => log.try_do(|db| db.done_through(epoch, seq)),
-            Ok(Call::Sync(told)) => {
-                log.try_do(Db::sync);
-                sync_at = None;
-                let _ = told.send(()); // whoever asked may have gone
+        let told = match call {
+            Ok(Call::Note(epoch, revisions, state)) => {
+                gathered.note(epoch, revisions, state);
+                sync_at.get_or_insert_with(|| Instant::now() + SYNC_EVERY);
+                if gathered.revisions >= GATHERED_MAX {
+                    gathered.write(&mut log);
+                }
                 continue;
             }
-            Err(RecvTimeoutError::Timeout) => {
-                log.try_do(Db::sync);
-                sync_at = None;
+            Ok(Call::Done(epoch, seq)) => {
+                gathered.done_through(epoch, seq);
+                sync_at.get_or_insert_with(|| Instant::now() + SYNC_EVERY);
                 continue;
             }
+            Ok(Call::Sync(told)) => Some(told),
+            Err(RecvTimeoutError::Timeout) => None,
             Ok(Call::Close(told)) => break Some(told),
             Err(RecvTimeoutError::Disconnected) => break None,
+        };
+        gathered.write(&mut log);
+        log.try_do(Db::sync);
+        sync_at = None;
+        if let Some(told) = told {
+            let _ = told.send(()); // whoever asked may have gone
         }
-        sync_at.get_or_insert_with(|| Instant::now() + SYNC_EVERY);
     };
+    gathered.write(&mut log);
     log.try_do(Db::sync);
     log.drop_db();
     if let Some(told) = closed {
@@ -291,6 +334,8 @@ struct Db {
     /// sled's own file, for the fsync that sled leaves out.
     file: File,
     entries: u64,
+    /// Since the last trim.
+    written: usize,
     entries_max: u64,
     age_ms_max: u64,
     done: (Epoch, Seq),
@@ -330,7 +375,7 @@ impl Db {
         }
         recent.reverse();
         db.insert(DONE_KEY, write_key(done.0, done.1).to_vec()).map_err(|error| error.to_string())?;
-        let mut db = Self { db, file, entries, entries_max: ENTRIES_MAX, age_ms_max: AGE_MS_MAX, done };
+        let mut db = Self { db, file, entries, written: 0, entries_max: ENTRIES_MAX, age_ms_max: AGE_MS_MAX, done };
         db.sync()?;
         for path in [dir.join("conf"), dir.to_owned()] {
             File::open(path).and_then(|file| file.sync_all()).map_err(|error| error.to_string())?;
@@ -354,7 +399,8 @@ impl Db {
             let before = self.db.insert(key, value).map_err(|error| error.to_string())?;
             self.entries += u64::from(before.is_none());
         }
-        self.trim(revisions.len() + TRIM_BATCH)
+        self.written += revisions.len();
+        Ok(())
     }
 
     fn done_through(&mut self, epoch: Epoch, seq: Seq) -> Result<(), String> {
@@ -370,9 +416,10 @@ impl Db {
         self.file.sync_data().map_err(|error| error.to_string())
     }
 
-    /// Removes the oldest entries that are done, at most `most`: those beyond the count, and those beyond the age. What is not done
-    /// stays until there are twice as many.
-    fn trim(&mut self, most: usize) -> Result<(), String> {
+    /// Removes the oldest entries that are done, about as many as were written since the last time: those beyond the count, and those
+    /// beyond the age. What is not done stays until there are twice as many.
+    fn trim(&mut self) -> Result<(), String> {
+        let most = std::mem::take(&mut self.written) + TRIM_BATCH;
         let old_ms = now_ms().saturating_sub(self.age_ms_max);
         let mut removed = 0;
         while removed < most {

@@ -148,7 +148,8 @@ impl FeedEntry for JournalEntry {
     fn encode(run: &[Self]) -> Bytes {
         let revisions: Vec<&WholeRevision> = run.iter().map(|entry| entry.revision.as_ref()).collect();
         let (epoch, seq_first) = run.first().map_or((Epoch(0), Seq(0)), |first| (first.epoch, first.seq));
-        encode_standalone(epoch, Term(0), seq_first, &revisions)
+        let digests: Vec<Digest> = run.iter().map(|entry| entry.digest).collect();
+        encode_standalone(epoch, Term(0), seq_first, &revisions, &digests)
     }
 
     fn decode(record: &[u8], plain_bytes_max: usize) -> Result<Vec<Self>, String> {

@@ -15,7 +15,7 @@ const RECORD_PLAIN_BYTES: usize = 256 * 1024;
 const RECORD_ENTRIES_MAX: usize = 1024;
 /// Entries gather so long between two syncs, unless there are many bytes of them: an etcd's disk may be this one, and each sync makes etcd's
 /// own wait. Nothing live waits for it; what is `durable` is told so much later.
-const SYNC_EVERY: Duration = Duration::from_millis(10);
+const SYNC_EVERY: Duration = Duration::from_millis(50);
 /// How often a `covered` that is beyond the last record is written.
 const COVER_EVERY: Duration = Duration::from_secs(10);
 /// How often a full disk is tried again.

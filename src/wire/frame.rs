@@ -145,13 +145,19 @@ impl FrameHeader {
     }
 }
 
-/// Encodes revisions so that they can be decoded without anything before them. They are in order, and at most
-/// [`FrameLimits::REVISIONS_MAX`]. No delta and no dictionary: this is the body for disks and pages, where cheap counts.
-pub fn encode_standalone<R: Borrow<WholeRevision>>(epoch: Epoch, term: Term, seq_first: Seq, revisions: &[R]) -> Bytes {
+/// Encodes revisions, whose digests are `digests`, so that they can be decoded without anything before them. They are in order, and at
+/// most [`FrameLimits::REVISIONS_MAX`]. No delta and no dictionary: this is the body for disks and pages, where cheap counts.
+pub fn encode_standalone<R: Borrow<WholeRevision>>(
+    epoch: Epoch,
+    term: Term,
+    seq_first: Seq,
+    revisions: &[R],
+    digests: &[Digest],
+) -> Bytes {
+    debug_assert_eq!(revisions.len(), digests.len());
     let plain_bytes: usize = revisions.iter().map(|r| r.borrow().bytes()).sum();
     let mut body = Vec::with_capacity(plain_bytes + plain_bytes / 8 + 64);
     body::write_revisions(&mut body, revisions, Revision(0), body::write_change);
-    let digests: Vec<Digest> = revisions.iter().map(|r| digest::of_revision(r.borrow())).collect();
     let header = FrameHeader {
         standalone: true,
         fresh: false,
@@ -161,7 +167,7 @@ pub fn encode_standalone<R: Borrow<WholeRevision>>(epoch: Epoch, term: Term, seq
         seq_first,
         revisions: revisions.len(),
         body_bytes: body.len(),
-        digest: digest::of_frame(&digests),
+        digest: digest::of_frame(digests),
     };
     seal(&header, &body, &[], &mut Vec::new())
 }
@@ -319,6 +325,11 @@ mod tests {
     }
 
     /// Not that they are encoded so again: LZ4 may find better matches one day.
+    fn standalone(epoch: Epoch, term: Term, seq_first: Seq, revisions: &[WholeRevision]) -> Bytes {
+        let digests: Vec<Digest> = revisions.iter().map(digest::of_revision).collect();
+        encode_standalone(epoch, term, seq_first, revisions, &digests)
+    }
+
     #[test]
     fn frames_that_lie_on_disks_can_still_be_decoded() {
         const KNOWN: &str = "01010003c801050232ed1adea5d2bb16ae75b1f92d6fe1b6a8fc4f01b4fe03d8040201022f611c7468652073616d652c200a00e000022f62020201000001022f6300";
@@ -331,14 +342,14 @@ mod tests {
 
     #[test]
     fn a_frame_without_revisions_is_a_frame() {
-        let frame = encode_standalone::<WholeRevision>(Epoch(1), Term(0), Seq(9), &[]);
+        let frame = standalone(Epoch(1), Term(0), Seq(9), &[]);
         let decoded = decode_standalone(&frame, &LIMITS).unwrap();
         assert_eq!((decoded.seq_first, decoded.revisions.len(), decoded.plain_bytes), (Seq(9), 0, 0));
     }
 
     #[test]
     fn the_header_can_be_read_alone() {
-        let frame = encode_standalone(Epoch(3), Term(200), Seq(5), &sample());
+        let frame = standalone(Epoch(3), Term(200), Seq(5), &sample());
         let header = FrameHeader::read(&frame, &LIMITS).unwrap();
         assert_eq!((header.epoch, header.term, header.seq_first, header.revisions), (Epoch(3), Term(200), Seq(5), 2));
         assert!(header.standalone);
@@ -346,7 +357,7 @@ mod tests {
 
     #[test]
     fn every_flipped_bit_and_every_truncation_is_noticed() {
-        let frame = encode_standalone(Epoch(3), Term(200), Seq(5), &sample());
+        let frame = standalone(Epoch(3), Term(200), Seq(5), &sample());
         for bit in 0..frame.len() * 8 {
             let mut flipped = frame.to_vec();
             flipped[bit / 8] ^= 1 << (bit % 8);
@@ -385,7 +396,7 @@ mod tests {
             revision: Revision(1),
             changes: vec![Change::Put { key: Bytes::from_static(key), value: value.clone() }],
         };
-        let frame = |key| encode_standalone(Epoch(1), Term(0), Seq(1), &[revision(key)]);
+        let frame = |key| standalone(Epoch(1), Term(0), Seq(1), &[revision(key)]);
         assert!(decode_standalone(&frame(b""), &LIMITS).is_ok());
         assert!(matches!(refused(&frame(b"k")), FrameError::PlainTooLarge { max: 10_000 }));
     }
@@ -440,7 +451,7 @@ mod tests {
     proptest! {
         #[test]
         fn any_revisions_are_decoded_as_they_were_encoded(revisions in revisions(), epoch in 0u64..1 << 40, seq in 0u64..1 << 40) {
-            let frame = encode_standalone(Epoch(epoch), Term(epoch / 3), Seq(seq), &revisions);
+            let frame = standalone(Epoch(epoch), Term(epoch / 3), Seq(seq), &revisions);
             let decoded = decode_standalone(&frame, &LIMITS).unwrap();
             prop_assert_eq!((decoded.epoch, decoded.term, decoded.seq_first), (Epoch(epoch), Term(epoch / 3), Seq(seq)));
             prop_assert_eq!(decoded.plain_bytes, revisions.iter().map(WholeRevision::bytes).sum::<usize>());
@@ -452,7 +463,7 @@ mod tests {
         fn any_bytes_are_refused(bytes: Vec<u8>, changed in any::<prop::sample::Index>(), to: u8, revisions in revisions()) {
             prop_assert!(decode_standalone(&bytes, &LIMITS).is_err());
             prop_assert!(decode_standalone(&[&[1, 1, 0, 1, 0, 1, 1, 20][..], &bytes].concat(), &LIMITS).is_err());
-            let mut frame = encode_standalone(Epoch(1), Term(0), Seq(1), &revisions).to_vec();
+            let mut frame = standalone(Epoch(1), Term(0), Seq(1), &revisions).to_vec();
             let at = changed.index(frame.len());
             prop_assume!(frame[at] != to);
             frame[at] = to;

@@ -111,7 +111,10 @@ fn the_oldest_go_by_count_and_age_once_they_are_done_and_never_more_than_twice_t
         assert_eq!(db.entries, keys.len() as u64);
         (keys[0], keys.len())
     };
-    let note = |db: &mut Db, seq: u64| db.note(Epoch(1), &noted(seq..=seq), State::Pending).unwrap();
+    let note = |db: &mut Db, seq: u64| {
+        db.note(Epoch(1), &noted(seq..=seq), State::Pending).unwrap();
+        db.trim().unwrap();
+    };
     (1..=300).for_each(|seq| note(&mut db, seq));
     assert_eq!(held(&db), (1, 300), "what is not done stays");
     (301..=450).for_each(|seq| note(&mut db, seq));

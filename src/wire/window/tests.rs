@@ -122,7 +122,8 @@ fn a_frame_that_was_lost_is_noticed_by_the_next_change_of_its_key() {
 fn a_standalone_frame_needs_no_window_and_changes_none() {
     let (mut encoder, mut decoder) = (Encoder::new(LIMITS, 1), Decoder::new(LIMITS));
     let page = [WholeRevision { revision: Revision(9), changes: vec![put("a", value(9))] }];
-    let standalone = frame::encode_standalone(Epoch(1), Term(2), Seq(0), &page);
+    let standalone =
+        frame::encode_standalone(Epoch(1), Term(2), Seq(0), &page, &page.each_ref().map(digest::of_revision));
     assert_eq!(decoder.decode(&standalone).unwrap().revisions, page);
     assert!(decoder.needs_fresh());
     decoder.decode(&ship(&mut encoder, 1, vec![put("a", value(1))]).0).unwrap();

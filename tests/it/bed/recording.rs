@@ -80,16 +80,22 @@ impl Recorder {
 
     /// The history up to at least `head`, which must be a revision that the etcd has reached.
     pub async fn finish(mut self, head: Revision) -> History {
-        let reached = tokio::time::timeout(PATIENCE, self.seen.wait_for(|seen| *seen >= head)).await;
-        if reached.is_ok_and(|seen| seen.is_ok()) {
-            let _ = self.stop.send(true);
-            return self.task.await.expect("the recorder ends well");
+        loop {
+            let before = *self.seen.borrow_and_update();
+            if before >= head {
+                let _ = self.stop.send(true);
+                return self.task.await.expect("the recorder ends well");
+            }
+            let moved = tokio::time::timeout(PATIENCE, self.seen.changed()).await;
+            if !moved.is_ok_and(|moved| moved.is_ok()) {
+                break;
+            }
         }
         if self.task.is_finished() {
             self.task.await.expect("the recorder ends well");
         }
         let seen = *self.seen.borrow();
-        panic!("the recorder saw revisions up to {seen}, not {head}, within {PATIENCE:?}");
+        panic!("the recorder saw revisions up to {seen}, not {head}, and none for {PATIENCE:?}");
     }
 }
 
