@@ -4,7 +4,7 @@
 //! Always true: a row that has a bound says whether it is kept; nothing is rounded before it is judged.
 
 use crate::arrivals::Lag;
-use crate::rig::{Line, System};
+use crate::rig::{Line, System, tool};
 use crate::works::{ProxyCost, Scale};
 use serde::Serialize;
 use std::process::Command;
@@ -133,7 +133,7 @@ pub struct Report {
 
 impl Report {
     pub fn new(scale: &Scale) -> Self {
-        let version = Command::new("etcd").arg("--version").output();
+        let version = Command::new(tool("etcd")).arg("--version").output();
         let etcd =
             version.map(|out| String::from_utf8_lossy(&out.stdout).lines().next().unwrap_or_default().to_owned());
         let cores = std::thread::available_parallelism().map_or(0, usize::from);

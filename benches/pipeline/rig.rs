@@ -3,7 +3,7 @@
 //! Always true: whatever crosses between the two sides crosses the proxy, which counts it; etcd syncs as it does in earnest.
 
 use crate::bed::checkers::{Recording, equal};
-use crate::bed::etcd::{Etcd, EtcdOptions};
+use crate::bed::etcd::{Etcd, EtcdOptions, default_bin};
 use crate::bed::pair::{LINK, Pair, PairOptions, link_name};
 use crate::bed::process::Process;
 use crate::bed::recording::Recorder;
@@ -11,7 +11,7 @@ use crate::bed::{LinkProxy, until};
 use etcd_client::GetOptions;
 use etcd_ferry::model::{Phase, Ranges, Revision};
 use std::fs;
-use std::path::Path;
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 use tempfile::TempDir;
@@ -117,7 +117,7 @@ impl Rig {
     pub fn carry(&mut self) {
         match self {
             Self::Mirror { replica, proxy, process, dir, .. } => {
-                let mut command = Command::new(etcdctl());
+                let mut command = Command::new(tool("etcdctl"));
                 command.env("ETCDCTL_API", "3");
                 command.arg(format!("--endpoints=http://{}", proxy.address())).args(["make-mirror", &replica.url()]);
                 *process = Some(Process::start("etcdctl make-mirror", &mut command, &dir.path().join("mirror.log")));
@@ -246,10 +246,9 @@ impl Rig {
     }
 }
 
-/// The one of `make install`, else of PATH.
-fn etcdctl() -> std::path::PathBuf {
-    let unpacked = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/etcd/bin/etcdctl");
-    if unpacked.exists() { unpacked } else { "etcdctl".into() }
+/// A tool of etcd, from where the tests have theirs.
+pub fn tool(name: &str) -> PathBuf {
+    default_bin().map_or_else(|| name.into(), |bin| bin.join(name))
 }
 
 /// User and system time of a process so far.

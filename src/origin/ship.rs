@@ -27,9 +27,10 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 
-const DIAL_WAIT_FIRST: Duration = Duration::from_millis(200);
-/// A link that heals waits up to this long for the next dial, and all of it is lag; one dial a second costs nobody anything.
-const DIAL_WAIT_MAX: Duration = Duration::from_secs(1);
+const WAIT_FIRST: Duration = Duration::from_millis(200);
+const WAIT_MAX: Duration = Duration::from_secs(1);
+/// A link that heals waits up to this long for the next dial, and all of it is lag; a dial that nobody answers costs nobody anything.
+const DIAL_WAIT_MAX: Duration = Duration::from_millis(400);
 /// A stream that lasted so long was a good one: what ended it is a new trouble.
 const STEADY: Duration = Duration::from_secs(5);
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
@@ -169,22 +170,24 @@ impl Shipper {
     }
 
     async fn turns(&mut self) {
-        let mut backoff = Backoff::new(DIAL_WAIT_FIRST, DIAL_WAIT_MAX);
+        let mut backoff = Backoff::new(WAIT_FIRST, WAIT_MAX);
+        let mut dials = Backoff::new(WAIT_FIRST, DIAL_WAIT_MAX);
         loop {
             let end = Box::pin(self.connect_and_ship()).await;
             if self.opened.take().is_some_and(|opened| opened.elapsed() >= STEADY) {
                 backoff.succeeded();
+                dials.succeeded();
                 self.logged.clear();
             }
             match end {
                 SessionEnd::Wait(reason) => {
-                    let wait = backoff.after_failure(rand::random());
-                    self.log_wait(&reason);
-                    self.rest(LinkState::Connecting, reason);
-                    tokio::select! {
-                        biased;
-                        command = self.commands.recv() => if !self.obey(command) { return },
-                        () = tokio::time::sleep(wait) => {}
+                    if !self.wait(reason, backoff.after_failure(rand::random())).await {
+                        return;
+                    }
+                }
+                SessionEnd::Unreachable(reason) => {
+                    if !self.wait(reason, dials.after_failure(rand::random())).await {
+                        return;
                     }
                 }
                 SessionEnd::Stop(reason) => {
@@ -212,6 +215,17 @@ impl Shipper {
                     }
                 }
             }
+        }
+    }
+
+    /// Shows the reason and waits, unless a command comes first. False: the process ends.
+    async fn wait(&mut self, reason: String, wait: Duration) -> bool {
+        self.log_wait(&reason);
+        self.rest(LinkState::Connecting, reason);
+        tokio::select! {
+            biased;
+            command = self.commands.recv() => self.obey(command),
+            () = tokio::time::sleep(wait) => true,
         }
     }
 
@@ -327,10 +341,10 @@ impl Shipper {
             .keep_alive_while_idle(true)
             .initial_stream_window_size(1 << 20)
             .initial_connection_window_size(2 << 20);
-        endpoint
-            .connect_with_connector(connector)
-            .await
-            .map_err(|e| SessionEnd::Wait(format!("{address} cannot be reached: {}", tls::explain(&e))))
+        endpoint.connect_with_connector(connector).await.map_err(|e| {
+            let reason = format!("{address} cannot be reached: {}", tls::explain(&e));
+            if tls::connect::found_nobody(&e) { SessionEnd::Unreachable(reason) } else { SessionEnd::Wait(reason) }
+        })
     }
 
     /// The resume table, with its facts gathered; a watch that is refused for compaction is a new fact.

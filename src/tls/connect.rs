@@ -34,6 +34,17 @@ pub enum ConnectError {
     Protocol { at: String },
 }
 
+/// True if a dial failed before either side had judged the other: no answer, a refusal or a reset by the network, not by TLS.
+pub fn found_nobody(error: &(dyn std::error::Error + 'static)) -> bool {
+    let found = std::iter::successors(Some(error), |error| error.source());
+    match found.filter_map(|error| error.downcast_ref::<ConnectError>()).next() {
+        Some(ConnectError::Tcp { .. } | ConnectError::TimedOut { .. }) => true,
+        // What rustls decides comes as invalid data.
+        Some(ConnectError::Tls { source, .. }) => source.kind() != std::io::ErrorKind::InvalidData,
+        Some(ConnectError::Address(_) | ConnectError::Protocol { .. }) | None => false,
+    }
+}
+
 /// Makes connections for one [`Endpoint`].
 #[derive(Clone)]
 pub struct PeerConnector {

@@ -6,7 +6,7 @@
 use etcd_ferry::certs::issue::{IssueRequest, Issuer, Pair};
 use etcd_ferry::config::TlsConfig;
 use etcd_ferry::tls::accept::{AcceptLimits, PeerConnectInfo, incoming};
-use etcd_ferry::tls::connect::{PeerConnector, endpoint};
+use etcd_ferry::tls::connect::{PeerConnector, endpoint, found_nobody};
 use etcd_ferry::tls::{admin_client_config, client_config, explain, server_config};
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, HandshakeKind, ServerConfig};
@@ -488,4 +488,24 @@ async fn a_server_that_never_answers_is_given_up() {
     let endpoint = endpoint(&format!("https://{}", silent.local_addr().unwrap())).unwrap();
     let error = endpoint.connect_with_connector(connector).await.unwrap_err();
     assert!(explain(&error).contains("no answer within 100 ms"), "{}", explain(&error));
+}
+
+#[tokio::test]
+async fn a_dial_that_nobody_answers_is_told_from_one_that_a_peer_refused() {
+    let (ours, other) = (Authority::new(), Authority::new());
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let nobody = listener.local_addr().unwrap();
+    drop(listener);
+    let (hangs_up, stranger) = (TcpListener::bind("127.0.0.1:0").await.unwrap(), Server::start(&other.west()).await);
+    let cut = hangs_up.local_addr().unwrap();
+    let hanging_up = tokio::spawn(async move { drop(hangs_up.accept().await) });
+    let config = client_config(&ours.east(), WEST).unwrap();
+    for (address, expected) in [(nobody, true), (cut, true), (stranger.address, false)] {
+        let connector = PeerConnector::new(config.clone());
+        let endpoint = endpoint(&format!("https://{address}")).unwrap();
+        let error = endpoint.connect_with_connector(connector).await.unwrap_err();
+        assert_eq!(found_nobody(&error), expected, "{}", explain(&error));
+    }
+    hanging_up.await.unwrap();
+    stranger.stop().await;
 }

@@ -95,7 +95,7 @@ impl EtcdOptions {
 }
 
 /// `ETCD_FERRY_TEST_ETCD`, else what `make install` unpacked, else PATH.
-fn default_bin() -> Option<PathBuf> {
+pub fn default_bin() -> Option<PathBuf> {
     let unpacked = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/etcd/bin");
     std::env::var_os("ETCD_FERRY_TEST_ETCD")
         .map(PathBuf::from)
