@@ -34,14 +34,11 @@ use tonic::metadata::AsciiMetadataValue;
 
 /// Frames between the encoder and the connection; the rest waits in the spool.
 const OUTBOUND_MAX: usize = 4;
-/// After a frame that was not half full the next one gathers so long: above a thousand revisions a second a frame for each would cost both
-/// sides more than what it saves in lag.
-const GATHER: Duration = Duration::from_millis(1);
 /// Frames that are not durable yet; each costs 16 bytes here, and the replica's own bounds hold the stream back long before.
 const IN_FLIGHT_MAX: usize = 4096;
 const TICK: Duration = Duration::from_secs(1);
 const OPEN_DEADLINE: Duration = Duration::from_secs(15);
-/// After so many resets in a row frames travel standalone.
+/// After so many resets in a row frames travel standalone, one revision each.
 const RESETS_BEFORE_STANDALONE: u32 = 2;
 /// A frame that cannot be decoded so often never will be.
 const RESETS_MAX: u32 = 8;
@@ -212,17 +209,16 @@ impl Session {
         let mut stream_open = true;
         let (outbound, spool) = (self.outbound.clone(), ship.spool.clone());
         let mut reading: Option<Reading> = None;
-        let mut gather_until = Instant::now();
         loop {
             if pending.is_none() {
                 self.sent = self.cursor;
             }
             // A read goes on while receipts are taken: begun anew at each of them, it might never end.
             reading = reading.filter(|reading| reading.after == self.cursor);
-            let may_read = pending.is_none() && self.in_flight.len() < IN_FLIGHT_MAX;
-            let gathers = gather_until > Instant::now();
-            if reading.is_none() && may_read && !gathers {
-                reading = Some(Reading::new(spool.clone(), self.cursor, self.frame_bytes_max));
+            if reading.is_none() && pending.is_none() && self.in_flight.len() < IN_FLIGHT_MAX {
+                // One revision a frame, where larger ones did not arrive whole: the less there is, the less can be hit.
+                let bytes_max = if self.is_standalone() { 1 } else { self.frame_bytes_max };
+                reading = Some(Reading::new(spool.clone(), self.cursor, bytes_max));
             }
             tokio::select! {
                 biased;
@@ -240,16 +236,10 @@ impl Session {
                     Err(_) => stream_open = false,
                 },
                 _ = ticks.tick() => self.tick(ship, pending.is_none()).await?,
-                () = tokio::time::sleep_until(gather_until), if may_read && gathers => {}
                 entries = read(&mut reading) => {
                     reading = None;
                     match entries {
-                        Ok(entries) => {
-                            if entries.iter().map(|e| e.revision.bytes()).sum::<usize>() < self.frame_bytes_max / 2 {
-                                gather_until = Instant::now() + GATHER;
-                            }
-                            pending = self.encode(ship, &entries);
-                        }
+                        Ok(entries) => pending = self.encode(ship, &entries),
                         Err(e) => return Err(SessionEnd::HelloAgain(format!("the spool: {e}"))),
                     }
                 }
@@ -268,6 +258,10 @@ impl Session {
         }
     }
 
+    fn is_standalone(&self) -> bool {
+        self.resets_in_row >= RESETS_BEFORE_STANDALONE
+    }
+
     /// One frame of what was read; `None` if all of it came from the replica's own cluster.
     fn encode(&mut self, ship: &Shipper, entries: &[SpoolEntry]) -> Option<Shipment> {
         let last = entries.last()?;
@@ -278,9 +272,8 @@ impl Session {
         let revisions: Vec<Arc<WholeRevision>> = carried.iter().map(|e| e.revision.clone()).collect();
         let digests: Vec<Digest> = carried.iter().map(|e| e.digest).collect();
         let frame = revisions.last().map(|last| {
-            let standalone = self.resets_in_row >= RESETS_BEFORE_STANDALONE;
             let first = self.seq.next();
-            let frame = if standalone {
+            let frame = if self.is_standalone() {
                 wire::frame::encode_standalone(self.epoch, self.term, first, &revisions, &digests)
             } else {
                 self.encoder.encode(self.epoch, self.term, first, &revisions, &digests)

@@ -79,7 +79,7 @@ async fn bits_flipped_in_frames_on_the_way_are_noticed_and_a_new_hello_goes_on()
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bits_flipped_in_live_frames_before_they_were_sealed_are_noticed_and_sent_again() {
-    flipped_live(Aim::SEALED_FRAMES, 3_000, 40, 5, "resets").await;
+    flipped_live(Aim::SEALED_FRAMES, 8_000, 40, 5, "resets").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
