@@ -13,9 +13,13 @@ use crate::wire::frame::{FrameLimits, decode_standalone, encode_standalone};
 use bytes::{Buf, Bytes};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::watch;
 
 const VERSION: u8 = 1;
+/// What a power cut takes of the spool is still in the origin's etcd: it is watched again from the spool's end. So the sync need only come
+/// before etcd compacts; and a link that is up, be it over half a globe, has trimmed by then.
+const SYNC_AFTER: Duration = Duration::from_millis(300);
 /// What an entry costs beside keys and values: the entry, and for each change its two handles.
 const ENTRY_BYTES: usize = 160;
 const CHANGE_BYTES: usize = 72;
@@ -76,7 +80,7 @@ impl Spool {
     /// Opens the files in `dir`, or makes them. Reads them all, off the async threads.
     /// What was spooled for other ranges is dropped: it may lack what these ranges carry.
     pub async fn open(dir: &Path, limits: &Limits, ranges: Digest) -> Result<(Self, Opened), SpoolError> {
-        let limits = FeedLimits::new(limits, limits.spool_bytes_max);
+        let limits = FeedLimits::new(limits, limits.spool_bytes_max, SYNC_AFTER);
         let dir = dir.to_owned();
         let open = move || {
             let mut arrivals = Arrivals::default();

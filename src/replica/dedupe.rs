@@ -29,7 +29,7 @@ const TRIM_BATCH: usize = 64;
 /// Revisions that are noted in memory before they are written.
 const GATHERED_MAX: usize = 4096;
 /// How long a note may be in memory only. It is a cache: nobody waits for it.
-const SYNC_EVERY: Duration = Duration::from_secs(1);
+const SYNC_EVERY: Duration = Duration::from_secs(5);
 /// On a disk that refuses everything each start fails at once; each costs a warning, and the log that it moves aside.
 const RESTART_EVERY: Duration = Duration::from_secs(60);
 const CACHE_BYTES: u64 = 8 << 20;

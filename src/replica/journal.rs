@@ -12,8 +12,11 @@ use crate::wire::frame::{FrameLimits, decode_standalone, encode_standalone};
 use bytes::Bytes;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::watch;
 
+/// What is not applied so soon after it was written is synced. While applying keeps up nothing is: the replica's etcd has synced it itself.
+const SYNC_AFTER: Duration = Duration::from_millis(50);
 /// What an entry costs beside keys and values: the entry, and for each change its two handles.
 const ENTRY_BYTES: usize = 160;
 const CHANGE_BYTES: usize = 72;
@@ -63,7 +66,7 @@ pub struct Journal {
 impl Journal {
     /// Opens the files in `dir`, or makes them. Reads them all, off the async threads.
     pub async fn open(dir: &Path, limits: &Limits) -> Result<(Self, Opened), JournalError> {
-        let limits = FeedLimits::new(limits, limits.journal_bytes_max);
+        let limits = FeedLimits::new(limits, limits.journal_bytes_max, SYNC_AFTER);
         let dir = dir.to_owned();
         let opening = tokio::task::spawn_blocking(move || Feed::open(&dir, limits, &mut |_, _| {}));
         let (feed, opened) = opening.await.map_err(|_| FeedError::Closed)??;

@@ -4,8 +4,8 @@
 //! `queue_bytes_max` and one batch; nothing between `base` and the end is ever missing.
 //!
 //! One `Mutex` guards the ring of recent entries and a few numbers, and is held for pointer moves only. One thread (`writer.rs`) writes:
-//! it takes what has gathered, writes it, syncs once, says so, and starts again. Stages wait on the `extent` watch, which changes
-//! with every event. Entries that are appended together, or gather while the disk is busy, share records of up to 256 KiB.
+//! it takes what has gathered, writes it, and syncs once for all that is not trimmed soon after. Stages wait on the `extent` watch, which
+//! changes with every event. Entries that gather share records of up to 256 KiB.
 
 mod state;
 
@@ -20,6 +20,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::watch;
 
+/// Entries gather so long between two writes, unless there are many bytes of them.
+const WRITE_EVERY: Duration = Duration::from_millis(50);
 /// How long [`Feed::close`] waits for the disk.
 const CLOSE_MAX: Duration = Duration::from_secs(4);
 
@@ -52,11 +54,15 @@ pub struct FeedLimits {
     pub queue_bytes_max: usize,
     /// Of one record, decoded.
     pub plain_bytes_max: usize,
+    /// Entries gather so long between two writes, unless there are many bytes of them.
+    pub write_every: Duration,
+    /// What is not trimmed so long after it was written is synced. An etcd's disk may be this one, and each sync makes etcd's own wait.
+    pub sync_after: Duration,
 }
 
 impl FeedLimits {
     /// For a feed of whole revisions whose files may take `total_bytes_max`.
-    pub fn new(limits: &Limits, total_bytes_max: u64) -> Self {
+    pub fn new(limits: &Limits, total_bytes_max: u64, sync_after: Duration) -> Self {
         let segment = SegmentLimits {
             // Files go as a whole: with eight of them or more, what is trimmed and still there is little.
             segment_bytes: limits.segment_bytes.min(total_bytes_max / 8),
@@ -64,7 +70,8 @@ impl FeedLimits {
             record_bytes_max: limits.revision_bytes_max.saturating_mul(2).saturating_add(1 << 20),
         };
         let plain_bytes_max = limits.revision_bytes_max.max(1 << 20); // several revisions may share a record
-        Self { segment, queue_bytes_max: limits.queue_bytes_max, plain_bytes_max }
+        let queue_bytes_max = limits.queue_bytes_max;
+        Self { segment, queue_bytes_max, plain_bytes_max, write_every: WRITE_EVERY, sync_after }
     }
 }
 
@@ -207,7 +214,7 @@ impl<T: FeedEntry> Feed<T> {
                         return Ok(found);
                     }
                 }
-                (after < state.ring_after).then_some(state.durable)
+                (after < state.ring_after).then_some(state.logged)
             };
             let Some(through) = from_files else {
                 changed.changed().await.map_err(|_| FeedError::Closed)?;
@@ -411,4 +418,4 @@ impl<T: FeedEntry> Cursor<T> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -1,7 +1,8 @@
 //! Job: the one thread of a feed that touches its files.
 //! Input: what gathered in the feed's state. Output: synced files, and the state told so.
 //! Synchronous; it ends when the feed is closed and everything is written, or when the disk failed.
-//! Always true: `durable` moves after the sync; a full disk is tried again, any other disk error stops the feed for good.
+//! Always true: `durable` moves after the sync; what is trimmed in time is never synced; a full disk is tried again, any other disk error
+//! stops the feed for good.
 
 use super::feed::{FeedEntry, FeedError, FeedLimits, Shared, State, decode, lock};
 use super::{SegmentError, SegmentLog};
@@ -13,9 +14,8 @@ use tokio::sync::watch;
 const RECORD_PLAIN_BYTES: usize = 256 * 1024;
 /// Entries that share a record.
 const RECORD_ENTRIES_MAX: usize = 1024;
-/// Entries gather so long between two syncs, unless there are many bytes of them: an etcd's disk may be this one, and each sync makes etcd's
-/// own wait. Nothing live waits for it; what is `durable` is told so much later.
-const SYNC_EVERY: Duration = Duration::from_millis(50);
+/// So many bytes in files are looked at without waiting: a sync of more would make whoever shares the disk wait noticeably.
+const UNSYNCED_BYTES_MAX: usize = 4 << 20;
 /// How often a `covered` that is beyond the last record is written.
 const COVER_EVERY: Duration = Duration::from_secs(10);
 /// How often a full disk is tried again.
@@ -27,7 +27,17 @@ pub(super) struct Writer<T: FeedEntry> {
     finish: Finish<T>,
     retry_at: Option<Instant>,
     cover_at: Instant,
-    sync_at: Instant,
+    write_at: Instant,
+    unsynced: Option<Unsynced>,
+}
+
+/// Records that no sync has covered yet.
+#[derive(Debug, Clone, Copy)]
+struct Unsynced {
+    /// The last of those that are looked at next. A sync takes the ones after it along.
+    through: u64,
+    look_at: Instant,
+    bytes: usize,
 }
 
 /// Says that the thread has ended, also if it panicked.
@@ -40,6 +50,7 @@ enum Job<T> {
     Reset(u64, u64),
     Trim(u64),
     Write(Vec<T>),
+    Sync,
     Cover(u64),
     Close,
 }
@@ -48,7 +59,7 @@ impl<T: FeedEntry> Writer<T> {
     pub(super) fn new(shared: Arc<Shared<T>>, log: SegmentLog, finished: watch::Sender<bool>) -> Self {
         let finish = Finish { shared: Arc::clone(&shared), finished };
         let now = Instant::now();
-        Self { shared, log, finish, retry_at: None, cover_at: now + COVER_EVERY, sync_at: now }
+        Self { shared, log, finish, retry_at: None, cover_at: now + COVER_EVERY, write_at: now, unsynced: None }
     }
 
     pub(super) fn run(mut self) {
@@ -58,6 +69,7 @@ impl<T: FeedEntry> Writer<T> {
                 Job::Reset(tag, base) => self.reset(tag, base, resets),
                 Job::Trim(through) => self.trim(through, resets),
                 Job::Write(entries) => self.write(&entries, resets),
+                Job::Sync => self.sync(resets),
                 Job::Cover(index) => self.cover(index, resets),
                 Job::Close => break,
             };
@@ -71,14 +83,17 @@ impl<T: FeedEntry> Writer<T> {
     }
 
     /// Waits for work. Also says how many resets there were: what a job finds out before a reset is void after it.
-    fn next_job(&self) -> (Job<T>, u64) {
-        let mut state = lock(&self.shared.state);
+    fn next_job(&mut self) -> (Job<T>, u64) {
+        let shared = Arc::clone(&self.shared);
+        let mut state = lock(&shared.state);
         loop {
             let now = Instant::now();
+            self.forget_trimmed(&state, now);
             let retry_in = self.retry_at.and_then(|at| at.checked_duration_since(now)).filter(|wait| !wait.is_zero());
             let cover_in = self.cover_at.saturating_duration_since(now);
-            let sync_in = self.sync_at.saturating_duration_since(now);
-            let enough = state.closing || state.unwritten_bytes >= RECORD_PLAIN_BYTES || sync_in.is_zero();
+            let write_in = self.write_at.saturating_duration_since(now);
+            let sync_in = self.unsynced.map(|unsynced| unsynced.look_at.saturating_duration_since(now));
+            let enough = state.closing || state.unwritten_bytes >= RECORD_PLAIN_BYTES || write_in.is_zero();
             let uncovered = state.unwritten == 0 && state.reset.is_none() && state.held.covered > state.logged;
             if retry_in.is_none() {
                 if let Some((tag, base)) = state.reset {
@@ -90,6 +105,9 @@ impl<T: FeedEntry> Writer<T> {
                 if state.unwritten > 0 && enough {
                     return (Job::Write(state.first_unwritten()), state.resets);
                 }
+                if sync_in.is_some_and(|wait| state.closing || wait.is_zero()) {
+                    return (Job::Sync, state.resets);
+                }
                 if uncovered && (state.closing || cover_in.is_zero()) {
                     return (Job::Cover(state.held.covered), state.resets);
                 }
@@ -97,19 +115,32 @@ impl<T: FeedEntry> Writer<T> {
             if state.closing {
                 return (Job::Close, state.resets);
             }
-            let gathers = (state.unwritten > 0).then_some(sync_in);
-            state = match retry_in.or(gathers).or(uncovered.then_some(cover_in)) {
+            let gathers = (state.unwritten > 0).then_some(write_in);
+            let next = [gathers, sync_in, uncovered.then_some(cover_in)].into_iter().flatten().min();
+            state = match retry_in.or(next) {
                 Some(wait) => {
-                    let waited = self.shared.wake_writer.wait_timeout(state, wait);
+                    let waited = shared.wake_writer.wait_timeout(state, wait);
                     waited.unwrap_or_else(PoisonError::into_inner).0
                 }
-                None => self.shared.wake_writer.wait(state).unwrap_or_else(PoisonError::into_inner),
+                None => shared.wake_writer.wait(state).unwrap_or_else(PoisonError::into_inner),
             };
+        }
+    }
+
+    /// Nobody needs what is trimmed, least of all after a power cut: where all of it went in time, no sync makes a neighbour on this disk
+    /// wait, and those that came since are looked at in their turn.
+    fn forget_trimmed(&mut self, state: &State<T>, now: Instant) {
+        let due = self.unsynced.filter(|unsynced| unsynced.look_at <= now && unsynced.through <= state.trim_to);
+        if due.is_some() && !state.closing {
+            let look_at = now + self.shared.limits.sync_after;
+            let more = state.logged > state.trim_to;
+            self.unsynced = more.then_some(Unsynced { through: state.logged, look_at, bytes: 0 });
         }
     }
 
     fn reset(&mut self, tag: u64, base: u64, resets: u64) -> Result<(), FeedError> {
         self.log.clear(tag, base)?;
+        self.unsynced = None;
         self.shared.forget_cursor();
         if let Some(mut state) = self.still(resets) {
             state.reset = None;
@@ -137,24 +168,45 @@ impl<T: FeedEntry> Writer<T> {
         Ok(())
     }
 
-    /// Writes all of `entries`, then syncs once. If the disk is full on the way, what was written before counts.
+    /// Writes all of `entries`. If the disk is full on the way, what was written before counts.
     fn write(&mut self, entries: &[T], resets: u64) -> Result<(), FeedError> {
-        let mut written = 0;
+        let (mut written, mut bytes) = (0, 0);
         let mut appended = Ok(());
         while written < entries.len() && appended.is_ok() {
             let run = &entries[written..written + run_length(&entries[written..])];
-            appended = self.log.append(run[run.len() - 1].index(), &T::encode(run));
-            written += if appended.is_ok() { run.len() } else { 0 };
+            let record = T::encode(run);
+            appended = self.log.append(run[run.len() - 1].index(), &record);
+            if appended.is_ok() {
+                (written, bytes) = (written + run.len(), bytes + record.len());
+            }
         }
-        self.log.sync()?;
-        self.sync_at = Instant::now() + SYNC_EVERY;
+        let now = Instant::now();
+        (self.write_at, self.cover_at) = (now + self.shared.limits.write_every, now + COVER_EVERY);
+        if written > 0 {
+            let (through, look_at) = (self.log.last_index(), now + self.shared.limits.sync_after);
+            let unsynced = self.unsynced.get_or_insert(Unsynced { through, look_at, bytes: 0 });
+            unsynced.bytes += bytes;
+            if unsynced.bytes >= UNSYNCED_BYTES_MAX {
+                unsynced.look_at = now;
+            }
+        }
         if let Some(mut state) = self.still(resets) {
             state.advance(&entries[..written], &self.log, &self.shared.limits);
             state.held.disk_full = false;
+            self.shared.publish(&mut state);
+        }
+        Ok(appended?)
+    }
+
+    fn sync(&mut self, resets: u64) -> Result<(), FeedError> {
+        let through = self.log.last_index();
+        self.log.sync()?;
+        self.unsynced = None;
+        if let Some(mut state) = self.still(resets) {
+            state.durable = through;
             self.shared.publish_durable(&mut state);
         }
-        self.cover_at = Instant::now() + COVER_EVERY;
-        Ok(appended?)
+        Ok(())
     }
 
     fn cover(&mut self, index: u64, resets: u64) -> Result<(), FeedError> {
@@ -225,4 +277,52 @@ pub(super) fn first_entry<T: FeedEntry>(log: &SegmentLog, limits: &FeedLimits) -
         }
     }
     Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::segment::feed::Feed;
+    use crate::segment::feed::tests::{Item, items, limits, private_dir, stepped};
+
+    /// Does what the writer finds to do; says whether a sync was among it.
+    fn step(writer: &mut Writer<Item>) -> bool {
+        let (job, resets) = writer.next_job();
+        let syncs = matches!(job, Job::Sync);
+        let done = match job {
+            Job::Write(entries) => writer.write(&entries, resets),
+            Job::Sync => writer.sync(resets),
+            Job::Trim(through) => writer.trim(through, resets),
+            Job::Reset(..) | Job::Cover(_) | Job::Close => panic!("nobody asked for it"),
+        };
+        done.unwrap_or_else(|error| panic!("{error}"));
+        syncs
+    }
+
+    async fn append(feed: &Feed<Item>, indexes: std::ops::RangeInclusive<u64>) {
+        feed.append(items(indexes, 100)).await.unwrap_or_else(|error| panic!("{error}"));
+    }
+
+    #[tokio::test]
+    async fn what_is_trimmed_before_its_sync_is_due_is_never_synced_and_what_came_since_waits_for_its_own_turn() {
+        let dir = private_dir();
+        let (feed, mut writer) = stepped(dir.path(), limits(8 * 1024, 1 << 20));
+        append(&feed, 1..=5).await;
+        assert!(!step(&mut writer), "they are written");
+        append(&feed, 6..=7).await;
+        assert!(!step(&mut writer), "these too");
+        feed.trim(5);
+        assert!(!step(&mut writer), "the trim");
+        assert!(writer.unsynced.is_some_and(|unsynced| unsynced.through == 7), "the first five are gone");
+        assert!(step(&mut writer), "two that nobody trimmed are synced");
+        assert_eq!(*feed.durable().borrow(), 7);
+        append(&feed, 8..=9).await;
+        assert!(!step(&mut writer), "they are written");
+        feed.trim(9);
+        assert!(!step(&mut writer), "the trim");
+        let shared = Arc::clone(&writer.shared);
+        writer.forget_trimmed(&lock(&shared.state), Instant::now());
+        assert!(writer.unsynced.is_none(), "all are gone");
+        assert_eq!(*feed.durable().borrow(), 7, "no sync was made for them");
+    }
 }

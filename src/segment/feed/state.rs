@@ -19,7 +19,8 @@ pub(in crate::segment) struct State<T: FeedEntry> {
     /// The last entry's index, or the base.
     pub(super) last: u64,
     pub(super) file_bytes: u64,
-    pub(super) durable: u64,
+    /// The last index that a sync has covered.
+    pub(in crate::segment) durable: u64,
     /// The last record's index.
     pub(in crate::segment) logged: u64,
     pub(in crate::segment) trim_to: u64,
@@ -157,12 +158,11 @@ impl<T: FeedEntry> State<T> {
         self.ring.range(self.ring.len() - self.unwritten..).cloned().collect()
     }
 
-    /// The first `written` of the unwritten entries are synced.
+    /// The first `written` of the unwritten entries are in the files.
     pub(in crate::segment) fn advance(&mut self, written: &[T], log: &SegmentLog, limits: &FeedLimits) {
         self.unwritten -= written.len();
         self.unwritten_bytes -= written.iter().map(T::bytes).sum::<usize>();
         self.refresh(log);
-        self.durable = self.logged;
         self.drop_surplus(limits.queue_bytes_max);
         self.drop_trimmed();
     }

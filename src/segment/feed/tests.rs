@@ -6,7 +6,7 @@ use super::*;
 use std::os::unix::fs::PermissionsExt;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Item {
+pub(in crate::segment) struct Item {
     index: u64,
     value: Bytes,
 }
@@ -64,13 +64,14 @@ fn item(index: u64, bytes: usize) -> Item {
     Item { index, value: vec![u8::try_from(index % 251).unwrap_or(0); bytes].into() }
 }
 
-fn items(indexes: impl Iterator<Item = u64>, bytes: usize) -> Vec<Item> {
+pub(in crate::segment) fn items(indexes: impl Iterator<Item = u64>, bytes: usize) -> Vec<Item> {
     indexes.map(|index| item(index, bytes)).collect()
 }
 
-fn limits(queue_bytes_max: usize, total_bytes_max: u64) -> FeedLimits {
+pub(in crate::segment) fn limits(queue_bytes_max: usize, total_bytes_max: u64) -> FeedLimits {
     let segment = SegmentLimits { segment_bytes: total_bytes_max / 16, total_bytes_max, record_bytes_max: 1 << 20 };
-    FeedLimits { segment, queue_bytes_max, plain_bytes_max: 1 << 20 }
+    let (write_every, sync_after) = (Duration::ZERO, Duration::ZERO);
+    FeedLimits { segment, queue_bytes_max, plain_bytes_max: 1 << 20, write_every, sync_after }
 }
 
 /// Room for everything in files, for little in memory.
@@ -78,9 +79,18 @@ fn roomy() -> FeedLimits {
     limits(8 * 1024, 16 << 20)
 }
 
-fn private_dir() -> tempfile::TempDir {
+pub(in crate::segment) fn private_dir() -> tempfile::TempDir {
     let only_we = PermissionsExt::from_mode(0o700);
     tempfile::Builder::new().permissions(only_we).tempdir().unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// A feed whose writer the caller runs.
+pub(in crate::segment) fn stepped(dir: &Path, limits: FeedLimits) -> (Feed<Item>, Writer<Item>) {
+    let opened = SegmentLog::open(dir, limits.segment, OnDamage::Refuse, &mut |_, _| {});
+    let (log, _) = opened.unwrap_or_else(|error| panic!("{error}"));
+    let shared = Arc::new(Shared::<Item>::new(dir.to_owned(), limits, &log, None, None));
+    let (finish, finished) = watch::channel(false);
+    (Feed { shared: Arc::clone(&shared), finished }, Writer::new(shared, log, finish))
 }
 
 fn open(dir: &Path, limits: FeedLimits) -> Feed<Item> {
@@ -291,17 +301,13 @@ async fn a_crash_before_the_sync_loses_only_what_was_not_durable() {
 async fn appending_waits_while_the_disk_is_behind_and_a_cancelled_append_adds_nothing() {
     let dir = private_dir();
     let limits = limits(1000, 1 << 20);
-    let (log, _) = SegmentLog::open(dir.path(), limits.segment, OnDamage::Refuse, &mut |_, _| {}).unwrap();
-    let shared = Arc::new(Shared::<Item>::new(dir.path().to_owned(), limits, &log, None, None));
-    let (finish, finished) = watch::channel(false);
-    let feed = Feed { shared: Arc::clone(&shared), finished };
+    let (feed, writer) = stepped(dir.path(), limits);
     assert_eq!(feed.append(items(1..=9, 100)).await.unwrap(), Appended::Taken, "a single batch always fits");
     {
         let waiting = std::pin::pin!(feed.append(items(10..=12, 100)));
         assert!(futures::poll!(waiting).is_pending(), "the backlog exceeds the memory's limit");
     }
     assert_eq!(feed.extent().borrow().covered, 9, "the cancelled append added nothing");
-    let writer = Writer::new(shared, log, finish);
     let writing = std::thread::spawn(move || writer.run());
     append_durably(&feed, items(10..=12, 100)).await;
     assert!(read_all(&feed, 0, 1000).await == items(1..=12, 100));
