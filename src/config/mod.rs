@@ -177,7 +177,7 @@ impl Default for Limits {
             spool_bytes_max: 8 << 30,
             journal_bytes_max: 1 << 30,
             segment_bytes: 64 << 20,
-            queue_bytes_max: 16 << 20,
+            queue_bytes_max: 8 << 20,
             frame_bytes_max: 1 << 20,
             window_bytes_max: 16 << 20,
             revision_bytes_max: 256 << 20,

@@ -17,8 +17,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::{Semaphore, oneshot};
 
-/// Entries that are kept, and how old they may be.
-const ENTRIES_MAX: u64 = 100_000;
+/// Entries that are kept, and how old they may be: twice what admission remembers. sled holds about half a kilobyte of memory for each.
+const ENTRIES_MAX: u64 = 2 * super::admit::RECENTS_MAX as u64;
 const AGE_MS_MAX: u64 = 24 * 3600 * 1000;
 /// Entries that `open` returns.
 const RECENT_MAX: usize = 4096;
