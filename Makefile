@@ -4,7 +4,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 # An etcd that .ci/install unpacked goes before the distribution's own, which may be too old.
 export PATH := $(CURDIR)/target/etcd/bin:$(PATH)
 
-.PHONY: demo test bench build lint install clean
+.PHONY: demo test mutants bench build lint install clean
 
 # Two regions on this machine for about 30 seconds. ARGS is passed on, for example: make demo ARGS=--keep
 demo: build
@@ -13,6 +13,11 @@ demo: build
 # Every test, with real etcd processes. ARGS is passed on, for example: make test ARGS="--test it bank"
 test: install
 	cargo test $(ARGS)
+
+# Breaks the product on purpose, fault by fault, and fails if the tests miss one. ARGS="--only SAN" runs those that name it, ARGS=--list
+# lists all.
+mutants: install
+	cargo test --test mutants -- $(ARGS)
 
 # Beside etcdctl make-mirror, on real etcds; about 15 minutes, or with ARGS=--quick under 3. Fails if a bound is not kept. The small
 # pieces: cargo bench --bench encode --bench segment

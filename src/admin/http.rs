@@ -342,6 +342,8 @@ mod tests {
     async fn stopping_does_not_wait_for_an_idle_connection() {
         let running = start().await;
         let idle = TcpStream::connect(running.addr).await.unwrap();
+        // Connections are accepted in their order: after this answer the idle one is open at the server too.
+        assert!(get_path(running.addr, "/healthz").await.starts_with("HTTP/1.1 200"));
         running.stop.cancel();
         tokio::time::timeout(CONNECTION_TIMEOUT / 2, running.task).await.unwrap().unwrap();
         assert!(TcpStream::connect(running.addr).await.is_err());

@@ -319,3 +319,80 @@ mod hex_key {
         bytes.map(|b| Some(Bytes::from(b))).ok_or_else(|| serde::de::Error::custom("a cursor is hexadecimal digits"))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn position(cursor: Option<Bytes>) -> Position {
+        Position {
+            epoch: Epoch(3),
+            term: Term(2),
+            seq: Seq(9),
+            origin_cluster: ClusterId(0xab),
+            origin_revision: Revision(100),
+            carried_revision: Revision(90),
+            carried_digest: Digest([0x1f; 16]),
+            waymark: Waymark { counter: 5, id: u64::MAX },
+            ranges_digest: Digest([1; 16]),
+            state: Phase::Copying,
+            anchor_revision: Revision(70),
+            cursor,
+            part: 0,
+            skipped: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_position_is_read_as_it_was_written_whatever_bytes_its_cursor_has() {
+        for cursor in [None, Some(Bytes::new()), Some(Bytes::from_static(b"/a\0\xff"))] {
+            let position = position(cursor);
+            assert_eq!(Position::from_json(&position.to_json()).unwrap(), position);
+        }
+        let part = Position { part: 7, skipped: vec![Seq(4)], ..position(None) };
+        assert_eq!(Position::from_json(&part.to_json()).unwrap(), part);
+    }
+
+    /// They lie in etcds, written by other versions.
+    #[test]
+    fn a_positions_json_has_the_names_and_forms_that_lie_in_etcds() {
+        let json = String::from_utf8(position(Some(Bytes::from_static(b"/a"))).to_json()).unwrap();
+        let digests = ["1f".repeat(16), "01".repeat(16)];
+        assert_eq!(
+            json,
+            format!(
+                "{{\"epoch\":3,\"term\":2,\"seq\":9,\"origin_cluster\":\"ab\",\"origin_revision\":100,\"carried_revision\":90,\
+                 \"carried_digest\":\"{}\",\"waymark\":{{\"counter\":5,\"id\":18446744073709551615}},\"ranges_digest\":\"{}\",\
+                 \"state\":\"copying\",\"anchor_revision\":70,\"cursor\":\"2f61\"}}",
+                digests[0], digests[1]
+            )
+        );
+        let bent = |from: &str, to: &str| Position::from_json(json.replace(from, to).as_bytes());
+        assert!(
+            bent("\"ab\"", "\"xy\"").is_err() && bent("1f1f", "1f1").is_err() && bent("\"2f61\"", "\"2f6\"").is_err()
+        );
+    }
+
+    #[test]
+    fn a_links_name_is_part_of_keys_and_folders_and_so_of_few_characters() {
+        assert!(
+            LinkName::new("a").is_ok() && LinkName::new("0-config").is_ok() && LinkName::new(&"a".repeat(63)).is_ok()
+        );
+        for bad in ["", "-a", "Config", "a/b", "a.b", "a b", "ä", &"a".repeat(64)] {
+            assert!(LinkName::new(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_change_is_shown_without_its_key_and_its_value() {
+        let (key, value) = (Bytes::from_static(b"secret-key"), Bytes::from_static(b"secret"));
+        let shown = format!("{:?} {:?}", Change::Put { key: key.clone(), value }, Change::Delete { key });
+        assert_eq!(shown, "Put(10 B key, 6 B value) Delete(10 B key)");
+    }
+
+    #[test]
+    fn etcds_signed_numbers_are_taken_without_a_wrap() {
+        assert_eq!((Revision::from_etcd(-1), Revision::from_etcd(7)), (Revision(0), Revision(7)));
+        assert_eq!((Revision(7).to_etcd(), Revision(u64::MAX).to_etcd()), (7, i64::MAX));
+    }
+}

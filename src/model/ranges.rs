@@ -145,3 +145,72 @@ fn subtract(pieces: Vec<KeyRange>, hole: &KeyRange) -> Vec<KeyRange> {
     }
     left
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ranges(prefixes: &[&'static str], excludes: &[&'static str]) -> Ranges {
+        let bytes = |texts: &[&'static str]| texts.iter().map(|text| Bytes::from(*text)).collect::<Vec<_>>();
+        Ranges::new(&bytes(prefixes), &bytes(excludes))
+    }
+
+    fn piece(from: &'static str, to: &'static str) -> KeyRange {
+        KeyRange { from: Bytes::from(from), to: Bytes::from(to) }
+    }
+
+    #[test]
+    fn a_prefix_ends_where_its_last_byte_that_can_be_raised_is() {
+        let end = |prefix: &[u8]| KeyRange::prefix(prefix).to;
+        assert_eq!((&end(b"/a/")[..], &end(b"/a\xff\xff")[..]), (&b"/a0"[..], &b"/b"[..]));
+        assert!(end(b"\xff\xff").is_empty() && end(b"").is_empty(), "the end of the keyspace");
+        let (all, last) = (KeyRange::prefix(b""), KeyRange::prefix(b"\xff"));
+        assert!(all.contains(b"") && last.contains(b"\xff\xff") && !last.contains(b"\xfe"));
+        assert_eq!((all.etcd_from(), all.etcd_end()), (vec![0], vec![0]));
+    }
+
+    #[test]
+    fn prefixes_within_each_other_or_side_by_side_are_one_piece_whatever_their_order() {
+        assert_eq!(ranges(&["/a/b/", "/a/"], &[]).pieces(), [piece("/a/", "/a0")]);
+        assert_eq!(ranges(&["/b", "/a"], &[]).pieces(), [piece("/a", "/c")]);
+        assert_eq!(ranges(&["/c", "/a"], &[]).pieces(), [piece("/a", "/b"), piece("/c", "/d")]);
+    }
+
+    #[test]
+    fn what_is_excluded_and_the_ferrys_own_keys_are_in_no_piece() {
+        assert_eq!(ranges(&["/a/"], &["/a/x/"]).pieces(), [piece("/a/", "/a/x/"), piece("/a/x0", "/a0")]);
+        let all = ranges(&[], &[]);
+        assert_eq!(all.pieces(), [piece("", "/etcd-ferry/"), piece("/etcd-ferry0", "")]);
+        assert!(all.contains(b"/etcd-ferry") && !all.contains(b"/etcd-ferry/v1/links/a/position"));
+        assert!(ranges(&["/etcd-ferry/v1/"], &[]).pieces().is_empty());
+    }
+
+    #[test]
+    fn pieces_of_a_peer_are_taken_only_if_they_are_such_as_ranges_have() {
+        let taken = |pieces: &[KeyRange]| Ranges::from_pieces(pieces.to_vec()).is_some();
+        let (a, b, rest) = (piece("/a", "/b"), piece("/c", "/d"), piece("/f", ""));
+        assert!(taken(&[a.clone(), b.clone(), rest.clone()]));
+        assert!(!taken(&[]), "none");
+        assert!(!taken(&[b.clone(), a.clone()]), "out of order");
+        assert!(!taken(&[a.clone(), piece("/aa", "/c")]), "overlapping");
+        assert!(!taken(&[rest, piece("/g", "/h")]), "after the end of the keyspace");
+        assert!(!taken(&[piece("/b", "/b")]) && !taken(&[piece("/b", "/a")]), "empty");
+        assert!(!taken(&[piece("/etcd", "/etce")]) && !taken(&[piece("/a", "")]), "over the ferry's own keys");
+    }
+
+    #[test]
+    fn ranges_cover_what_lies_in_them_and_overlap_what_shares_a_key() {
+        let (wide, narrow, beside) = (ranges(&["/a/"], &["/a/x/"]), ranges(&["/a/b/"], &[]), ranges(&["/a0"], &[]));
+        assert!(wide.covers(&narrow) && !narrow.covers(&wide) && wide.overlaps(&narrow) && narrow.overlaps(&wide));
+        assert!(!wide.covers(&ranges(&["/a/"], &[])) && !wide.overlaps(&ranges(&["/a/x/"], &[])));
+        assert!(!wide.overlaps(&beside) && !wide.covers(&beside), "an end is outside");
+        assert!(ranges(&[], &[]).covers(&wide) && !wide.covers(&ranges(&[], &[])));
+    }
+
+    #[test]
+    fn the_one_watch_of_a_link_covers_its_pieces_and_the_positions_of_all_links() {
+        assert_eq!(ranges(&["/a/", "/b/"], &[]).covering(), piece("/a/", "/etcd-ferry/v1/links0"));
+        assert_eq!(ranges(&["/x/"], &[]).covering(), piece("/etcd-ferry/v1/links/", "/x0"));
+        assert_eq!(ranges(&[], &[]).covering(), piece("", ""));
+    }
+}

@@ -441,10 +441,11 @@ mod tests {
     #[test]
     fn the_waymark_may_be_one_ahead_of_the_position_and_no_more_where_nothing_else_vouches() {
         let one_ahead = OriginWaymark { present: Waymark { counter: 6, id: 66 }, previous: Some(NOW) };
-        let resume = decided(spool(50, 150), &at(position()), &OriginFacts { waymark: Some(one_ahead), ..origin() });
+        let unvouched = OriginFacts { carried: CarriedCheck::Compacted, ..origin() };
+        let resume = decided(spool(50, 150), &at(position()), &OriginFacts { waymark: Some(one_ahead), ..unvouched });
         assert!(matches!(resume, Resume::ShipFromSpool { .. }));
         let two_ahead = OriginWaymark { present: Waymark { counter: 7, id: 77 }, previous: Some(one_ahead.present) };
-        let reason = stop(OriginFacts { waymark: Some(two_ahead), carried: CarriedCheck::Compacted, ..origin() });
+        let reason = stop(OriginFacts { waymark: Some(two_ahead), ..unvouched });
         assert_eq!(reason, StopReason::WaymarkUnknown { seen: NOW });
     }
 

@@ -207,6 +207,7 @@ mod tests {
     #[test]
     fn causes_without_words_are_listed_once_each() {
         assert_eq!(explain(&Outer("a cause".into())), "transport error: a cause");
+        assert_eq!(explain(&Outer(Box::new(Outer("a cause".into())))), "transport error: a cause");
         let cut =
             io::Error::new(io::ErrorKind::UnexpectedEof, "peer closed connection without sending TLS close_notify");
         assert_eq!(explain(&Outer(Box::new(cut))), "the peer closed the connection in the middle of it");

@@ -411,6 +411,12 @@ mod tests {
             assert!(decode(b"base", &mut &delta[..], 4, &mut out).is_err(), "{difference}");
             assert_eq!(out.capacity(), 0);
         }
+        // All of it is there: the limit alone refuses it.
+        let whole = |out: &mut BytesMut, max| decode(b"base", &mut &[2, 4, 2, b'!'][..], max, out);
+        let mut out = BytesMut::new();
+        assert_eq!(whole(&mut out, 4), Err(DeltaError::TooLarge { target_len: 5, target_len_max: 4 }));
+        assert_eq!(out.capacity(), 0);
+        assert_eq!(whole(&mut out, 5), Ok(5));
     }
 
     #[test]

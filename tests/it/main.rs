@@ -18,6 +18,7 @@ mod lag;
 mod large;
 mod links;
 mod memory;
+mod mutants_apply;
 mod peers;
 mod power_cut;
 mod replica_trouble;

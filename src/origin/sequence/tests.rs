@@ -60,11 +60,11 @@ fn revisions(ended: &[Sequenced]) -> Vec<u64> {
 
 #[test]
 fn a_message_holds_several_whole_revisions_each_sorted_by_key() {
-    let events = vec![put(11, "/app/b", "1"), put(11, "/app/a", "1"), delete(12, "/app/a")];
+    let events = vec![put(11, "/app/b", "1"), put(11, "/app/a", "1"), put(11, "/app/c", "1"), delete(12, "/app/a")];
     let ended = sequencer(10).push(message(events)).unwrap();
     assert_eq!(revisions(&ended), [11, 12]);
     let keys: Vec<&Bytes> = ended[0].whole.changes.iter().map(Change::key).collect();
-    assert_eq!(keys, ["/app/a", "/app/b"]);
+    assert_eq!(keys, ["/app/a", "/app/b", "/app/c"]);
     assert_eq!(ended[1].whole.changes, vec![Change::Delete { key: "/app/a".into() }]);
 }
 

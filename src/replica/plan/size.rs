@@ -8,7 +8,7 @@ use super::{Node, Op, RangeGuard, TxnTree};
 
 /// What etcd wraps around a transaction before it compares the size with `--max-request-bytes` (`InternalRaftRequest`): a header
 /// with a request id, an auth revision and a user name of up to 64 bytes, and the transaction's own tag and length.
-const ENVELOPE_BYTES: usize = 108;
+pub(super) const ENVELOPE_BYTES: usize = 108;
 /// A nested transaction without operations: two tags and two lengths of up to 5 bytes.
 const NODE_BYTES: usize = 12;
 /// A signed 64-bit number is at most this long, with its tag.

@@ -1,9 +1,12 @@
 //! Job: tests of the feed: the same entries from memory and from files, limits that hold, what survives a restart.
 //! Input: small entries, temporary directories. Output: passes or fails.
-//! Always true: no test waits for time; each waits for what it needs.
+//! Always true: no test waits for time; each waits for what it needs, and not for ever.
 
 use super::*;
 use std::os::unix::fs::PermissionsExt;
+
+/// For what takes milliseconds.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::segment) struct Item {
@@ -142,14 +145,25 @@ async fn memory_and_files_give_the_same_entries_whatever_the_reader_takes_at_a_t
 #[tokio::test]
 async fn a_waiting_reader_gets_a_new_entry_before_the_disk_has_it() {
     let dir = private_dir();
-    let feed = open(dir.path(), roomy());
-    let state = Arc::clone(&feed.shared);
-    let reading = tokio::join!(feed.read_after(0, 1000), async {
+    let limits = roomy();
+    let (log, _) = SegmentLog::open(dir.path(), limits.segment, OnDamage::Refuse, &mut |_, _| {}).unwrap();
+    let shared = Arc::new(Shared::<Item>::new(dir.path().to_owned(), limits, &log, None, None));
+    let (finish, finished) = watch::channel(false);
+    let feed = Feed { shared: Arc::clone(&shared), finished };
+    {
+        let mut reading = std::pin::pin!(feed.read_after(0, 1000));
+        assert!(futures::poll!(reading.as_mut()).is_pending(), "there is nothing yet");
         assert_eq!(feed.append(items(1..=3, 10)).await.unwrap(), Appended::Taken);
-        lock(&state.state).ring.len()
-    });
-    assert_eq!((reading.0.unwrap(), reading.1), (items(1..=3, 10), 3));
+        let std::task::Poll::Ready(read) = futures::poll!(reading) else {
+            panic!("nobody writes, and it waits for that")
+        };
+        assert_eq!(read.unwrap(), items(1..=3, 10));
+    }
+    assert_eq!(*feed.durable().borrow(), 0);
+    let writer = Writer::new(shared, log, finish);
+    let writing = std::thread::spawn(move || writer.run());
     feed.close().await.unwrap();
+    writing.join().unwrap();
 }
 
 #[tokio::test]
@@ -229,8 +243,8 @@ async fn a_batch_larger_than_the_limit_is_taken_once_all_else_is_trimmed() {
     let feed = open(dir.path(), limits(16 * 1024, 64 * 1024));
     append_durably(&feed, items(1..=10, 400)).await;
     let Appended::Full(large) = feed.append(items(11..=12, 100_000)).await.unwrap() else { panic!("it does not fit") };
-    let (room, ()) = tokio::join!(feed.room(), async { feed.trim(10) });
-    room.unwrap();
+    let waiting = async { tokio::join!(feed.room(), async { feed.trim(10) }).0 };
+    tokio::time::timeout(PATIENCE, waiting).await.expect("room is made").unwrap();
     append_durably(&feed, large).await;
     feed.close().await.unwrap();
 }
