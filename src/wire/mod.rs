@@ -36,3 +36,14 @@ pub fn lesser(ours: usize, theirs: u64) -> usize {
         Ok(theirs) => ours.min(theirs),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_lesser_limit_of_both_sides_holds_and_a_peer_that_names_none_leaves_ours() {
+        assert_eq!((lesser(5, 3), lesser(3, 5)), (3, 3));
+        assert_eq!((lesser(5, 0), lesser(5, u64::MAX)), (5, 5));
+    }
+}

@@ -3,8 +3,6 @@
 //! Edge: copies the tree to a folder of its own, builds it once with every mutant behind a switch, and runs the named tests with one switch on.
 //! Always true: the tree of the repository is never touched; a mutant that does not build, and a test that does not exist, is an error, not a catch.
 
-#![allow(clippy::unwrap_used, reason = "clippy knows #[test] functions, not those of a test's runner")]
-
 mod list;
 
 use clap::Parser;
@@ -26,12 +24,12 @@ const POLL: Duration = Duration::from_millis(20);
 /// What of the repository is not copied.
 const LEFT_OUT: [&str; 2] = ["target", ".git"];
 
-/// What the copy's library gets: the switch that every mutant stands behind.
+/// What the copy's library gets: the switch that every mutant stands behind. `THE_SWITCH` stands for its name.
 const SWITCHES: &str = r#"
 pub mod mutants {
     use std::sync::LazyLock;
 
-    static ON: LazyLock<Option<usize>> = LazyLock::new(|| std::env::var("ETCD_FERRY_MUTANT").ok()?.parse().ok());
+    static ON: LazyLock<Option<usize>> = LazyLock::new(|| std::env::var("THE_SWITCH").ok()?.parse().ok());
 
     pub fn on(number: usize) -> bool {
         *ON == Some(number)
@@ -142,7 +140,10 @@ fn build(root: &Path, tree: &Path, target: &Path, mutants: &[Mutant]) -> Result<
     for (file, text) in &carried {
         write(&tree.join(file), text)?;
     }
-    write(&tree.join(library), &format!("{}{SWITCHES}", carried.get(library).unwrap_or(&plain)))?;
+    write(
+        &tree.join(library),
+        &format!("{}{}", carried.get(library).unwrap_or(&plain), SWITCHES.replace("THE_SWITCH", SWITCH)),
+    )?;
     println!("building {} mutants into one copy of the tree", mutants.len());
     let built = Command::new(env!("CARGO"))
         .args(["test", "--no-run", "--lib", "--test", "it", "--message-format", "json"])
