@@ -5,6 +5,7 @@
 //! The writing process is stopped mid-way, the file under the mounted ext4 is copied, and the copy is mounted: what the kernel had not
 //! written yet is missing in it, as after a power cut.
 
+use crate::bed::PATIENCE;
 use bytes::Bytes;
 use etcd_ferry::config::Limits;
 use etcd_ferry::model::{Change, Digest, Epoch, Revision, Seq, WholeRevision};
@@ -55,10 +56,13 @@ async fn a_full_disk_is_told_and_after_trimming_the_spool_goes_on_without_a_hole
             Appended::Full(_) => break,
         }
         assert!(next < 1000, "the disk is never full");
-        tokio::select! {
-            _ = extent.wait_for(|extent| extent.disk_full) => {}
-            _ = durable(&spool, next - 1) => {}
-        }
+        let told = async {
+            tokio::select! {
+                _ = extent.wait_for(|extent| extent.disk_full) => {}
+                _ = durable(&spool, next - 1) => {}
+            }
+        };
+        tokio::time::timeout(PATIENCE, told).await.expect("the disk takes it, or is said to be full");
     }
     let extent = spool.extent().borrow().clone();
     assert!(extent.disk_full && extent.full, "{extent:?}");

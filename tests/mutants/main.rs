@@ -7,6 +7,7 @@ mod list;
 
 use clap::Parser;
 use list::Mutant;
+use rustix::process::{Pid, Signal, kill_process};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fs;
@@ -40,9 +41,9 @@ pub mod mutants {
 /// Breaks the product on purpose, one fault at a time, and sees that the tests notice.
 #[derive(Parser)]
 struct Arguments {
-    /// Only mutants whose name, or a named test, contains this.
+    /// Only mutants whose name, or a named test, contains this; may be given several times.
     #[arg(long)]
-    only: Option<String>,
+    only: Vec<String>,
     /// Print the mutants and the tests that no mutant names, and run nothing.
     #[arg(long)]
     list: bool,
@@ -94,9 +95,9 @@ fn run(arguments: &Arguments) -> Result<bool, String> {
     if !faults.is_empty() {
         return Err(faults.join("\n"));
     }
-    let wanted = |mutant: &Mutant| match &arguments.only {
-        Some(part) => [&mutant.name].into_iter().chain(&mutant.lib).chain(&mutant.it).any(|name| name.contains(part)),
-        None => true,
+    let wanted = |mutant: &Mutant| {
+        let mut names = [&mutant.name].into_iter().chain(&mutant.lib).chain(&mutant.it);
+        arguments.only.is_empty() || names.any(|name| arguments.only.iter().any(|part| name.contains(part)))
     };
     let chosen: Vec<usize> = (0..mutants.len()).filter(|number| wanted(&mutants[*number])).collect();
     if chosen.is_empty() {
@@ -350,15 +351,34 @@ fn run_tests(
     while child.try_wait().map_err(failed)?.is_none() {
         if started.elapsed() > run_max {
             child.kill().and_then(|()| child.wait()).map_err(failed)?;
+            end_what_is_left(number);
             return Ok(Outcome { failed: BTreeSet::new(), ended: false, output: format!("stopped after {run_max:?}") });
         }
         std::thread::sleep(POLL);
     }
+    end_what_is_left(number);
     let output = reading.join().map_err(|_| "reading the output failed")?.map_err(failed)?;
     // The last list of names: the one before it holds what each test printed.
     let list = output.rsplit_once("\nfailures:\n").map_or("", |(_, list)| list);
     let names = list.lines().take_while(|line| line.starts_with("    ")).map(|line| line.trim().to_owned());
     Ok(Outcome { failed: names.collect(), ended: output.contains("\ntest result: "), output })
+}
+
+/// Ends what a broken program has left behind: every process that was started with this mutant's switch on.
+fn end_what_is_left(number: Option<usize>) {
+    let Some(number) = number else { return };
+    let switch = format!("{SWITCH}={number}");
+    let ids =
+        fs::read_dir("/proc").into_iter().flatten().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    for id in ids {
+        let variables = fs::read(format!("/proc/{id}/environ")).unwrap_or_default();
+        if variables.split(|byte| *byte == 0).any(|variable| variable == switch.as_bytes())
+            && let Some(pid) = Pid::from_raw(id)
+        {
+            // It may have ended by itself meanwhile.
+            let _ = kill_process(pid, Signal::KILL);
+        }
+    }
 }
 
 fn print_list(mutants: &[Mutant], chosen: &[usize], binaries: &BTreeMap<Suite, Binary>) {
