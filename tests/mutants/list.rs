@@ -220,6 +220,7 @@ fn carry(text: &str, from: usize, to: usize, places: &[Place<'_>], switch: &str)
 }
 
 #[cfg(test)]
+#[allow(dead_code, reason = "the runner has no test harness; the tests run with those of `it`")]
 mod tests {
     use super::*;
 
