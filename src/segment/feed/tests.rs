@@ -145,11 +145,7 @@ async fn memory_and_files_give_the_same_entries_whatever_the_reader_takes_at_a_t
 #[tokio::test]
 async fn a_waiting_reader_gets_a_new_entry_before_the_disk_has_it() {
     let dir = private_dir();
-    let limits = roomy();
-    let (log, _) = SegmentLog::open(dir.path(), limits.segment, OnDamage::Refuse, &mut |_, _| {}).unwrap();
-    let shared = Arc::new(Shared::<Item>::new(dir.path().to_owned(), limits, &log, None, None));
-    let (finish, finished) = watch::channel(false);
-    let feed = Feed { shared: Arc::clone(&shared), finished };
+    let (feed, writer) = stepped(dir.path(), roomy());
     {
         let mut reading = std::pin::pin!(feed.read_after(0, 1000));
         assert!(futures::poll!(reading.as_mut()).is_pending(), "there is nothing yet");
@@ -160,7 +156,6 @@ async fn a_waiting_reader_gets_a_new_entry_before_the_disk_has_it() {
         assert_eq!(read.unwrap(), items(1..=3, 10));
     }
     assert_eq!(*feed.durable().borrow(), 0);
-    let writer = Writer::new(shared, log, finish);
     let writing = std::thread::spawn(move || writer.run());
     feed.close().await.unwrap();
     writing.join().unwrap();
