@@ -6,7 +6,7 @@ use crate::config::EtcdConfig;
 use crate::model::{Change, ClusterId, KeyRange, Revision};
 use bytes::Bytes;
 use etcd_client::{
-    Certificate, Client, ConnectOptions, Error as ClientError, GetOptions, Identity, KvClient, TlsOptions,
+    Certificate, Client, ConnectOptions, Error as ClientError, GetOptions, Identity, KvClient, PutOptions, TlsOptions,
     WatchOptions, WatchRequestSender, WatchResponse, WatchResponseStream,
 };
 use std::future::Future;
@@ -115,7 +115,19 @@ pub fn watch_right(range: &KeyRange) -> String {
 pub struct Kv {
     pub key: Bytes,
     pub value: Bytes,
+    pub create_revision: Revision,
     pub mod_revision: Revision,
+}
+
+/// A lease by its id: keys that are put with it are deleted when it ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lease(i64);
+
+impl Lease {
+    /// Puts a key that lives as long as this lease.
+    pub fn put(self, key: &[u8], value: Vec<u8>) -> TxnOp {
+        TxnOp::put(key, value, Some(PutOptions::new().with_lease(self.0)))
+    }
 }
 
 /// A linearizable look at one key, and at the head.
@@ -227,6 +239,34 @@ impl Etcd {
         self.within(kv.txn(txn)).await.map_err(|e| e.needing(|| right.to_owned()))
     }
 
+    /// A lease that ends so long after its last renewal. It makes no revision.
+    pub async fn grant(&self, ttl: Duration) -> Result<Lease, EtcdError> {
+        let mut client = self.client.lease_client();
+        let seconds = i64::try_from(ttl.as_secs()).unwrap_or(i64::MAX);
+        Ok(Lease(self.within(client.grant(seconds, None)).await?.id()))
+    }
+
+    /// Lets the lease's time begin anew; false: it has ended.
+    pub async fn renew(&self, lease: Lease) -> Result<bool, EtcdError> {
+        let mut client = self.client.lease_client();
+        let renewing = async {
+            match client.keep_alive(lease.0).await {
+                Ok(_) => Ok(true),
+                // The client's own words for an answer without time left.
+                Err(ClientError::LeaseKeepAliveError(e)) if e == "lease not found" => Ok(false),
+                Err(ClientError::GRpcStatus(status)) if status.code() == Code::NotFound => Ok(false),
+                Err(e) => Err(e),
+            }
+        };
+        self.within(renewing).await
+    }
+
+    /// Ends a lease, and deletes the keys that live with it.
+    pub async fn revoke(&self, lease: Lease) -> Result<(), EtcdError> {
+        let mut client = self.client.lease_client();
+        self.within(client.revoke(lease.0)).await.map(|_| ())
+    }
+
     /// Opens a watch stream with one watcher, with fragments. `message_bytes_max` bounds one message.
     pub async fn watch(&self, range: &KeyRange, from: Revision, message_bytes_max: usize) -> Result<Watch, EtcdError> {
         let options = WatchOptions::new()
@@ -331,9 +371,10 @@ fn signal_of(response: WatchResponse) -> WatchSignal {
 }
 
 fn kv_of(kv: etcd_client::KeyValue) -> Kv {
+    let create_revision = Revision::from_etcd(kv.create_revision());
     let mod_revision = Revision::from_etcd(kv.mod_revision());
     let (key, value) = kv.into_key_value();
-    Kv { key: Bytes::from(key), value: Bytes::from(value), mod_revision }
+    Kv { key: Bytes::from(key), value: Bytes::from(value), create_revision, mod_revision }
 }
 
 fn head_of(header: Option<&etcd_client::ResponseHeader>) -> (Revision, ClusterId) {

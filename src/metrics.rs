@@ -3,7 +3,7 @@
 //! Edge: the only file that knows the recorder.
 //! Always true: names start with `etcd_ferry_` and end in their unit; labels are `link`, `side` and, on one metric, `state` (an enum); never a key.
 
-use crate::model::{LinkName, LinkState, LinkStatus, Side};
+use crate::model::{LinkName, LinkState, LinkStatus, Role, Side};
 use metrics::{Label, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use std::sync::LazyLock;
@@ -16,6 +16,7 @@ pub const RPO_SECONDS: &str = "etcd_ferry_rpo_seconds";
 pub const RPO_REVISIONS: &str = "etcd_ferry_rpo_revisions";
 pub const EPOCH: &str = "etcd_ferry_epoch";
 pub const TERM: &str = "etcd_ferry_term";
+pub const SHIPPER: &str = "etcd_ferry_shipper";
 pub const SEQ: &str = "etcd_ferry_seq";
 pub const APPLIED_SEQ: &str = "etcd_ferry_applied_seq";
 pub const DURABLE_SEQ: &str = "etcd_ferry_durable_seq";
@@ -31,7 +32,7 @@ pub const ROUND_TRIP_SECONDS: &str = "etcd_ferry_round_trip_seconds";
 pub const APPLY_SECONDS: &str = "etcd_ferry_apply_seconds";
 pub const BATCH_REVISIONS: &str = "etcd_ferry_batch_revisions";
 
-const GAUGES: [(&str, &str); 15] = [
+const GAUGES: [(&str, &str); 16] = [
     (LINK_STATE, "1 for the state that the link is in, else 0."),
     (LAG_SECONDS, "Since when the oldest origin revision that is not applied has been in etcd."),
     (LAG_REVISIONS, "Origin revisions that are not applied at the replica."),
@@ -39,6 +40,7 @@ const GAUGES: [(&str, &str); 15] = [
     (RPO_REVISIONS, "Origin revisions that are not durable at the replica."),
     (EPOCH, "The unbroken run of seqs that the link is in."),
     (TERM, "The term of the shipper's election."),
+    (SHIPPER, "1 at the sidecar that is elected to ship the link, else 0."),
     (SEQ, "The last seq given (origin) or received (replica)."),
     (APPLIED_SEQ, "The last seq that is applied at the replica."),
     (DURABLE_SEQ, "The last seq that is durable at the replica."),
@@ -53,7 +55,7 @@ const COUNTERS: [(&str, &str); 2] = [
     (SENT_BYTES_TOTAL, "Frames and pages carried, after encoding."),
 ];
 /// The `counts` of a link's status; each becomes `etcd_ferry_<count>_total`, on the sides that are named here.
-const COUNTS: [(&str, &str); 14] = [
+const COUNTS: [(&str, &str); 15] = [
     ("revisions", "Revisions shipped (origin)."),
     ("skipped", "Revisions not shipped, since they came from the cluster that the link ships to (origin)."),
     ("transactions", "Transactions that brought the position forward (both)."),
@@ -64,6 +66,7 @@ const COUNTS: [(&str, &str); 14] = [
     ("damaged", "Messages whose checksum did not match; each ends the stream, and a new hello goes on (both)."),
     ("frames", "Frames received (replica)."),
     ("refused", "Streams that the replica ended with a reason (replica)."),
+    ("elections", "Elections that this sidecar won (origin)."),
     ("copies", "Base copies completed (origin)."),
     ("copied_keys_written", "Keys that completed base copies wrote (origin)."),
     ("copied_keys_equal", "Keys that completed base copies found equal already (origin)."),
@@ -173,6 +176,7 @@ pub fn record_link(status: &LinkStatus) {
         (RPO_REVISIONS, status.rpo_revisions as f64),
         (EPOCH, status.epoch.0 as f64),
         (TERM, status.term.0 as f64),
+        (SHIPPER, if status.role == Some(Role::Shipper) { 1.0 } else { 0.0 }),
         (SEQ, status.seq.0 as f64),
         (APPLIED_SEQ, status.applied_seq.0 as f64),
         (DURABLE_SEQ, status.durable_seq.0 as f64),

@@ -123,7 +123,12 @@ mod tests {
     fn keys(pairs: &[(&'static str, &'static str)]) -> Vec<Kv> {
         pairs
             .iter()
-            .map(|(k, v)| Kv { key: Bytes::from(*k), value: Bytes::from(*v), mod_revision: Revision(1) })
+            .map(|(k, v)| Kv {
+                key: Bytes::from(*k),
+                value: Bytes::from(*v),
+                create_revision: Revision(1),
+                mod_revision: Revision(1),
+            })
             .collect()
     }
 

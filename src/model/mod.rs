@@ -7,7 +7,7 @@ mod ranges;
 mod status;
 
 pub use ranges::{KeyRange, Ranges};
-pub use status::{CopyProgress, LinkState, LinkStatus, Side, StageStatus};
+pub use status::{CopyProgress, LinkState, LinkStatus, Role, Side, StageStatus};
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -224,6 +224,21 @@ impl LinkName {
     /// The key of this link's position in the replica's etcd.
     pub fn position_key(&self) -> Bytes {
         Bytes::from(format!("/etcd-ferry/v1/links/{}/position", self.0))
+    }
+
+    /// Everything that this link keeps in an etcd lies below it.
+    pub fn folder(&self) -> Bytes {
+        Bytes::from(format!("/etcd-ferry/v1/links/{}/", self.0))
+    }
+
+    /// In the origin's etcd: the key by which the sidecar named `node` stands for election.
+    pub fn candidate_key(&self, node: &str) -> Bytes {
+        Bytes::from(format!("/etcd-ferry/v1/links/{}/candidates/{node}", self.0))
+    }
+
+    /// In the origin's etcd: up to where the shipper's spool is applied at the replica, for the standbys.
+    pub fn applied_key(&self) -> Bytes {
+        Bytes::from(format!("/etcd-ferry/v1/links/{}/applied", self.0))
     }
 
     /// The key of this link's waymark in the origin's etcd.

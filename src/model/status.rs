@@ -24,6 +24,25 @@ impl Side {
     }
 }
 
+/// What a sidecar beside the origin's cluster is to the link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// The elected one.
+    Shipper,
+    /// It tails into its spool, and waits to be elected.
+    Standby,
+}
+
+impl Role {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Role::Shipper => "shipper",
+            Role::Standby => "standby",
+        }
+    }
+}
+
 /// What a link is doing, as `status` shows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -67,6 +86,10 @@ pub struct LinkStatus {
     pub link: LinkName,
     pub side: Side,
     pub state: LinkState,
+    /// `None` at a replica, and while it is not known.
+    pub role: Option<Role>,
+    /// The node of the sidecar that ships the link; empty while it is not known.
+    pub shipper: String,
     /// Why the link is not following, and what to do; empty when all is well.
     pub reason: String,
     /// The SAN of the other side.
@@ -120,6 +143,8 @@ impl LinkStatus {
             link,
             side,
             state: LinkState::Connecting,
+            role: None,
+            shipper: String::new(),
             reason: String::new(),
             peer,
             epoch: Epoch(0),

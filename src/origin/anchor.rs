@@ -77,6 +77,8 @@ pub(super) async fn copy(
         copying.wait(ship, session).await?;
     }
     ship.resync = None;
+    // From now on this is where the replica is: a standby whose spool began later begins it anew.
+    session.publish(ship, epoch, anchor).await?;
     copying.sent = session.copy_ack.pages;
     let reader = Reader::new(session, ship, ranges, cursor, anchor, Columns::KeysAndValues);
     copying.ship_pages(ship, session, reader, false).await?;
@@ -417,6 +419,7 @@ mod tests {
         Kv {
             key: Bytes::copy_from_slice(key.as_bytes()),
             value: Bytes::from(vec![7; value_bytes]),
+            create_revision: Revision(1),
             mod_revision: Revision(1),
         }
     }

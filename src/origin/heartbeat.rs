@@ -1,12 +1,14 @@
-//! Job: what an open stream says and writes once a second, whether frames flow or not: progress, the waymark; and whether it is dead.
+//! Job: what an open stream says and writes once a second, whether frames flow or not: progress, waymark, applied; and whether it is dead.
 //! Input: ticks, the tail's and the head's views, the lag. Output: progress messages, waymarks at the origin, the end of a silent stream.
 //! Edge: part of the session, which owns all of it.
 //! Always true: the waymark is rewritten only once the position holds the present one; an idle link causes no writes of its own.
 
+use super::candidacy::{self, Published};
+use super::elect::still_elected;
 use super::session::{Session, SessionEnd};
 use super::ship::{Shipper, at_origin};
 use crate::etcd::{Compare, CompareOp, Txn, TxnOp, txn_revision};
-use crate::model::Revision;
+use crate::model::{Epoch, Revision};
 use crate::wire::replicate::{Progress, Shipment, shipment};
 use std::time::Duration;
 use tokio::time::Instant;
@@ -14,6 +16,8 @@ use tokio::time::Instant;
 const IDLE_PROGRESS: Duration = Duration::from_secs(5);
 /// The replica answers each progress; so long without any receipt means that the stream is dead.
 const SILENCE_MAX: Duration = Duration::from_secs(20);
+/// The same where another of the replica's sidecars can be dialled instead: it says something every 3 s, unless the way is very narrow.
+const SILENCE_WITH_OTHERS_MAX: Duration = Duration::from_secs(5);
 /// Waymarks and idle positions are written at most so often.
 const IDLE_WRITE: Duration = Duration::from_secs(60);
 
@@ -40,6 +44,7 @@ impl Session {
         let shipped_all = drained && extent.last.is_none_or(|(last, _)| last <= self.cursor);
         let through = if shipped_all { extent.covered.max(self.cursor) } else { self.sent };
         self.rewrite_waymark(ship).await?;
+        self.publish_applied(ship).await?;
         let now = movement(ship);
         let idle_write = shipped_all
             && self.acked.following
@@ -56,8 +61,8 @@ impl Session {
     }
 
     pub(super) fn check_deadline(&self) -> Result<(), SessionEnd> {
-        if self.last_receipt.elapsed() > SILENCE_MAX {
-            let silence = SILENCE_MAX.as_secs();
+        if self.last_receipt.elapsed() > self.silence_max {
+            let silence = self.silence_max.as_secs();
             return Err(SessionEnd::Wait(format!("the replica's sidecar said nothing for {silence} s")));
         }
         Ok(())
@@ -114,16 +119,61 @@ impl Session {
         let key = ship.origin.send.link.waymark_key();
         let next = self.waymark.next(rand::random());
         let txn = Txn::new()
-            .when([Compare::mod_revision(key.to_vec(), CompareOp::Equal, self.waymark_revision.to_etcd())])
+            .when([
+                Compare::mod_revision(key.to_vec(), CompareOp::Equal, self.waymark_revision.to_etcd()),
+                still_elected(&ship.origin.send.link, &ship.origin.node, self.term),
+            ])
             .and_then([TxnOp::put(key.to_vec(), next.to_json(), None)]);
         let right = format!("write {}", key.escape_ascii());
         let response = self.etcd.txn(txn, &right).await.map_err(|e| at_origin(&e))?;
         if !response.succeeded() {
-            return Err(SessionEnd::HelloAgain("another sidecar wrote this link's waymark".to_owned()));
+            return Err(SessionEnd::HelloAgain("another sidecar wrote this link's waymark, or was elected".to_owned()));
         }
         self.waymark = next;
         self.waymark_revision = txn_revision(&response);
         Ok(())
+    }
+
+    /// Tells the standbys how far the position is, so that they trim up to there: now and then, and never for our own work's sake.
+    pub(super) async fn publish_applied(&mut self, ship: &Shipper) -> Result<(), SessionEnd> {
+        if self.epoch == Epoch(0) || self.copying {
+            return Ok(());
+        }
+        self.publish(ship, self.epoch, self.acked.position_revision).await
+    }
+
+    pub(super) async fn publish(
+        &mut self,
+        ship: &Shipper,
+        epoch: Epoch,
+        revision: Revision,
+    ) -> Result<(), SessionEnd> {
+        let (link, now) = (&ship.origin.send.link, Published { term: self.term, epoch, revision });
+        let before = ship.elected.borrow().published;
+        let since = self.published_at.map(|(at, _)| at.elapsed());
+        let movement = movement(ship);
+        let moved = self.published_at.is_none_or(|(_, then)| movement.by_others_since(then) > 0);
+        if !candidacy::publishes(before, now, since, moved) {
+            return Ok(());
+        }
+        let key = link.applied_key();
+        let txn = Txn::new()
+            .when([still_elected(link, &ship.origin.node, self.term)])
+            .and_then([TxnOp::put(key.to_vec(), now.to_json(), None)]);
+        let right = format!("write {}", key.escape_ascii());
+        let response = self.etcd.txn(txn, &right).await.map_err(|e| at_origin(&e))?;
+        if !response.succeeded() {
+            return Err(SessionEnd::HelloAgain("another sidecar was elected".to_owned()));
+        }
+        self.published_at = Some((Instant::now(), movement));
+        Ok(())
+    }
+}
+
+impl Shipper {
+    /// How long a stream may say nothing.
+    pub(super) fn silence_max(&self) -> Duration {
+        if self.origin.send.to.len() > 1 { SILENCE_WITH_OTHERS_MAX } else { SILENCE_MAX }
     }
 }
 

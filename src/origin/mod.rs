@@ -3,6 +3,8 @@
 //! Always true: the link's task alone writes the link's status; a stage that ends ends the link.
 
 pub mod anchor;
+pub mod candidacy;
+pub mod elect;
 mod head;
 mod heartbeat;
 pub mod lag;
@@ -12,13 +14,15 @@ pub mod sequence;
 pub mod session;
 pub mod ship;
 pub mod spool;
+mod standby;
 pub mod watch;
 
 use crate::admin::LinkCommand;
 use crate::config::{EtcdConfig, Limits, SendConfig};
 use crate::metrics;
-use crate::model::{LinkName, LinkState, LinkStatus, Revision, Side, StageStatus};
+use crate::model::{Epoch, LinkName, LinkState, LinkStatus, Revision, Role, Seq, Side, StageStatus};
 use crate::wire::digest;
+use elect::{ElectView, Election, Standing};
 use head::HeadView;
 use lag::LagTracker;
 use ship::{ShipView, Shipper};
@@ -67,6 +71,8 @@ pub enum LinkEvent {
     Head { revision: Revision, at_ms: u64 },
     Greeted { applied: Revision, durable: Revision },
     Acked { applied: Revision, durable: Revision },
+    /// What the sidecar that ships the link has published.
+    Applied(Revision),
 }
 
 /// Why an origin link cannot run.
@@ -129,7 +135,9 @@ impl OriginLink {
                 _ = ticks.tick() => {
                     let extent = spool.extent().borrow().clone();
                     let (tail, head, ship) = (stages.tail.borrow(), stages.head.borrow(), stages.ship.borrow());
-                    let views = Views { tail: &tail, head: &head, ship: &ship, spool: &extent };
+                    let elect = stages.elect.borrow();
+                    let node = &stages.node;
+                    let views = Views { node, tail: &tail, head: &head, ship: &ship, elect: &elect, spool: &extent };
                     status.send_modify(|status| views.write(status, &lag, clock.now_ms()));
                 }
             }
@@ -141,7 +149,7 @@ impl OriginLink {
         Ok(())
     }
 
-    /// Starts watching, reading the head and shipping; each runs until `stop`.
+    /// Starts watching, reading the head, standing for election and shipping; each runs until `stop`.
     fn start(
         self,
         spool: &Arc<Spool>,
@@ -172,7 +180,12 @@ impl OriginLink {
             seen: None,
         };
         tasks.spawn(watching.run(stop.clone()));
-        tasks.spawn(head::poll(self.etcd.clone(), link, head_sender, events.clone(), clock, stop.clone()));
+        tasks.spawn(head::poll(self.etcd.clone(), link.clone(), head_sender, events.clone(), clock, stop.clone()));
+        let (elect_sender, elect) = watch_channel::channel(ElectView::default());
+        let (heard, last_heard) = watch_channel::channel(None);
+        let node = self.node.clone();
+        let election = Election::new(link, node.clone(), self.etcd.clone(), elect_sender, last_heard);
+        tasks.spawn(election.run(stop.clone()));
         let shipper = Shipper::new(
             self,
             spool.clone(),
@@ -183,18 +196,22 @@ impl OriginLink {
             ship_sender,
             events,
             status,
+            elect.clone(),
+            heard,
         );
         tasks.spawn(shipper.run(stop.clone()));
-        Stages { tasks, events: incoming, tail, head, ship }
+        Stages { node, tasks, events: incoming, tail, head, elect, ship }
     }
 }
 
 /// The stages under way, and what the link's task sees of them.
 struct Stages {
+    node: String,
     tasks: JoinSet<()>,
     events: mpsc::Receiver<LinkEvent>,
     tail: watch_channel::Receiver<TailView>,
     head: watch_channel::Receiver<HeadView>,
+    elect: watch_channel::Receiver<ElectView>,
     ship: watch_channel::Receiver<ShipView>,
 }
 
@@ -213,13 +230,16 @@ fn take(lag: &mut LagTracker, event: LinkEvent, link: &LinkName, now_ms: u64) {
             lag.applied(applied);
             lag.durable(durable);
         }
+        LinkEvent::Applied(revision) => lag.applied(revision),
     }
 }
 
 /// One look at all stages, to be written into the status.
 struct Views<'a> {
+    node: &'a str,
     tail: &'a TailView,
     head: &'a HeadView,
+    elect: &'a ElectView,
     ship: &'a ShipView,
     spool: &'a SpoolExtent,
 }
@@ -231,7 +251,12 @@ impl Views<'_> {
         status.state = self.state();
         status.reason = self.reason();
         status.epoch = ship.epoch;
-        status.term = ship.term;
+        status.term = self.elect.standing.term().unwrap_or(ship.term);
+        (status.role, status.shipper) = match &self.elect.standing {
+            Standing::Unknown { .. } => (None, String::new()),
+            Standing::Standby { shipper, .. } => (Some(Role::Standby), shipper.clone()),
+            Standing::Shipper { .. } => (Some(Role::Shipper), self.node.to_owned()),
+        };
         status.seq = ship.seq;
         status.origin_revision = ship.applied_revision;
         status.head_revision = self.head.revision.max(self.tail.covered);
@@ -243,9 +268,13 @@ impl Views<'_> {
         status.lag_seconds = behind.seconds.max(copying);
         status.rpo_revisions = at_risk.revisions;
         status.rpo_seconds = at_risk.seconds.max(copying);
+        if status.role == Some(Role::Standby) {
+            self.write_of_standby(status);
+        }
         status.bytes_raw = ship.bytes_raw;
         status.bytes_sent = ship.bytes_sent;
         status.counts.clone_from(&ship.counts);
+        status.counts.insert("elections", self.elect.won);
         status.copy = ship.copy;
         status.stages = vec![
             StageStatus {
@@ -264,8 +293,19 @@ impl Views<'_> {
         ];
     }
 
+    /// Lag is measured where the link is shipped: what a standby knows of the replica may be ten seconds old.
+    fn write_of_standby(&self, status: &mut LinkStatus) {
+        let published = self.elect.published;
+        status.epoch = published.map_or(Epoch(0), |published| published.epoch);
+        status.origin_revision = published.map_or(Revision(0), |published| published.revision);
+        (status.seq, status.applied_seq, status.durable_seq) = (Seq(0), Seq(0), Seq(0));
+        (status.lag_revisions, status.lag_seconds) = (0, 0.0);
+        (status.rpo_revisions, status.rpo_seconds) = (0, 0.0);
+    }
+
     fn state(&self) -> LinkState {
         match self.tail.state {
+            TailState::Running if matches!(self.elect.standing, Standing::Standby { .. }) => LinkState::Following,
             TailState::SpoolFull if self.ship.state != LinkState::Stopped => LinkState::SpoolFull,
             TailState::Stopped { .. } => LinkState::Stopped,
             TailState::Idle
@@ -279,6 +319,12 @@ impl Views<'_> {
 
     fn reason(&self) -> String {
         let mut reasons = Vec::new();
+        match &self.elect.standing {
+            Standing::Unknown { reason } | Standing::Standby { reason, .. } if !reason.is_empty() => {
+                reasons.push(reason.clone());
+            }
+            Standing::Unknown { .. } | Standing::Standby { .. } | Standing::Shipper { .. } => {}
+        }
         if !self.ship.reason.is_empty() {
             reasons.push(self.ship.reason.clone());
         }

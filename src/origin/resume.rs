@@ -3,7 +3,7 @@
 //! Pure: no clock, no I/O.
 //! Always true: nothing is shipped past a hole or from another history; what cannot be proven ends in a stop or a base copy.
 
-use crate::model::{ClusterId, Digest, Epoch, Phase, Position, Revision, Seq, Waymark};
+use crate::model::{ClusterId, Digest, Epoch, Phase, Position, Revision, Seq, Term, Waymark};
 use crate::origin::sequence::OriginWaymark;
 use bytes::Bytes;
 use std::fmt;
@@ -138,6 +138,11 @@ pub enum StopReason {
          `etcd-ferry resync LINK --config F` at its sidecar"
     )]
     CarriedDiffers { revision: Revision },
+    #[error(
+        "the origin was restored: its elections have come to term {ours}, and the replica has seen term {seen}; if this origin is the right \
+         one, run `etcd-ferry resync LINK --config F` at its sidecar"
+    )]
+    TermBelow { ours: Term, seen: Term },
 }
 
 /// Where to go on. To be asked again after each hello, and after a watch that was refused for compaction (then with `compacted`).
@@ -186,6 +191,20 @@ pub fn decide(spool: Option<&SpoolFacts>, replica: &ReplicaFacts, origin: &Origi
 /// A base copy that an operator asked for: past every stop of [`decide`].
 pub fn resync(position: Option<&Position>) -> Resume {
     copy(position, CopyReason::Asked)
+}
+
+/// Why the link stops where the replica has seen a term that this origin's elections have not come to yet. What tells more of the
+/// restore is said first.
+pub fn went_back(replica: &ReplicaFacts, origin: &OriginFacts, ours: Term) -> StopReason {
+    match (decide(None, replica, origin), replica) {
+        (Resume::Stop { reason }, _) => reason,
+        (_, ReplicaFacts::Answered { position: Some(position), .. }) => {
+            StopReason::TermBelow { ours, seen: position.term }
+        }
+        (_, ReplicaFacts::Answered { position: None, .. } | ReplicaFacts::Unreachable) => {
+            StopReason::TermBelow { ours, seen: Term(0) }
+        }
+    }
 }
 
 fn copy(position: Option<&Position>, reason: CopyReason) -> Resume {
@@ -239,7 +258,6 @@ fn contradicts(spool: &SpoolFacts, (revision, digest): (Revision, Digest)) -> bo
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::Term;
 
     const NOW: Waymark = Waymark { counter: 5, id: 55 };
     const BEFORE: Waymark = Waymark { counter: 4, id: 44 };
@@ -500,6 +518,16 @@ mod tests {
         }
         let same = Some((Revision(90), Digest([9; 16])));
         assert_eq!(decided(with(same), &at(position()), &origin()), Resume::ShipFromSpool { after: Revision(100) });
+    }
+
+    #[test]
+    fn a_term_that_went_back_stops_with_what_tells_most_of_the_restore() {
+        let replica = at(Position { term: Term(50), ..position() });
+        let other = OriginFacts { carried: CarriedCheck::Other, ..origin() };
+        assert_eq!(went_back(&replica, &other, Term(20)), StopReason::CarriedDiffers { revision: Revision(90) });
+        let reason = went_back(&replica, &origin(), Term(20));
+        assert_eq!(reason, StopReason::TermBelow { ours: Term(20), seen: Term(50) });
+        assert!(reason.to_string().contains("restored") && reason.to_string().contains("resync"), "{reason}");
     }
 
     #[test]

@@ -95,8 +95,11 @@ pub struct Session {
     frame_bytes_max: usize,
     pub(super) waymark: OriginWaymark,
     pub(super) waymark_revision: Revision,
+    pub(super) silence_max: Duration,
     pub(super) waymark_at: Option<(Instant, Movement)>,
     pub(super) persisted_at: (Instant, Movement),
+    /// When the applied revision was published last by this stream, and the origin's movement then.
+    pub(super) published_at: Option<(Instant, Movement)>,
     pub(super) last_receipt: Instant,
     pub(super) last_progress: Instant,
     pub(super) progressed: Revision,
@@ -156,7 +159,7 @@ impl Session {
             etcd,
             encoder: Encoder::new(window, 1),
             epoch,
-            term: Term(0),
+            term: ship.term,
             seq: received.0,
             cursor: Revision(0),
             sent: Revision(0),
@@ -168,8 +171,10 @@ impl Session {
             frame_bytes_max,
             waymark,
             waymark_revision,
+            silence_max: ship.silence_max(),
             waymark_at: None,
             persisted_at: (now, movement(ship)),
+            published_at: None,
             last_receipt: now,
             last_progress: now,
             progressed: Revision(0),
@@ -302,7 +307,10 @@ impl Session {
     ) -> Result<(), SessionEnd> {
         self.last_receipt = Instant::now();
         let receipt = match receipt {
-            Ok(Some(receipt)) => receipt,
+            Ok(Some(receipt)) => {
+                ship.heard();
+                receipt
+            }
             Ok(None) => return Err(SessionEnd::HelloAgain("the replica's sidecar closed the stream".to_owned())),
             Err(status) => {
                 if status.code() == tonic::Code::DataLoss {

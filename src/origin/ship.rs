@@ -3,6 +3,8 @@
 //! Always true: seqs count on from what the replica has received; nothing is trimmed from the spool before it is applied;
 //! everything that ends a stream is a value of `Ended` with one planned reaction.
 
+use super::candidacy::{self, Fencing};
+use super::elect::{self, ElectView, Standing};
 use super::head::HeadView;
 use super::probe::{Probed, probe};
 use super::resume::{self, CarriedCheck, OriginFacts, Received, ReplicaFacts, Resume, SpoolFacts};
@@ -102,6 +104,15 @@ pub struct Shipper {
     pub(super) view: watch::Sender<ShipView>,
     pub(super) events: mpsc::Sender<LinkEvent>,
     pub(super) status: watch::Receiver<LinkStatus>,
+    pub(super) elected: watch::Receiver<ElectView>,
+    /// Tells the election when the replica was last heard; `None`: the link waits for an operator.
+    heard: watch::Sender<Option<Instant>>,
+    /// Of this sidecar's election.
+    pub(super) term: Term,
+    /// Another sidecar shipped before this one was elected.
+    pub(super) took_over: bool,
+    /// The epoch of a position whose term was higher than ours, although we were elected: only the next epoch goes past it.
+    went_back: Option<Epoch>,
     known_epoch: Epoch,
     pub(super) resync: Option<Resync>,
     next_address: usize,
@@ -142,6 +153,8 @@ impl Shipper {
         view: watch::Sender<ShipView>,
         events: mpsc::Sender<LinkEvent>,
         status: watch::Receiver<LinkStatus>,
+        elected: watch::Receiver<ElectView>,
+        heard: watch::Sender<Option<Instant>>,
     ) -> Self {
         Self {
             origin,
@@ -153,6 +166,11 @@ impl Shipper {
             view,
             events,
             status,
+            elected,
+            heard,
+            term: Term(0),
+            took_over: false,
+            went_back: None,
             known_epoch: Epoch(0),
             resync: None,
             next_address: 0,
@@ -165,8 +183,30 @@ impl Shipper {
     pub async fn run(mut self, stop: CancellationToken) {
         tokio::select! {
             () = stop.cancelled() => {}
-            () = self.turns() => {}
+            () = self.terms() => {}
         }
+    }
+
+    /// Stands by until it is elected, ships until it is not any more.
+    async fn terms(&mut self) {
+        loop {
+            let Some(term) = self.stand_by().await else { return };
+            self.term = term;
+            self.heard();
+            let mut elected = self.elected.clone();
+            tokio::select! {
+                biased;
+                _ = elected.wait_for(|view| view.standing != Standing::Shipper { term }) => {}
+                () = Box::pin(self.turns()) => return,
+            }
+            tracing::info!(link = %self.origin.send.link, %term, "this sidecar ships the link no more");
+            self.opened = None;
+        }
+    }
+
+    /// The replica has said something.
+    pub(super) fn heard(&self) {
+        self.heard.send_replace(Some(Instant::now()));
     }
 
     async fn turns(&mut self) {
@@ -194,10 +234,12 @@ impl Shipper {
                     let reason = reason.replace("resync LINK", &format!("resync {}", self.origin.send.link));
                     tracing::error!(link = %self.origin.send.link, %reason, "the link stops");
                     self.rest(LinkState::Stopped, reason);
+                    self.heard.send_replace(None);
                     let command = self.commands.recv().await;
                     if !self.obey(command) {
                         return;
                     }
+                    self.heard();
                 }
                 SessionEnd::HelloAgain(reason) => {
                     tracing::info!(link = %self.origin.send.link, %reason, "saying hello again");
@@ -287,8 +329,8 @@ impl Shipper {
         let hello = HelloRequest {
             protocol_version: PROTOCOL_VERSION,
             link: self.origin.send.link.as_str().to_owned(),
-            epoch: self.known_epoch.0,
-            term: 0,
+            epoch: self.claimed_epoch().0,
+            term: self.term.0,
             origin_cluster: look.cluster.0,
             waymark: Some(waymark.present.into()),
             ranges: self
@@ -309,13 +351,7 @@ impl Shipper {
         let mut client = HandshakeClient::new(channel.clone());
         let reply = match tokio::time::timeout(HELLO_DEADLINE, client.hello(hello)).await {
             Ok(Ok(reply)) => reply.into_inner(),
-            Ok(Err(status)) => {
-                if status.code() == tonic::Code::FailedPrecondition {
-                    // It may be a fencing: the next hello claims nothing, and learns.
-                    self.forget_epoch();
-                }
-                return Err(refused(&address, &status));
-            }
+            Ok(Err(status)) => return Err(refused(&address, &status)),
             Err(_) => {
                 return Err(SessionEnd::Wait(format!(
                     "{address} did not answer the hello within {} s",
@@ -329,7 +365,47 @@ impl Shipper {
                 "{address} speaks protocol version {theirs}, this sidecar {PROTOCOL_VERSION}: upgrade the older one"
             )));
         }
-        Ok(Greeted { channel, reply, etcd, waymark, waymark_revision })
+        self.heard();
+        let fenced = reply.fenced;
+        let greeted = Greeted { channel, reply, etcd, waymark, waymark_revision };
+        if fenced {
+            return Err(self.fenced(&greeted).await.unwrap_or_else(|end| end));
+        }
+        Ok(greeted)
+    }
+
+    /// The replica has seen a higher (epoch, term) than ours, and its answer holds the position that says so.
+    async fn fenced(&mut self, greeted: &Greeted) -> Result<SessionEnd, SessionEnd> {
+        let (replica, origin) = self.facts(greeted).await?;
+        let ReplicaFacts::Answered { position: Some(position), .. } = &replica else {
+            return Ok(SessionEnd::Wait("the replica fenced this sidecar and named no position".to_owned()));
+        };
+        let link = &self.origin.send.link;
+        let leads = elect::leads(&greeted.etcd, link, &self.origin.node, self.term).await.map_err(|e| at_origin(&e))?;
+        let (seen, term) = (position.term, self.term);
+        Ok(match candidacy::fencing(seen, term, leads) {
+            Fencing::OldEpoch => {
+                self.forget_epoch();
+                SessionEnd::HelloAgain(format!("the replica is in epoch {} already", position.epoch))
+            }
+            Fencing::Deposed => {
+                self.forget_epoch();
+                SessionEnd::Wait(format!("another sidecar has taken the link with term {seen}; ours was {term}"))
+            }
+            Fencing::WentBack => {
+                self.went_back = Some(position.epoch);
+                if self.resync.is_some() {
+                    return Ok(SessionEnd::HelloAgain("the next epoch opens, as an operator asked for".to_owned()));
+                }
+                SessionEnd::Stop(resume::went_back(&replica, &origin, term).to_string())
+            }
+        })
+    }
+
+    /// The last epoch that is known, or the one that a resync will open where nothing less goes past a fence.
+    fn claimed_epoch(&self) -> Epoch {
+        let opening = self.went_back.filter(|_| self.resync.is_some());
+        opening.map_or(self.known_epoch, |fenced| self.known_epoch.max(fenced.next()))
     }
 
     async fn channel(&self, address: &str) -> Result<Channel, SessionEnd> {
@@ -379,6 +455,10 @@ impl Shipper {
             | TailState::SpoolFull
             | TailState::Stopped { .. } => same_origin,
         };
+        if let (ReplicaFacts::Answered { position: Some(position), received }, true) = (&replica, usable) {
+            let received = received.map_or(Revision(0), |received| received.revision);
+            self.let_tail_reach(position.origin_revision.max(received)).await;
+        }
         let extent = self.spool.extent().borrow().clone();
         let spool = SpoolFacts { base: extent.base, covered: extent.covered, last: extent.last };
         let spool = (usable && extent.covered > Revision(0)).then_some(spool);

@@ -11,7 +11,7 @@ use super::txn::transaction;
 use crate::config::{EtcdConfig, Limits};
 use crate::etcd::{Columns, Etcd, EtcdError, TxnOpResponse, TxnResponse, txn_revision};
 use crate::metrics;
-use crate::model::{Digest, Epoch, LinkName, Phase, Position, Ranges, Revision, Seq, Waymark};
+use crate::model::{Digest, Epoch, LinkName, Phase, Position, Ranges, Revision, Seq, Term, Waymark};
 use crate::retry::Backoff;
 use crate::wire::replicate::CopyAck;
 use crate::wire::replicate::refusal::Kind;
@@ -153,6 +153,9 @@ pub struct Applier {
     /// Set by what only an operator can cure; a new hello clears it.
     pub(super) stopped: bool,
     pub(super) session: u64,
+    /// What the present session's sender may write with: a position above it is another sender's. `None`: there was no hello yet, or it is of
+    /// another origin than the position, whose terms say nothing.
+    pub(super) claim: Option<(Epoch, Term)>,
     /// The last hello that was taken, and the last that came: the one whose base copy runs is no reason to end it.
     pub(super) hello_taken: u64,
     pub(super) hello_waiting: watch::Receiver<u64>,
@@ -207,6 +210,7 @@ impl Applier {
             retry_at: Some(Instant::now()),
             stopped: false,
             session: 0,
+            claim: None,
             hello_taken: 0,
             hello_waiting: parts.hello_waiting,
             commands: parts.commands,

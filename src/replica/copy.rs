@@ -133,7 +133,9 @@ impl Applier {
         }
         let position = self.held.as_ref().and_then(|h| h.position.as_ref());
         let ends = matches!(step, CopyStep::End { .. });
-        let ours = position.is_some_and(|p| p.epoch == copying.begin.epoch && (p.cursor.is_some() || ends));
+        let begin = &copying.begin;
+        let same_sender = |p: &Position| (p.epoch, p.term) == (begin.epoch, begin.term);
+        let ours = position.is_some_and(|p| same_sender(p) && (p.cursor.is_some() || ends));
         if ours {
             return Ok(());
         }
@@ -147,6 +149,7 @@ impl Applier {
         {
             return Err(fenced(position));
         }
+        self.claim = Some((begin.epoch, begin.term));
         let replica_empty = self.present_count().await? == 0;
         let ranges_digest = self.ranges.as_ref().map(digest::of_ranges);
         let mut copying = Copying {

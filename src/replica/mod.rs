@@ -201,6 +201,7 @@ impl Views<'_> {
         let applied = position.map_or(Seq(0), |p| p.seq);
         status.state = self.state();
         status.reason = self.reason();
+        status.shipper.clone_from(&self.told.shipper);
         status.epoch = position.map_or(Epoch(0), |p| p.epoch);
         status.term = position.map_or(Term(0), |p| p.term);
         status.seq = if same_epoch { self.extent.end.max(applied) } else { applied };

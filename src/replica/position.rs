@@ -12,6 +12,9 @@ use crate::wire::replicate::refusal::Kind;
 use std::time::Duration;
 use tokio::time::Instant;
 
+/// A rival applier may win the race for the position time and again while it has something to apply; each try costs a read and a
+/// transaction.
+const TERM_TRIES_MAX: u32 = 64;
 /// An idle link looks at its position so often: a replica that was restored shows nothing else of it.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 
@@ -21,6 +24,7 @@ pub struct HelloFacts {
     pub session: u64,
     pub epoch: Epoch,
     pub term: Term,
+    pub origin_cluster: ClusterId,
     pub ranges: Ranges,
 }
 
@@ -32,14 +36,13 @@ pub struct HelloAnswer {
     pub received: (Seq, Revision, Digest),
     pub durable: Seq,
     pub ranges_empty: bool,
+    /// The position is another sender's, with a higher (epoch, term): no session was opened.
+    pub fenced: bool,
 }
 
+/// The replica's etcd does not answer.
 #[derive(Debug)]
-pub enum HelloRefused {
-    /// The replica's etcd does not answer.
-    Unavailable(String),
-    Fenced(String),
-}
+pub struct HelloRefused(pub String);
 
 /// The position as it was last read or written, with the revision that its compare needs. `position` is `None` where etcd has none.
 #[derive(Debug, Clone)]
@@ -89,6 +92,13 @@ impl Applier {
     async fn align(&mut self, position: Option<&Position>) {
         let (epoch, seq) = position.map_or((Epoch(0), Seq(0)), |p| (p.epoch, p.seq));
         let (known_epoch, known_seq) = self.expected.as_ref().map_or((epoch, seq), |p| (p.epoch, p.seq));
+        let fenced = match (self.claim, position) {
+            (Some(claim), Some(position)) => (position.epoch, position.term) > claim,
+            (_, _) => false,
+        };
+        if let (true, Some(position)) = (fenced, position) {
+            self.fence(position);
+        }
         let ours = self.expected.is_none() || (position.is_some() && epoch == known_epoch && seq >= known_seq);
         let extent = self.journal.extent().borrow().clone();
         let last = extent.last.map_or(extent.base, |(seq, _, _)| seq);
@@ -113,8 +123,11 @@ impl Applier {
         if !continues && let Err(e) = self.journal.reset(epoch, seq).await {
             tracing::error!(link = %self.link, error = %e, "the journal cannot be started afresh");
         }
-        if !ours {
-            let (kind, reason) = if (epoch, seq) > (known_epoch, known_seq) {
+        let overtaken = !continues && (epoch, seq) > (known_epoch, known_seq);
+        if !fenced && (!ours || overtaken) {
+            let (kind, reason) = if epoch == known_epoch && overtaken {
+                (Kind::PositionMoved, format!("another applier has brought the position to epoch {epoch}, seq {seq}"))
+            } else if (epoch, seq) > (known_epoch, known_seq) {
                 (Kind::Fenced, format!("another applier has brought the position to epoch {epoch}, seq {seq}"))
             } else {
                 (
@@ -126,6 +139,17 @@ impl Applier {
             let session = self.session;
             self.view.send_modify(|view| view.refusal = Some((session, kind, reason)));
         }
+    }
+
+    /// Another sender has the link: this session's changes nothing any more, be it here or in the journal, which stays as it is: whoever
+    /// says hello next goes on from there, since all senders give a revision the same seq.
+    fn fence(&mut self, position: &Position) {
+        let reason = format!("a sender with epoch {}, term {} took the link", position.epoch, position.term);
+        tracing::warn!(link = %self.link, %reason, "the sender is fenced");
+        (self.claim, self.copying, self.progress, self.stopped) = (None, None, None, true);
+        self.start_afresh(position.seq);
+        let session = self.session;
+        self.view.send_modify(|view| view.refusal = Some((session, Kind::Fenced, reason)));
     }
 
     /// Reads the position again where nothing else would show that it moved.
@@ -150,46 +174,48 @@ impl Applier {
 
     /// Reads the position, settles who may write it, and says from where to ship.
     pub(super) async fn hello(&mut self, facts: HelloFacts) -> Result<HelloAnswer, HelloRefused> {
-        let unavailable = |e: EtcdError| HelloRefused::Unavailable(format!("the replica's etcd: {e}"));
+        let unavailable = |e: EtcdError| HelloRefused(format!("the replica's etcd: {e}"));
         self.hello_taken = self.hello_taken.max(facts.session);
-        let replica_cluster = self.read_position().await.map_err(unavailable)?;
-        let position = self.held.as_ref().and_then(|h| h.position.clone());
-        if let Some(position) = &position {
+        let mut tries = 0;
+        let (replica_cluster, claim) = loop {
+            let replica_cluster = self.read_position().await.map_err(unavailable)?;
+            let position = self.held.as_ref().and_then(|h| h.position.clone());
+            // Terms are revisions of one cluster: those of another origin's say nothing of this sender.
+            let Some(position) = position.filter(|p| p.origin_cluster == facts.origin_cluster) else {
+                break (replica_cluster, None);
+            };
             let claimed = if facts.epoch == Epoch(0) { position.epoch } else { facts.epoch };
-            if (claimed, facts.term) < (position.epoch, position.term) {
-                return Err(HelloRefused::Fenced(format!(
-                    "the position is at epoch {}, term {}; this sender is at epoch {claimed}, term {}",
-                    position.epoch, position.term, facts.term
-                )));
+            let claim = (claimed, facts.term);
+            if claim < (position.epoch, position.term) {
+                return Ok(self.answer(replica_cluster, false, true));
             }
-            if facts.term > position.term {
-                let next = Position { term: facts.term, ..position.clone() };
-                match self
-                    .commit(next, TxnTree { guards: Vec::new(), success: Vec::new() })
-                    .await
-                    .map_err(unavailable)?
-                {
-                    Committed::Done => {}
-                    Committed::GuardFailed | Committed::PositionMoved => {
-                        return Err(HelloRefused::Unavailable(
-                            "the position moved while the hello was answered".to_owned(),
-                        ));
-                    }
+            if facts.term <= position.term {
+                break (replica_cluster, Some(claim));
+            }
+            // Before anything else: from now on every older sender's transaction fails its compare.
+            let next = Position { term: facts.term, ..position };
+            let tree = TxnTree { guards: Vec::new(), success: Vec::new() };
+            match self.commit(next, tree).await.map_err(unavailable)? {
+                Committed::Done => break (replica_cluster, Some(claim)),
+                Committed::GuardFailed | Committed::PositionMoved if tries < TERM_TRIES_MAX => tries += 1,
+                Committed::GuardFailed | Committed::PositionMoved => {
+                    return Err(HelloRefused("the position moved all the time while the hello was answered".to_owned()));
                 }
             }
-        }
+        };
         let mut ranges_empty = true;
         let etcd = self.etcd().await.map_err(unavailable)?;
         for piece in facts.ranges.pieces() {
             ranges_empty &= etcd.page(piece, 0, None, Columns::CountOnly).await.map_err(unavailable)?.count == 0;
         }
         self.session = facts.session;
+        self.claim = claim;
         self.ranges = Some(facts.ranges);
         self.copying = None;
         self.progress = None;
         self.stopped = false;
         self.retry_at = None;
-        if let Some(position) = &position {
+        if let Some(position) = self.held.as_ref().and_then(|h| h.position.as_ref()) {
             self.waymark = position.waymark;
         }
         self.view.send_modify(|view| {
@@ -200,6 +226,10 @@ impl Applier {
             view.copy_session = facts.session;
         });
         self.publish(true);
+        Ok(self.answer(replica_cluster, ranges_empty, false))
+    }
+
+    fn answer(&self, replica_cluster: ClusterId, ranges_empty: bool, fenced: bool) -> HelloAnswer {
         let position = self.held.as_ref().and_then(|h| h.position.clone());
         let extent = self.journal.extent().borrow().clone();
         let carried = position
@@ -207,6 +237,6 @@ impl Applier {
             .map_or((Seq(0), Revision(0), Digest::default()), |p| (p.seq, p.carried_revision, p.carried_digest));
         let received = extent.last.filter(|(seq, _, _)| *seq > carried.0).unwrap_or(carried);
         let durable = carried.0.max(*self.journal.durable().borrow());
-        Ok(HelloAnswer { replica_cluster, position, received, durable, ranges_empty })
+        HelloAnswer { replica_cluster, position, received, durable, ranges_empty, fenced }
     }
 }

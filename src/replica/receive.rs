@@ -40,6 +40,8 @@ const RECEIPTS_MAX: usize = 4;
 #[derive(Debug, Clone, Default)]
 pub struct Told {
     pub connected: bool,
+    /// The node of the sidecar whose hello was answered last.
+    pub shipper: String,
     pub head: Revision,
     pub lag: Duration,
     pub rpo: Duration,
@@ -265,6 +267,28 @@ impl Receiver {
         }
         end.ranges.put(ranges).map_err(|e| Status::unavailable(format!("the link's ranges cannot be stored: {e}")))
     }
+
+    /// `session`: empty where none was opened.
+    fn reply(&self, end: &LinkEnd, answer: &HelloAnswer, session: &[u8], link_back: bool) -> HelloReply {
+        HelloReply {
+            protocol_version: PROTOCOL_VERSION,
+            session: Bytes::copy_from_slice(session),
+            replica_cluster: answer.replica_cluster.0,
+            position: answer.position.as_ref().map(|p| Bytes::from(p.to_json())).unwrap_or_default(),
+            received_seq: answer.received.0.0,
+            received_revision: answer.received.1.0,
+            received_digest: Bytes::copy_from_slice(&answer.received.2.0),
+            durable_seq: answer.durable.0,
+            window_bytes_max: end.limits.window_bytes_max as u64,
+            frame_bytes_max: end.limits.frame_bytes_max as u64,
+            ranges_empty: answer.ranges_empty,
+            link_back,
+            region: self.region.to_string(),
+            node: self.node.to_string(),
+            software: env!("CARGO_PKG_VERSION").to_owned(),
+            fenced: answer.fenced,
+        }
+    }
 }
 
 #[tonic::async_trait]
@@ -288,9 +312,18 @@ impl Handshake for Receiver {
             });
             number
         };
-        let facts =
-            HelloFacts { session: number, epoch: Epoch(hello.epoch), term: Term(hello.term), ranges: ranges.clone() };
+        let facts = HelloFacts {
+            session: number,
+            epoch: Epoch(hello.epoch),
+            term: Term(hello.term),
+            origin_cluster: ClusterId(hello.origin_cluster),
+            ranges: ranges.clone(),
+        };
         let answer = ask(&end, facts).await?;
+        if answer.fenced {
+            tracing::info!(link = %end.config.link, region = %hello.region, node = %hello.node, term = hello.term, "hello fenced");
+            return Ok(Response::new(self.reply(&end, &answer, &[], link_back)));
+        }
         self.store_ranges(&end, &ranges)?;
         // Not before: a sender that is refused changes nothing for the one that ships.
         end.latest_session.send_modify(|latest| *latest = number.max(*latest));
@@ -311,25 +344,10 @@ impl Handshake for Receiver {
             epoch,
             term: Term(hello.term),
         });
+        end.told.send_modify(|told| told.shipper.clone_from(&hello.node));
         tracing::info!(link = %end.config.link, region = %hello.region, node = %hello.node, software = %hello.software,
-            epoch = %epoch, seq = %answer.received.0, "hello");
-        Ok(Response::new(HelloReply {
-            protocol_version: PROTOCOL_VERSION,
-            session: Bytes::copy_from_slice(&session),
-            replica_cluster: answer.replica_cluster.0,
-            position: answer.position.as_ref().map(|p| Bytes::from(p.to_json())).unwrap_or_default(),
-            received_seq: answer.received.0.0,
-            received_revision: answer.received.1.0,
-            received_digest: Bytes::copy_from_slice(&answer.received.2.0),
-            durable_seq: answer.durable.0,
-            window_bytes_max: end.limits.window_bytes_max as u64,
-            frame_bytes_max: end.limits.frame_bytes_max as u64,
-            ranges_empty: answer.ranges_empty,
-            link_back,
-            region: self.region.to_string(),
-            node: self.node.to_string(),
-            software: env!("CARGO_PKG_VERSION").to_owned(),
-        }))
+            epoch = %epoch, term = hello.term, seq = %answer.received.0, "hello");
+        Ok(Response::new(self.reply(&end, &answer, &session, link_back)))
     }
 }
 
@@ -341,8 +359,7 @@ async fn ask(end: &LinkEnd, facts: HelloFacts) -> Result<HelloAnswer, Status> {
     };
     match tokio::time::timeout(HELLO_DEADLINE, asking).await {
         Ok(Some(Ok(answer))) => Ok(answer),
-        Ok(Some(Err(HelloRefused::Unavailable(reason)))) => Err(Status::unavailable(reason)),
-        Ok(Some(Err(HelloRefused::Fenced(reason)))) => Err(Status::failed_precondition(format!("fenced: {reason}"))),
+        Ok(Some(Err(HelloRefused(reason)))) => Err(Status::unavailable(reason)),
         Ok(None) => Err(Status::unavailable("the replica's sidecar is shutting down")),
         Err(_) => {
             let waiting = end.view.borrow().waiting.clone();

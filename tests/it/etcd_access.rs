@@ -110,9 +110,9 @@ fn key(key: &Bytes) -> KeyRange {
     KeyRange { from: key.clone(), to: Bytes::from([key, &[0][..]].concat()) }
 }
 
-/// At an origin: one range read for the watch, which covers the prefixes and `/etcd-ferry/v1/links/`; write of the waymark.
+/// At an origin: one range read for the watch, which covers the prefixes and `/etcd-ferry/v1/links/`; write of the link's own folder.
 fn rights_at_origin() -> Vec<(PermissionType, KeyRange)> {
-    vec![(PermissionType::Read, watched()), (PermissionType::Write, key(&link_name(LINK).waymark_key()))]
+    vec![(PermissionType::Read, watched()), (PermissionType::Write, KeyRange::prefix(&link_name(LINK).folder()))]
 }
 
 /// At a replica: the prefixes and the link's position.
@@ -185,18 +185,17 @@ async fn users_with_just_the_rights_that_the_readme_states_carry_copies_revision
 async fn a_right_that_the_origins_user_lacks_is_named_and_granted_later_it_goes_on_by_itself() {
     let rights = rights_at_origin();
     let pair = Box::pin(with_rights(&[], &rights_at_replica(), &[])).await;
-    let waymark = link_name(LINK).waymark_key();
-    let waymark = waymark.escape_ascii();
-    wait_for_reason(&pair.origin_sidecar, LINK, &format!("needs the right to read {waymark}")).await;
+    let folder = "/etcd-ferry/v1/links/config/";
+    wait_for_reason(&pair.origin_sidecar, LINK, &format!("needs the right to read the prefix {folder}")).await;
     // The parts of the range do not make the whole: etcd looks for one right that covers a watch.
     grant(&pair.origin, &(PermissionType::Read, app())).await;
     grant(&pair.origin, &(PermissionType::Read, KeyRange::prefix(b"/etcd-ferry/v1/links/"))).await;
+    wait_for_reason(&pair.origin_sidecar, LINK, &format!("needs the right to write the prefix {folder}")).await;
+    assert_eq!(pair.replica.read_all().await.1.len(), 0);
+    grant(&pair.origin, &rights[1]).await;
     let words = "needs the right to read all of [/app/, /etcd-ferry/v1/links0), as one range";
     wait_for_reason(&pair.origin_sidecar, LINK, words).await;
     grant(&pair.origin, &rights[0]).await;
-    wait_for_reason(&pair.origin_sidecar, LINK, &format!("needs the right to write {waymark}")).await;
-    assert_eq!(pair.replica.read_all().await.1.len(), 0);
-    grant(&pair.origin, &rights[1]).await;
     assert_carries(&pair, "/app/a").await;
     let well = |entry: &serde_json::Value| entry["state"] == "following" && entry["reason"] == "";
     pair.origin_sidecar.wait_for(LINK, "the link to follow with nothing in its way", well).await;

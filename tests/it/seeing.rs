@@ -36,8 +36,8 @@ const FIELDS: [&str; 18] = [
     "bytes_raw",
     "bytes_sent",
 ];
-/// Beside the fields that every reader may count on: what was counted, and how far a base copy is.
-const MORE_FIELDS: [&str; 2] = ["counts", "copy"];
+/// Beside the fields that every reader may count on: who ships the link, what was counted, and how far a base copy is.
+const MORE_FIELDS: [&str; 4] = ["role", "shipper", "counts", "copy"];
 
 /// The one link of `status --json`, with its fields checked.
 fn status(sidecar: &Sidecar, side: &str, peer_region: &str) -> Value {

@@ -1,0 +1,327 @@
+//! Job: stand for election among the sidecars beside the origin's cluster, for one link.
+//! Input: the link's keys in the origin's etcd, when the replica was last heard, `stop`. Output: an `ElectView`.
+//! Edge: what to do next is decided in candidacy.rs.
+//! Always true: `Shipper` is said only while the lease that was last renewed cannot have ended; the key goes when the sidecar stops.
+
+use super::candidacy::{
+    self, Candidate, Enrolment, LEASE_TTL, LOOK_INTERVAL, Next, Own, PATIENCE_FIRST, Published, RENEW_INTERVAL,
+    SHIPS_UNRENEWED_MAX,
+};
+use crate::config::EtcdConfig;
+use crate::etcd::{Columns, Compare, CompareOp, Etcd, EtcdError, Lease, Txn, TxnOp};
+use crate::model::{KeyRange, LinkName, Revision, Term};
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+/// One try at renewing and looking. Two of them fit before a shipper must stop.
+const TRY_MAX: Duration = Duration::from_millis(1_500);
+/// Creating a key, or replacing one, is followed by another look; more than a few in one try means a rival, and the next try sees it.
+const STEPS_MAX: u32 = 5;
+/// How long the sidecar's end may wait for etcd to take its key away.
+const RESIGN_MAX: Duration = Duration::from_secs(1);
+
+/// Whether this sidecar ships the link.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Standing {
+    /// Not known yet, or not any more.
+    Unknown { reason: String },
+    /// `reason`: what is wrong with that, if anything is.
+    Standby { shipper: String, term: Term, reason: String },
+    Shipper { term: Term },
+}
+
+impl Standing {
+    pub fn term(&self) -> Option<Term> {
+        match self {
+            Standing::Unknown { .. } => None,
+            Standing::Standby { term, .. } | Standing::Shipper { term } => Some(*term),
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ElectView {
+    pub standing: Standing,
+    /// What the shipper published last.
+    pub published: Option<Published>,
+    /// How often this sidecar became the shipper.
+    pub won: u64,
+}
+
+impl Default for ElectView {
+    fn default() -> Self {
+        Self { standing: Standing::Unknown { reason: String::new() }, published: None, won: 0 }
+    }
+}
+
+pub struct Election {
+    pub link: LinkName,
+    pub node: String,
+    pub etcd: EtcdConfig,
+    pub view: watch::Sender<ElectView>,
+    /// When the replica was last heard; `None`: the link waits for an operator.
+    pub heard: watch::Receiver<Option<Instant>>,
+    run: u64,
+    enrolled: bool,
+    connection: Option<Etcd>,
+    lease: Option<Lease>,
+    /// When the last renewal was sent that was answered, together with a look that showed our key.
+    renewed: Option<Instant>,
+    patience: Duration,
+    led_since: Instant,
+    /// The last reason that was logged: one that repeats is logged once.
+    logged: String,
+}
+
+/// What the link's keys say.
+struct Seen {
+    candidates: Vec<Candidate>,
+    published: Option<Published>,
+}
+
+impl Election {
+    pub fn new(
+        link: LinkName,
+        node: String,
+        etcd: EtcdConfig,
+        view: watch::Sender<ElectView>,
+        heard: watch::Receiver<Option<Instant>>,
+    ) -> Self {
+        Self {
+            link,
+            node,
+            etcd,
+            view,
+            heard,
+            run: rand::random(),
+            enrolled: false,
+            connection: None,
+            lease: None,
+            renewed: None,
+            patience: PATIENCE_FIRST,
+            led_since: Instant::now(),
+            logged: String::new(),
+        }
+    }
+
+    /// Stands until `stop`, then resigns, so that another one need not wait for the lease to end.
+    pub async fn run(mut self, stop: CancellationToken) {
+        loop {
+            let wait = tokio::select! {
+                biased;
+                () = stop.cancelled() => break,
+                wait = self.turn() => wait,
+            };
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => break,
+                () = tokio::time::sleep(wait) => {}
+            }
+        }
+        self.say(Standing::Unknown { reason: String::new() });
+        self.resign().await;
+    }
+
+    /// One try; how long to wait before the next one.
+    async fn turn(&mut self) -> Duration {
+        let leads = matches!(self.view.borrow().standing, Standing::Shipper { .. });
+        let last = self.renewed.filter(|_| leads).map(|renewed| renewed + SHIPS_UNRENEWED_MAX);
+        let limit = Instant::now() + TRY_MAX;
+        let limit = last.map_or(limit, |last| limit.min(last.max(Instant::now())));
+        let reason = match tokio::time::timeout_at(limit, Box::pin(self.renew_and_look())).await {
+            Ok(Ok((next, published))) => {
+                self.view.send_if_modified(|view| std::mem::replace(&mut view.published, published) != published);
+                return self.act(next).await;
+            }
+            Ok(Err(e)) => format!("the election in the origin's etcd: {e}"),
+            Err(_) => format!("the election in the origin's etcd: no answer within {} ms", TRY_MAX.as_millis()),
+        };
+        self.connection = None;
+        let unrenewed = self.renewed.is_none_or(|renewed| renewed.elapsed() >= SHIPS_UNRENEWED_MAX);
+        if unrenewed {
+            self.log(&reason);
+            self.say(Standing::Unknown { reason });
+        }
+        LOOK_INTERVAL
+    }
+
+    /// Renews the lease, then looks at the candidates, and stands if need be. Only both together say that the key lives: a renewal alone
+    /// may be answered by a member that has lost its cluster and does not know it yet.
+    async fn renew_and_look(&mut self) -> Result<(Next, Option<Published>), EtcdError> {
+        let sent = Instant::now();
+        let etcd = match &self.connection {
+            Some(etcd) => etcd.clone(),
+            None => self.connection.insert(Etcd::connect(&self.etcd).await?).clone(),
+        };
+        let lease = match self.lease {
+            Some(lease) if etcd.renew(lease).await? => lease,
+            Some(_) | None => {
+                self.lease = None;
+                *self.lease.insert(etcd.grant(LEASE_TTL).await?)
+            }
+        };
+        for _ in 0..STEPS_MAX {
+            let seen = look(&etcd, &self.link).await?;
+            let own = Own { node: &self.node, run: self.run, enrolled: self.enrolled };
+            let key = self.link.candidate_key(&self.node);
+            let txn = match candidacy::next(own, &seen.candidates) {
+                Next::Enrol => {
+                    let value = serde_json::to_vec(&Enrolment { run: self.run }).unwrap_or_default();
+                    let absent = Compare::create_revision(key.to_vec(), CompareOp::Equal, 0);
+                    Txn::new().when([absent]).and_then([lease.put(&key, value)])
+                }
+                Next::Replace { mod_revision } => {
+                    tracing::info!(link = %self.link, node = %self.node, "taking the place of an earlier process of this node");
+                    delete_if(&key, Compare::mod_revision(key.to_vec(), CompareOp::Equal, mod_revision.to_etcd()))
+                }
+                next @ (Next::Lead { .. } | Next::StandBy { .. } | Next::NameTaken { .. }) => {
+                    self.enrolled = true;
+                    self.renewed = Some(sent);
+                    return Ok((next, seen.published));
+                }
+            };
+            etcd.txn(txn, &self.right()).await?;
+        }
+        Err(EtcdError::Other("the candidates' keys change all the time".to_owned()))
+    }
+
+    fn right(&self) -> String {
+        format!("write the prefix {}", self.link.folder().escape_ascii())
+    }
+
+    /// Says what this sidecar is now; a shipper whom the replica does not hear gives way.
+    async fn act(&mut self, next: Next) -> Duration {
+        match next {
+            Next::Lead { term, others } => {
+                if self.say(Standing::Shipper { term }) {
+                    self.led_since = Instant::now();
+                    self.view.send_modify(|view| view.won += 1);
+                    tracing::info!(link = %self.link, node = %self.node, %term, others, "elected: this sidecar ships the link");
+                }
+                let heard = self.heard.borrow().map(|heard| heard.max(self.led_since));
+                if heard.is_some_and(|heard| heard > self.led_since) {
+                    self.patience = PATIENCE_FIRST;
+                }
+                let silent = heard.map(|heard| heard.elapsed());
+                if candidacy::gives_way(silent, self.patience, others) {
+                    return self.give_way(term).await;
+                }
+                let left = silent.map_or(RENEW_INTERVAL, |silent| self.patience.saturating_sub(silent));
+                // With nobody to give way to, what is left of the patience is nothing to wake for.
+                if others > 0 { RENEW_INTERVAL.min(left) } else { RENEW_INTERVAL }
+            }
+            Next::StandBy { shipper, term } => {
+                let standing = Standing::Standby { shipper: shipper.clone(), term, reason: String::new() };
+                if self.say(standing) {
+                    tracing::info!(link = %self.link, node = %self.node, %shipper, %term, "standing by: another sidecar ships the link");
+                }
+                LOOK_INTERVAL
+            }
+            Next::NameTaken { shipper, term } => {
+                let reason = format!(
+                    "another sidecar stands for election under the node name {}: give each its own `node`",
+                    self.node
+                );
+                self.log(&reason);
+                self.say(Standing::Standby { shipper, term, reason });
+                LOOK_INTERVAL
+            }
+            // Steps on the way, never where a try ends.
+            Next::Enrol | Next::Replace { .. } => LOOK_INTERVAL,
+        }
+    }
+
+    /// Takes the key away and comes back as the last of the candidates.
+    async fn give_way(&mut self, term: Term) -> Duration {
+        let silent_s = self.patience.as_secs();
+        tracing::warn!(link = %self.link, node = %self.node, %term, silent_s, "nothing is heard from the replica: giving way to another sidecar");
+        self.patience = candidacy::patience_after(self.patience);
+        let reason = format!("nothing was heard from the replica for {silent_s} s: another sidecar's turn");
+        self.say(Standing::Unknown { reason });
+        let Some(etcd) = self.connection.clone() else { return LOOK_INTERVAL };
+        let key = self.link.candidate_key(&self.node);
+        let mine = Compare::create_revision(key.to_vec(), CompareOp::Equal, Revision(term.0).to_etcd());
+        let given = tokio::time::timeout(TRY_MAX, etcd.txn(delete_if(&key, mine), &self.right())).await;
+        if !matches!(given, Ok(Ok(_))) {
+            self.connection = None;
+        }
+        Duration::ZERO
+    }
+
+    /// False if nothing changed but the reason.
+    fn say(&mut self, standing: Standing) -> bool {
+        if !matches!(standing, Standing::Unknown { .. }) {
+            self.logged.clear();
+        }
+        let mut other = false;
+        self.view.send_if_modified(|view| {
+            let same = |a: &Standing, b: &Standing| {
+                std::mem::discriminant(a) == std::mem::discriminant(b) && a.term() == b.term()
+            };
+            other = !same(&view.standing, &standing);
+            std::mem::replace(&mut view.standing, standing.clone()) != standing
+        });
+        other
+    }
+
+    /// A failure that repeats is logged once.
+    fn log(&mut self, reason: &str) {
+        if self.logged != reason {
+            tracing::warn!(link = %self.link, %reason, "the election waits; trying again");
+            reason.clone_into(&mut self.logged);
+        }
+    }
+
+    async fn resign(&mut self) {
+        let (Some(etcd), Some(lease)) = (&self.connection, self.lease) else { return };
+        match tokio::time::timeout(RESIGN_MAX, etcd.revoke(lease)).await {
+            Ok(Ok(())) => tracing::info!(link = %self.link, node = %self.node, "resigned"),
+            Ok(Err(_)) | Err(_) => {
+                tracing::warn!(link = %self.link, "etcd did not take the resignation: another sidecar waits for the lease to end");
+            }
+        }
+    }
+}
+
+/// What the shipper of a link writes at the origin is written only if it is still a candidate, under the same term: nobody else can lead
+/// before its key is gone.
+pub(super) fn still_elected(link: &LinkName, node: &str, term: Term) -> Compare {
+    Compare::create_revision(link.candidate_key(node).to_vec(), CompareOp::Equal, Revision(term.0).to_etcd())
+}
+
+/// Whether `node` is the elected one, with this term, by a linearizable read.
+pub(super) async fn leads(etcd: &Etcd, link: &LinkName, node: &str, term: Term) -> Result<bool, EtcdError> {
+    let seen = look(etcd, link).await?;
+    let first = seen.candidates.iter().min_by_key(|candidate| candidate.term);
+    Ok(first.is_some_and(|first| first.node == node && first.term == term))
+}
+
+fn delete_if(key: &[u8], condition: Compare) -> Txn {
+    Txn::new().when([condition]).and_then([TxnOp::delete(key, None)])
+}
+
+/// All keys of a link, in one linearizable read.
+async fn look(etcd: &Etcd, link: &LinkName) -> Result<Seen, EtcdError> {
+    let folder = link.folder();
+    let right = || format!("read the prefix {}", folder.escape_ascii());
+    let page = etcd.page(&KeyRange::prefix(&folder), 0, None, Columns::KeysAndValues).await;
+    let page = page.map_err(|e| e.needing(right))?;
+    let (candidates, applied) = (link.candidate_key(""), link.applied_key());
+    let mut seen = Seen { candidates: Vec::new(), published: None };
+    for kv in page.kvs {
+        if let Some(node) = kv.key.strip_prefix(&candidates[..]) {
+            let enrolment = serde_json::from_slice::<Enrolment>(&kv.value).ok();
+            seen.candidates.push(Candidate {
+                node: String::from_utf8_lossy(node).into_owned(),
+                run: enrolment.map(|enrolment| enrolment.run),
+                term: Term(kv.create_revision.0),
+                mod_revision: kv.mod_revision,
+            });
+        } else if kv.key == applied {
+            seen.published = Published::from_json(&kv.value);
+        }
+    }
+    Ok(seen)
+}
