@@ -305,14 +305,14 @@ async fn a_link_both_ways_needs_both_sets_of_rights_at_both_ends() {
     };
     let mut pair = Box::pin(Pair::prepare(options)).await;
     let (there, back) = (link_name(LINK), link_name(LINK_BACK));
-    for (etcd, waymark, position) in [
-        (&pair.origin, there.waymark_key(), back.position_key()),
-        (&pair.replica, back.waymark_key(), there.position_key()),
+    for (etcd, folder, position) in [
+        (&pair.origin, there.folder(), back.position_key()),
+        (&pair.replica, back.folder(), there.position_key()),
     ] {
         let rights = [
             (PermissionType::Read, watched()),
             (PermissionType::Readwrite, app()),
-            (PermissionType::Write, key(&waymark)),
+            (PermissionType::Write, KeyRange::prefix(&folder)),
             (PermissionType::Write, key(&position)),
         ];
         etcd.add_user(USER, PASSWORD, &rights).await;

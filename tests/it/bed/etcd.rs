@@ -247,6 +247,10 @@ impl Etcd {
         self.process.as_ref().expect("this etcd is not running")
     }
 
+    pub fn is_running(&self) -> bool {
+        self.process.is_some()
+    }
+
     fn data_dir(&self) -> PathBuf {
         self.dir.path().join("data")
     }

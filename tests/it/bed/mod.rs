@@ -13,6 +13,7 @@ pub mod etcd;
 pub mod pair;
 pub mod process;
 pub mod recording;
+pub mod regions;
 pub mod sidecar;
 pub mod traffic;
 

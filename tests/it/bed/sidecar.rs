@@ -76,7 +76,11 @@ pub struct ReceiveLink {
 #[derive(Debug, Clone)]
 pub struct SidecarOptions {
     pub region: String,
+    /// Told apart from the other sidecars of its cluster by its last letter.
+    pub node: String,
     pub etcd: Access,
+    /// What it dials to reach its etcd; empty: `etcd.url` alone.
+    pub endpoints: Vec<String>,
     pub ports: Ports,
     /// As `make_certificates` left it.
     pub certs: PathBuf,
@@ -91,6 +95,8 @@ impl SidecarOptions {
     pub fn new(region: &str, etcd: Access, ports: Ports, certs: &Path) -> Self {
         Self {
             region: region.to_owned(),
+            node: format!("{region}-a"),
+            endpoints: Vec::new(),
             etcd,
             ports,
             certs: certs.to_owned(),
@@ -122,7 +128,7 @@ struct ConfigFile<'a> {
 
 #[derive(Serialize)]
 struct EtcdTable<'a> {
-    endpoints: [&'a str; 1],
+    endpoints: &'a [String],
     #[serde(skip_serializing_if = "Option::is_none")]
     ca: Option<&'a Path>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -196,10 +202,13 @@ impl Sidecar {
         let pair = options.etcd.tls.as_ref();
         let config = ConfigFile {
             region: &options.region,
-            node: format!("{}-a", options.region),
+            node: options.node.clone(),
             data_dir: self.data_dir(),
             etcd: EtcdTable {
-                endpoints: [&options.etcd.url],
+                endpoints: match &options.endpoints[..] {
+                    [] => std::slice::from_ref(&options.etcd.url),
+                    several => several,
+                },
                 ca: pair.map(|tls| tls.ca.as_path()),
                 cert: pair.map(|tls| tls.cert.as_path()),
                 key: pair.map(|tls| tls.key.as_path()),
@@ -234,7 +243,7 @@ impl Sidecar {
         self.process = None;
         let mut command = Command::new(env!("CARGO_BIN_EXE_etcd-ferry"));
         command.args(["run", "--config"]).arg(self.config_path());
-        let name = format!("etcd-ferry of {}", self.options.region);
+        let name = format!("etcd-ferry {}", self.options.node);
         self.process = Some(Process::start(&name, &mut command, &self.dir.join("ferry.log")));
     }
 
@@ -330,9 +339,9 @@ impl Sidecar {
             .await
         };
         let seen = tokio::time::timeout(limit, seen).await;
-        let region = &self.options.region;
+        let node = &self.options.node;
         seen.unwrap_or_else(|_| {
-            panic!("{region}: waited {limit:?} in vain for: {what}; last seen: {:#}", last.borrow())
+            panic!("{node}: waited {limit:?} in vain for: {what}; last seen: {:#}", last.borrow())
         })
     }
 

@@ -1,0 +1,166 @@
+//! Job: a sender whose term is old changes nothing at the replica, wherever it comes back; rival appliers do no harm; terms that went back stop.
+//! Input: regions whose sidecars dial different ones of the replica's, paused shippers, restored origins. Output: passes or fails.
+//! Always true: what is judged is what the replica's etcd holds, and who wrote it.
+
+use crate::bed::contents::{load, noise};
+use crate::bed::pair::{LINK, link_name};
+use crate::bed::regions::{Regions, RegionsOptions};
+use crate::bed::{PATIENCE, until};
+use crate::resume::{last, write};
+use etcd_ferry::model::{Phase, Position};
+use serde_json::Value;
+
+/// The origin's sidecars each dial another of the replica's first: only the position can tell the replica's two who is fenced.
+fn apart() -> RegionsOptions {
+    RegionsOptions { sidecars: (2, 2), apart: true, ..RegionsOptions::default() }
+}
+
+fn transactions(entry: &Value) -> u64 {
+    entry["counts"]["transactions"].as_u64().unwrap_or(0)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_paused_shipper_that_wakes_with_frames_in_hand_is_fenced_by_a_replica_that_has_seen_no_other() {
+    let regions = Box::pin(Regions::start(apart())).await;
+    let revision = regions.origin[0].put("/app/first", "1").await;
+    let before = regions.wait_applied(revision).await;
+    regions.wait_standby(1).await;
+    let recorder = regions.record().await;
+    let (shipper, its_peer) = (&regions.origin_sidecars[0], &regions.replica_sidecars[0]);
+    // What it read of the spool is held back in the line, and goes on to its own peer once the line thaws.
+    let line = &regions.peer_lines[0][0];
+    line.freeze(etcd_ferry::demo::proxy::Direction::ToTarget);
+    let mut acknowledged = write(&regions.origin[0].access(), "/app/in-hand/", 50, 100).await;
+    let shipped = |entry: &Value| entry["seq"].as_u64() >= Some(before.seq.0 + 50);
+    shipper.wait_for(LINK, "frames to be on their way", shipped).await;
+    shipper.pause();
+    regions.wait_taken_over(&before).await;
+    acknowledged.extend(write(&regions.origin[0].access(), "/app/after/", 50, 100).await);
+    let position = regions.wait_applied(last(&acknowledged)).await;
+    let applied_there = transactions(&its_peer.wait_for(LINK, "its counts", |_| true).await);
+    line.heal();
+    let fenced = async || its_peer.log().contains("the sender is fenced").then_some(());
+    until("the old sender to be fenced", PATIENCE, fenced).await;
+    shipper.resume();
+    regions.wait_standby(0).await;
+    let after = transactions(&its_peer.wait_for(LINK, "its counts", |_| true).await);
+    assert_eq!(after, applied_there, "a fenced sender's revisions were applied");
+    assert_eq!(regions.position().await.term, position.term);
+    regions.judge(recorder, &acknowledged, &before).await;
+}
+
+async fn paused_in_the_middle_of_a_copy(options: RegionsOptions) {
+    let limits = [("page_keys_max", 100), ("page_bytes_max", 65_536)];
+    let limits = limits.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
+    let mut regions = Box::pin(Regions::prepare(RegionsOptions { limits, ..options })).await;
+    load(&regions.origin[0], &noise("/app/", 4_000, 1_000)).await;
+    // The copy takes about ten seconds.
+    regions.peer_lines.iter().flatten().for_each(|line| line.set_rate(Some(400_000)));
+    regions.start_sidecars().await;
+    let middle = regions.wait_copying().await;
+    let at_anchor = |entry: &Value| {
+        let stage = entry["stages"].as_array().and_then(|stages| stages.iter().find(|s| s["stage"] == "spool")).cloned();
+        stage.is_some_and(|stage| {
+            stage["detail"].as_str().is_some_and(|d| d.contains(&format!("after {} up", middle.origin_revision)))
+        })
+    };
+    regions.origin_sidecars[1].wait_for(LINK, "the standby's spool to begin at the anchor", at_anchor).await;
+    regions.origin_sidecars[0].pause();
+    // What is written now is in the standby's spool alone.
+    let acknowledged = write(&regions.origin[0].access(), "/app/000", 100, 100).await;
+    regions.origin[0].compact(last(&acknowledged)).await;
+    let further = async || {
+        let position = regions.position().await;
+        (position.term > middle.term && position.cursor > middle.cursor).then_some(position)
+    };
+    let position = until("another sidecar to go on with the copy", PATIENCE, further).await;
+    assert_eq!(position.epoch, middle.epoch, "the copy goes on, it does not begin anew");
+    regions.origin_sidecars[0].resume();
+    regions.peer_lines.iter().flatten().for_each(|line| line.set_rate(None));
+    let after = regions.wait_applied(last(&acknowledged)).await;
+    assert_eq!((after.epoch, after.state), (middle.epoch, Phase::Following));
+    regions.wait_standby(0).await;
+    regions.assert_equal().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shipper_paused_in_the_middle_of_a_base_copy_is_fenced_and_the_copy_goes_on_at_its_cursor() {
+    paused_in_the_middle_of_a_copy(RegionsOptions::default()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shipper_paused_in_the_middle_of_a_base_copy_is_fenced_also_by_another_of_the_replicas_sidecars() {
+    paused_in_the_middle_of_a_copy(apart()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_appliers_at_once_do_no_harm() {
+    let regions = Box::pin(Regions::start(RegionsOptions { sidecars: (1, 2), ..RegionsOptions::default() })).await;
+    let revision = regions.origin[0].put("/app/first", "1").await;
+    let before = regions.wait_applied(revision).await;
+    let recorder = regions.record().await;
+    let mut acknowledged = Vec::new();
+    let mut rivals = 0;
+    for round in 0..4 {
+        // The one sidecar journals what it cannot apply; then the line to it goes, and the other one gets the same.
+        regions.replica[0].pause();
+        let written = write(&regions.origin[0].access(), &format!("/app/{round}/"), 500, 2_000).await;
+        let received = async || {
+            for (number, sidecar) in regions.replica_sidecars.iter().enumerate() {
+                let (health, wanted) = (sidecar.health().await?, before.seq.0 + 500 * (round + 1));
+                let entry = crate::bed::sidecar::link_of(&health, LINK)?;
+                if entry["seq"].as_u64() >= Some(wanted) {
+                    return Some(number);
+                }
+            }
+            None
+        };
+        let receiver = until("all to be received", PATIENCE, received).await;
+        regions.peer_lines[0][receiver].cut();
+        regions.replica[0].resume();
+        let position = regions.wait_applied(last(&written)).await;
+        acknowledged.extend(written);
+        let other = &regions.replica_sidecars[1 - receiver];
+        let shown = |entry: &Value| entry["applied_seq"].as_u64() >= Some(position.seq.0);
+        let entry = other.wait_for(LINK, "the other sidecar to know of it all", shown).await;
+        rivals += transactions(&entry);
+        regions.peer_lines[0][receiver].heal();
+    }
+    eprintln!("{rivals} transactions of the other sidecar");
+    regions.judge(recorder, &acknowledged, &before).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_origin_whose_elections_went_back_with_it_stops_the_link_until_a_resync_opens_the_next_epoch() {
+    let mut regions = Box::pin(Regions::start(RegionsOptions { sidecars: (1, 1), ..RegionsOptions::default() })).await;
+    let shared = write(&regions.origin[0].access(), "/app/shared/", 20, 50).await;
+    regions.wait_applied(last(&shared)).await;
+    let snapshot = regions.origin[0].save_snapshot().await;
+    let lost = write(&regions.origin[0].access(), "/app/lost/", 100, 50).await;
+    regions.wait_applied(last(&lost)).await;
+    // The next term is as high as this history has come; the restored one will not have come so far.
+    regions.origin_sidecars[0].stop().await;
+    regions.origin_sidecars[0].restart().await;
+    let revision = regions.origin[0].put("/app/lost", "1").await;
+    let before = regions.wait_applied(revision).await;
+    assert!(before.term.0 > last(&lost).0);
+    regions.origin[0].restore_snapshot(&snapshot).await;
+    let entry = regions.origin_sidecars[0].wait_for_state(LINK, "stopped").await;
+    let reason = entry["reason"].as_str().unwrap();
+    assert!(reason.contains("restored") && reason.contains("resync config"), "{reason}");
+    // Also a sidecar that knows nothing of before.
+    regions.origin_sidecars[0].stop().await;
+    std::fs::remove_dir_all(regions.origin_sidecars[0].data_dir().join("origin")).unwrap();
+    regions.origin_sidecars[0].restart().await;
+    let entry = regions.origin_sidecars[0].wait_for_state(LINK, "stopped").await;
+    assert!(entry["reason"].as_str().unwrap().contains("restored"), "{entry:#}");
+    assert!(entry["term"].as_u64() < Some(before.term.0), "{entry:#}");
+    let output = regions.origin_sidecars[0].admin(&["resync", LINK, "--allow-deletes"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let is_new = |p: &Position| p.epoch > before.epoch && p.state == Phase::Following && p.term < before.term;
+    let opened = async || regions.replica[0].position(&link_name(LINK)).await.filter(is_new);
+    until("a new epoch with the lower term", PATIENCE, opened).await;
+    let revision = regions.origin[0].put("/app/after", "1").await;
+    regions.wait_applied(revision).await;
+    regions.assert_equal().await;
+}

@@ -1,0 +1,285 @@
+//! Job: the sidecar that ships a link is killed, paused, cut off or stopped: another one ships soon, and nothing is lost, doubled or copied again.
+//! Input: regions with several sidecars a side and clusters of one or three members, with writers at the origin. Output: passes or fails.
+//! Always true: who ships is judged by the term in the position, what arrived by what the etcds recorded.
+
+use crate::bed::etcd::Etcd;
+use crate::bed::pair::{LINK, link_name};
+use crate::bed::regions::{Regions, RegionsOptions, TAKEOVER_LIMIT};
+use crate::bed::traffic::Acknowledged;
+use crate::bed::{PATIENCE, until};
+use crate::resume::{last, spool_end, write};
+use etcd_ferry::model::{Position, Revision};
+use std::time::{Duration, Instant};
+
+/// Regions that follow, with something applied.
+async fn following(options: RegionsOptions) -> (Regions, Position) {
+    let regions = Box::pin(Regions::start(options)).await;
+    let revision = regions.origin[0].put("/app/first", "1").await;
+    let position = regions.wait_applied(revision).await;
+    for standby in 1..regions.origin_sidecars.len() {
+        regions.wait_standby(standby).await;
+    }
+    (regions, position)
+}
+
+async fn applied_after(regions: &Regions, before: &Position) -> Position {
+    let replica = regions.replica_alive().await;
+    let moved = async || replica.position(&link_name(LINK)).await.filter(|position| position.seq > before.seq);
+    until("the position to move", PATIENCE, moved).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_shipper_is_followed_by_a_standby_within_ten_seconds_again_and_again() {
+    let (mut regions, before) = following(RegionsOptions::default()).await;
+    let recorder = regions.record().await;
+    let traffic = regions.traffic();
+    let mut position = before.clone();
+    for _ in 0..2 {
+        position = applied_after(&regions, &position).await;
+        let shipper = regions.shipper().await;
+        regions.origin_sidecars[shipper].kill();
+        position = regions.wait_taken_over(&position).await;
+        regions.origin_sidecars[shipper].restart().await;
+        regions.wait_standby(shipper).await;
+    }
+    regions.judge(recorder, &traffic.stop().await, &before).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_paused_shipper_is_followed_by_a_standby_and_stands_by_when_it_wakes() {
+    let (regions, before) = following(RegionsOptions::default()).await;
+    let recorder = regions.record().await;
+    let traffic = regions.traffic();
+    let position = applied_after(&regions, &before).await;
+    let shipper = regions.shipper().await;
+    regions.origin_sidecars[shipper].pause();
+    let position = regions.wait_taken_over(&position).await;
+    regions.origin_sidecars[shipper].resume();
+    regions.wait_standby(shipper).await;
+    let after = applied_after(&regions, &position).await;
+    assert_eq!(after.term, position.term, "it that woke has not taken the link back");
+    regions.judge(recorder, &traffic.stop().await, &before).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shipper_that_is_cut_off_from_its_etcd_stops_by_itself_and_another_one_ships() {
+    let (regions, before) = following(RegionsOptions::default()).await;
+    let recorder = regions.record().await;
+    let traffic = regions.traffic();
+    let position = applied_after(&regions, &before).await;
+    let shipper = regions.shipper().await;
+    regions.cut_off_from_etcd(shipper);
+    let stops = |entry: &serde_json::Value| entry["role"].is_null();
+    let limit = Duration::from_secs(6);
+    regions.origin_sidecars[shipper].wait_for_within(LINK, "the shipper to stop by itself", limit, stops).await;
+    regions.wait_taken_over(&position).await;
+    regions.heal();
+    regions.wait_standby(shipper).await;
+    regions.judge(recorder, &traffic.stop().await, &before).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shipper_that_is_cut_off_from_its_peer_gives_way_to_one_that_is_not() {
+    let (regions, before) = following(RegionsOptions::default()).await;
+    let recorder = regions.record().await;
+    let traffic = regions.traffic();
+    let position = applied_after(&regions, &before).await;
+    let shipper = regions.shipper().await;
+    regions.cut_off_from_peers(shipper);
+    regions.wait_taken_over(&position).await;
+    regions.wait_standby(shipper).await;
+    regions.heal();
+    regions.judge(recorder, &traffic.stop().await, &before).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shipper_that_gets_sigterm_hands_the_link_over_at_once() {
+    let (mut regions, before) = following(RegionsOptions::default()).await;
+    let recorder = regions.record().await;
+    let traffic = regions.traffic();
+    let position = applied_after(&regions, &before).await;
+    let shipper = regions.shipper().await;
+    let (took, status) = regions.origin_sidecars[shipper].stop().await;
+    assert!(status.success() && took < Duration::from_secs(2), "{status} after {took:?}");
+    let stopped = Instant::now();
+    regions.wait_taken_over(&position).await;
+    // The lease would have lasted for five seconds.
+    assert!(stopped.elapsed() < Duration::from_secs(3), "{:?}", stopped.elapsed());
+    regions.judge(recorder, &traffic.stop().await, &before).await;
+}
+
+/// What ends the shipper while the link is down.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum End {
+    Kill,
+    Pause,
+    CutOffFromEtcd,
+}
+
+async fn spooled(regions: &Regions, sidecar: usize, revision: Revision) {
+    let reached = |entry: &serde_json::Value| spool_end(entry).is_some_and(|end| end >= revision.0);
+    regions.origin_sidecars[sidecar].wait_for(LINK, "the spool to have it all", reached).await;
+}
+
+/// The link is down, the shipper goes, the origin is compacted to its head: the standby's spool is all that there is.
+async fn taken_over_in_an_outage(end: End) {
+    let (mut regions, before) = following(RegionsOptions::default()).await;
+    let recorder = regions.record().await;
+    let shipper = regions.shipper().await;
+    let standby = 1 - shipper;
+    regions.cut_link();
+    let access = regions.origin[0].access();
+    let mut acknowledged = write(&access, "/app/one/", 1_000, 100).await;
+    match end {
+        End::Kill => regions.origin_sidecars[shipper].kill(),
+        End::Pause => regions.origin_sidecars[shipper].pause(),
+        End::CutOffFromEtcd => regions.cut_off_from_etcd(shipper),
+    }
+    acknowledged.extend(write(&access, "/app/two/", 1_000, 100).await);
+    spooled(&regions, standby, last(&acknowledged)).await;
+    let origin = recorded_so_far(&regions.origin[0]).await;
+    regions.origin[0].compact(origin).await;
+    let ships = |entry: &serde_json::Value| entry["role"] == "shipper";
+    regions.origin_sidecars[standby].wait_for(LINK, "the standby to be elected", ships).await;
+    regions.peer_lines.iter().flatten().for_each(|line| line.heal());
+    let position = regions.wait_taken_over(&before).await;
+    assert!(position.epoch == before.epoch, "{end:?}: no new copy, {position:?}");
+    if end == End::Pause {
+        regions.origin_sidecars[shipper].resume();
+    }
+    regions.heal();
+    regions.judge(recorder, &acknowledged, &before).await;
+}
+
+/// The head, once nothing that the recorder has not seen can be compacted: its watch is as far as any other that was opened later.
+async fn recorded_so_far(origin: &Etcd) -> Revision {
+    let recorder = crate::bed::recording::Recorder::start_at(origin, None).await;
+    let head = origin.put("/app/mark", "1").await;
+    recorder.finish(head).await;
+    head
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shipper_killed_in_an_outage_longer_than_the_compaction_window_costs_no_copy() {
+    taken_over_in_an_outage(End::Kill).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shipper_paused_in_an_outage_longer_than_the_compaction_window_costs_no_copy() {
+    taken_over_in_an_outage(End::Pause).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shipper_cut_off_from_etcd_in_an_outage_longer_than_the_compaction_window_costs_no_copy() {
+    taken_over_in_an_outage(End::CutOffFromEtcd).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_standby_that_comes_in_the_middle_of_an_outage_begins_where_the_replica_is() {
+    let (mut regions, before) = following(RegionsOptions::default()).await;
+    let recorder = regions.record().await;
+    regions.origin_sidecars[1].kill();
+    std::fs::remove_dir_all(regions.origin_sidecars[1].data_dir().join("origin")).unwrap();
+    regions.cut_link();
+    let acknowledged = write(&regions.origin[0].access(), "/app/", 500, 100).await;
+    regions.origin_sidecars[1].restart().await;
+    spooled(&regions, 1, last(&acknowledged)).await;
+    let head = recorded_so_far(&regions.origin[0]).await;
+    regions.origin[0].compact(head).await;
+    regions.origin_sidecars[0].kill();
+    regions.heal();
+    regions.wait_taken_over(&before).await;
+    regions.judge(recorder, &acknowledged, &before).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_standby_lets_go_of_what_is_applied() {
+    let limits = [("segment_bytes", 65_536), ("spool_bytes_max", 1_048_576), ("queue_bytes_max", 65_536)];
+    let limits = limits.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
+    let (regions, before) = following(RegionsOptions { limits, ..RegionsOptions::default() }).await;
+    // Several times what its spool holds.
+    let mut written: Vec<Acknowledged> = Vec::new();
+    for round in 0..3 {
+        let more = write(&regions.origin[0].access(), &format!("/app/{round}/"), 600, 1_000).await;
+        regions.wait_applied(last(&more)).await;
+        let end = last(&more).0;
+        let base = |entry: &serde_json::Value| {
+            let stage = entry["stages"].as_array()?.iter().find(|stage| stage["stage"] == "spool")?.clone();
+            stage["detail"].as_str()?.split(' ').nth(3)?.parse::<u64>().ok()
+        };
+        let begun = written.first().map_or(before.origin_revision.0, |first| first.revision.0);
+        let let_go = |entry: &serde_json::Value| base(entry).is_some_and(|base| base > begun && base <= end);
+        regions.origin_sidecars[1].wait_for(LINK, "the standby to let go of what is applied", let_go).await;
+        written = more;
+    }
+    assert_eq!(regions.origin_sidecars[1].http("/readyz").await.0, 200);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn either_sidecar_of_the_replica_is_killed_or_paused_and_the_other_one_receives() {
+    let options = RegionsOptions { sidecars: (1, 2), ..RegionsOptions::default() };
+    let (mut regions, before) = following(options).await;
+    let recorder = regions.record().await;
+    let traffic = regions.traffic();
+    for round in 0..4 {
+        let sidecar = round % 2;
+        applied_after(&regions, &before).await;
+        let since = Instant::now();
+        if round < 2 {
+            regions.replica_sidecars[sidecar].kill();
+        } else {
+            regions.replica_sidecars[sidecar].pause();
+        }
+        let at_once = regions.position().await;
+        let beyond = async || Some(regions.position().await).filter(|now| now.seq.0 > at_once.seq.0 + 20);
+        until("the other sidecar to receive", TAKEOVER_LIMIT, beyond).await;
+        eprintln!("round {round}: it goes on after {:?}", since.elapsed());
+        if round < 2 {
+            regions.replica_sidecars[sidecar].restart().await;
+        } else {
+            regions.replica_sidecars[sidecar].resume();
+        }
+    }
+    regions.judge(recorder, &traffic.stop().await, &before).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn any_member_of_either_cluster_is_killed_in_turn_and_the_link_goes_on() {
+    let options = RegionsOptions { members: (3, 3), ..RegionsOptions::default() };
+    let (mut regions, before) = following(options).await;
+    let mut acknowledged = Vec::new();
+    let mut position = before.clone();
+    for member in 0..3 {
+        let others = (member + 1) % 3;
+        let traffic = regions.traffic_at(&regions.origin[others]);
+        for side in 0..2 {
+            let cluster = if side == 0 { &mut regions.origin } else { &mut regions.replica };
+            cluster[member].kill();
+            let since = Instant::now();
+            let at_once = regions.position().await;
+            let beyond = async || Some(regions.position().await).filter(|now| now.seq.0 > at_once.seq.0 + 20);
+            position = until("the link to go on", TAKEOVER_LIMIT, beyond).await;
+            eprintln!("member {member} of side {side}: it goes on after {:?}", since.elapsed());
+            let cluster = if side == 0 { &mut regions.origin } else { &mut regions.replica };
+            cluster[member].restart().await;
+        }
+        acknowledged.extend(traffic.stop().await);
+    }
+    let revision = regions.origin[0].put("/app/last", "1").await;
+    let after = regions.wait_applied(revision).await;
+    assert_eq!(after.epoch, before.epoch, "no new base copy");
+    assert!(after.seq.0 >= position.seq.0 && !acknowledged.is_empty());
+    regions.assert_equal().await;
+    // Recorded afterwards, from the histories that etcd still has: nothing was compacted.
+    let start = async |etcd: &Etcd, from| crate::bed::recording::Recorder::start_at(etcd, Some(from)).await;
+    let recorder_of_replica = start(&regions.replica[0], Revision(1)).await;
+    let recorder_of_origin = start(&regions.origin[0], Revision(1)).await;
+    let recording = crate::bed::checkers::Recording {
+        link: link_name(LINK),
+        ranges: regions.ranges.clone(),
+        replica: recorder_of_replica.finish(regions.replica[0].head().await).await,
+        origin: recorder_of_origin.finish(regions.origin[0].head().await).await,
+    };
+    assert_eq!(recording.complete(&acknowledged).unwrap(), acknowledged.len());
+    assert!(recording.check().unwrap() > 0);
+}
