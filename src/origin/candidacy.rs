@@ -182,9 +182,13 @@ pub enum Chore {
     /// Let go of what is applied.
     Trim(Revision),
     /// Begin the spool after this revision if etcd still shows all that follows it, else at the head.
-    Begin { after: Option<Revision> },
+    Begin {
+        after: Option<Revision>,
+    },
     /// The spool does not reach back to what is applied: begin it there if etcd still shows all that follows, else leave it.
-    BeginEarlier { after: Revision },
+    BeginEarlier {
+        after: Revision,
+    },
 }
 
 /// `base`: the spool holds everything after it.
@@ -240,9 +244,7 @@ mod tests {
                 let step = next(own(node), &candidates);
                 let stands = candidates.iter().any(|c| c.node == node);
                 let expected = match &first {
-                    Some(first) if first.node == node => {
-                        Next::Lead { term: first.term, others: candidates.len() - 1 }
-                    }
+                    Some(first) if first.node == node => Next::Lead { term: first.term, others: candidates.len() - 1 },
                     Some(first) if stands => Next::StandBy { shipper: first.node.clone(), term: first.term },
                     Some(_) | None => Next::Enrol,
                 };
@@ -282,12 +284,9 @@ mod tests {
     #[test]
     fn a_shipper_gives_way_only_to_others_and_only_after_silence() {
         let (long, short) = (Duration::from_secs(6), Duration::from_secs(5));
-        for (silent, others, expected) in [
-            (Some(long), 1, true),
-            (Some(long), 0, false),
-            (Some(short), 1, false),
-            (None, 2, false),
-        ] {
+        for (silent, others, expected) in
+            [(Some(long), 1, true), (Some(long), 0, false), (Some(short), 1, false), (None, 2, false)]
+        {
             assert_eq!(gives_way(silent, PATIENCE_FIRST, others), expected, "{silent:?}, {others}");
         }
         let mut patience = PATIENCE_FIRST;

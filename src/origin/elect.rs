@@ -26,10 +26,18 @@ const RESIGN_MAX: Duration = Duration::from_secs(1);
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Standing {
     /// Not known yet, or not any more.
-    Unknown { reason: String },
+    Unknown {
+        reason: String,
+    },
     /// `reason`: what is wrong with that, if anything is.
-    Standby { shipper: String, term: Term, reason: String },
-    Shipper { term: Term },
+    Standby {
+        shipper: String,
+        term: Term,
+        reason: String,
+    },
+    Shipper {
+        term: Term,
+    },
 }
 
 impl Standing {

@@ -66,11 +66,23 @@ impl Default for Clock {
 /// What the stages tell the link's task, in order.
 #[derive(Debug)]
 pub enum LinkEvent {
-    Arrived { revisions: Vec<Revision>, at_ms: u64 },
+    Arrived {
+        revisions: Vec<Revision>,
+        at_ms: u64,
+    },
     Covered(Revision),
-    Head { revision: Revision, at_ms: u64 },
-    Greeted { applied: Revision, durable: Revision },
-    Acked { applied: Revision, durable: Revision },
+    Head {
+        revision: Revision,
+        at_ms: u64,
+    },
+    Greeted {
+        applied: Revision,
+        durable: Revision,
+    },
+    Acked {
+        applied: Revision,
+        durable: Revision,
+    },
     /// What the sidecar that ships the link has published.
     Applied(Revision),
 }

@@ -114,11 +114,7 @@ impl Shipper {
         Ok(())
     }
 
-    async fn begin_earlier(
-        &mut self,
-        after: Revision,
-        out_of_reach: &mut Option<Revision>,
-    ) -> Result<(), EtcdError> {
+    async fn begin_earlier(&mut self, after: Revision, out_of_reach: &mut Option<Revision>) -> Result<(), EtcdError> {
         let etcd = Etcd::connect(&self.origin.etcd).await?;
         if !can_watch_after(&etcd, after).await? {
             *out_of_reach = Some(after);

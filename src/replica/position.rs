@@ -199,7 +199,9 @@ impl Applier {
                 Committed::Done => break (replica_cluster, Some(claim)),
                 Committed::GuardFailed | Committed::PositionMoved if tries < TERM_TRIES_MAX => tries += 1,
                 Committed::GuardFailed | Committed::PositionMoved => {
-                    return Err(HelloRefused("the position moved all the time while the hello was answered".to_owned()));
+                    return Err(HelloRefused(
+                        "the position moved all the time while the hello was answered".to_owned(),
+                    ));
                 }
             }
         };

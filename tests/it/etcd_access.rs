@@ -305,10 +305,9 @@ async fn a_link_both_ways_needs_both_sets_of_rights_at_both_ends() {
     };
     let mut pair = Box::pin(Pair::prepare(options)).await;
     let (there, back) = (link_name(LINK), link_name(LINK_BACK));
-    for (etcd, folder, position) in [
-        (&pair.origin, there.folder(), back.position_key()),
-        (&pair.replica, back.folder(), there.position_key()),
-    ] {
+    for (etcd, folder, position) in
+        [(&pair.origin, there.folder(), back.position_key()), (&pair.replica, back.folder(), there.position_key())]
+    {
         let rights = [
             (PermissionType::Read, watched()),
             (PermissionType::Readwrite, app()),

@@ -165,7 +165,9 @@ impl Regions {
         for member in members {
             if member.is_running()
                 && let Ok(mut client) = member.access().try_client().await
-                && tokio::time::timeout(Duration::from_secs(1), client.get("alive", None)).await.is_ok_and(|g| g.is_ok())
+                && tokio::time::timeout(Duration::from_secs(1), client.get("alive", None))
+                    .await
+                    .is_ok_and(|g| g.is_ok())
             {
                 return member;
             }

@@ -340,9 +340,7 @@ impl Sidecar {
         };
         let seen = tokio::time::timeout(limit, seen).await;
         let node = &self.options.node;
-        seen.unwrap_or_else(|_| {
-            panic!("{node}: waited {limit:?} in vain for: {what}; last seen: {:#}", last.borrow())
-        })
+        seen.unwrap_or_else(|_| panic!("{node}: waited {limit:?} in vain for: {what}; last seen: {:#}", last.borrow()))
     }
 
     pub async fn wait_for(&self, link: &str, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
