@@ -6,7 +6,7 @@
 //! main.rs            the command line: parse, call, print, exit code
 //! demo/              mod faults compare regions process load objects(p) ports proxy meter(p) report(p) show: two regions on one machine
 //! app.rs             bind everything, then run it; owns tasks and shutdown
-//! origin/            mod ship standby session heartbeat anchor elect candidacy(p) resume(p) watch head probe sequence(p) spool lag(p)
+//! origin/            mod ship term standby session heartbeat anchor elect candidacy(p) resume(p) watch head probe sequence(p) spool lag(p)
 //! replica/           mod receive stream admit(p) copy apply position trouble txn plan(p) journal dedupe(the only file that knows sled)
 //! admin/             service http client
 //! etcd.rs            the narrow typed door to etcd

@@ -15,7 +15,7 @@ use std::time::Duration;
 /// After so long without a renewal etcd deletes a candidate's key. Another must ship within 10 s of a kill: this, etcd's half second,
 /// the standby's next look and a hello.
 pub const LEASE_TTL: Duration = Duration::from_secs(5);
-/// A shipper stops by itself so long after it sent the last renewal that was answered: before its lease can have ended, with a second
+/// A shipper for whom others stand by stops by itself so long after it sent the last renewal that was answered: before its lease can have ended, with a second
 /// for what is still on its way. Good manners: it would be fenced.
 pub const SHIPS_UNRENEWED_MAX: Duration = Duration::from_secs(4);
 /// A shipper renews, and looks at the candidates, so often.
@@ -103,6 +103,12 @@ pub fn next(own: Own<'_>, candidates: &[Candidate]) -> Next {
 /// other would.
 pub fn gives_way(silent: Option<Duration>, patience: Duration, others: usize) -> bool {
     others > 0 && silent.is_some_and(|silent| silent >= patience)
+}
+
+/// Whether a shipper that cannot renew stops by itself. `since`: when it sent the last renewal that was answered; `others`: who stood by
+/// then. With nobody to take over, what is in its spool is better shipped: should another sidecar come, this one is fenced.
+pub fn stops_unrenewed(since: Duration, others: usize) -> bool {
+    others > 0 && since >= SHIPS_UNRENEWED_MAX
 }
 
 /// How long it waits the next time.
@@ -295,6 +301,13 @@ mod tests {
         }
         assert_eq!(patience, PATIENCE_MAX);
         assert_eq!(patience_after(PATIENCE_FIRST), 2 * PATIENCE_FIRST);
+    }
+
+    #[test]
+    fn a_shipper_that_cannot_renew_stops_by_itself_if_others_stand_by() {
+        let (just, not_yet) = (SHIPS_UNRENEWED_MAX, SHIPS_UNRENEWED_MAX - Duration::from_millis(1));
+        assert!(stops_unrenewed(just, 1) && stops_unrenewed(LEASE_TTL, 2));
+        assert!(!stops_unrenewed(not_yet, 1) && !stops_unrenewed(just, 0) && !stops_unrenewed(10 * LEASE_TTL, 0));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Job: stand for election among the sidecars beside the origin's cluster, for one link.
 //! Input: the link's keys in the origin's etcd, when the replica was last heard, `stop`. Output: an `ElectView`.
 //! Edge: what to do next is decided in candidacy.rs.
-//! Always true: `Shipper` is said only while the lease that was last renewed cannot have ended; the key goes when the sidecar stops.
+//! Always true: while others stand by, `Shipper` is never said past the end of a lease; the key goes when the sidecar stops.
 
 use super::candidacy::{
     self, Candidate, Enrolment, LEASE_TTL, LOOK_INTERVAL, Next, Own, PATIENCE_FIRST, Published, RENEW_INTERVAL,
@@ -77,6 +77,8 @@ pub struct Election {
     lease: Option<Lease>,
     /// When the last renewal was sent that was answered, together with a look that showed our key.
     renewed: Option<Instant>,
+    /// How many others stood then.
+    others: usize,
     patience: Duration,
     led_since: Instant,
     /// The last reason that was logged: one that repeats is logged once.
@@ -108,6 +110,7 @@ impl Election {
             connection: None,
             lease: None,
             renewed: None,
+            others: 0,
             patience: PATIENCE_FIRST,
             led_since: Instant::now(),
             logged: String::new(),
@@ -135,9 +138,10 @@ impl Election {
     /// One try; how long to wait before the next one.
     async fn turn(&mut self) -> Duration {
         let leads = matches!(self.view.borrow().standing, Standing::Shipper { .. });
-        let last = self.renewed.filter(|_| leads).map(|renewed| renewed + SHIPS_UNRENEWED_MAX);
-        let limit = Instant::now() + TRY_MAX;
-        let limit = last.map_or(limit, |last| limit.min(last.max(Instant::now())));
+        let mut limit = Instant::now() + TRY_MAX;
+        if let (Some(renewed), true) = (self.renewed, leads && self.others > 0) {
+            limit = limit.min(renewed + SHIPS_UNRENEWED_MAX).max(Instant::now());
+        }
         let reason = match tokio::time::timeout_at(limit, Box::pin(self.renew_and_look())).await {
             Ok(Ok((next, published))) => {
                 self.view.send_if_modified(|view| std::mem::replace(&mut view.published, published) != published);
@@ -147,9 +151,9 @@ impl Election {
             Err(_) => format!("the election in the origin's etcd: no answer within {} ms", TRY_MAX.as_millis()),
         };
         self.connection = None;
-        let unrenewed = self.renewed.is_none_or(|renewed| renewed.elapsed() >= SHIPS_UNRENEWED_MAX);
-        if unrenewed {
-            self.log(&reason);
+        self.log(&reason);
+        let since = self.renewed.map(|renewed| renewed.elapsed());
+        if !leads || since.is_none_or(|since| candidacy::stops_unrenewed(since, self.others)) {
             self.say(Standing::Unknown { reason });
         }
         LOOK_INTERVAL
@@ -203,6 +207,7 @@ impl Election {
     async fn act(&mut self, next: Next) -> Duration {
         match next {
             Next::Lead { term, others } => {
+                self.others = others;
                 if self.say(Standing::Shipper { term }) {
                     self.led_since = Instant::now();
                     self.view.send_modify(|view| view.won += 1);

@@ -15,6 +15,7 @@ pub mod session;
 pub mod ship;
 pub mod spool;
 mod standby;
+mod term;
 pub mod watch;
 
 use crate::admin::LinkCommand;
@@ -84,7 +85,7 @@ pub enum LinkEvent {
         durable: Revision,
     },
     /// What the sidecar that ships the link has published.
-    Applied(Revision),
+    Published(Revision),
 }
 
 /// Why an origin link cannot run.
@@ -242,7 +243,7 @@ fn take(lag: &mut LagTracker, event: LinkEvent, link: &LinkName, now_ms: u64) {
             lag.applied(applied);
             lag.durable(durable);
         }
-        LinkEvent::Applied(revision) => lag.applied(revision),
+        LinkEvent::Published(revision) => lag.applied(revision),
     }
 }
 

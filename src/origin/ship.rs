@@ -3,8 +3,7 @@
 //! Always true: seqs count on from what the replica has received; nothing is trimmed from the spool before it is applied;
 //! everything that ends a stream is a value of `Ended` with one planned reaction.
 
-use super::candidacy::{self, Fencing};
-use super::elect::{self, ElectView, Standing};
+use super::elect::ElectView;
 use super::head::HeadView;
 use super::probe::{Probed, probe};
 use super::resume::{self, CarriedCheck, OriginFacts, Received, ReplicaFacts, Resume, SpoolFacts};
@@ -106,18 +105,18 @@ pub struct Shipper {
     pub(super) status: watch::Receiver<LinkStatus>,
     pub(super) elected: watch::Receiver<ElectView>,
     /// Tells the election when the replica was last heard; `None`: the link waits for an operator.
-    heard: watch::Sender<Option<Instant>>,
+    pub(super) heard: watch::Sender<Option<Instant>>,
     /// Of this sidecar's election.
     pub(super) term: Term,
     /// Another sidecar shipped before this one was elected.
     pub(super) took_over: bool,
     /// The epoch of a position whose term was higher than ours, although we were elected: only the next epoch goes past it.
-    went_back: Option<Epoch>,
-    known_epoch: Epoch,
+    pub(super) went_back: Option<Epoch>,
+    pub(super) known_epoch: Epoch,
     pub(super) resync: Option<Resync>,
     next_address: usize,
     /// When the present stream was opened, or the last one.
-    opened: Option<Instant>,
+    pub(super) opened: Option<Instant>,
     /// The last reason that was logged: one that repeats is logged once.
     logged: String,
 }
@@ -187,29 +186,7 @@ impl Shipper {
         }
     }
 
-    /// Stands by until it is elected, ships until it is not any more.
-    async fn terms(&mut self) {
-        loop {
-            let Some(term) = self.stand_by().await else { return };
-            self.term = term;
-            self.heard();
-            let mut elected = self.elected.clone();
-            tokio::select! {
-                biased;
-                _ = elected.wait_for(|view| view.standing != Standing::Shipper { term }) => {}
-                () = Box::pin(self.turns()) => return,
-            }
-            tracing::info!(link = %self.origin.send.link, %term, "this sidecar ships the link no more");
-            self.opened = None;
-        }
-    }
-
-    /// The replica has said something.
-    pub(super) fn heard(&self) {
-        self.heard.send_replace(Some(Instant::now()));
-    }
-
-    async fn turns(&mut self) {
+    pub(super) async fn turns(&mut self) {
         let mut backoff = Backoff::new(WAIT_FIRST, WAIT_MAX);
         let mut dials = Backoff::new(WAIT_FIRST, DIAL_WAIT_MAX);
         loop {
@@ -374,40 +351,6 @@ impl Shipper {
         Ok(greeted)
     }
 
-    /// The replica has seen a higher (epoch, term) than ours, and its answer holds the position that says so.
-    async fn fenced(&mut self, greeted: &Greeted) -> Result<SessionEnd, SessionEnd> {
-        let (replica, origin) = self.facts(greeted).await?;
-        let ReplicaFacts::Answered { position: Some(position), .. } = &replica else {
-            return Ok(SessionEnd::Wait("the replica fenced this sidecar and named no position".to_owned()));
-        };
-        let link = &self.origin.send.link;
-        let leads = elect::leads(&greeted.etcd, link, &self.origin.node, self.term).await.map_err(|e| at_origin(&e))?;
-        let (seen, term) = (position.term, self.term);
-        Ok(match candidacy::fencing(seen, term, leads) {
-            Fencing::OldEpoch => {
-                self.forget_epoch();
-                SessionEnd::HelloAgain(format!("the replica is in epoch {} already", position.epoch))
-            }
-            Fencing::Deposed => {
-                self.forget_epoch();
-                SessionEnd::Wait(format!("another sidecar has taken the link with term {seen}; ours was {term}"))
-            }
-            Fencing::WentBack => {
-                self.went_back = Some(position.epoch);
-                if self.resync.is_some() {
-                    return Ok(SessionEnd::HelloAgain("the next epoch opens, as an operator asked for".to_owned()));
-                }
-                SessionEnd::Stop(resume::went_back(&replica, &origin, term).to_string())
-            }
-        })
-    }
-
-    /// The last epoch that is known, or the one that a resync will open where nothing less goes past a fence.
-    fn claimed_epoch(&self) -> Epoch {
-        let opening = self.went_back.filter(|_| self.resync.is_some());
-        opening.map_or(self.known_epoch, |fenced| self.known_epoch.max(fenced.next()))
-    }
-
     async fn channel(&self, address: &str) -> Result<Channel, SessionEnd> {
         let connector = tls::connect::PeerConnector::new(self.origin.tls.clone()).with_timeout(CONNECT_DEADLINE);
         let endpoint = tls::connect::endpoint(address)
@@ -475,7 +418,7 @@ impl Shipper {
     }
 
     /// What the replica answered and what the origin's etcd says, the carried revision compared.
-    async fn facts(&self, greeted: &Greeted) -> Result<(ReplicaFacts, OriginFacts), SessionEnd> {
+    pub(super) async fn facts(&self, greeted: &Greeted) -> Result<(ReplicaFacts, OriginFacts), SessionEnd> {
         let reply = &greeted.reply;
         let position = match &reply.position[..] {
             [] => None,

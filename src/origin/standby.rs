@@ -90,7 +90,7 @@ impl Shipper {
             Chore::Nothing => Ok(()),
             Chore::Trim(applied) => {
                 self.spool.trim(applied);
-                let _ = self.events.send(LinkEvent::Applied(applied)).await;
+                let _ = self.events.send(LinkEvent::Published(applied)).await;
                 Ok(())
             }
             Chore::Begin { after } => self.begin(after).await,

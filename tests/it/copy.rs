@@ -220,7 +220,9 @@ async fn a_copy_whose_start_was_compacted_away_meanwhile_begins_anew_from_anothe
     pair.origin_sidecar.wait_for_state(LINK, "following").await;
     assert_eq!(pair.assert_equal().await, KEYS);
     let position = pair.position().await.unwrap();
-    assert_eq!((position.epoch, position.origin_revision), (at_kill.epoch.next(), last));
+    assert_eq!(position.epoch, at_kill.epoch.next());
+    // The election of the sidecar that came back made revisions too.
+    assert!(position.origin_revision >= last, "{position:?}");
 }
 
 /// Compacts `etcd` to its head each 100 ms; how often it did.

@@ -1,0 +1,70 @@
+//! Job: one term after the other: stand by until elected, ship until deposed; and what a fencing means for the term.
+//! Input: the election's view, a hello that was fenced, the origin's etcd. Output: the shipper's turns, begun and ended; a `SessionEnd`.
+//! Edge: part of the shipper, which owns all of it.
+//! Always true: nothing is shipped but under a term that was won; that the history went back is said only of a term that was read again.
+
+use super::candidacy::{self, Fencing};
+use super::elect::{self, Standing};
+use super::resume::{self, ReplicaFacts};
+use super::session::SessionEnd;
+use super::ship::{Greeted, Shipper, at_origin};
+use crate::model::Epoch;
+use tokio::time::Instant;
+
+impl Shipper {
+    /// Stands by until it is elected, ships until it is not any more.
+    pub(super) async fn terms(&mut self) {
+        loop {
+            let Some(term) = self.stand_by().await else { return };
+            self.term = term;
+            self.heard();
+            let mut elected = self.elected.clone();
+            tokio::select! {
+                biased;
+                _ = elected.wait_for(|view| view.standing != Standing::Shipper { term }) => {}
+                () = Box::pin(self.turns()) => return,
+            }
+            tracing::info!(link = %self.origin.send.link, %term, "this sidecar ships the link no more");
+            self.opened = None;
+        }
+    }
+
+    /// The replica has said something.
+    pub(super) fn heard(&self) {
+        self.heard.send_replace(Some(Instant::now()));
+    }
+
+    /// The replica has seen a higher (epoch, term) than ours, and its answer holds the position that says so.
+    pub(super) async fn fenced(&mut self, greeted: &Greeted) -> Result<SessionEnd, SessionEnd> {
+        let (replica, origin) = self.facts(greeted).await?;
+        let ReplicaFacts::Answered { position: Some(position), .. } = &replica else {
+            return Ok(SessionEnd::Wait("the replica fenced this sidecar and named no position".to_owned()));
+        };
+        let link = &self.origin.send.link;
+        let leads = elect::leads(&greeted.etcd, link, &self.origin.node, self.term).await.map_err(|e| at_origin(&e))?;
+        let (seen, term) = (position.term, self.term);
+        Ok(match candidacy::fencing(seen, term, leads) {
+            Fencing::OldEpoch => {
+                self.forget_epoch();
+                SessionEnd::HelloAgain(format!("the replica is in epoch {} already", position.epoch))
+            }
+            Fencing::Deposed => {
+                self.forget_epoch();
+                SessionEnd::Wait(format!("another sidecar has taken the link with term {seen}; ours was {term}"))
+            }
+            Fencing::WentBack => {
+                self.went_back = Some(position.epoch);
+                if self.resync.is_some() {
+                    return Ok(SessionEnd::HelloAgain("the next epoch opens, as an operator asked for".to_owned()));
+                }
+                SessionEnd::Stop(resume::went_back(&replica, &origin, term).to_string())
+            }
+        })
+    }
+
+    /// The last epoch that is known, or the one that a resync will open where nothing less goes past a fence.
+    pub(super) fn claimed_epoch(&self) -> Epoch {
+        let opening = self.went_back.filter(|_| self.resync.is_some());
+        opening.map_or(self.known_epoch, |fenced| self.known_epoch.max(fenced.next()))
+    }
+}
