@@ -11,6 +11,7 @@ use etcd_client::{
 };
 use std::future::Future;
 use std::time::Duration;
+use tokio::net::TcpStream;
 use tonic::Code;
 
 pub use etcd_client::{Compare, CompareOp, DeleteOptions, Txn, TxnOp, TxnOpResponse, TxnResponse};
@@ -18,6 +19,8 @@ pub use etcd_client::{Compare, CompareOp, DeleteOptions, Txn, TxnOp, TxnOpRespon
 /// etcd's own client gives an unanswered request this long; so do we.
 const CALL_DEADLINE: Duration = Duration::from_secs(10);
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
+/// A member of one's own cluster is near: one that does not take a connection in this time is down.
+const LISTENING_DEADLINE: Duration = Duration::from_millis(500);
 /// etcd answers pings more frequent than 5 s with GOAWAY.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -170,8 +173,10 @@ pub struct Etcd {
 }
 
 impl Etcd {
-    /// Connects and, with a user, logs in.
+    /// Connects and, with a user, logs in. Members that are down are left out, or every third request to a cluster of three would fail
+    /// for as long as one of them is: whoever meets an error connects anew.
     pub async fn connect(config: &EtcdConfig) -> Result<Self, EtcdError> {
+        let config = &EtcdConfig { endpoints: listening(&config.endpoints).await, ..config.clone() };
         let endpoints = config.endpoints.join(", ");
         let (options, without_user) = (connect_options(config)?, EtcdConfig { username: None, ..config.clone() });
         let connecting = async {
@@ -294,6 +299,21 @@ impl Etcd {
             Err(_) => Err(EtcdError::TimedOut),
         }
     }
+}
+
+/// Those of several endpoints at which somebody listens; all of them, if nobody does anywhere.
+async fn listening(endpoints: &[String]) -> Vec<String> {
+    if endpoints.len() < 2 {
+        return endpoints.to_vec();
+    }
+    let dial = async |endpoint: &String| {
+        let address = endpoint.split_once("://").map_or(&endpoint[..], |(_, rest)| rest).trim_end_matches('/');
+        tokio::time::timeout(LISTENING_DEADLINE, TcpStream::connect(address)).await.is_ok_and(|dialled| dialled.is_ok())
+    };
+    let answers = futures::future::join_all(endpoints.iter().map(dial)).await;
+    let answering = endpoints.iter().zip(answers).filter(|(_, listens)| *listens);
+    let answering: Vec<String> = answering.map(|(endpoint, _)| endpoint.clone()).collect();
+    if answering.is_empty() { endpoints.to_vec() } else { answering }
 }
 
 /// What a watch stream says, one message at a time.
