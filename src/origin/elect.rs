@@ -49,6 +49,15 @@ impl Standing {
     }
 }
 
+/// What the shipper tells the election of the replica.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Heard {
+    /// When it said something last, in this term.
+    pub at: Option<Instant>,
+    /// The link waits for an operator, as it would in any sidecar's hands: silence means nothing.
+    pub stopped: bool,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ElectView {
     pub standing: Standing,
@@ -69,8 +78,7 @@ pub struct Election {
     pub node: String,
     pub etcd: EtcdConfig,
     pub view: watch::Sender<ElectView>,
-    /// When the replica was last heard; `None`: the link waits for an operator.
-    pub heard: watch::Receiver<Option<Instant>>,
+    pub heard: watch::Receiver<Heard>,
     run: u64,
     enrolled: bool,
     connection: Option<Etcd>,
@@ -97,7 +105,7 @@ impl Election {
         node: String,
         etcd: EtcdConfig,
         view: watch::Sender<ElectView>,
-        heard: watch::Receiver<Option<Instant>>,
+        heard: watch::Receiver<Heard>,
     ) -> Self {
         Self {
             link,
@@ -213,11 +221,13 @@ impl Election {
                     self.view.send_modify(|view| view.won += 1);
                     tracing::info!(link = %self.link, node = %self.node, %term, others, "elected: this sidecar ships the link");
                 }
-                let heard = self.heard.borrow().map(|heard| heard.max(self.led_since));
-                if heard.is_some_and(|heard| heard > self.led_since) {
+                self.logged.clear();
+                let heard = *self.heard.borrow();
+                let at = heard.at.filter(|at| *at > self.led_since);
+                if at.is_some() {
                     self.patience = PATIENCE_FIRST;
                 }
-                let silent = heard.map(|heard| heard.elapsed());
+                let silent = (!heard.stopped).then(|| at.unwrap_or(self.led_since).elapsed());
                 if candidacy::gives_way(silent, self.patience, others) {
                     return self.give_way(term).await;
                 }
@@ -226,6 +236,7 @@ impl Election {
                 if others > 0 { RENEW_INTERVAL.min(left) } else { RENEW_INTERVAL }
             }
             Next::StandBy { shipper, term } => {
+                self.logged.clear();
                 let standing = Standing::Standby { shipper: shipper.clone(), term, reason: String::new() };
                 if self.say(standing) {
                     tracing::info!(link = %self.link, node = %self.node, %shipper, %term, "standing by: another sidecar ships the link");
@@ -265,9 +276,6 @@ impl Election {
 
     /// False if nothing changed but the reason.
     fn say(&mut self, standing: Standing) -> bool {
-        if !matches!(standing, Standing::Unknown { .. }) {
-            self.logged.clear();
-        }
         let mut other = false;
         self.view.send_if_modified(|view| {
             let same = |a: &Standing, b: &Standing| {

@@ -23,7 +23,7 @@ use crate::config::{EtcdConfig, Limits, SendConfig};
 use crate::metrics;
 use crate::model::{Epoch, LinkName, LinkState, LinkStatus, Revision, Role, Seq, Side, StageStatus};
 use crate::wire::digest;
-use elect::{ElectView, Election, Standing};
+use elect::{ElectView, Election, Heard, Standing};
 use head::HeadView;
 use lag::LagTracker;
 use ship::{ShipView, Shipper};
@@ -195,7 +195,7 @@ impl OriginLink {
         tasks.spawn(watching.run(stop.clone()));
         tasks.spawn(head::poll(self.etcd.clone(), link.clone(), head_sender, events.clone(), clock, stop.clone()));
         let (elect_sender, elect) = watch_channel::channel(ElectView::default());
-        let (heard, last_heard) = watch_channel::channel(None);
+        let (heard, last_heard) = watch_channel::channel(Heard::default());
         let node = self.node.clone();
         let election = Election::new(link, node.clone(), self.etcd.clone(), elect_sender, last_heard);
         tasks.spawn(election.run(stop.clone()));

@@ -3,7 +3,7 @@
 //! Always true: seqs count on from what the replica has received; nothing is trimmed from the spool before it is applied;
 //! everything that ends a stream is a value of `Ended` with one planned reaction.
 
-use super::elect::ElectView;
+use super::elect::{ElectView, Heard};
 use super::head::HeadView;
 use super::probe::{Probed, probe};
 use super::resume::{self, CarriedCheck, OriginFacts, Received, ReplicaFacts, Resume, SpoolFacts};
@@ -104,8 +104,7 @@ pub struct Shipper {
     pub(super) events: mpsc::Sender<LinkEvent>,
     pub(super) status: watch::Receiver<LinkStatus>,
     pub(super) elected: watch::Receiver<ElectView>,
-    /// Tells the election when the replica was last heard; `None`: the link waits for an operator.
-    pub(super) heard: watch::Sender<Option<Instant>>,
+    pub(super) heard: watch::Sender<Heard>,
     /// Of this sidecar's election.
     pub(super) term: Term,
     /// Another sidecar shipped before this one was elected.
@@ -153,7 +152,7 @@ impl Shipper {
         events: mpsc::Sender<LinkEvent>,
         status: watch::Receiver<LinkStatus>,
         elected: watch::Receiver<ElectView>,
-        heard: watch::Sender<Option<Instant>>,
+        heard: watch::Sender<Heard>,
     ) -> Self {
         Self {
             origin,
@@ -211,7 +210,7 @@ impl Shipper {
                     let reason = reason.replace("resync LINK", &format!("resync {}", self.origin.send.link));
                     tracing::error!(link = %self.origin.send.link, %reason, "the link stops");
                     self.rest(LinkState::Stopped, reason);
-                    self.heard.send_replace(None);
+                    self.heard.send_replace(Heard { at: None, stopped: true });
                     let command = self.commands.recv().await;
                     if !self.obey(command) {
                         return;

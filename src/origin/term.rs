@@ -4,7 +4,7 @@
 //! Always true: nothing is shipped but under a term that was won; that the history went back is said only of a term that was read again.
 
 use super::candidacy::{self, Fencing};
-use super::elect::{self, Standing};
+use super::elect::{self, Heard, Standing};
 use super::resume::{self, ReplicaFacts};
 use super::session::SessionEnd;
 use super::ship::{Greeted, Shipper, at_origin};
@@ -17,7 +17,7 @@ impl Shipper {
         loop {
             let Some(term) = self.stand_by().await else { return };
             self.term = term;
-            self.heard();
+            self.heard.send_replace(Heard::default());
             let mut elected = self.elected.clone();
             tokio::select! {
                 biased;
@@ -31,7 +31,7 @@ impl Shipper {
 
     /// The replica has said something.
     pub(super) fn heard(&self) {
-        self.heard.send_replace(Some(Instant::now()));
+        self.heard.send_replace(Heard { at: Some(Instant::now()), stopped: false });
     }
 
     /// The replica has seen a higher (epoch, term) than ours, and its answer holds the position that says so.
