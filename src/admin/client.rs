@@ -368,13 +368,14 @@ mod tests {
         let mut link = link();
         link.counts = [("skipped".to_owned(), 1), ("repeated".to_owned(), 4)].into();
         link.copy = Some(Copy { keys_done: 5, keys_total: 9 });
+        (link.role, link.shipper) = ("shipper".to_owned(), "us-east-1-a".to_owned());
         let json = status_json(&reply(vec![link]));
         let one_line: String = json.lines().map(str::trim_start).collect::<Vec<_>>().join(" ");
         assert_eq!(
             one_line,
             "{ \"region\": \"us-east-1\", \"node\": \"us-east-1-a\", \"version\": \"0.1.0\", \"links\": [ { \
-             \"link\": \"config\", \"side\": \"origin\", \"state\": \"following\", \"reason\": \"\", \
-             \"peer\": \"spiffe://etcd-ferry.dev/region/cn-hangzhou\", \"epoch\": 2, \"term\": 0, \"seq\": 120, \
+             \"link\": \"config\", \"side\": \"origin\", \"state\": \"following\", \
+             \"role\": \"shipper\", \"shipper\": \"us-east-1-a\", \"reason\": \"\", \"peer\": \"spiffe://etcd-ferry.dev/region/cn-hangzhou\", \"epoch\": 2, \"term\": 0, \"seq\": 120, \
              \"origin_revision\": 4000, \"head_revision\": 4002, \"applied_seq\": 118, \"durable_seq\": 119, \
              \"lag_revisions\": 2, \"lag_seconds\": 0.0421, \"rpo_revisions\": 1, \"rpo_seconds\": 0.0209, \
              \"bytes_raw\": 14000, \"bytes_sent\": 1000, \"counts\": { \"repeated\": 4, \"skipped\": 1 }, \

@@ -36,7 +36,7 @@ async fn a_paused_shipper_that_wakes_with_frames_in_hand_is_fenced_by_a_replica_
     let shipped = |entry: &Value| entry["seq"].as_u64() > Some(before.seq.0);
     shipper.wait_for(LINK, "frames to be on their way", shipped).await;
     shipper.pause();
-    let elected = async || Some(regions.position().await).filter(|position| position.term > before.term);
+    let elected = async || regions.try_position().await.filter(|position| position.term > before.term);
     until("another sidecar to say hello", TAKEOVER_LIMIT, elected).await;
     line.heal();
     let fenced = async || its_peer.log().contains("the sender is fenced").then_some(());
@@ -73,7 +73,7 @@ async fn paused_in_the_middle_of_a_copy(options: RegionsOptions) {
     let acknowledged = write(&regions.origin[0].access(), "/app/000", 100, 100).await;
     regions.origin[0].compact(last(&acknowledged)).await;
     let further = async || {
-        let position = regions.position().await;
+        let position = regions.try_position().await?;
         (position.term > middle.term && position.cursor > middle.cursor).then_some(position)
     };
     let position = until("another sidecar to go on with the copy", PATIENCE, further).await;

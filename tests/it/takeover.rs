@@ -27,8 +27,7 @@ async fn following(options: RegionsOptions) -> (Regions, Position) {
 }
 
 async fn applied_after(regions: &Regions, before: &Position) -> Position {
-    let replica = regions.replica_alive().await;
-    let moved = async || replica.position(&link_name(LINK)).await.filter(|position| position.seq > before.seq);
+    let moved = async || regions.try_position().await.filter(|position| position.seq > before.seq);
     until("the position to move", PATIENCE, moved).await
 }
 
@@ -235,7 +234,7 @@ async fn either_sidecar_of_the_replica_is_killed_or_paused_and_the_other_one_rec
             regions.replica_sidecars[sidecar].pause();
         }
         let at_once = regions.position().await;
-        let beyond = async || Some(regions.position().await).filter(|now| now.seq.0 > at_once.seq.0 + 20);
+        let beyond = async || regions.try_position().await.filter(|now| now.seq.0 > at_once.seq.0 + 20);
         until("the other sidecar to receive", TAKEOVER_LIMIT, beyond).await;
         eprintln!("round {round}: it goes on after {:?}", since.elapsed());
         if round < 2 {
@@ -261,7 +260,7 @@ async fn any_member_of_either_cluster_is_killed_in_turn_and_the_link_goes_on() {
             cluster[member].kill();
             let since = Instant::now();
             let at_once = regions.position().await;
-            let beyond = async || Some(regions.position().await).filter(|now| now.seq.0 > at_once.seq.0 + 20);
+            let beyond = async || regions.try_position().await.filter(|now| now.seq.0 > at_once.seq.0 + 20);
             position = until("the link to go on", MEMBER_LOSS_LIMIT, beyond).await;
             eprintln!("member {member} of side {side}: it goes on after {:?}", since.elapsed());
             let cluster = if side == 0 { &mut regions.origin } else { &mut regions.replica };

@@ -18,6 +18,9 @@ use tempfile::TempDir;
 /// Within which another sidecar ships, whatever became of the one that did.
 pub const TAKEOVER_LIMIT: Duration = Duration::from_secs(10);
 
+/// A member that takes longer is passed over: without a leader it would answer after 7 s.
+const ANSWER_LIMIT: Duration = Duration::from_secs(1);
+
 #[derive(Debug, Clone)]
 pub struct RegionsOptions {
     /// Members of the two clusters: the origin's, the replica's.
@@ -160,19 +163,18 @@ impl Regions {
         .await
     }
 
-    /// The first member of the replica's cluster that answers.
+    /// The first member that answers: one may be down, or without a leader for a moment.
     async fn alive(members: &[Etcd]) -> &Etcd {
-        for member in members {
-            if member.is_running()
-                && let Ok(mut client) = member.access().try_client().await
-                && tokio::time::timeout(Duration::from_secs(1), client.get("alive", None))
-                    .await
-                    .is_ok_and(|g| g.is_ok())
-            {
-                return member;
+        until("a member to answer", PATIENCE, async || {
+            for member in members.iter().filter(|member| member.is_running()) {
+                let Ok(mut client) = member.access().try_client().await else { continue };
+                if tokio::time::timeout(ANSWER_LIMIT, client.get("alive", None)).await.is_ok_and(|got| got.is_ok()) {
+                    return Some(member);
+                }
             }
-        }
-        &members[0]
+            None
+        })
+        .await
     }
 
     pub async fn origin_alive(&self) -> &Etcd {
@@ -184,8 +186,20 @@ impl Regions {
     }
 
     pub async fn position(&self) -> Position {
-        let replica = self.replica_alive().await;
-        until("a position", PATIENCE, async || replica.position(&link_name(LINK)).await).await
+        until("a position", PATIENCE, async || self.try_position().await).await
+    }
+
+    /// From the first member that answers; `None` too if none does.
+    pub async fn try_position(&self) -> Option<Position> {
+        let key = link_name(LINK).position_key();
+        for member in self.replica.iter().filter(|member| member.is_running()) {
+            let Ok(mut client) = member.access().try_client().await else { continue };
+            let got = tokio::time::timeout(ANSWER_LIMIT, client.get(key.to_vec(), None)).await;
+            if let Ok(Ok(got)) = got {
+                return Position::from_json(got.kvs().first()?.value()).ok();
+            }
+        }
+        None
     }
 
     /// Waits until the replica follows and holds everything up to `revision`.
@@ -196,9 +210,8 @@ impl Regions {
     /// Waits until a sidecar with another term than `before` has brought something; how long that took.
     pub async fn wait_taken_over(&self, before: &Position) -> Position {
         let since = Instant::now();
-        let replica = self.replica_alive().await;
         let after = until("another sidecar to ship within 10 s", TAKEOVER_LIMIT, async || {
-            let position = replica.position(&link_name(LINK)).await?;
+            let position = self.try_position().await?;
             (position.term > before.term && position.seq > before.seq).then_some(position)
         })
         .await;
@@ -283,8 +296,7 @@ impl Regions {
         let middle = |p: &Position| {
             p.state == Phase::Copying && p.cursor.as_ref().is_some_and(|cursor| cursor.starts_with(b"/app/"))
         };
-        let replica = self.replica_alive().await;
-        until("a base copy under way", PATIENCE, async || replica.position(&link_name(LINK)).await.filter(middle)).await
+        until("a base copy under way", PATIENCE, async || self.try_position().await.filter(middle)).await
     }
 }
 
