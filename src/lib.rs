@@ -6,12 +6,13 @@
 //! main.rs            the command line: parse, call, print, exit code
 //! demo/              mod faults compare regions process load objects(p) ports proxy meter(p) report(p) show: two regions on one machine
 //! app.rs             bind everything, then run it; owns tasks and shutdown
-//! origin/            mod ship term standby session heartbeat anchor elect candidacy(p) resume(p) watch head probe sequence(p) spool lag(p)
-//! replica/           mod receive stream admit(p) copy apply position trouble txn plan(p) journal dedupe(the only file that knows sled)
-//! admin/             service http client
+//! origin/            mod ship term standby session heartbeat verify compare found(p) anchor elect candidacy(p) resume(p) watch head probe view sequence(p) spool lag(p)
+//! replica/           mod receive stream verify admit(p) copy mark apply position trouble txn plan(p) journal dedupe(the only file that knows sled)
+//! admin/             service http verification client
+//! scan.rs            a range whole, page by page, at one revision
 //! etcd.rs            the narrow typed door to etcd
 //! tls/               mod (configurations) accept connect verify explain
-//! wire/              mod codec window(p) frame(p) body(p) cache(p) delta(p) digest(p) varint(p) kubernetes_like (tests)
+//! wire/              mod codec window(p) frame(p) body(p) cache(p) delta(p) digest(p) parts(p) varint(p) kubernetes_like (tests)
 //! segment/           mod open file writer (append-only files) feed (memory first, then files), under spool and journal
 //! config/            mod check(p) read(p) files: raw to checked, all faults at once
 //! certs/             mod identity load issue(the only file that knows rcgen)
@@ -30,6 +31,7 @@ pub mod model;
 pub mod origin;
 pub mod replica;
 pub mod retry;
+pub mod scan;
 pub mod segment;
 pub mod tls;
 pub mod wire;

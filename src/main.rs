@@ -5,6 +5,8 @@
 
 use clap::{Args, Parser, Subcommand};
 use etcd_ferry::admin::client::{self, ClientError, Connection};
+use etcd_ferry::admin::proto::Verification;
+use etcd_ferry::admin::verification::{self, verification_json, verification_lines};
 use etcd_ferry::app;
 use etcd_ferry::certs::{self, issue::CertsError};
 use etcd_ferry::config::{Config, Fault, Faults};
@@ -60,6 +62,33 @@ enum Command {
         /// Go on past the guards of the base copy: keys that the origin does not have are deleted at the replica
         #[arg(long)]
         allow_deletes: bool,
+    },
+    /// Compare both sides of a link while traffic goes on; changes nothing. Ask the sidecar at the link's origin
+    #[command(
+        after_help = "Exit code 0: equal; 1: different, or not to be told. Example: etcd-ferry verify config --config /etc/etcd-ferry/us-east-1.toml"
+    )]
+    Verify {
+        /// The link
+        link: String,
+        #[command(flatten)]
+        sidecar: Sidecar,
+        /// The outcome as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Compare both sides of a link and ship the keys that differ, and those alone. Ask the sidecar at the link's origin
+    #[command(after_help = "Example: etcd-ferry repair config --config /etc/etcd-ferry/us-east-1.toml")]
+    Repair {
+        /// The link
+        link: String,
+        #[command(flatten)]
+        sidecar: Sidecar,
+        /// Also if more keys are deleted at the replica than deletes_share_max allows
+        #[arg(long)]
+        allow_deletes: bool,
+        /// The outcome as JSON
+        #[arg(long)]
+        json: bool,
     },
     /// Show it on this machine: two etcds, two sidecars, a link that fails now and then, and both sides compared at the end
     #[command(after_help = "Needs etcd in PATH. Example: etcd-ferry demo --keep")]
@@ -135,6 +164,8 @@ fn main() -> ExitCode {
         Command::Run { config } => run(&config),
         Command::Status { sidecar, json } => status(&sidecar, json),
         Command::Resync { link, sidecar, allow_deletes } => resync(&sidecar, &link, allow_deletes),
+        Command::Verify { link, sidecar, json } => verify(&sidecar, &link, json),
+        Command::Repair { link, sidecar, allow_deletes, json } => repair(&sidecar, &link, allow_deletes, json),
         Command::Demo { keep, seconds, json } => demo(keep, seconds, json),
         Command::Certs { command: CertsCommand::Dev { out, regions } } => certs_dev(&out, &regions),
     };
@@ -206,6 +237,53 @@ fn resync(sidecar: &Sidecar, link: &str, allow_deletes: bool) -> Result<(), Fail
     say(&format!(
         "link {link}: a new base copy is asked for; see how it goes with `etcd-ferry status --config {config}`"
     ))
+}
+
+fn verify(sidecar: &Sidecar, link: &str, json: bool) -> Result<(), Failure> {
+    let connection = sidecar.connection()?;
+    let outcome = runtime()?.block_on(verification::verify(&connection, link, show_progress))?;
+    told(link, &outcome, json)?;
+    ended(sidecar, link, &outcome)
+}
+
+fn repair(sidecar: &Sidecar, link: &str, allow_deletes: bool, json: bool) -> Result<(), Failure> {
+    let connection = sidecar.connection()?;
+    let outcome = runtime()?.block_on(verification::repair(&connection, link, allow_deletes, show_progress))?;
+    told(link, &outcome, json)?;
+    ended(sidecar, link, &outcome)
+}
+
+/// The exit code of a comparison.
+fn ended(sidecar: &Sidecar, link: &str, outcome: &Verification) -> Result<(), Failure> {
+    let config = sidecar.config.display();
+    match outcome.outcome.as_str() {
+        "equal" | "mended" => Ok(()),
+        "different" => Err(Failure::Failed(format!(
+            "link {link}: both sides differ; `etcd-ferry repair {link} --config {config}` ships what differs"
+        ))),
+        _ => Err(Failure::Failed(format!(
+            "link {link}: both sides could not be compared; see `etcd-ferry status --config {config}`, and try again"
+        ))),
+    }
+}
+
+/// One line that is written over, for whoever sits at a terminal.
+fn show_progress(verification: &Verification) {
+    let mut stderr = std::io::stderr();
+    if stderr.is_terminal() && verification.running {
+        // Nobody is worse off if it cannot be shown.
+        let _ = write!(stderr, "\r{:<60}\r", verification::progress(verification)).and_then(|()| stderr.flush());
+    }
+}
+
+/// The outcome of a comparison, on standard output.
+fn told(link: &str, verification: &Verification, json: bool) -> Result<(), Failure> {
+    if json {
+        return say(&verification_json(verification));
+    }
+    say(&format!("link {link}: {} ({})", verification.outcome, verification.detail))?;
+    let known = ["equal", "different"].contains(&verification.outcome.as_str());
+    verification_lines(verification).iter().filter(|_| known).try_for_each(|line| say(line))
 }
 
 impl Sidecar {

@@ -24,6 +24,9 @@ pub const ORIGIN_REVISION: &str = "etcd_ferry_origin_revision";
 pub const HEAD_REVISION: &str = "etcd_ferry_head_revision";
 pub const COPY_DONE_KEYS: &str = "etcd_ferry_copy_done_keys";
 pub const COPY_EXPECTED_KEYS: &str = "etcd_ferry_copy_expected_keys";
+pub const VERIFIED_TIMESTAMP_SECONDS: &str = "etcd_ferry_verified_timestamp_seconds";
+pub const VERIFIED_REVISION: &str = "etcd_ferry_verified_revision";
+pub const DIFFERING_KEYS: &str = "etcd_ferry_differing_keys";
 pub const QUEUE_BYTES: &str = "etcd_ferry_queue_bytes";
 pub const RAW_BYTES_TOTAL: &str = "etcd_ferry_raw_bytes_total";
 pub const SENT_BYTES_TOTAL: &str = "etcd_ferry_sent_bytes_total";
@@ -32,7 +35,7 @@ pub const ROUND_TRIP_SECONDS: &str = "etcd_ferry_round_trip_seconds";
 pub const APPLY_SECONDS: &str = "etcd_ferry_apply_seconds";
 pub const BATCH_REVISIONS: &str = "etcd_ferry_batch_revisions";
 
-const GAUGES: [(&str, &str); 16] = [
+const GAUGES: [(&str, &str); 19] = [
     (LINK_STATE, "1 for the state that the link is in, else 0."),
     (LAG_SECONDS, "Since when the oldest origin revision that is not applied has been in etcd."),
     (LAG_REVISIONS, "Origin revisions that are not applied at the replica."),
@@ -48,6 +51,12 @@ const GAUGES: [(&str, &str); 16] = [
     (HEAD_REVISION, "The origin's head, as last read."),
     (COPY_DONE_KEYS, "Keys that the running base copy has done; 0 when none runs."),
     (COPY_EXPECTED_KEYS, "Keys that the running base copy has in all; 0 when none runs or it is not known."),
+    (
+        VERIFIED_TIMESTAMP_SECONDS,
+        "When both sides were last proved equal, in Unix time by the origin's clock; 0: not yet.",
+    ),
+    (VERIFIED_REVISION, "The origin revision at which both sides were last proved equal; 0: none yet."),
+    (DIFFERING_KEYS, "Keys that differed at the last comparison of both sides."),
     (QUEUE_BYTES, "What waits before the link's stages, in memory and in files."),
 ];
 const COUNTERS: [(&str, &str); 2] = [
@@ -55,7 +64,7 @@ const COUNTERS: [(&str, &str); 2] = [
     (SENT_BYTES_TOTAL, "Frames and pages carried, after encoding."),
 ];
 /// The `counts` of a link's status; each becomes `etcd_ferry_<count>_total`, on the sides that are named here.
-const COUNTS: [(&str, &str); 15] = [
+const COUNTS: [(&str, &str); 17] = [
     ("revisions", "Revisions shipped (origin)."),
     ("skipped", "Revisions not shipped, since they came from the cluster that the link ships to (origin)."),
     ("transactions", "Transactions that brought the position forward (both)."),
@@ -71,6 +80,8 @@ const COUNTS: [(&str, &str); 15] = [
     ("copied_keys_written", "Keys that completed base copies wrote (origin)."),
     ("copied_keys_equal", "Keys that completed base copies found equal already (origin)."),
     ("copied_keys_deleted", "Keys that completed base copies deleted (origin)."),
+    ("verifications", "Comparisons of both sides that have ended, whatever their outcome (origin)."),
+    ("mended_keys", "Keys that repairs put or deleted at the replica (origin)."),
 ];
 /// Seconds from half a millisecond (a local etcd) to an outage.
 const SECONDS_BUCKETS: [f64; 18] =
@@ -184,6 +195,9 @@ pub fn record_link(status: &LinkStatus) {
         (HEAD_REVISION, status.head_revision.0 as f64),
         (COPY_DONE_KEYS, copy.keys_done as f64),
         (COPY_EXPECTED_KEYS, copy.keys_total as f64),
+        (VERIFIED_TIMESTAMP_SECONDS, status.verification.verified_at_ms as f64 / 1000.0),
+        (VERIFIED_REVISION, status.verification.verified_revision.0 as f64),
+        (DIFFERING_KEYS, status.verification.differing_keys as f64),
         (QUEUE_BYTES, queue_bytes as f64),
     ] {
         gauge!(name, labels.clone()).set(value);

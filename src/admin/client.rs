@@ -5,6 +5,7 @@
 
 use super::proto::admin_client::AdminClient;
 use super::proto::{Copy, Link, ResyncRequest, StatusReply, StatusRequest};
+use super::verification::{VerificationJson, verification_lines};
 use crate::tls::connect::{ConnectError, PeerConnector, endpoint};
 use crate::tls::{self, TlsError, explain};
 use serde::Serialize;
@@ -18,7 +19,7 @@ use tonic::transport::{self, Channel};
 use tonic::{Code, Response, Status};
 
 /// One question: connecting, TLS and the answer together.
-const TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Where the sidecar is, and which certificates to use.
 #[derive(Debug, Clone)]
@@ -83,7 +84,7 @@ async fn ask<T, F: Future<Output = Result<Response<T>, Status>>>(
 }
 
 /// A server listens on all addresses by an unspecified one; a client cannot dial that.
-fn dialled(mut admin: SocketAddr) -> SocketAddr {
+pub(super) fn dialled(mut admin: SocketAddr) -> SocketAddr {
     if admin.ip().is_unspecified() {
         admin.set_ip(match admin.ip() {
             IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
@@ -118,7 +119,7 @@ fn connect_error<'e>(error: &'e (dyn Error + 'static)) -> Option<&'e ConnectErro
 }
 
 /// An answer that is none. In TLS 1.3 a server that refuses our certificate says so only here, as the cause of the status.
-fn refused(connection: &Connection, status: &Status) -> ClientError {
+pub(super) fn refused(connection: &Connection, status: &Status) -> ClientError {
     let (at, cert) = (dialled(connection.admin), connection.cert.clone());
     if status.source().is_some() {
         return ClientError::Tls { at, cert, reason: printable(&explain(status)) };
@@ -164,6 +165,7 @@ struct LinkJson<'a> {
     bytes_sent: u64,
     counts: BTreeMap<&'a str, u64>,
     copy: Option<CopyJson>,
+    verification: Option<VerificationJson<'a>>,
 }
 
 #[derive(Serialize)]
@@ -208,6 +210,7 @@ fn link_json(link: &Link) -> LinkJson<'_> {
         bytes_sent: link.bytes_sent,
         counts: link.counts.iter().map(|(name, count)| (name.as_str(), *count)).collect(),
         copy: link.copy.as_ref().map(|copy| CopyJson { keys_done: copy.keys_done, keys_total: copy.keys_total }),
+        verification: link.verification.as_ref().map(VerificationJson::of),
     }
 }
 
@@ -277,6 +280,9 @@ fn notes(link: &Link, width: Option<usize>) -> String {
     if let Some(copy) = &link.copy {
         let columns = width.map(|columns| columns.saturating_sub(who.len() + 2));
         text.push_str(&line(&format!("{who}: {}", progress(copy, columns))));
+    }
+    for said in link.verification.iter().flat_map(verification_lines) {
+        text.push_str(&line(&format!("{who}: {said}")));
     }
     text
 }
@@ -379,7 +385,7 @@ mod tests {
              \"origin_revision\": 4000, \"head_revision\": 4002, \"applied_seq\": 118, \"durable_seq\": 119, \
              \"lag_revisions\": 2, \"lag_seconds\": 0.0421, \"rpo_revisions\": 1, \"rpo_seconds\": 0.0209, \
              \"bytes_raw\": 14000, \"bytes_sent\": 1000, \"counts\": { \"repeated\": 4, \"skipped\": 1 }, \
-             \"copy\": { \"keys_done\": 5, \"keys_total\": 9 } } ] }"
+             \"copy\": { \"keys_done\": 5, \"keys_total\": 9 }, \"verification\": null } ] }"
         );
     }
 

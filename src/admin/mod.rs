@@ -6,6 +6,7 @@
 pub mod client;
 pub mod http;
 pub mod service;
+pub mod verification;
 
 use crate::model::{LinkName, LinkState, LinkStatus, Side};
 use serde::Serialize;
@@ -24,6 +25,10 @@ pub mod proto {
 pub enum LinkCommand {
     /// Start a new base copy; safe to repeat. The reply's error says why not, and what to do.
     Resync { allow_deletes: bool, reply: oneshot::Sender<Result<(), String>> },
+    /// Compare both sides. The reply names the comparison that answers: its end is in the status once so many have ended.
+    Verify { reply: oneshot::Sender<Result<u64, String>> },
+    /// The same, and ship what differs.
+    Repair { allow_deletes: bool, reply: oneshot::Sender<Result<u64, String>> },
 }
 
 /// One link as admin knows it.

@@ -4,10 +4,13 @@
 //! Always true: nothing is answered to a certificate that bears none of `tls.admins`; every admin call and every refusal is in the log.
 
 use super::proto::admin_server::{self, Admin, AdminServer};
-use super::proto::{Copy, Link, ResyncReply, ResyncRequest, StatusReply, StatusRequest};
+use super::proto::{
+    Copy, DifferingRange, Link, RepairRequest, ResyncReply, ResyncRequest, StatusReply, StatusRequest, Verification,
+    VerifyRequest,
+};
 use super::{Directory, LinkCommand, LinkHandle};
 use crate::config::TlsConfig;
-use crate::model::{LinkState, LinkStatus};
+use crate::model::{self, LinkState, LinkStatus};
 use crate::tls::accept::{self, AcceptLimits, PeerConnectInfo};
 use crate::tls::{self, TlsError};
 use axum::extract::State;
@@ -15,11 +18,12 @@ use axum::middleware::{self, Next};
 use rustls::ServerConfig;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic::transport;
@@ -139,7 +143,8 @@ fn routes(directory: Arc<Directory>, admins: Vec<String>, health: HealthReporter
     // Python's client and older grpcurls know only this one.
     let reflection_v1alpha = reflection().build_v1alpha().map_err(ServiceError::Reflection)?;
     let health = tonic_health::server::HealthService::from_health_reporter(health);
-    let admin = AdminServer::new(Service { directory }).max_decoding_message_size(REQUEST_BYTES_MAX);
+    let admin =
+        AdminServer::new(Service { directory, calls: Mutex::default() }).max_decoding_message_size(REQUEST_BYTES_MAX);
     let router = Routes::new(admin)
         .add_service(reflection_v1.max_decoding_message_size(REQUEST_BYTES_MAX))
         .add_service(reflection_v1alpha.max_decoding_message_size(REQUEST_BYTES_MAX))
@@ -175,10 +180,115 @@ async fn authorise(
 
 struct Service {
     directory: Arc<Directory>,
+    /// Calls that go on telling; they end with their link, or with whoever listens.
+    calls: Mutex<JoinSet<()>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What a link says of itself.
+type Told = watch::Receiver<LinkStatus>;
+
+/// Tells how far a comparison is, until its end is told or nobody listens.
+async fn tell_verification(link: String, run: u64, mut status: Told, out: mpsc::Sender<Result<Verification, Status>>) {
+    let mut told = None;
+    loop {
+        let now = status.borrow_and_update().verification.clone();
+        let ended = now.runs >= run;
+        if told.as_ref() != Some(&now) {
+            told = Some(now.clone());
+            if out.send(Ok(verification_message(now))).await.is_err() {
+                return;
+            }
+        }
+        if ended {
+            return;
+        }
+        tokio::select! {
+            biased;
+            () = out.closed() => return,
+            changed = status.changed() => if changed.is_err() {
+                let gone = format!("link {link}'s task has ended: see the log of the sidecar");
+                let _ = out.send(Err(Status::unavailable(gone))).await;
+                return;
+            }
+        }
+    }
+}
+
+fn verification_message(verification: model::Verification) -> Verification {
+    let model::Verification {
+        verified_revision,
+        verified_at_ms,
+        differing_keys,
+        differing_ranges,
+        runs,
+        outcome,
+        detail,
+        running,
+    } = verification;
+    let range = |range: model::DifferingRange| DifferingRange {
+        from: range.first.escape_ascii().to_string(),
+        to: range.last.escape_ascii().to_string(),
+        keys: range.keys,
+    };
+    let progress = running.unwrap_or_default();
+    Verification {
+        verified_revision: verified_revision.0,
+        verified_at: verified_at_ms as f64 / 1000.0,
+        differing_keys,
+        differing_ranges: differing_ranges.into_iter().map(range).collect(),
+        runs,
+        outcome: outcome.as_str().to_owned(),
+        detail,
+        running: running.is_some(),
+        parts_done: progress.parts_done,
+        parts_total: progress.parts_total,
+    }
+}
+
+impl Service {
+    /// Asks the link's task for a comparison, and tells how it goes.
+    async fn compare<T>(
+        &self,
+        request: &Request<T>,
+        call: &str,
+        link: &str,
+        build: impl FnOnce(oneshot::Sender<Result<u64, String>>) -> LinkCommand,
+    ) -> Result<Response<ReceiverStream<Result<Verification, Status>>>, Status> {
+        let asked = match commands(&self.directory.links, link) {
+            Ok((commands, status)) => command(&commands, link, build).await.map(|run| (run, status)),
+            Err(refusal) => Err(refusal),
+        };
+        audit(request, call, link, &asked.as_ref().map(|_| ()).map_err(Clone::clone));
+        let (run, status) = asked?;
+        let (out, words) = mpsc::channel(1);
+        let mut calls = lock(&self.calls);
+        while calls.try_join_next().is_some() {}
+        calls.spawn(tell_verification(link.to_owned(), run, status, out));
+        Ok(Response::new(ReceiverStream::new(words)))
+    }
 }
 
 #[tonic::async_trait]
 impl Admin for Service {
+    type VerifyStream = ReceiverStream<Result<Verification, Status>>;
+
+    type RepairStream = ReceiverStream<Result<Verification, Status>>;
+
+    async fn verify(&self, request: Request<VerifyRequest>) -> Result<Response<Self::VerifyStream>, Status> {
+        let link = &request.get_ref().link;
+        self.compare(&request, "Verify", link, |reply| LinkCommand::Verify { reply }).await
+    }
+
+    async fn repair(&self, request: Request<RepairRequest>) -> Result<Response<Self::RepairStream>, Status> {
+        let RepairRequest { link, allow_deletes } = request.get_ref();
+        let call = if *allow_deletes { "Repair --allow-deletes" } else { "Repair" };
+        self.compare(&request, call, link, |reply| LinkCommand::Repair { allow_deletes: *allow_deletes, reply }).await
+    }
+
     async fn status(&self, request: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
         audit(&request, "Status", "", &Ok(()));
         let Directory { region, node, version, .. } = &*self.directory;
@@ -193,7 +303,7 @@ impl Admin for Service {
     async fn resync(&self, request: Request<ResyncRequest>) -> Result<Response<ResyncReply>, Status> {
         let ResyncRequest { link, allow_deletes } = request.get_ref();
         let outcome = match commands(&self.directory.links, link) {
-            Ok(commands) => {
+            Ok((commands, _)) => {
                 command(&commands, link, |reply| LinkCommand::Resync { allow_deletes: *allow_deletes, reply }).await
             }
             Err(refusal) => Err(refusal),
@@ -215,9 +325,10 @@ fn audit<T>(request: &Request<T>, call: &str, link: &str, outcome: &Result<(), S
 }
 
 /// Where to send a command for this link, or why it cannot be sent from here.
-fn commands(links: &[LinkHandle], name: &str) -> Result<mpsc::Sender<LinkCommand>, Status> {
+fn commands(links: &[LinkHandle], name: &str) -> Result<(mpsc::Sender<LinkCommand>, Told), Status> {
     let named: Vec<&LinkHandle> = links.iter().filter(|handle| handle.link.as_str() == name).collect();
-    if let Some(commands) = named.iter().find_map(|handle| handle.commands.clone()) {
+    let taken = |handle: &&LinkHandle| Some((handle.commands.clone()?, handle.status.clone()));
+    if let Some(commands) = named.iter().find_map(taken) {
         return Ok(commands);
     }
     if let Some(handle) = named.first() {
@@ -232,11 +343,11 @@ fn commands(links: &[LinkHandle], name: &str) -> Result<mpsc::Sender<LinkCommand
 }
 
 /// Asks a link's task and waits for its answer.
-async fn command(
+async fn command<T>(
     commands: &mpsc::Sender<LinkCommand>,
     link: &str,
-    build: impl FnOnce(oneshot::Sender<Result<(), String>>) -> LinkCommand,
-) -> Result<(), Status> {
+    build: impl FnOnce(oneshot::Sender<Result<T, String>>) -> LinkCommand,
+) -> Result<T, Status> {
     let ended = || Status::unavailable(format!("link {link}'s task has ended: see the log of the sidecar"));
     let (reply, answer) = oneshot::channel();
     let exchange = async {
@@ -274,6 +385,7 @@ fn link_message(status: LinkStatus) -> Link {
         bytes_sent,
         counts,
         copy,
+        verification,
         stages: _,
     } = status;
     Link {
@@ -299,6 +411,7 @@ fn link_message(status: LinkStatus) -> Link {
         bytes_sent,
         counts: counts.into_iter().map(|(name, count)| (name.to_owned(), count)).collect(),
         copy: copy.map(|copy| Copy { keys_done: copy.keys_done, keys_total: copy.keys_total }),
+        verification: Some(verification_message(verification)),
     }
 }
 

@@ -13,10 +13,15 @@ use crate::model::{FERRY_PREFIX, LinkName, Ranges};
 use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::time::Duration;
 use toml::Table;
 
 /// The share of the replica's keys that a base copy may delete, unless configured.
 const DELETES_SHARE_MAX: f64 = 0.1;
+/// A comparison by itself, unless configured: so often, with so much of a core.
+const VERIFY_INTERVAL_SECONDS: u64 = 900;
+const VERIFY_INTERVAL_SECONDS_MAX: u64 = 7 * 86_400;
+const VERIFY_CORE_SHARE_MAX: f64 = 0.05;
 
 /// Also says what of it names files, as far as that could be read.
 pub(super) fn config(table: &Table) -> (Result<Config, Faults>, NamedFiles) {
@@ -152,12 +157,28 @@ fn send(s: &mut Section<'_>) -> Option<SendConfig> {
     if !(0.0..=1.0).contains(&share) {
         s.fault("deletes_share_max", "must be from 0 (delete nothing unasked) to 1 (no guard)");
     }
+    let interval = limit(s, "verify_interval_seconds", VERIFY_INTERVAL_SECONDS, 0, VERIFY_INTERVAL_SECONDS_MAX);
+    let verify_interval = (interval > 0).then_some(Duration::from_secs(interval));
+    let verify_core_share_max = s.number_if_present("verify_core_share_max").unwrap_or(VERIFY_CORE_SHARE_MAX);
+    if !(0.001..=1.0).contains(&verify_core_share_max) {
+        s.fault("verify_core_share_max", "must be from 0.001 to 1 (a whole core)");
+    }
     let prefixes = prefixes.unwrap_or_default();
     let ranges = Ranges::new(&prefixes, &exclude);
     if ranges.pieces().is_empty() && !exclude.is_empty() {
         s.fault("exclude", "leaves no key to carry: make it narrower");
     }
-    Some(SendConfig { link: link?, to: to?, peer: peer?, ranges, prefixes, exclude, deletes_share_max: share })
+    Some(SendConfig {
+        link: link?,
+        to: to?,
+        peer: peer?,
+        ranges,
+        prefixes,
+        exclude,
+        deletes_share_max: share,
+        verify_interval,
+        verify_core_share_max,
+    })
 }
 
 fn receive(s: &mut Section<'_>) -> Option<ReceiveConfig> {

@@ -12,6 +12,7 @@ use bytes::Bytes;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Largest configuration file that is read.
 const CONFIG_BYTES_MAX: u64 = 1 << 20;
@@ -133,6 +134,10 @@ pub struct SendConfig {
     pub exclude: Vec<Bytes>,
     /// The largest share (0 to 1) of the replica's keys that a base copy may delete unasked. 0.1.
     pub deletes_share_max: f64,
+    /// Both sides are compared so often by themselves; `None`: only when somebody asks. 15 minutes.
+    pub verify_interval: Option<Duration>,
+    /// The share of a core that such a comparison takes at each side. 0.05.
+    pub verify_core_share_max: f64,
 }
 
 /// This cluster is the replica of the link.

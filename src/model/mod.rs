@@ -7,7 +7,9 @@ mod ranges;
 mod status;
 
 pub use ranges::{KeyRange, Ranges};
-pub use status::{CopyProgress, LinkState, LinkStatus, Role, Side, StageStatus};
+pub use status::{
+    CopyProgress, DifferingRange, LinkState, LinkStatus, Outcome, PartsProgress, Role, Side, StageStatus, Verification,
+};
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};

@@ -4,8 +4,10 @@
 //! Always true: every state and side has one spelling, in JSON, metrics and text.
 
 use super::{Epoch, LinkName, Revision, Seq, Term};
+use bytes::Bytes;
 use serde::Serialize;
 use std::collections::BTreeMap;
+use std::fmt;
 
 /// Which end of a link a status, metric or stage belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -116,6 +118,7 @@ pub struct LinkStatus {
     pub counts: BTreeMap<&'static str, u64>,
     /// The base copy while it runs: keys done, keys in all (0: not known).
     pub copy: Option<CopyProgress>,
+    pub verification: Verification,
     pub stages: Vec<StageStatus>,
 }
 
@@ -123,6 +126,75 @@ pub struct LinkStatus {
 pub struct CopyProgress {
     pub keys_done: u64,
     pub keys_total: u64,
+}
+
+/// What is known of both sides being equal.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct Verification {
+    /// The last origin revision at which both sides were proved equal; 0: none yet.
+    pub verified_revision: Revision,
+    /// When, in milliseconds of Unix time by the origin's clock; 0: not yet.
+    pub verified_at_ms: u64,
+    /// Keys that differed at the last comparison.
+    pub differing_keys: u64,
+    /// Where, at the origin. Its edges are keys: for an operator, who calls the admin port, and never for http.
+    #[serde(skip)]
+    pub differing_ranges: Vec<DifferingRange>,
+    /// Comparisons that have ended since the sidecar started.
+    pub runs: u64,
+    pub outcome: Outcome,
+    /// Why the last one failed, or what it compared; no key.
+    pub detail: String,
+    /// The one that runs.
+    pub running: Option<PartsProgress>,
+}
+
+/// How a comparison ended.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    #[default]
+    None,
+    Equal,
+    Different,
+    /// What differed was shipped by a repair.
+    Mended,
+    Failed,
+}
+
+impl Outcome {
+    /// Empty before the first comparison has ended.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Outcome::None => "",
+            Outcome::Equal => "equal",
+            Outcome::Different => "different",
+            Outcome::Mended => "mended",
+            Outcome::Failed => "failed",
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct PartsProgress {
+    pub parts_done: u64,
+    /// 0: not known yet.
+    pub parts_total: u64,
+}
+
+/// Keys that differ, from the first to the last of them.
+#[derive(Clone, PartialEq, Eq)]
+pub struct DifferingRange {
+    pub first: Bytes,
+    pub last: Bytes,
+    pub keys: u64,
+}
+
+/// Never shows a key: logs may hold what this prints.
+impl fmt::Debug for DifferingRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DifferingRange({} keys)", self.keys)
+    }
 }
 
 /// One stage of a link, for `/healthz?full=1`.
@@ -162,6 +234,7 @@ impl LinkStatus {
             bytes_sent: 0,
             counts: BTreeMap::new(),
             copy: None,
+            verification: Verification::default(),
             stages: Vec::new(),
         }
     }

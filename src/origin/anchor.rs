@@ -61,6 +61,7 @@ pub(super) async fn copy(
         keys_total,
         resume: resuming,
         deletes_share_max: ship.origin.send.deletes_share_max,
+        repair: false,
     };
     let keys_done = keys_total.saturating_sub(count(&session.etcd, &pieces_from(&ranges, cursor.as_ref())).await?);
     let mut copying = Copying { progress: CopyProgress { keys_done, keys_total }, sent: 0, highest: anchor };
@@ -97,6 +98,37 @@ pub(super) async fn copy(
         view.count("copied_keys_equal", ack.keys_equal);
         view.count("copied_keys_deleted", ack.keys_deleted);
     });
+    session.opened_epoch(ship, epoch, anchor);
+    Ok(anchor)
+}
+
+/// Opens an epoch whose position says `repairing`: what the replica holds stays, and following starts at the anchor that is returned. The
+/// session mends what differs as it does with a repair that was cut short.
+pub(super) async fn open_repair(
+    ship: &mut Shipper,
+    session: &mut Session,
+    epoch: Epoch,
+) -> Result<Revision, SessionEnd> {
+    let anchor = open_anchor(ship, session).await?;
+    if session.waymark.present.counter == 0 {
+        session.write_waymark(ship).await?;
+    }
+    let begin = CopyBegin {
+        epoch: epoch.0,
+        term: session.term.0,
+        anchor_revision: anchor.0,
+        waymark: Some(session.waymark.present.into()),
+        deletes_share_max: ship.origin.send.deletes_share_max,
+        repair: true,
+        ..CopyBegin::default()
+    };
+    let mut opening = Copying { progress: CopyProgress::default(), sent: 0, highest: anchor };
+    session.copying = true;
+    ship.learned_epoch(epoch);
+    opening.send(ship, session, shipment::What::CopyBegin(begin)).await?;
+    while !session.copy_ack.complete {
+        opening.wait(ship, session).await?;
+    }
     session.opened_epoch(ship, epoch, anchor);
     Ok(anchor)
 }
@@ -167,7 +199,7 @@ impl Copying {
         while shipment.is_some() {
             tokio::select! {
                 biased;
-                command = ship.commands.recv() => return Err(SessionEnd::Commanded(command)),
+                command = ship.commands.recv() => session.command(ship, command)?,
                 receipt = session.next_receipt() => session.take(ship, receipt).await?,
                 permit = outbound.reserve() => match permit {
                     Ok(permit) => if let Some(shipment) = shipment.take() { permit.send(shipment) },
@@ -183,7 +215,7 @@ impl Copying {
     async fn wait(&mut self, ship: &mut Shipper, session: &mut Session) -> Result<(), SessionEnd> {
         tokio::select! {
             biased;
-            command = ship.commands.recv() => Err(SessionEnd::Commanded(command)),
+            command = ship.commands.recv() => session.command(ship, command),
             receipt = session.next_receipt() => session.take(ship, receipt).await,
             () = tokio::time::sleep(KEEP_ALIVE) => {
                 session.keep_alive(ship);
@@ -212,7 +244,10 @@ impl Copying {
             }
             let page = tokio::select! {
                 biased;
-                command = ship.commands.recv() => return Err(SessionEnd::Commanded(command)),
+                command = ship.commands.recv() => {
+                    session.command(ship, command)?;
+                    continue;
+                }
                 receipt = session.next_receipt() => {
                     session.take(ship, receipt).await?;
                     continue;

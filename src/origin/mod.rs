@@ -4,7 +4,9 @@
 
 pub mod anchor;
 pub mod candidacy;
+mod compare;
 pub mod elect;
+mod found;
 mod head;
 mod heartbeat;
 pub mod lag;
@@ -16,6 +18,8 @@ pub mod ship;
 pub mod spool;
 mod standby;
 mod term;
+mod verify;
+mod view;
 pub mod watch;
 
 use crate::admin::LinkCommand;
@@ -26,7 +30,7 @@ use crate::wire::digest;
 use elect::{ElectView, Election, Heard, Standing};
 use head::HeadView;
 use lag::LagTracker;
-use ship::{ShipView, Shipper};
+use ship::Shipper;
 use spool::{Spool, SpoolExtent};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -34,6 +38,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::{mpsc, watch as watch_channel};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use view::ShipView;
 use watch::{Tail, TailState, TailView};
 
 /// Batches of arrivals and head readings that wait for the link's task; it only counts them, so they never gather.
@@ -289,6 +294,7 @@ impl Views<'_> {
         status.counts.clone_from(&ship.counts);
         status.counts.insert("elections", self.elect.won);
         status.copy = ship.copy;
+        status.verification.clone_from(&ship.verification);
         status.stages = vec![
             StageStatus {
                 stage: "watch",
@@ -351,7 +357,7 @@ impl Views<'_> {
             TailState::Connecting { reason } if is_new(&reasons, reason) => reasons.push(format!("the origin's watch: {reason}")),
             TailState::OtherHistory { reason } if *reason != self.ship.reason => reasons.push(reason.clone()),
             TailState::Lost { compacted } => reasons.push(format!(
-                "etcd has compacted up to {compacted}, past the spool's end: a base copy follows once the replica answers"
+                "etcd has compacted up to {compacted}, past the spool's end: once the replica answers, both sides are compared and what differs is shipped"
             )),
             TailState::Idle
             | TailState::Connecting { .. }

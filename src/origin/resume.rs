@@ -68,6 +68,9 @@ pub enum Resume {
     Tail { after: Revision },
     /// A base copy: a new one in a new epoch, or the present one from its cursor on.
     Copy { epoch: Epoch, cursor: Option<CopyCursor>, reason: CopyReason },
+    /// What came in between is lost, but not what the replica holds: a new epoch that follows from the origin's head at once, and a repair of
+    /// what differs.
+    Repair { epoch: Epoch, reason: CopyReason },
     /// Only an operator can decide.
     Stop { reason: StopReason },
 }
@@ -174,7 +177,11 @@ pub fn decide(spool: Option<&SpoolFacts>, replica: &ReplicaFacts, origin: &Origi
     // A watch after a revision sees everything if that revision itself is not compacted away.
     let watchable = reached >= origin.compacted;
     if !spool_reaches && !watchable {
-        return copy(Some(position), CopyReason::Compacted { after: reached, compacted: origin.compacted });
+        let reason = CopyReason::Compacted { after: reached, compacted: origin.compacted };
+        if position.cursor.is_some() {
+            return copy(Some(position), reason);
+        }
+        return Resume::Repair { epoch: position.epoch.next(), reason };
     }
     match (position.state, &position.cursor) {
         (Phase::Copying, Some(cursor)) => {
@@ -350,11 +357,15 @@ mod tests {
     }
 
     #[test]
-    fn a_watch_from_the_position_that_is_compacted_is_a_base_copy_in_a_new_epoch() {
+    fn a_watch_from_the_position_that_is_compacted_is_a_repair_in_a_new_epoch() {
         let reason = CopyReason::Compacted { after: Revision(100), compacted: Revision(101) };
         let compacted = OriginFacts { compacted: Revision(101), carried: CarriedCheck::Compacted, ..origin() };
-        assert_eq!(decided(spool(101, 150), &at(position()), &compacted), new_copy(4, reason));
-        assert_eq!(decided(None, &at(position()), &compacted), new_copy(4, reason));
+        let repair = Resume::Repair { epoch: Epoch(4), reason };
+        assert_eq!(decided(spool(101, 150), &at(position()), &compacted), repair);
+        assert_eq!(decided(None, &at(position()), &compacted), repair);
+        for state in [Phase::Repairing, Phase::Copying] {
+            assert_eq!(decided(None, &at(Position { state, ..position() }), &compacted), repair, "{state:?}");
+        }
         let just_not = OriginFacts { compacted: Revision(100), ..compacted };
         assert_eq!(decided(None, &at(position()), &just_not), Resume::WatchFrom { after: Revision(100) });
     }

@@ -3,15 +3,19 @@
 //! Always true: frames carry consecutive seqs; a Reset starts a fresh window at the seq it names; the stream has a deadline of its own.
 
 use super::LinkEvent;
+use super::compare::Answer;
 use super::heartbeat::{Movement, movement};
 use super::sequence::OriginWaymark;
 use super::ship::{Greeted, Shipper};
 use super::spool::{Spool, SpoolEntry, SpoolError};
+use super::verify::Verifying;
 use super::watch::TailState;
 use crate::admin::LinkCommand;
 use crate::etcd::Etcd;
 use crate::metrics;
-use crate::model::{ClusterId, Digest, Epoch, LinkState, Position, Revision, Seq, Term, Waymark, WholeRevision};
+use crate::model::{
+    ClusterId, Digest, Epoch, LinkState, Outcome, Position, Revision, Seq, Term, Waymark, WholeRevision,
+};
 use crate::tls;
 use crate::wire::frame::FrameLimits;
 use crate::wire::replicate::refusal::Kind;
@@ -22,6 +26,7 @@ use crate::wire::{self, LINK_METADATA, SESSION_METADATA};
 use bytes::Bytes;
 use std::collections::VecDeque;
 use std::convert::Infallible;
+use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -58,6 +63,19 @@ pub enum SessionEnd {
     Compacted(Revision),
 }
 
+impl fmt::Display for SessionEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            SessionEnd::Wait(reason)
+            | SessionEnd::Unreachable(reason)
+            | SessionEnd::Stop(reason)
+            | SessionEnd::HelloAgain(reason) => f.write_str(reason),
+            SessionEnd::Commanded(_) => f.write_str("an operator asked for something else"),
+            SessionEnd::Compacted(revision) => write!(f, "the origin has compacted up to {revision}"),
+        }
+    }
+}
+
 /// How far the replica says it is.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Acked {
@@ -69,6 +87,8 @@ pub(super) struct Acked {
     pub position_revision: Revision,
     pub waymark: Waymark,
     pub following: bool,
+    /// A repair is under way, or was cut short.
+    pub repairing: bool,
 }
 
 pub struct Session {
@@ -79,7 +99,7 @@ pub struct Session {
     encoder: Encoder,
     pub(super) epoch: Epoch,
     pub(super) term: Term,
-    seq: Seq,
+    pub(super) seq: Seq,
     /// The last revision that was read from the spool for shipping.
     pub(super) cursor: Revision,
     /// The last one that is on its way: a frame that waits for the connection is read, and not sent.
@@ -106,6 +126,7 @@ pub struct Session {
     pub(super) copy_ack: CopyAck,
     /// A base copy is under way, whatever the position still says.
     pub(super) copying: bool,
+    pub(super) verifying: Verifying,
 }
 
 impl Session {
@@ -180,6 +201,7 @@ impl Session {
             progressed: Revision(0),
             copy_ack: CopyAck::default(),
             copying: false,
+            verifying: Verifying::default(),
         })
     }
 
@@ -202,6 +224,14 @@ impl Session {
 
     /// Ships everything after `after`, as it comes, until something ends the stream.
     pub(super) async fn follow(&mut self, ship: &mut Shipper, after: Revision) -> Result<Infallible, SessionEnd> {
+        let ended = self.follow_on(ship, after).await;
+        if let Err(end) = &ended {
+            self.abandon_verification(ship, &end.to_string());
+        }
+        ended
+    }
+
+    async fn follow_on(&mut self, ship: &mut Shipper, after: Revision) -> Result<Infallible, SessionEnd> {
         self.cursor = after;
         self.received.1 = self.received.1.max(after);
         self.show(ship, true);
@@ -225,9 +255,10 @@ impl Session {
                 let bytes_max = if self.is_standalone() { 1 } else { self.frame_bytes_max };
                 reading = Some(Reading::new(spool.clone(), self.cursor, bytes_max));
             }
+            let due = self.verification_due(ship);
             tokio::select! {
                 biased;
-                command = ship.commands.recv() => return Err(SessionEnd::Commanded(command)),
+                command = ship.commands.recv() => self.command(ship, command)?,
                 receipt = self.receipts.message() => self.take(ship, receipt).await?,
                 changed = ship.tail.changed() => {
                     if changed.is_err() {
@@ -236,12 +267,19 @@ impl Session {
                     self.check_tail(ship)?;
                 }
                 permit = outbound.reserve(), if pending.is_some() && stream_open => match permit {
-                    Ok(permit) => if let Some(shipment) = pending.take() { permit.send(shipment) },
+                    Ok(permit) => if let Some(shipment) = pending.take() {
+                        permit.send(shipment);
+                        self.verifying.mark_sent();
+                    },
                     // The reason comes with the receipts.
                     Err(_) => stream_open = false,
                 },
-                _ = ticks.tick() => self.tick(ship, pending.is_none()).await?,
-                entries = read(&mut reading) => {
+                _ = ticks.tick() => {
+                    self.show_verification(ship);
+                    self.tick(ship, pending.is_none()).await?;
+                }
+                event = self.verifying.next(due), if pending.is_none() => pending = self.verify_event(ship, event)?,
+                entries = read(&mut reading), if pending.is_none() && !self.verifying.is_reading() => {
                     reading = None;
                     match entries {
                         Ok(entries) => pending = self.encode(ship, &entries),
@@ -250,6 +288,14 @@ impl Session {
                 }
             }
         }
+    }
+
+    /// What the origin holds at this revision is what was shipped, up to the present seq; nothing must wait to be sent.
+    pub(super) fn standing(&self, ship: &Shipper) -> Revision {
+        let extent = ship.spool.extent();
+        let extent = extent.borrow();
+        let drained = extent.last.is_none_or(|(last, _)| last <= self.cursor);
+        if drained { extent.covered.max(self.cursor) } else { self.cursor }
     }
 
     pub(super) fn check_tail(&self, ship: &mut Shipper) -> Result<(), SessionEnd> {
@@ -327,8 +373,17 @@ impl Session {
                 self.copy_ack = ack;
                 Ok(())
             }
+            Some(receipt::What::PartsAnswer(answer)) => self.answered(Answer::Parts(answer)),
+            Some(receipt::What::KeyListsAnswer(answer)) => self.answered(Answer::Lists(answer)),
+            Some(receipt::What::MarkFailed(failed)) => self.answered(Answer::MarkFailed(failed)),
+            Some(receipt::What::Repaired(repaired)) => self.answered(Answer::Repaired(repaired)),
             None => Ok(()),
         }
+    }
+
+    fn answered(&self, answer: Answer) -> Result<(), SessionEnd> {
+        self.verifying.take(answer);
+        Ok(())
     }
 
     /// The next receipt; for the base copy, which waits on receipts between pages.
@@ -378,6 +433,7 @@ impl Session {
         acked.durable_revision = acked.durable_revision.max(acked.applied_revision);
         acked.waymark = ack.waymark.map(Waymark::from).unwrap_or_default();
         acked.following = ack.following && !self.copying;
+        acked.repairing = ack.repairing && !self.copying;
         let moved = acked.applied_revision > self.acked.applied_revision
             || acked.durable_revision > self.acked.durable_revision;
         acked.position_revision = acked.position_revision.max(Revision(ack.position_revision));
@@ -389,6 +445,7 @@ impl Session {
             view.counts.insert("conflicts", ack.conflicts);
             view.reason.clone_from(&ack.waiting);
         });
+        self.learn_verified(ship, Revision(ack.verified_revision), ack.verified_at_ms);
         self.show(ship, ack.waiting.is_empty());
         if trim {
             ship.spool.trim(acked.position_revision);
@@ -402,7 +459,11 @@ impl Session {
 
     fn show(&self, ship: &Shipper, well: bool) {
         ship.view.send_modify(|view| {
-            view.state = if self.acked.following { LinkState::Following } else { LinkState::Copying };
+            view.state = match (self.acked.following, self.acked.repairing) {
+                (true, _) => LinkState::Following,
+                (false, true) => LinkState::Repairing,
+                (false, false) => LinkState::Copying,
+            };
             if self.acked.following {
                 view.copy_since = None;
             }
@@ -412,7 +473,11 @@ impl Session {
             view.applied_seq = self.acked.applied;
             view.durable_seq = self.acked.durable;
             view.applied_revision = self.acked.applied_revision;
-            if well {
+            let held = view.state == LinkState::Repairing && view.verification.outcome == Outcome::Failed;
+            if held {
+                view.reason = format!("the repair waits: {}", view.verification.detail);
+                view.detail.clone_from(&view.reason);
+            } else if well {
                 view.reason.clear();
                 view.detail = format!("shipped up to seq {}", self.seq);
             } else {

@@ -10,17 +10,17 @@ use super::resume::{self, CarriedCheck, OriginFacts, Received, ReplicaFacts, Res
 use super::sequence::OriginWaymark;
 use super::session::{Session, SessionEnd};
 use super::spool::Spool;
+use super::view::ShipView;
 use super::watch::{TailCommand, TailState, TailView};
 use super::{LinkEvent, OriginLink, anchor};
 use crate::admin::LinkCommand;
 use crate::etcd::{Etcd, EtcdError};
-use crate::model::{CopyProgress, Digest, Epoch, LinkState, LinkStatus, Position, Revision, Seq, Term, Waymark};
+use crate::model::{Digest, Epoch, LinkState, LinkStatus, Position, Revision, Seq, Term, Waymark};
 use crate::retry::Backoff;
 use crate::tls;
 use crate::wire::replicate::handshake_client::HandshakeClient;
 use crate::wire::replicate::{HelloReply, HelloRequest, Range};
 use crate::wire::{PROTOCOL_VERSION, digest};
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -38,54 +38,6 @@ const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 const HELLO_DEADLINE: Duration = Duration::from_secs(15);
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// What `status` says of shipping.
-#[derive(Debug, Clone)]
-pub struct ShipView {
-    pub state: LinkState,
-    /// Empty while all is well.
-    pub reason: String,
-    pub detail: String,
-    pub epoch: Epoch,
-    pub term: Term,
-    pub seq: Seq,
-    pub applied_seq: Seq,
-    pub durable_seq: Seq,
-    pub applied_revision: Revision,
-    pub bytes_raw: u64,
-    pub bytes_sent: u64,
-    pub counts: BTreeMap<&'static str, u64>,
-    pub copy: Option<CopyProgress>,
-    /// Since when a base copy is wanted and not complete: all that it is to bring is behind since then.
-    pub copy_since: Option<Instant>,
-}
-
-impl Default for ShipView {
-    fn default() -> Self {
-        Self {
-            state: LinkState::Connecting,
-            reason: String::new(),
-            detail: String::new(),
-            epoch: Epoch(0),
-            term: Term(0),
-            seq: Seq(0),
-            applied_seq: Seq(0),
-            durable_seq: Seq(0),
-            applied_revision: Revision(0),
-            bytes_raw: 0,
-            bytes_sent: 0,
-            counts: BTreeMap::new(),
-            copy: None,
-            copy_since: None,
-        }
-    }
-}
-
-impl ShipView {
-    pub fn count(&mut self, name: &'static str, more: u64) {
-        *self.counts.entry(name).or_default() += more;
-    }
-}
 
 /// An operator's wish for a new base copy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -113,6 +65,8 @@ pub struct Shipper {
     pub(super) went_back: Option<Epoch>,
     pub(super) known_epoch: Epoch,
     pub(super) resync: Option<Resync>,
+    /// When both sides are compared next, unless somebody asks.
+    pub(super) verify_due: Option<Instant>,
     next_address: usize,
     /// When the present stream was opened, or the last one.
     pub(super) opened: Option<Instant>,
@@ -124,6 +78,7 @@ pub struct Shipper {
 enum Way {
     Follow { after: Revision },
     Copy { epoch: Epoch, cursor: Option<bytes::Bytes>, reason: String },
+    Repair { epoch: Epoch, reason: String },
 }
 
 fn no_way() -> SessionEnd {
@@ -154,7 +109,7 @@ impl Shipper {
         elected: watch::Receiver<ElectView>,
         heard: watch::Sender<Heard>,
     ) -> Self {
-        Self {
+        let mut shipper = Self {
             origin,
             spool,
             tail_commands,
@@ -171,10 +126,18 @@ impl Shipper {
             went_back: None,
             known_epoch: Epoch(0),
             resync: None,
+            verify_due: None,
             next_address: 0,
             opened: None,
             logged: String::new(),
-        }
+        };
+        shipper.verified_now();
+        shipper
+    }
+
+    /// The next comparison is due an interval from now.
+    pub(super) fn verified_now(&mut self) {
+        self.verify_due = self.origin.send.verify_interval.map(|interval| Instant::now() + interval);
     }
 
     /// Ships until `stop`.
@@ -272,6 +235,15 @@ impl Shipper {
                 let _ = reply.send(Ok(()));
                 true
             }
+            Some(LinkCommand::Verify { reply } | LinkCommand::Repair { reply, .. }) => {
+                let view = self.view.borrow();
+                let state = view.state.as_str();
+                let _ = reply.send(Err(format!(
+                    "the link is {state} ({}): both sides can be compared once it follows",
+                    view.reason
+                )));
+                true
+            }
             None => false,
         }
     }
@@ -284,6 +256,15 @@ impl Shipper {
         let outcome = match self.decide(&greeted).await {
             Ok(Way::Follow { after }) => self.follow(greeted, after).await,
             Ok(Way::Copy { epoch, cursor, reason }) => Box::pin(self.copy(greeted, epoch, cursor, &reason)).await,
+            Ok(Way::Repair { epoch, reason }) => {
+                // Nothing to be compared with, or nobody who could tell which side is right.
+                let as_copy = greeted.reply.ranges_empty || greeted.reply.link_back || self.origin.link_back;
+                if as_copy {
+                    Box::pin(self.copy(greeted, epoch, None, &reason)).await
+                } else {
+                    Box::pin(self.repair(greeted, epoch, &reason)).await
+                }
+            }
             Err(end) => return end,
         };
         match outcome {
@@ -480,6 +461,9 @@ impl Shipper {
                 let epoch = epoch.max(self.known_epoch.next());
                 Ok(Some(Way::Copy { epoch, cursor: None, reason: reason.to_string() }))
             }
+            Resume::Repair { epoch, reason } => {
+                Ok(Some(Way::Repair { epoch: epoch.max(self.known_epoch.next()), reason: reason.to_string() }))
+            }
             Resume::Tail { .. } => Ok(None),
         }
     }
@@ -525,6 +509,21 @@ impl Shipper {
         let mut session = Session::open(self, greeted).await?;
         self.opened = Some(Instant::now());
         let after = anchor::copy(self, &mut session, epoch, cursor).await?;
+        session.follow(self, after).await
+    }
+
+    /// Follows from the origin's head in a new epoch; what was lost in between is found by a comparison, and mended.
+    async fn repair(
+        &mut self,
+        greeted: Greeted,
+        epoch: Epoch,
+        reason: &str,
+    ) -> Result<std::convert::Infallible, SessionEnd> {
+        tracing::info!(link = %self.origin.send.link, %reason, "repair instead of a base copy");
+        self.view.send_modify(|view| _ = view.copy_since.get_or_insert_with(Instant::now));
+        let mut session = Session::open(self, greeted).await?;
+        self.opened = Some(Instant::now());
+        let after = anchor::open_repair(self, &mut session, epoch).await?;
         session.follow(self, after).await
     }
 

@@ -156,6 +156,7 @@ fn decline(command: LinkCommand, view: &ElectView) {
     };
     match command {
         LinkCommand::Resync { reply, .. } => _ = reply.send(Err(reason)),
+        LinkCommand::Verify { reply } | LinkCommand::Repair { reply, .. } => _ = reply.send(Err(reason)),
     }
 }
 

@@ -5,6 +5,7 @@
 
 use super::dedupe::Dedupe;
 use super::journal::{Journal, JournalEntry, JournalError};
+use super::mark::Mark;
 use super::plan::{self, Extent, Plan, PlanError, RequestLimits, RunFacts, Settled, TxnTree, Waiting};
 use super::position::{Held, HelloAnswer, HelloFacts, HelloRefused};
 use super::txn::transaction;
@@ -105,6 +106,12 @@ pub enum ApplyCommand {
         session: u64,
         step: super::copy::CopyStep,
     },
+    /// Note the replica's revision there. `taken` is answered at once: what comes after the mark must not be journaled before.
+    Mark {
+        session: u64,
+        mark: Mark,
+        taken: oneshot::Sender<()>,
+    },
 }
 
 struct InFlight {
@@ -145,6 +152,8 @@ pub struct Applier {
     pub(super) planned: Option<Plan>,
     guard_failures: u32,
     in_flight: Option<InFlight>,
+    /// Places between seqs that are to be noted, in order.
+    pub(super) marks: VecDeque<Mark>,
     pub(super) waymark: Waymark,
     /// The origin's last word on idle progress, and the seq after which it holds.
     pub(super) progress: Option<(Revision, Seq, bool)>,
@@ -204,6 +213,7 @@ impl Applier {
             planned: None,
             guard_failures: 0,
             in_flight: None,
+            marks: VecDeque::new(),
             waymark: Waymark::default(),
             progress: None,
             backoff: Backoff::new(Duration::from_millis(100), Duration::from_secs(1)),
@@ -290,13 +300,21 @@ impl Applier {
             // What comes next depends on how this one ends.
             return;
         }
+        if self.in_flight.is_none() && !self.marks.is_empty() {
+            Box::pin(self.reach_marks()).await;
+            if !self.follows() {
+                return;
+            }
+        }
         if self.planned.is_none() {
             let in_flight = self.in_flight.as_ref().map_or(0, |f| f.revisions);
             let part = if in_flight == 0 { self.part() } else { 0 };
             let (Some(ranges), true) = (&self.ranges, self.waiting.len() > in_flight) else {
                 return self.persist_idle().await;
             };
-            match plan::plan(self.waiting.iter().skip(in_flight).map(|(w, _)| w), part, ranges, &self.limits) {
+            let mark = self.marks.front().map(|mark| mark.after);
+            let next = plan::up_to(self.waiting.iter().skip(in_flight).map(|(w, _)| w), mark);
+            match plan::plan(next, part, ranges, &self.limits) {
                 Ok(planned) => self.planned = planned,
                 Err(e) => return self.refuse_plan(&e),
             }
@@ -479,8 +497,14 @@ impl Applier {
             }
             ApplyCommand::Copy { session, step } => {
                 if session == self.session && !self.stopped {
-                    self.copy_step(step).await;
+                    Box::pin(self.copy_step(step)).await;
                 }
+            }
+            ApplyCommand::Mark { session, mark, taken } => {
+                if session == self.session && !self.stopped {
+                    self.take_mark(mark);
+                }
+                let _ = taken.send(());
             }
         }
     }

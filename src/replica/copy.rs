@@ -8,7 +8,7 @@ use super::plan::{
     guard_verdict,
 };
 use crate::etcd::{Columns, EtcdError};
-use crate::model::{ClusterId, Digest, Epoch, KeyRange, Phase, Position, Revision, Seq, Term, Waymark};
+use crate::model::{ClusterId, Digest, Epoch, KeyRange, Phase, Position, Ranges, Revision, Seq, Term, Waymark};
 use crate::wire::digest;
 use crate::wire::replicate::CopyAck;
 use crate::wire::replicate::refusal::Kind;
@@ -42,6 +42,8 @@ pub struct Begin {
     pub deletes_share_max: f64,
     /// Either side knows of a link back over the range.
     pub link_back: bool,
+    /// What is here stays, and a repair brings what differs: there are no pages.
+    pub repair: bool,
 }
 
 /// A copy under way.
@@ -52,6 +54,28 @@ pub(super) struct Copying {
     /// What the keys pages before the last one came to.
     counted: GuardCount,
     ack: CopyAck,
+}
+
+impl Begin {
+    /// The position that opens the epoch.
+    fn first_position(&self, ranges: &Ranges, state: Phase, cursor: Option<Bytes>) -> Position {
+        Position {
+            epoch: self.epoch,
+            term: self.term,
+            seq: Seq(0),
+            origin_cluster: self.origin_cluster,
+            origin_revision: self.anchor,
+            carried_revision: Revision(0),
+            carried_digest: Digest::default(),
+            waymark: self.waymark,
+            ranges_digest: digest::of_ranges(ranges),
+            state,
+            anchor_revision: self.anchor,
+            cursor,
+            part: 0,
+            skipped: Vec::new(),
+        }
+    }
 }
 
 enum StepError {
@@ -150,6 +174,9 @@ impl Applier {
             return Err(fenced(position));
         }
         self.claim = Some((begin.epoch, begin.term));
+        if begin.repair {
+            return self.open_repair(&begin, position.as_ref()).await;
+        }
         let replica_empty = self.present_count().await? == 0;
         let ranges_digest = self.ranges.as_ref().map(digest::of_ranges);
         let mut copying = Copying {
@@ -219,31 +246,47 @@ impl Applier {
         guard_verdict(&counted, &case).map_err(|stop| StepError::Refused(Kind::Guard, stop.to_string()))?;
         let Some(ranges) = self.ranges.clone() else { return Ok(()) };
         let cursor = ranges.pieces().first().map(|p| p.from.clone()).unwrap_or_default();
-        let next = Position {
-            epoch: begin.epoch,
-            term: begin.term,
-            seq: Seq(0),
-            origin_cluster: begin.origin_cluster,
-            origin_revision: begin.anchor,
-            carried_revision: Revision(0),
-            carried_digest: Digest::default(),
-            waymark: begin.waymark,
-            ranges_digest: digest::of_ranges(&ranges),
-            state: Phase::Copying,
-            anchor_revision: begin.anchor,
-            cursor: Some(cursor),
-            part: 0,
-            skipped: Vec::new(),
-        };
-        self.commit_step(next, TxnTree { guards: Vec::new(), success: Vec::new() }, 0).await?;
-        if let Err(e) = self.journal.reset(begin.epoch, Seq(0)).await {
-            return Err(StepError::Etcd(EtcdError::Other(format!("the journal cannot be started afresh: {e}"))));
-        }
-        self.start_afresh(Seq(0));
+        let first = begin.first_position(&ranges, Phase::Copying, Some(cursor));
+        self.open_with(first).await?;
         if let Some(copying) = &mut self.copying {
             copying.ack.guard_passed = true;
         }
         tracing::info!(link = %self.link, epoch = %begin.epoch, anchor = %begin.anchor, "base copy begins");
+        Ok(())
+    }
+
+    /// The first position of an epoch, and the journal that goes with it.
+    async fn open_with(&mut self, first: Position) -> Result<(), StepError> {
+        let epoch = first.epoch;
+        self.commit_step(first, TxnTree { guards: Vec::new(), success: Vec::new() }, 0).await?;
+        if let Err(e) = self.journal.reset(epoch, Seq(0)).await {
+            return Err(StepError::Etcd(EtcdError::Other(format!("the journal cannot be started afresh: {e}"))));
+        }
+        self.start_afresh(Seq(0));
+        Ok(())
+    }
+
+    /// Opens an epoch over what the replica holds of the same origin and ranges. Nothing is deleted here: the repair has a guard of its own.
+    async fn open_repair(&mut self, begin: &Begin, position: Option<&Position>) -> Result<(), StepError> {
+        let Some(ranges) = self.ranges.clone() else { return Ok(()) };
+        let same = position.is_some_and(|p| {
+            p.origin_cluster == begin.origin_cluster
+                && p.ranges_digest == digest::of_ranges(&ranges)
+                && p.cursor.is_none()
+        });
+        if !same || begin.link_back {
+            let reason =
+                "what the replica holds is not of this origin and these ranges: only a base copy helps".to_owned();
+            return Err(StepError::Refused(Kind::PositionMoved, reason));
+        }
+        self.waymark = begin.waymark;
+        self.open_with(begin.first_position(&ranges, Phase::Repairing, None)).await?;
+        tracing::info!(link = %self.link, epoch = %begin.epoch, anchor = %begin.anchor, "repair begins");
+        let session = self.session;
+        self.view.send_modify(|view| {
+            view.copy = CopyAck { guard_passed: true, complete: true, ..CopyAck::default() };
+            view.copy_session = session;
+        });
         Ok(())
     }
 

@@ -7,15 +7,19 @@ pub mod apply;
 pub mod copy;
 pub mod dedupe;
 pub mod journal;
+pub mod mark;
 pub mod plan;
 pub mod position;
 pub mod receive;
 pub mod stream;
 pub mod trouble;
 pub mod txn;
+mod verify;
 
 use crate::config::{EtcdConfig, Limits, ReceiveConfig};
-use crate::model::{CopyProgress, Digest, Epoch, LinkState, LinkStatus, Phase, Ranges, Seq, Side, StageStatus, Term};
+use crate::model::{
+    CopyProgress, Digest, Epoch, LinkState, LinkStatus, Phase, Ranges, Revision, Seq, Side, StageStatus, Term,
+};
 use admit::Admit;
 use apply::{Applier, ApplierParts, ApplyView};
 use dedupe::Dedupe;
@@ -87,7 +91,7 @@ impl ReplicaLink {
         let (told_sender, told) = watch::channel(Told::default());
         let applier = Applier::new(ApplierParts {
             link,
-            etcd: self.etcd,
+            etcd: self.etcd.clone(),
             limits: self.limits.clone(),
             ranges: ranges.get(),
             journal: journal.clone(),
@@ -99,6 +103,7 @@ impl ReplicaLink {
         let admit = remembered_by(&remembered.recent);
         let end = Arc::new(LinkEnd {
             config: self.receive,
+            etcd: self.etcd,
             limits: self.limits,
             commands,
             view: view.clone(),
@@ -234,6 +239,10 @@ impl Views<'_> {
             keys_done: self.view.copy_keys_before + self.view.copy.keys_written + self.view.copy.keys_equal,
             keys_total: self.view.copy_keys_total,
         });
+        let verified = &self.told.verified;
+        status.verification.verified_revision = Revision(verified.origin_revision);
+        status.verification.verified_at_ms = verified.at_ms;
+        status.verification.differing_keys = verified.differing_keys;
         status.stages = vec![
             StageStatus { stage: "receive", ok: self.told.connected, detail: self.receive_detail(), queue_bytes: 0 },
             StageStatus {

@@ -169,6 +169,7 @@ impl Applier {
         self.waiting.clear();
         self.waiting_bytes = 0;
         self.planned = None;
+        self.marks.clear();
         self.read_through = seq;
     }
 
@@ -214,6 +215,7 @@ impl Applier {
         self.claim = claim;
         self.ranges = Some(facts.ranges);
         self.copying = None;
+        self.marks.clear();
         self.progress = None;
         self.stopped = false;
         self.retry_at = None;

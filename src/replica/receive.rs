@@ -9,13 +9,13 @@ use super::dedupe::Dedupe;
 use super::journal::Journal;
 use super::position::{HelloAnswer, HelloFacts, HelloRefused};
 use super::stream::Stream;
-use crate::config::{Limits, ReceiveConfig};
+use crate::config::{EtcdConfig, Limits, ReceiveConfig};
 use crate::model::{ClusterId, Epoch, KeyRange, LinkName, Ranges, Revision, Seq, Term};
 use crate::tls::accept::PeerConnectInfo;
 use crate::wire::frame::FrameLimits;
 use crate::wire::replicate::handshake_server::Handshake;
 use crate::wire::replicate::replicate_server::Replicate;
-use crate::wire::replicate::{HelloReply, HelloRequest, Receipt, Shipment};
+use crate::wire::replicate::{HelloReply, HelloRequest, Receipt, Shipment, Verified};
 use crate::wire::window::WindowLimits;
 use crate::wire::{self, LINK_METADATA, PROTOCOL_VERSION, SESSION_METADATA};
 use bytes::Bytes;
@@ -48,6 +48,8 @@ pub struct Told {
     pub lag_revisions: u64,
     pub rpo_revisions: u64,
     pub at: Option<Instant>,
+    /// What the origin said of the last comparison.
+    pub verified: Verified,
     /// Why the last stream ended.
     pub ended: String,
 }
@@ -67,6 +69,7 @@ pub struct Counters {
 /// What the services know of one link.
 pub struct LinkEnd {
     pub config: ReceiveConfig,
+    pub etcd: EtcdConfig,
     pub limits: Limits,
     pub commands: mpsc::Sender<ApplyCommand>,
     pub view: watch::Receiver<ApplyView>,
@@ -394,9 +397,10 @@ impl Replicate for Receiver {
             *admit = Admit::new(opened.epoch, opened.term, opened.received, []);
         }
         let (out, receipts) = mpsc::channel(RECEIPTS_MAX);
-        let stream = Stream::new(end, opened);
         let stop = self.stop.clone();
-        self.streams.spawn(async move { Box::pin(stream.run(&mut admit, request.into_inner(), out, stop)).await });
+        self.streams.spawn(async move {
+            Box::pin(Stream::run(end, opened, &mut admit, request.into_inner(), out, stop)).await;
+        });
         Ok(Response::new(ReceiverStream::new(receipts)))
     }
 }

@@ -8,13 +8,16 @@ use super::apply::{ApplyCommand, ApplyView};
 use super::copy::{Begin, CopyStep};
 use super::dedupe::State;
 use super::journal::{JournalEntry, JournalError};
+use super::mark::{Mark, Mend, There};
 use super::receive::{LinkEnd, Opened};
+use super::verify::{Asked, Comparer, QUESTIONS_MAX, Question};
 use crate::model::{Change, Epoch, KeyRange, Phase, Ranges, Revision, Seq, Term, Waymark};
 use crate::segment::feed::Appended;
 use crate::wire::frame::{self, FrameLimits};
+use crate::wire::replicate as wire;
 use crate::wire::replicate::refusal::Kind;
 use crate::wire::replicate::{
-    Ack, CopyAck, CopyBegin, Page, Progress, Receipt, Refusal, Reset, Shipment, receipt, shipment,
+    Ack, CopyAck, CopyBegin, Page, Progress, Receipt, Refusal, Reset, Shipment, Verified, receipt, shipment,
 };
 use crate::wire::window::{DecodeError, Decoder};
 use bytes::Bytes;
@@ -23,7 +26,8 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, Streaming};
@@ -42,13 +46,15 @@ struct Due {
     ack: bool,
     copy: bool,
     reset: Option<Reset>,
+    /// To a question about a mark.
+    answer: Option<receipt::What>,
     refusal: Option<Refusal>,
 }
 
 impl Due {
     /// What the origin waits for.
     fn urgent(&self) -> bool {
-        self.copy || self.reset.is_some() || self.refusal.is_some()
+        self.copy || self.reset.is_some() || self.answer.is_some() || self.refusal.is_some()
     }
 }
 
@@ -66,13 +72,17 @@ pub(super) struct Stream {
     awaits_fresh: bool,
     /// What the origin was last told of a base copy.
     copy_told: CopyAck,
+    /// Questions about marks, to whoever reads the replica for them.
+    questions: mpsc::Sender<Question>,
+    /// What the origin was last told of the last comparison: said once, since every byte of an ack is said often.
+    verified_told: Verified,
 }
 
 /// What has been taken off the stream and waits for its place.
 type Placing = Pin<Box<dyn Future<Output = Result<(), (Kind, String)>> + Send>>;
 
 impl Stream {
-    pub(super) fn new(end: Arc<LinkEnd>, opened: Opened) -> Self {
+    fn new(end: Arc<LinkEnd>, opened: Opened, questions: mpsc::Sender<Question>) -> Self {
         Self {
             decoder: Decoder::new(opened.window),
             pages: FrameLimits::new(end.limits.revision_bytes_max),
@@ -82,15 +92,34 @@ impl Stream {
             due: Due::default(),
             awaits_fresh: false,
             copy_told: CopyAck::default(),
+            questions,
+            verified_told: Verified::default(),
             opened,
             end,
         }
     }
 
+    /// The stream, with the task that reads the replica for questions about marks.
     pub(super) async fn run(
+        end: Arc<LinkEnd>,
+        opened: Opened,
+        admit: &mut Admit,
+        inbound: Streaming<Shipment>,
+        out: mpsc::Sender<Result<Receipt, Status>>,
+        stop: CancellationToken,
+    ) {
+        let (questions, asked) = mpsc::channel(QUESTIONS_MAX);
+        let (answers, answered) = mpsc::channel(1);
+        let mut comparing = JoinSet::new();
+        comparing.spawn(Comparer::new(end.etcd.clone(), asked, answers).run());
+        Self::new(end, opened, questions).receive(admit, inbound, answered, out, stop).await;
+    }
+
+    async fn receive(
         mut self,
         admit: &mut Admit,
         mut inbound: Streaming<Shipment>,
+        mut answers: mpsc::Receiver<receipt::What>,
         out: mpsc::Sender<Result<Receipt, Status>>,
         stop: CancellationToken,
     ) {
@@ -100,7 +129,7 @@ impl Stream {
         });
         self.due.ack = true;
         self.view.mark_changed();
-        let ended = self.turns(admit, &mut inbound, &out, &stop).await;
+        let ended = self.turns(admit, &mut inbound, &mut answers, &out, &stop).await;
         tracing::info!(link = %self.end.config.link, reason = %ended, "the stream has ended");
         self.end.told.send_modify(|told| {
             told.connected = false;
@@ -112,6 +141,7 @@ impl Stream {
         &mut self,
         admit: &mut Admit,
         inbound: &mut Streaming<Shipment>,
+        answers: &mut mpsc::Receiver<receipt::What>,
         out: &mpsc::Sender<Result<Receipt, Status>>,
         stop: &CancellationToken,
     ) -> String {
@@ -152,6 +182,7 @@ impl Stream {
                     self.look_at_applier(admit);
                 }
                 _ = self.durable.changed() => self.due.ack = true,
+                Some(answer) = answers.recv(), if self.due.answer.is_none() => self.due.answer = Some(answer),
                 placed = place(&mut placing) => {
                     placing = None;
                     if let Err((kind, reason)) = placed {
@@ -213,7 +244,11 @@ impl Stream {
             receipt::What::CopyAck(self.copy_told.clone())
         } else if self.due.ack {
             self.due.ack = false;
-            receipt::What::Ack(self.ack(admit))
+            let ack = self.ack(admit);
+            self.verified_told = self.end.told.borrow().verified;
+            receipt::What::Ack(ack)
+        } else if let Some(answer) = self.due.answer.take() {
+            answer
         } else {
             receipt::What::Refusal(self.due.refusal.clone().unwrap_or_default())
         };
@@ -222,6 +257,8 @@ impl Stream {
 
     fn ack(&self, admit: &Admit) -> Ack {
         let view = self.view.borrow();
+        let verified = self.end.told.borrow().verified;
+        let verified = if verified == self.verified_told { Verified::default() } else { verified };
         let position = view.position.as_ref().filter(|p| p.epoch == admit.epoch().0);
         let applied = position.map_or(Seq(0), |p| p.seq);
         let durable = self.durable.borrow().0.max(applied.0).min(admit.received().0.max(applied.0));
@@ -237,6 +274,9 @@ impl Stream {
             repeated: self.end.counters.repeated.load(Ordering::Relaxed),
             transactions: view.transactions,
             conflicts: view.conflicts,
+            verified_revision: verified.origin_revision,
+            verified_at_ms: verified.at_ms,
+            repairing: position.is_some_and(|p| p.state == Phase::Repairing),
         }
     }
 
@@ -260,8 +300,83 @@ impl Stream {
             Some(shipment::What::CopyEnd(end)) => {
                 Ok(Some(self.copy_step(CopyStep::End { anchor_revision: Revision(end.anchor_revision) })))
             }
+            Some(shipment::What::Mark(mark)) => self.take_mark(admit, &mark).map(Some),
+            Some(shipment::What::Repair(repair)) => self.take_repair(admit, repair).map(Some),
+            Some(shipment::What::Parts(parts)) => self.ask(parts.mark, Asked::parts(parts.parts)),
+            Some(shipment::What::KeyLists(lists)) => self.ask(lists.mark, Asked::lists(lists.lists)),
+            Some(shipment::What::Verified(verified)) => {
+                self.end.told.send_modify(|told| told.verified = verified);
+                self.due.ack = true;
+                Ok(None)
+            }
             None => Ok(None),
         }
+    }
+
+    /// A mark's place is before everything that comes later: nothing is taken off the stream until the applier has it.
+    fn take_mark(&self, admit: &Admit, mark: &wire::Mark) -> Result<Placing, (Kind, String)> {
+        let (reached, waiting) = oneshot::channel();
+        self.pass_on(Question { mark: mark.mark, asked: Asked::Mark(waiting) })?;
+        Ok(self.place_mark(admit, Mark { after: Seq(mark.after_seq), there: There::Note(reached) }))
+    }
+
+    /// A repair has its place as a mark has.
+    fn take_repair(&self, admit: &Admit, repair: wire::Repair) -> Result<Placing, (Kind, String)> {
+        self.end.counters.bytes_sent.fetch_add(repair.frame.len() as u64, Ordering::Relaxed);
+        let decoded = frame::decode_standalone(&repair.frame, &self.pages)
+            .map_err(|e| (Kind::Gap, format!("a repair cannot be decoded: {e}")))?;
+        if decoded.revisions.iter().any(|whole| outside(&self.opened.ranges, whole)) {
+            return Err((Kind::Outside, "a repair holds a key outside of the link's ranges".to_owned()));
+        }
+        let Some(whole) = decoded.revisions.into_iter().next() else {
+            return Err((Kind::Gap, "a repair holds nothing".to_owned()));
+        };
+        let (mended, waiting) = oneshot::channel();
+        self.pass_on(Question { mark: repair.repair, asked: Asked::Repair(waiting) })?;
+        let mend = Mend { revision: whole.revision, changes: whole.changes, last: repair.last };
+        let mark = Mark { after: Seq(repair.after_seq), there: There::Mend(mend, mended) };
+        if self.opened.link_back {
+            mark.there.fail("a link back exists: nothing is mended".to_owned());
+            return Ok(Box::pin(std::future::ready(Ok(()))));
+        }
+        Ok(self.place_mark(admit, mark))
+    }
+
+    fn place_mark(&self, admit: &Admit, mark: Mark) -> Placing {
+        let after = mark.after;
+        if self.awaits_fresh || after != admit.received() {
+            mark.there.fail(format!("what comes before the mark after seq {after} is not here"));
+            return Box::pin(std::future::ready(Ok(())));
+        }
+        let (taken, placed) = oneshot::channel();
+        let session = self.opened.number;
+        let sent = self.command(ApplyCommand::Mark { session, mark, taken });
+        Box::pin(async move {
+            sent.await?;
+            // An applier that has ended says so by itself.
+            let _ = placed.await;
+            Ok(())
+        })
+    }
+
+    /// A question about the state at a mark, if it asks for no more than the link's ranges.
+    fn ask(&self, mark: u64, asked: Option<Asked>) -> Result<Option<Placing>, (Kind, String)> {
+        let Some(asked) = asked else {
+            return Err((Kind::Gap, "a question about a mark is not as it must be".to_owned()));
+        };
+        let inside = |range: &KeyRange| {
+            Ranges::from_pieces(vec![range.clone()]).is_some_and(|piece| self.opened.ranges.covers(&piece))
+        };
+        if !asked.ranges().all(inside) {
+            return Err((Kind::Outside, "a comparison asks for keys outside of the link's ranges".to_owned()));
+        }
+        self.pass_on(Question { mark, asked })?;
+        Ok(None)
+    }
+
+    fn pass_on(&self, question: Question) -> Result<(), (Kind, String)> {
+        let full = |_| (Kind::Gap, format!("more than {QUESTIONS_MAX} questions about a mark are open"));
+        self.questions.try_send(question).map_err(full)
     }
 
     fn take_frame(&mut self, admit: &mut Admit, frame: &Bytes) -> Result<Option<Placing>, (Kind, String)> {
@@ -360,6 +475,7 @@ impl Stream {
             resume: begin.resume,
             deletes_share_max: begin.deletes_share_max,
             link_back: self.opened.link_back,
+            repair: begin.repair,
         }
     }
 

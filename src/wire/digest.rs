@@ -54,16 +54,16 @@ pub fn of_ranges(ranges: &Ranges) -> Digest {
     cut(&hasher)
 }
 
-fn update_len(hasher: &mut blake3::Hasher, len: usize) {
+pub(super) fn update_len(hasher: &mut blake3::Hasher, len: usize) {
     hasher.update(&(len as u64).to_le_bytes());
 }
 
-fn update_bytes(hasher: &mut blake3::Hasher, bytes: &[u8]) {
+pub(super) fn update_bytes(hasher: &mut blake3::Hasher, bytes: &[u8]) {
     update_len(hasher, bytes.len());
     hasher.update(bytes);
 }
 
-fn cut(hasher: &blake3::Hasher) -> Digest {
+pub(super) fn cut(hasher: &blake3::Hasher) -> Digest {
     let mut digest = Digest::default();
     hasher.finalize_xof().fill(&mut digest.0);
     digest

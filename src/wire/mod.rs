@@ -11,6 +11,7 @@ pub mod digest;
 pub mod frame;
 #[cfg(test)]
 mod kubernetes_like;
+pub mod parts;
 mod varint;
 pub mod window;
 

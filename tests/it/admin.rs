@@ -5,10 +5,10 @@
 
 use etcd_ferry::admin::client::{self, ClientError, Connection};
 use etcd_ferry::admin::service::{Server, ServiceError};
-use etcd_ferry::admin::{Directory, LinkCommand, LinkHandle, Listening, proto};
+use etcd_ferry::admin::{Directory, LinkCommand, LinkHandle, Listening, proto, verification};
 use etcd_ferry::certs;
 use etcd_ferry::config::TlsConfig;
-use etcd_ferry::model::{LinkName, LinkState, LinkStatus, Seq, Side};
+use etcd_ferry::model::{LinkName, LinkState, LinkStatus, Outcome, PartsProgress, Revision, Seq, Side};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -156,15 +156,50 @@ async fn a_server_that_is_not_this_region_s_is_not_believed() {
     assert!(error.to_string().contains("cn-hangzhou"), "{error}");
 }
 
+fn resync_asked(command: Option<LinkCommand>) -> (bool, tokio::sync::oneshot::Sender<Result<(), String>>) {
+    let Some(LinkCommand::Resync { allow_deletes, reply }) = command else { panic!("not a resync: {command:?}") };
+    (allow_deletes, reply)
+}
+
+#[tokio::test]
+async fn a_comparison_is_told_as_it_goes_on_and_ends_with_its_own_outcome() {
+    let mut running = start().await;
+    let connection = running.connection("admin");
+    let link = async {
+        let Some(LinkCommand::Verify { reply }) = running.commands.recv().await else { panic!("not a verify") };
+        reply.send(Ok(2)).unwrap();
+        for (runs, parts_done, outcome) in
+            [(1, 1, Outcome::Different), (1, 5, Outcome::Different), (2, 0, Outcome::Equal)]
+        {
+            running.origin.send_modify(|status| {
+                let verification = &mut status.verification;
+                (verification.runs, verification.outcome) = (runs, outcome);
+                verification.running = (runs < 2).then_some(PartsProgress { parts_done, parts_total: 9 });
+                verification.verified_revision = Revision(40 + runs);
+            });
+            tokio::task::yield_now().await;
+        }
+    };
+    let mut shown = Vec::new();
+    let operator = verification::verify(&connection, "config", |word| shown.push(word.runs));
+    let ((), outcome) = tokio::join!(link, operator);
+    let outcome = outcome.unwrap();
+    assert_eq!((outcome.outcome.as_str(), outcome.verified_revision, outcome.running), ("equal", 42, false));
+    assert_eq!(shown.last(), Some(&2));
+
+    let error = verification::verify(&connection, "orders", |_| {}).await.unwrap_err().to_string();
+    assert!(error.contains("this sidecar is the replica of link orders"), "{error}");
+}
+
 #[tokio::test]
 async fn a_resync_reaches_the_link_and_its_refusal_comes_back() {
     let mut running = start().await;
     let connection = running.connection("admin");
     let link = async {
-        let LinkCommand::Resync { allow_deletes, reply } = running.commands.recv().await.unwrap();
+        let (allow_deletes, reply) = resync_asked(running.commands.recv().await);
         assert!(!allow_deletes);
         reply.send(Err("a base copy runs already".to_owned())).unwrap();
-        let LinkCommand::Resync { allow_deletes, reply } = running.commands.recv().await.unwrap();
+        let (allow_deletes, reply) = resync_asked(running.commands.recv().await);
         assert!(allow_deletes);
         reply.send(Ok(())).unwrap();
     };

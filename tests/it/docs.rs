@@ -148,12 +148,15 @@ fn defaults(config: &Config) -> BTreeMap<String, String> {
         .map(|field| field.trim().split_once(": ").unwrap())
         .map(|(key, value)| (format!("limits.{key}"), value.to_owned()))
         .collect();
-    let SendConfig { deletes_share_max, ranges, .. } = &config.send[0];
+    let SendConfig { deletes_share_max, ranges, verify_interval, verify_core_share_max, .. } = &config.send[0];
+    let verify_interval = verify_interval.expect("on by default");
     assert_eq!(*ranges, Ranges::new(&[], &[]));
     assert_eq!(config.log.format, LogFormat::Text);
     assert!(config.receive[0].ranges.is_none() && config.tls.admins.is_empty());
     for (key, value) in [
         ("send[].deletes_share_max", deletes_share_max.to_string()),
+        ("send[].verify_interval_seconds", verify_interval.as_secs().to_string()),
+        ("send[].verify_core_share_max", verify_core_share_max.to_string()),
         ("send[].prefixes", "the whole keyspace".to_owned()),
         ("send[].exclude", "none".to_owned()),
         ("receive[].prefixes", "what the first hello says".to_owned()),
@@ -203,7 +206,15 @@ fn the_readme_s_example_configurations_are_sound() {
 fn every_count_that_a_link_keeps_is_described() {
     let described: BTreeSet<String> = metrics::all().into_iter().map(|metric| metric.name).collect();
     let mut counts = BTreeSet::new();
-    for file in ["origin/anchor.rs", "origin/session.rs", "origin/ship.rs", "origin/mod.rs", "replica/mod.rs"] {
+    let files = [
+        "origin/anchor.rs",
+        "origin/session.rs",
+        "origin/ship.rs",
+        "origin/verify.rs",
+        "origin/mod.rs",
+        "replica/mod.rs",
+    ];
+    for file in files {
         let source = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src").join(file)).unwrap();
         for start in [".count(\"", "counts.insert(\"", "(\""] {
             for rest in source.split(start).skip(1) {

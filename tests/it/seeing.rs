@@ -36,8 +36,9 @@ const FIELDS: [&str; 18] = [
     "bytes_raw",
     "bytes_sent",
 ];
-/// Beside the fields that every reader may count on: who ships the link, what was counted, and how far a base copy is.
-const MORE_FIELDS: [&str; 4] = ["role", "shipper", "counts", "copy"];
+/// Beside the fields that every reader may count on: who ships the link, what was counted, how far a base copy is, and what is known of both
+/// sides being equal.
+const MORE_FIELDS: [&str; 5] = ["role", "shipper", "counts", "copy", "verification"];
 
 /// The one link of `status --json`, with its fields checked.
 fn status(sidecar: &Sidecar, side: &str, peer_region: &str) -> Value {

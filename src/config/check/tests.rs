@@ -41,8 +41,21 @@ fn a_sound_configuration_gets_its_defaults() {
     assert_eq!(config.limits, Limits::default());
     assert_eq!(config.log, LogConfig { format: LogFormat::Text, level: "info".to_owned() });
     assert_eq!(config.send[0].deletes_share_max, 0.1);
+    assert_eq!(config.send[0].verify_interval, Some(Duration::from_secs(900)));
+    assert_eq!(config.send[0].verify_core_share_max, 0.05);
     assert_eq!(config.send[0].ranges, Ranges::new(&[], &[]));
     assert_eq!(config.receive[0].ranges, None);
+}
+
+#[test]
+fn a_comparison_by_itself_can_be_switched_off_and_takes_some_of_a_core_and_not_more_than_one() {
+    let config = Config::from_toml(&SOUND.replace("[[receive]]", "verify_interval_seconds = 0\n[[receive]]")).unwrap();
+    assert_eq!(config.send[0].verify_interval, None);
+    assert_eq!(send_fields("verify_interval_seconds = 604801"), ["send[0].verify_interval_seconds"]);
+    for share in ["0", "-1", "1.1", "nan"] {
+        assert_eq!(send_fields(&format!("verify_core_share_max = {share}")), ["send[0].verify_core_share_max"]);
+    }
+    assert!(send_fields("verify_core_share_max = 1").is_empty());
 }
 
 #[test]

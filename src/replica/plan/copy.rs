@@ -6,7 +6,7 @@
 use super::runs::arrange;
 use super::size::Load;
 use super::{Op, PlanError, RequestLimits, TxnTree, as_u64, check_fits_alone};
-use crate::model::{LinkName, Revision};
+use crate::model::{Change, LinkName, Revision};
 use bytes::Bytes;
 use std::cmp::Ordering;
 
@@ -63,6 +63,13 @@ pub fn copy_diff(page: &[(Bytes, Bytes)], present: &[(Bytes, Bytes)], policy: Co
 }
 
 impl CopyDiff {
+    /// What a repair writes: puts and deletes as the origin has them, in key order.
+    pub fn of_changes(changes: &[Change]) -> Self {
+        let deletes = as_u64(changes.iter().filter(|change| matches!(change, Change::Delete { .. })).count());
+        let puts = as_u64(changes.len()) - deletes;
+        Self { ops: changes.iter().map(Op::of).collect(), puts, deletes, ..Self::default() }
+    }
+
     fn note(&mut self, origin: Option<&(Bytes, Bytes)>, replica: Option<&(Bytes, Bytes)>, policy: CopyPolicy) {
         match (origin, replica) {
             (Some((_, ours)), Some((_, theirs))) if ours == theirs => self.equal += 1,

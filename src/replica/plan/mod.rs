@@ -184,6 +184,11 @@ pub fn plan<'a>(
     Ok(Some(plan))
 }
 
+/// The waiting revisions that a plan may hold: none beyond a mark, so that there is a replica revision that has reached it and no more.
+pub fn up_to<'a>(waiting: impl Iterator<Item = &'a Waiting>, mark: Option<Seq>) -> impl Iterator<Item = &'a Waiting> {
+    waiting.take_while(move |waiting| mark.is_none_or(|mark| waiting.seq <= mark))
+}
+
 /// Adds waiting revisions while they fit key by key; the last write of a key wins.
 fn merge<'a>(
     plan: &mut Plan,

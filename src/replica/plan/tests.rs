@@ -55,6 +55,17 @@ fn apply(plan: Plan, model: &mut ModelEtcd, limits: &RequestLimits) -> Settled {
     settled
 }
 
+#[test]
+fn what_waits_is_never_merged_across_a_mark() {
+    for (count, mark) in (1..8_u64).flat_map(|count| (0..=count).map(move |mark| (count, mark))) {
+        let all = waiting((0..count).map(|n| vec![put(format!("k{}", n % 3), format!("{n}"))]).collect());
+        let planned = plan(up_to(all.iter(), Some(Seq(mark))), 0, &everything(), &etcd_defaults()).unwrap();
+        assert_eq!(planned.map_or(Seq(0), |plan| plan.seq), Seq(mark), "a mark after {mark} of {count}");
+        let beyond = plan(all.iter(), 0, &everything(), &etcd_defaults()).unwrap().unwrap();
+        assert_eq!(beyond.seq, Seq(count), "all of them fit in one");
+    }
+}
+
 fn read_facts(plan: &Plan, model: &ModelEtcd) -> Vec<RunFacts> {
     let read = |run: &DeleteRun| {
         let present: Vec<Bytes> = model.content().into_keys().filter(|key| run.range.contains(key)).collect();

@@ -179,6 +179,7 @@ pub fn connect(
         prefixes: options.prefixes.clone(),
         exclude: options.exclude.clone(),
         deletes_share_max: options.deletes_share_max,
+        ..SendLink::default()
     });
     to.receive.push(ReceiveLink {
         link: link.to_owned(),

@@ -68,6 +68,15 @@ impl Process {
         kill_process(Pid::from_child(&self.child), signal).unwrap_or_else(|e| panic!("{}: {e}", self.name));
     }
 
+    /// CPU time since its start, user and system.
+    pub fn cpu_seconds(&self) -> f64 {
+        // `utime` and `stime`, counted after the name in parentheses, in ticks of 10 ms.
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap_or_default();
+        let after_name = stat.rsplit(") ").next().unwrap_or_default();
+        let ticks = after_name.split(' ').skip(11).take(2).filter_map(|ticks| ticks.parse::<f64>().ok());
+        ticks.sum::<f64>() / 100.0
+    }
+
     /// Resident memory now and at its highest, in bytes (`VmRSS` and `VmHWM`).
     pub fn memory_bytes(&self) -> (u64, u64) {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap_or_default();

@@ -63,6 +63,8 @@ pub struct SendLink {
     pub exclude: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub deletes_share_max: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub verify_interval_seconds: Option<u64>,
 }
 
 #[derive(Debug, Clone, Default, Serialize)]

@@ -1,0 +1,169 @@
+//! Job: what comparing both sides comes to: the replica's answers checked, what differs, and whether a repair may mend it.
+//! Input: messages of the replica. Output: narrower ranges, differing keys, a guard's verdict; messages to the replica.
+//! Pure: no clock, no I/O.
+//! Always true: an answer that leaves a hole in what was asked is no answer; no delete passes the guard that an operator did not allow.
+
+use crate::model::{Digest, KeyRange, Revision};
+use crate::wire::parts::{Difference, DifferingKey, KeyList, Part, tile};
+use crate::wire::replicate as wire;
+use bytes::Bytes;
+
+/// An operator's wish to have what differs mended.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Mending {
+    pub allow_deletes: bool,
+    /// The share (0 to 1) of the replica's keys that may be deleted unasked.
+    pub deletes_share_max: f64,
+    /// The position says `repairing`: a repair ends that, also if nothing differs any more.
+    pub ends: bool,
+}
+
+/// What a comparison came to.
+#[derive(Debug, Default)]
+pub(super) struct Compared {
+    /// The revision of the oldest mark at which a part was compared.
+    pub revision: Revision,
+    /// Keys of the origin that were compared.
+    pub keys: u64,
+    pub differing: u64,
+    /// The keys that differ, in key order, as far as they are kept.
+    pub found: Vec<DifferingKey>,
+    /// Keys that differed at first and not any more, where a link back exists: they were on their way.
+    pub moving: u64,
+    /// Keys that a repair put and deleted at the replica.
+    pub mended: Option<(u64, u64)>,
+}
+
+/// Why what differs is not mended; each says what to do.
+#[derive(Debug, Clone, Copy, PartialEq, thiserror::Error)]
+pub(super) enum MendStop {
+    #[error("{differing} keys differ, more than a repair keeps by name: `etcd-ferry resync LINK` brings all of them")]
+    TooMany { differing: u64 },
+    #[error(
+        "the repair would delete {deletes} of the {replica_keys} keys that the replica holds, more than the share of {share_max} that \
+         deletes_share_max allows (the origin holds {origin_keys} keys); if they may go, run `etcd-ferry repair LINK --allow-deletes --config F`"
+    )]
+    Deletes { deletes: u64, replica_keys: u64, origin_keys: u64, share_max: f64 },
+}
+
+/// The guard of a base copy, for what a repair would delete.
+pub(super) fn guard_deletes(compared: &Compared, mending: Mending) -> Result<(), MendStop> {
+    if compared.differing > compared.found.len() as u64 {
+        return Err(MendStop::TooMany { differing: compared.differing });
+    }
+    let count = |difference| compared.found.iter().filter(|found| found.difference == difference).count() as u64;
+    let (deletes, missing) = (count(Difference::Extra), count(Difference::Missing));
+    let (origin_keys, share_max) = (compared.keys, mending.deletes_share_max);
+    let replica_keys = (origin_keys + deletes).saturating_sub(missing);
+    // A share that is not a number allows nothing.
+    let allowed = origin_keys > 0 && deletes as f64 <= replica_keys as f64 * share_max;
+    if deletes == 0 || mending.allow_deletes || allowed {
+        return Ok(());
+    }
+    Err(MendStop::Deletes { deletes, replica_keys, origin_keys, share_max })
+}
+
+pub(super) fn part_message(part: &Part) -> wire::Part {
+    let digest = Bytes::copy_from_slice(&part.digest.0);
+    wire::Part { from: part.range.from.clone(), to: part.range.to.clone(), keys: part.keys, digest }
+}
+
+pub(super) fn list_message(list: KeyList) -> wire::KeyList {
+    let (keys, values) = list.keys.into_iter().unzip();
+    wire::KeyList { from: list.range.from, to: list.range.to, keys, values }
+}
+
+/// The replica's sub-parts of a part, if they are that.
+pub(super) fn subs_of(subs: Vec<wire::Part>, range: &KeyRange) -> Option<Vec<Part>> {
+    let sub = |sub: wire::Part| {
+        let digest = Digest(<[u8; 16]>::try_from(&sub.digest[..]).ok()?);
+        Some(Part { range: KeyRange { from: sub.from, to: sub.to }, keys: sub.keys, digest })
+    };
+    let subs = subs.into_iter().map(sub).collect::<Option<Vec<Part>>>()?;
+    tile(&subs, range).then_some(subs)
+}
+
+/// The range cut at edges that lie inside of it, in order; at least one.
+pub(super) fn cut_at(range: &KeyRange, edges: Vec<Bytes>) -> Option<Vec<KeyRange>> {
+    let mut pieces = Vec::with_capacity(edges.len() + 1);
+    let mut from = range.from.clone();
+    for edge in edges {
+        if edge <= from || !range.contains(&edge) {
+            return None;
+        }
+        pieces.push(KeyRange { from: std::mem::replace(&mut from, edge.clone()), to: edge });
+    }
+    pieces.push(KeyRange { from, to: range.to.clone() });
+    (pieces.len() > 1).then_some(pieces)
+}
+
+pub(super) fn found_of(key: wire::DifferingKey) -> Option<DifferingKey> {
+    let difference = match key.difference() {
+        wire::differing_key::Difference::Missing => Difference::Missing,
+        wire::differing_key::Difference::Extra => Difference::Extra,
+        wire::differing_key::Difference::OtherValue => Difference::OtherValue,
+        wire::differing_key::Difference::Unspecified => return None,
+    };
+    Some(DifferingKey { key: key.key, difference, values: (key.origin_value, key.replica_value) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(from: &'static str, to: &'static str) -> KeyRange {
+        KeyRange { from: from.into(), to: to.into() }
+    }
+
+    #[test]
+    fn a_wide_part_is_cut_without_holes_and_only_at_edges_inside_of_it() {
+        let cut = |edges: &[&'static str]| cut_at(&range("b", "m"), edges.iter().map(|e| Bytes::from(*e)).collect());
+        assert_eq!(cut(&["d", "f"]), Some(vec![range("b", "d"), range("d", "f"), range("f", "m")]));
+        for bad in [&[][..], &["b"], &["a"], &["m"], &["f", "d"], &["d", "d"]] {
+            assert_eq!(cut(bad), None, "{bad:?}");
+        }
+    }
+
+    /// `deletes` keys that only the replica has, beside what both have.
+    fn extra(keys: u64, deletes: usize) -> Compared {
+        let found = |n: usize| DifferingKey {
+            key: Bytes::from(format!("{n:04}")),
+            difference: Difference::Extra,
+            values: (0, 1),
+        };
+        let found: Vec<DifferingKey> = (0..deletes).map(found).collect();
+        Compared { keys, differing: deletes as u64, found, ..Compared::default() }
+    }
+
+    #[test]
+    fn a_repair_deletes_the_configured_share_and_not_one_key_more_unless_it_is_allowed_to() {
+        let mending = Mending { allow_deletes: false, deletes_share_max: 0.1, ends: false };
+        assert!(guard_deletes(&extra(90, 10), mending).is_ok());
+        let stop = guard_deletes(&extra(90, 11), mending).unwrap_err().to_string();
+        assert!(stop.contains("11 of the 101") && stop.contains("repair LINK --allow-deletes"), "{stop}");
+        assert!(guard_deletes(&extra(90, 11), Mending { allow_deletes: true, ..mending }).is_ok());
+        assert!(guard_deletes(&extra(0, 1), Mending { deletes_share_max: 1.0, ..mending }).is_err(), "an empty origin");
+        assert!(guard_deletes(&extra(9, 1), Mending { deletes_share_max: f64::NAN, ..mending }).is_err());
+        assert!(guard_deletes(&extra(0, 0), mending).is_ok());
+    }
+
+    #[test]
+    fn more_keys_than_are_kept_by_name_are_no_repair() {
+        let more = Compared { differing: 12, ..extra(90, 10) };
+        let mending = Mending { allow_deletes: true, deletes_share_max: 1.0, ends: false };
+        assert_eq!(guard_deletes(&more, mending), Err(MendStop::TooMany { differing: 12 }));
+    }
+
+    #[test]
+    fn sub_parts_that_leave_a_hole_are_no_answer() {
+        let sub = |from: &'static str, to: &'static str| wire::Part {
+            from: from.into(),
+            to: to.into(),
+            keys: 0,
+            digest: Bytes::from(vec![0; 16]),
+        };
+        assert!(subs_of(vec![sub("b", "d"), sub("d", "m")], &range("b", "m")).is_some());
+        assert!(subs_of(vec![sub("b", "d"), sub("e", "m")], &range("b", "m")).is_none());
+        assert!(subs_of(vec![wire::Part { digest: Bytes::new(), ..sub("b", "m") }], &range("b", "m")).is_none());
+    }
+}

@@ -1,0 +1,498 @@
+//! Job: when both sides of a link are compared, what is told of it, and the repairs that are shipped.
+//! Input: an operator's wish, the interval, the session's receipts. Output: comparisons that run beside the frames; marks and repairs between
+//! the frames; the view's `Verification`.
+//! Edge: part of the session; a comparison ends with its stream.
+//! Always true: a comparison that was asked for begins after it was asked for; one runs at a time; a repair holds what the origin is where the
+//! stream stands; nothing is mended unasked, nor where a link back exists.
+
+use super::Clock;
+use super::compare::{Answer, Ask, Comparison, Failed, Mark, Pace, Shipped};
+use super::found::{Compared, MendStop, Mending};
+use super::session::{Session, SessionEnd};
+use super::ship::{Resync, Shipper};
+use crate::admin::LinkCommand;
+use crate::etcd::{Columns, Etcd, EtcdError};
+use crate::model::{Change, DifferingRange, KeyRange, Outcome, PartsProgress, Revision, Seq, WholeRevision};
+use crate::scan::Sizes;
+use crate::wire::parts::{DifferingKey, after_key};
+use crate::wire::replicate::{Mark as MarkMessage, Repair, Shipment, Verified, shipment};
+use crate::wire::{digest, frame};
+use bytes::Bytes;
+use std::collections::VecDeque;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+/// A comparison asks for one thing at a time.
+const ASKS_MAX: usize = 1;
+/// More than the answers that a comparison has open, and the word that its mark failed.
+const ANSWERS_MAX: usize = 32;
+/// Values of a repair that are read at a time.
+const READS_AT_ONCE: usize = 16;
+/// A repair that failed is begun again after so long.
+const REPAIR_PAUSE: Duration = Duration::from_secs(60);
+/// Between a repair and the comparison that proves it: its outcome is seen before the next one's.
+const PROOF_PAUSE: Duration = Duration::from_secs(1);
+/// Where more keys differ, neighbours are told as one range.
+const RANGES_TOLD_MAX: usize = 16;
+
+/// The comparison of one stream that runs, and the one that is wanted next.
+#[derive(Default)]
+pub(super) struct Verifying {
+    running: Option<Running>,
+    /// Asked for while another ran that began before.
+    wanted: Option<Wish>,
+    /// The next one that is due goes at full speed: it proves what a repair did.
+    hurry: bool,
+    /// When the last one ended in this stream.
+    ended_at: Option<Instant>,
+    marks: u64,
+    repairs: u64,
+    /// A mark that waits for the way to be free, and who waits for it.
+    marking: Option<(oneshot::Sender<Mark>, Mark)>,
+    reading: Option<RepairReading>,
+}
+
+struct Running {
+    /// By an operator; else it was due.
+    asked: bool,
+    started: Instant,
+    tasks: JoinSet<Result<Compared, Failed>>,
+    asks: mpsc::Receiver<Ask>,
+    answers: mpsc::Sender<Answer>,
+    progress: watch::Receiver<PartsProgress>,
+}
+
+/// What an operator asked for.
+#[derive(Debug, Clone, Copy, Default)]
+struct Wish {
+    mending: Option<Mending>,
+}
+
+/// What the keys of a repair are at the origin, being read where the stream stands; frames wait for it.
+struct RepairReading {
+    last: bool,
+    keys: usize,
+    reply: oneshot::Sender<Result<Shipped, String>>,
+    at: Revision,
+    /// Where the stream stood; a reset moves it.
+    stood: (Seq, Revision),
+    changes: JoinSet<Result<Vec<Change>, EtcdError>>,
+}
+
+/// What the session has to do for a comparison.
+pub(super) enum VerifyEvent {
+    /// One is due.
+    Due,
+    Asked(Ask),
+    Read(Result<Vec<Change>, EtcdError>),
+    Ended(Result<Compared, Failed>),
+}
+
+impl Verifying {
+    /// What comes next; cancel-safe. `due`: when the next one begins by itself.
+    pub(super) async fn next(&mut self, due: Option<Instant>) -> VerifyEvent {
+        if let Some(reading) = &mut self.reading {
+            let read = reading.changes.join_next().await;
+            let ended = || Err(EtcdError::Other("the read has ended".to_owned()));
+            return VerifyEvent::Read(read.and_then(Result::ok).unwrap_or_else(ended));
+        }
+        let Some(running) = &mut self.running else {
+            return match due {
+                Some(due) => {
+                    tokio::time::sleep_until(due).await;
+                    VerifyEvent::Due
+                }
+                None => std::future::pending().await,
+            };
+        };
+        tokio::select! {
+            biased;
+            Some(ask) = running.asks.recv() => VerifyEvent::Asked(ask),
+            ended = running.tasks.join_next() => {
+                VerifyEvent::Ended(ended.and_then(Result::ok).unwrap_or(Err(Failed::StreamEnded)))
+            }
+        }
+    }
+
+    /// True while a repair is being read: what is read is the origin where the stream stands, so the stream must stand still.
+    pub(super) fn is_reading(&self) -> bool {
+        self.reading.is_some()
+    }
+
+    /// Passes an answer on to the comparison that waits for it.
+    pub(super) fn take(&self, answer: Answer) {
+        // Never full: it has fewer questions open. Of one that has ended, the answers are nobody's.
+        if let Some(running) = &self.running {
+            let _ = running.answers.try_send(answer);
+        }
+    }
+
+    /// The mark was sent: what is asked about it comes after it.
+    pub(super) fn mark_sent(&mut self) {
+        if let Some((reply, mark)) = self.marking.take() {
+            let _ = reply.send(mark);
+        }
+    }
+}
+
+impl Session {
+    /// A command during the stream; what ends it is an `Err`.
+    pub(super) fn command(&mut self, ship: &mut Shipper, command: Option<LinkCommand>) -> Result<(), SessionEnd> {
+        match command {
+            Some(LinkCommand::Verify { reply }) => {
+                let _ = reply.send(self.want(ship, Wish::default()));
+                Ok(())
+            }
+            Some(LinkCommand::Repair { allow_deletes, reply }) => {
+                let answer = if self.has_link_back(ship) {
+                    Err("a link back exists over these keys, so nobody can tell which side is right: write the right value at one side, \
+                         and it crosses"
+                        .to_owned())
+                } else {
+                    let mending = Some(self.mending(ship, allow_deletes));
+                    self.want(ship, Wish { mending })
+                };
+                let _ = reply.send(answer);
+                Ok(())
+            }
+            command @ (Some(LinkCommand::Resync { .. }) | None) => Err(SessionEnd::Commanded(command)),
+        }
+    }
+
+    fn mending(&self, ship: &Shipper, allow_deletes: bool) -> Mending {
+        let deletes_share_max = ship.origin.send.deletes_share_max;
+        Mending { allow_deletes, deletes_share_max, ends: self.acked.repairing }
+    }
+
+    fn has_link_back(&self, ship: &Shipper) -> bool {
+        self.reply.link_back || ship.origin.link_back
+    }
+
+    /// The number of the comparison that will answer; it begins from now on.
+    fn want(&mut self, ship: &mut Shipper, wish: Wish) -> Result<u64, String> {
+        if !self.acked.following && !self.acked.repairing {
+            return Err("the base copy is not over at the replica: ask again once the link follows".to_owned());
+        }
+        let runs = ship.view.borrow().verification.runs;
+        if self.verifying.running.as_ref().is_some_and(|running| running.asked) {
+            let before = self.verifying.wanted.unwrap_or_default();
+            self.verifying.wanted = Some(Wish { mending: wish.mending.or(before.mending) });
+            return Ok(runs + 2);
+        }
+        // One that was due began earlier, and goes slowly.
+        self.begin(ship, wish, true, 1.0);
+        Ok(runs + 1)
+    }
+
+    fn begin(&mut self, ship: &Shipper, wish: Wish, asked: bool, core_share: f64) {
+        let (asks, asked_of_us) = mpsc::channel(ASKS_MAX);
+        let (answers, incoming) = mpsc::channel(ANSWERS_MAX);
+        let (progress, shown) = watch::channel(PartsProgress::default());
+        let send = &ship.origin.send;
+        let comparison = Comparison {
+            etcd: self.etcd.clone(),
+            ranges: send.ranges.clone(),
+            pace: Pace { core_share },
+            link_back: self.has_link_back(ship),
+            mending: wish.mending,
+            asks,
+            outbound: self.outbound.clone(),
+            answers: incoming,
+            progress,
+            todo: VecDeque::new(),
+            compared: Compared::default(),
+            found_bytes: 0,
+            sizes: Sizes::default(),
+        };
+        let mut tasks = JoinSet::new();
+        tasks.spawn(comparison.run());
+        let (asks, started) = (asked_of_us, Instant::now());
+        (self.verifying.marking, self.verifying.reading) = (None, None);
+        self.verifying.running = Some(Running { asked, started, tasks, asks, answers, progress: shown });
+        tracing::debug!(link = %send.link, asked, mend = wish.mending.is_some(), "a comparison of both sides begins");
+        self.show_verification(ship);
+    }
+
+    /// When the next comparison begins by itself. A repair that was cut short goes on.
+    pub(super) fn verification_due(&self, ship: &Shipper) -> Option<Instant> {
+        if self.acked.repairing {
+            return Some(self.verifying.ended_at.map_or_else(Instant::now, |at| at + REPAIR_PAUSE));
+        }
+        ship.verify_due
+    }
+
+    /// What a comparison needs; a shipment that is to be sent next, if it is one. `Err`: only a base copy helps.
+    pub(super) fn verify_event(
+        &mut self,
+        ship: &mut Shipper,
+        event: VerifyEvent,
+    ) -> Result<Option<Shipment>, SessionEnd> {
+        if let VerifyEvent::Ended(Err(Failed::Stopped(MendStop::TooMany { differing }))) = &event
+            && self.acked.repairing
+        {
+            ship.resync.get_or_insert(Resync { allow_deletes: false });
+            return Err(SessionEnd::HelloAgain(format!("{differing} keys differ: a base copy brings them")));
+        }
+        Ok(self.shipment_for(ship, event))
+    }
+
+    fn shipment_for(&mut self, ship: &mut Shipper, event: VerifyEvent) -> Option<Shipment> {
+        match event {
+            VerifyEvent::Due => {
+                self.begin_due(ship);
+                None
+            }
+            VerifyEvent::Asked(Ask::Mark(reply)) => {
+                self.verifying.marks += 1;
+                let mark = Mark { id: self.verifying.marks, at: self.standing(ship) };
+                self.verifying.marking = Some((reply, mark));
+                let (after_seq, origin_revision) = (self.seq.0, mark.at.0);
+                let message = MarkMessage { mark: mark.id, after_seq, origin_revision };
+                Some(Shipment { what: Some(shipment::What::Mark(message)) })
+            }
+            VerifyEvent::Asked(Ask::Repair { keys, last, reply }) => {
+                let (at, count) = (self.standing(ship), keys.len());
+                let bytes_max = ship.origin.limits.page_bytes_max;
+                let mut changes = JoinSet::new();
+                changes.spawn(read_keys(self.etcd.clone(), keys, at, bytes_max));
+                let stood = (self.seq, self.cursor);
+                self.verifying.reading = Some(RepairReading { last, keys: count, reply, at, stood, changes });
+                None
+            }
+            VerifyEvent::Read(read) => self.repair_of(ship, read),
+            VerifyEvent::Ended(outcome) => self.ended(ship, outcome),
+        }
+    }
+
+    fn begin_due(&mut self, ship: &mut Shipper) {
+        if self.acked.repairing {
+            let mending = Some(self.mending(ship, false));
+            return self.begin(ship, Wish { mending }, false, 1.0);
+        }
+        if !self.acked.following {
+            // A replica whose base copy is not over has nothing to be compared yet.
+            return ship.verified_now();
+        }
+        let hurry = std::mem::take(&mut self.verifying.hurry);
+        let core_share = if hurry { 1.0 } else { ship.origin.send.verify_core_share_max };
+        self.begin(ship, Wish::default(), false, core_share);
+    }
+
+    /// A repair of what was read, if the stream still stands where it was read.
+    fn repair_of(&mut self, ship: &Shipper, read: Result<Vec<Change>, EtcdError>) -> Option<Shipment> {
+        let RepairReading { last, keys, reply, at, stood, .. } = self.verifying.reading.take()?;
+        let changes = match read {
+            Ok(changes) if stood == (self.seq, self.cursor) => changes,
+            Ok(_) => {
+                let _ = reply.send(Err("the stream was reset meanwhile".to_owned()));
+                return None;
+            }
+            Err(e) => {
+                let _ = reply.send(Err(format!("the origin's etcd: {e}")));
+                return None;
+            }
+        };
+        self.verifying.repairs += 1;
+        let (repair, count) = (self.verifying.repairs, changes.len());
+        let whole = WholeRevision { revision: at, changes };
+        let digest = digest::of_revision(&whole);
+        let frame = frame::encode_standalone(self.epoch, self.term, Seq(0), &[whole], &[digest]);
+        ship.view.send_modify(|view| view.bytes_sent += frame.len() as u64);
+        let _ = reply.send(Ok(Shipped { repair, keys: count }));
+        let repair = Repair { repair, after_seq: self.seq.0, frame, last: last && count == keys };
+        Some(Shipment { what: Some(shipment::What::Repair(repair)) })
+    }
+
+    fn ended(&mut self, ship: &mut Shipper, outcome: Result<Compared, Failed>) -> Option<Shipment> {
+        let running = self.verifying.running.take()?;
+        self.verifying.ended_at = Some(Instant::now());
+        ship.verified_now();
+        let link = ship.origin.send.link.clone();
+        let seconds = running.started.elapsed().as_secs_f64();
+        let told = match outcome {
+            Ok(compared) => {
+                if compared.mended.is_some() {
+                    // Nothing is said to be equal that was not compared.
+                    self.verifying.hurry = true;
+                    ship.verify_due = Some(Instant::now() + PROOF_PAUSE);
+                }
+                Some(tell(ship, &compared, seconds))
+            }
+            Err(failed) => {
+                let reason = failed.to_string().replace("LINK", link.as_str());
+                // One that begins by itself, again and again, is logged once.
+                if ship.view.borrow().verification.detail != reason {
+                    tracing::warn!(%link, %reason, "both sides could not be compared, or what differs not be mended");
+                }
+                failed_run(ship, &reason);
+                None
+            }
+        };
+        ship.view.send_modify(|view| {
+            view.verification.runs += 1;
+            view.verification.running = None;
+            view.count("verifications", 1);
+        });
+        if let Some(wish) = self.verifying.wanted.take() {
+            self.begin(ship, wish, true, 1.0);
+        }
+        told
+    }
+
+    /// The stream has ended, and with it what was asked for.
+    pub(super) fn abandon_verification(&mut self, ship: &mut Shipper, reason: &str) {
+        let Some(running) = self.verifying.running.take() else { return };
+        let asked = u64::from(running.asked) + u64::from(self.verifying.wanted.take().is_some());
+        self.verifying.reading = None;
+        if asked > 0 {
+            failed_run(ship, &format!("the stream to the replica ended: {reason}"));
+        }
+        ship.view.send_modify(|view| {
+            view.verification.runs += asked;
+            view.verification.running = None;
+            view.count("verifications", asked);
+        });
+    }
+
+    /// How far the one that runs is, for the view.
+    pub(super) fn show_verification(&self, ship: &Shipper) {
+        let running = self.verifying.running.as_ref().map(|running| *running.progress.borrow());
+        ship.view.send_if_modified(|view| {
+            let moved = view.verification.running != running;
+            view.verification.running = running;
+            moved
+        });
+    }
+
+    /// What another sidecar, or this one before its restart, told the replica of a comparison.
+    pub(super) fn learn_verified(&self, ship: &Shipper, revision: Revision, at_ms: u64) {
+        ship.view.send_if_modified(|view| {
+            let newer = at_ms > view.verification.verified_at_ms;
+            if newer {
+                (view.verification.verified_revision, view.verification.verified_at_ms) = (revision, at_ms);
+            }
+            newer
+        });
+    }
+}
+
+/// Tells the log, the view and the replica what a comparison came to.
+fn tell(ship: &Shipper, compared: &Compared, seconds: f64) -> Shipment {
+    let link = &ship.origin.send.link;
+    let revision = compared.revision;
+    let outcome = match (compared.differing, compared.mended) {
+        (0, _) => Outcome::Equal,
+        (_, Some(_)) => Outcome::Mended,
+        (_, None) => Outcome::Different,
+    };
+    match (outcome, compared.mended) {
+        (Outcome::Different, _) => tracing::error!(%link, %revision, differing = compared.differing,
+            "both sides differ: see `etcd-ferry status` at the origin's sidecar"),
+        (_, Some((puts, deletes))) => {
+            tracing::info!(%link, %revision, puts, deletes, seconds, "what differed is mended")
+        }
+        (_, None) => tracing::info!(%link, %revision, keys = compared.keys, seconds, "both sides are equal"),
+    }
+    let at_ms = Clock::new().now_ms();
+    ship.view.send_modify(|view| {
+        let verification = &mut view.verification;
+        verification.outcome = outcome;
+        if outcome == Outcome::Equal {
+            (verification.verified_revision, verification.verified_at_ms) = (revision, at_ms);
+        }
+        verification.differing_keys = compared.differing;
+        verification.differing_ranges = told_ranges(&compared.found);
+        verification.detail = detail_of(compared, seconds);
+        let (puts, deletes) = compared.mended.unwrap_or_default();
+        view.count("mended_keys", puts + deletes);
+    });
+    let verification = &ship.view.borrow().verification;
+    let told = Verified {
+        origin_revision: verification.verified_revision.0,
+        at_ms: verification.verified_at_ms,
+        differing_keys: compared.differing,
+    };
+    Shipment { what: Some(shipment::What::Verified(told)) }
+}
+
+/// What the keys are at a revision, from the first on, until they are `bytes_max` together.
+async fn read_keys(etcd: Etcd, keys: Vec<Bytes>, at: Revision, bytes_max: usize) -> Result<Vec<Change>, EtcdError> {
+    let mut changes: Vec<Change> = Vec::with_capacity(keys.len());
+    let mut bytes = 0;
+    for some in keys.chunks(READS_AT_ONCE) {
+        let read = futures::future::try_join_all(some.iter().map(|key| read_key(&etcd, key, at))).await?;
+        bytes += read.iter().map(Change::bytes).sum::<usize>();
+        changes.extend(read);
+        if bytes >= bytes_max {
+            break;
+        }
+    }
+    Ok(changes)
+}
+
+async fn read_key(etcd: &Etcd, key: &Bytes, at: Revision) -> Result<Change, EtcdError> {
+    let range = KeyRange { from: key.clone(), to: after_key(key) };
+    let page = etcd.page(&range, 1, Some(at), Columns::KeysAndValues).await?;
+    Ok(match page.kvs.into_iter().next() {
+        Some(kv) => Change::Put { key: kv.key, value: kv.value },
+        None => Change::Delete { key: key.clone() },
+    })
+}
+
+fn failed_run(ship: &Shipper, reason: &str) {
+    ship.view.send_modify(|view| {
+        view.verification.outcome = Outcome::Failed;
+        reason.clone_into(&mut view.verification.detail);
+    });
+}
+
+fn detail_of(compared: &Compared, seconds: f64) -> String {
+    let mut detail = format!("{} keys at origin revision {}, in {seconds:.1} s", compared.keys, compared.revision);
+    if compared.moving > 0 {
+        detail
+            .push_str(&format!("; {} more differed and were on their way, since a link back exists", compared.moving));
+    }
+    detail
+}
+
+/// Keys that differ, each alone, or as few ranges as are told.
+fn told_ranges(found: &[DifferingKey]) -> Vec<DifferingRange> {
+    let in_one = found.len().div_ceil(RANGES_TOLD_MAX).max(1);
+    let range = |some: &[DifferingKey]| {
+        let (first, last) = (some.first()?, some.last()?);
+        Some(DifferingRange { first: first.key.clone(), last: last.key.clone(), keys: some.len() as u64 })
+    };
+    found.chunks(in_one).filter_map(range).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::parts::Difference;
+    use bytes::Bytes;
+
+    fn found(count: usize) -> Vec<DifferingKey> {
+        let key = |n| DifferingKey {
+            key: Bytes::from(format!("{n:04}")),
+            difference: Difference::Extra,
+            values: (0, n as u64),
+        };
+        (0..count).map(key).collect()
+    }
+
+    #[test]
+    fn a_few_keys_are_told_each_alone_and_many_as_a_bounded_number_of_ranges_that_hold_them_all() {
+        assert!(told_ranges(&[]).is_empty());
+        let few = told_ranges(&found(RANGES_TOLD_MAX));
+        assert_eq!(few.len(), RANGES_TOLD_MAX);
+        assert!(few.iter().all(|range| range.first == range.last && range.keys == 1));
+        for count in [RANGES_TOLD_MAX + 1, 100, 5_000] {
+            let ranges = told_ranges(&found(count));
+            assert!(ranges.len() <= RANGES_TOLD_MAX);
+            assert_eq!(ranges.iter().map(|range| range.keys).sum::<u64>(), count as u64);
+            assert!(ranges.windows(2).all(|pair| pair[0].last < pair[1].first));
+        }
+    }
+}
