@@ -14,6 +14,7 @@ use crate::etcd::{Columns, Etcd, EtcdError, TxnOpResponse, TxnResponse, txn_revi
 use crate::metrics;
 use crate::model::{Digest, Epoch, LinkName, Phase, Position, Ranges, Revision, Seq, Term, Waymark};
 use crate::retry::Backoff;
+use crate::segment::feed::FeedError;
 use crate::wire::replicate::CopyAck;
 use crate::wire::replicate::refusal::Kind;
 use bytes::Bytes;
@@ -267,6 +268,8 @@ impl Applier {
                             self.waiting.push_back((Waiting { seq: entry.seq, revision: entry.revision }, entry.digest));
                         }
                     }
+                    // A new epoch begins under a read that waits where the old one ended.
+                    Err(JournalError::Feed(FeedError::Reset)) => reading = None,
                     Err(e) => {
                         reading = None;
                         self.wait(format!("the journal: {e}"));
