@@ -262,7 +262,8 @@ fn ended(sidecar: &Sidecar, link: &str, outcome: &Verification) -> Result<(), Fa
             "link {link}: both sides differ; `etcd-ferry repair {link} --config {config}` ships what differs"
         ))),
         _ => Err(Failure::Failed(format!(
-            "link {link}: both sides could not be compared; see `etcd-ferry status --config {config}`, and try again"
+            "link {link}: {}; `etcd-ferry status --config {config}` shows how the link is",
+            outcome.detail
         ))),
     }
 }
