@@ -6,13 +6,16 @@
 use super::dedupe::Dedupe;
 use super::journal::{Journal, JournalEntry, JournalError};
 use super::mark::Mark;
-use super::plan::{self, Extent, Plan, PlanError, RequestLimits, RunFacts, Settled, TxnTree, Waiting};
+use super::next::{self, Idle};
+use super::plan::{
+    self, Answered, Extent, Plan, PlanError, Request, RequestLimits, RunFacts, Settled, TxnTree, Waiting, answered,
+};
 use super::position::{Held, HelloAnswer, HelloFacts, HelloRefused};
 use super::txn::transaction;
 use crate::config::{EtcdConfig, Limits};
 use crate::etcd::{Columns, Etcd, EtcdError, TxnOpResponse, TxnResponse, txn_revision};
 use crate::metrics;
-use crate::model::{Digest, Epoch, LinkName, Phase, Position, Ranges, Revision, Seq, Term, Waymark};
+use crate::model::{Digest, Epoch, LinkName, Position, Ranges, Revision, Seq, Term, Waymark};
 use crate::retry::Backoff;
 use crate::segment::feed::FeedError;
 use crate::wire::replicate::CopyAck;
@@ -157,7 +160,7 @@ pub struct Applier {
     pub(super) marks: VecDeque<Mark>,
     pub(super) waymark: Waymark,
     /// The origin's last word on idle progress, and the seq after which it holds.
-    pub(super) progress: Option<(Revision, Seq, bool)>,
+    pub(super) progress: Option<Idle>,
     pub(super) backoff: Backoff,
     pub(super) retry_at: Option<Instant>,
     /// Set by what only an operator can cure; a new hello clears it.
@@ -363,32 +366,20 @@ impl Applier {
     }
 
     fn submit(&mut self, settled: Settled) {
-        let Some(mut next) = self.held.as_ref().and_then(|h| h.position.clone()) else { return };
+        let Some(position) = self.held.as_ref().and_then(|h| h.position.as_ref()) else { return };
         let Some((last, digest)) = self.waiting.get(settled.revisions - 1) else { return };
-        let whole = !matches!(settled.extent, Extent::Part { to, of, .. } if to < of);
-        if whole {
-            next.seq = settled.seq;
-            next.origin_revision = last.revision.revision;
-            next.carried_revision = last.revision.revision;
-            next.carried_digest = *digest;
-            next.part = 0;
-        } else if let Extent::Part { from, to, .. } = settled.extent {
-            next.part = to;
-            if from == 0 {
-                tracing::warn!(link = %self.link, revision = %settled.revision, "a revision larger than a request is applied in parts");
-            }
+        if matches!(settled.extent, Extent::Part { from: 0, to, of } if to < of) {
+            tracing::warn!(link = %self.link, revision = %settled.revision, "a revision larger than a request is applied in parts");
         }
-        self.send(settled.revisions * usize::from(whole), next, settled.tree.clone(), Some(settled));
+        let next = next::after_settled(position, &settled, (last.revision.revision, *digest));
+        self.send(next::revisions_done(&settled), next, settled.tree.clone(), Some(settled));
     }
 
     /// Sends a transaction without waiting for it.
-    fn send(&mut self, revisions: usize, mut next: Position, tree: TxnTree, settled: Option<Settled>) {
+    fn send(&mut self, revisions: usize, next: Position, tree: TxnTree, settled: Option<Settled>) {
         let (Some(held), Some(etcd)) = (&self.held, self.etcd.clone()) else { return };
-        next.waymark = self.waymark;
-        if next.state == Phase::Copying && next.cursor.is_none() && next.origin_revision >= next.anchor_revision {
-            next.state = Phase::Following;
-        }
-        let txn = transaction(&self.link, held, &next, tree);
+        let next = next::to_write(next, self.waymark);
+        let txn = transaction(Request::new(&self.link, held.mod_revision, &next, tree));
         let answer = Box::pin(async move { etcd.txn(txn, APPLY_RIGHT).await });
         self.in_flight = Some(InFlight { revisions, settled, next, started: Instant::now(), answer });
     }
@@ -429,21 +420,25 @@ impl Applier {
 
     /// What the answer means for the position that is held.
     fn judge(&mut self, response: &TxnResponse, next: Position) -> Committed {
-        if response.succeeded() {
-            self.expected = Some(next.clone());
-            self.held = Some(Held::now(Some(next), txn_revision(response)));
-            return Committed::Done;
-        }
         let found = response.op_responses().into_iter().find_map(|op| match op {
-            TxnOpResponse::Get(get) => Some(get.kvs().first().map_or(0, etcd_client::KeyValue::mod_revision)),
+            TxnOpResponse::Get(get) => {
+                Some(Revision::from_etcd(get.kvs().first().map_or(0, etcd_client::KeyValue::mod_revision)))
+            }
             TxnOpResponse::Put(_) | TxnOpResponse::Delete(_) | TxnOpResponse::Txn(_) => None,
         });
-        let held = self.held.as_ref().map(|h| h.mod_revision.to_etcd());
-        if found.is_some() && found == held {
-            return Committed::GuardFailed;
+        let held = self.held.as_ref().map_or(Revision(0), |h| h.mod_revision);
+        match answered(response.succeeded(), found, held) {
+            Answered::Committed => {
+                self.expected = Some(next.clone());
+                self.held = Some(Held::now(Some(next), txn_revision(response)));
+                Committed::Done
+            }
+            Answered::GuardFailed => Committed::GuardFailed,
+            Answered::PositionMoved => {
+                self.held = None;
+                Committed::PositionMoved
+            }
         }
-        self.held = None;
-        Committed::PositionMoved
     }
 
     /// Commits at once and waits: for what is not a journal entry (a base copy, an idle position, a new term).
@@ -493,8 +488,8 @@ impl Applier {
             }
             ApplyCommand::Progress { through, after, waymark, persist } => {
                 self.waymark = waymark;
-                let persist = persist || self.progress.is_some_and(|(_, _, p)| p);
-                self.progress = Some((through, after, persist));
+                let persist = persist || self.progress.is_some_and(|idle| idle.persist);
+                self.progress = Some(Idle { through, after, persist });
                 self.publish(false);
                 self.look_again().await;
             }
@@ -517,12 +512,7 @@ impl Applier {
         // In doubt about the last transaction, what was known before it still holds.
         let position = self.held.as_ref().map_or_else(|| self.expected.clone(), |h| h.position.clone());
         let applied = position.as_ref().map(Applied::of);
-        let mut revision = applied.map_or(Revision(0), |a| a.revision);
-        if let (Some((through, after, _)), Some(applied)) = (self.progress, applied)
-            && applied.seq >= after
-        {
-            revision = revision.max(through);
-        }
+        let revision = position.as_ref().map_or(Revision(0), |p| next::applied_revision(p, self.progress));
         self.view.send_modify(|view| {
             view.transactions += u64::from(committed && applied != view.applied);
             view.applied = applied;
@@ -537,15 +527,13 @@ impl Applier {
 
     /// Writes the position without a change: when the origin asks for it, and when a base copy's last page is passed.
     async fn persist_idle(&mut self) {
-        let Some((through, after, persist)) = self.progress else { return };
-        let Some(position) = self.held.as_ref().and_then(|h| h.position.clone()) else { return };
-        let ends_copy = position.state == Phase::Copying && through >= position.anchor_revision;
-        let caught_up = self.in_flight.is_none() && self.waiting.is_empty() && position.seq >= after;
-        if !caught_up || !(ends_copy || (persist && through > position.origin_revision)) {
+        let Some(idle) = self.progress else { return };
+        let Some(position) = self.held.as_ref().and_then(|h| h.position.as_ref()) else { return };
+        if self.in_flight.is_some() || !self.waiting.is_empty() {
             return;
         }
-        self.progress = Some((through, after, false));
-        let next = Position { origin_revision: through.max(position.origin_revision), ..position };
+        let Some(next) = next::after_idle(position, idle) else { return };
+        self.progress = Some(Idle { persist: false, ..idle });
         match self.commit(next, TxnTree { guards: Vec::new(), success: Vec::new() }).await {
             Ok(Committed::Done) => {}
             Ok(Committed::GuardFailed | Committed::PositionMoved) => self.retry().await,

@@ -3,6 +3,7 @@
 //! Always true: nothing is written before the guards passed; what is equal is not written; the cursor moves with the keys, in one transaction.
 
 use super::apply::{Applier, Committed};
+use super::next;
 use super::plan::{
     CopyPolicy, GuardCase, GuardCount, PlanError, Refusal as LimitRefusal, TxnTree, copy_chunks, copy_diff,
     guard_verdict,
@@ -53,6 +54,8 @@ pub(super) struct Copying {
     first_copy: bool,
     /// What the keys pages before the last one came to.
     counted: GuardCount,
+    /// Where the next page begins; `None`: there are no more.
+    expects: Option<Bytes>,
     ack: CopyAck,
 }
 
@@ -140,6 +143,7 @@ impl Applier {
             self.reread().await?;
         }
         self.check_epoch(step)?;
+        self.check_place(step)?;
         match step {
             CopyStep::Begin(begin) => self.begin_copy(begin.clone()).await,
             CopyStep::Keys { range, keys, last } => self.count_keys(range, keys, *last).await,
@@ -157,13 +161,35 @@ impl Applier {
         }
         let position = self.held.as_ref().and_then(|h| h.position.as_ref());
         let ends = matches!(step, CopyStep::End { .. });
-        let begin = &copying.begin;
-        let same_sender = |p: &Position| (p.epoch, p.term) == (begin.epoch, begin.term);
-        let ours = position.is_some_and(|p| same_sender(p) && (p.cursor.is_some() || ends));
+        let sender = (copying.begin.epoch, copying.begin.term);
+        let ours = position.is_some_and(|p| next::copy_goes_on(p, sender, &copying.ack.cursor, ends));
         if ours {
             return Ok(());
         }
         Err(StepError::Refused(Kind::PositionMoved, "the position is no longer that of this base copy".to_owned()))
+    }
+
+    /// Pages come without a hole and in order: what lies between two of them would be neither copied nor deleted.
+    fn check_place(&self, step: &CopyStep) -> Result<(), StepError> {
+        let Some(copying) = &self.copying else { return Ok(()) };
+        let in_place = match step {
+            CopyStep::Begin(_) => true,
+            CopyStep::Keys { range, .. } | CopyStep::Page { range, .. } => {
+                copying.expects.as_ref() == Some(&range.from)
+            }
+            CopyStep::End { .. } => copying.expects.is_none(),
+        };
+        if in_place {
+            return Ok(());
+        }
+        Err(StepError::Refused(Kind::Gap, "a page of the base copy is missing: say hello again".to_owned()))
+    }
+
+    fn expect_after(&mut self, range: &KeyRange) {
+        let after = self.ranges.as_ref().and_then(|ranges| next::page_after(ranges, &range.to));
+        if let Some(copying) = &mut self.copying {
+            copying.expects = after;
+        }
     }
 
     async fn begin_copy(&mut self, begin: Begin) -> Result<(), StepError> {
@@ -185,6 +211,7 @@ impl Applier {
                 .as_ref()
                 .is_none_or(|p| p.origin_cluster != begin.origin_cluster || Some(p.ranges_digest) != ranges_digest),
             counted: GuardCount::default(),
+            expects: self.ranges.as_ref().and_then(next::first_page),
             ack: CopyAck::default(),
             begin,
         };
@@ -197,8 +224,9 @@ impl Applier {
         let mut keys_before = 0;
         if ready {
             copying.ack.guard_passed = true;
-            let cursor = position.as_ref().and_then(|p| p.cursor.clone());
-            keys_before = self.present_below(&cursor.unwrap_or_default()).await?;
+            let cursor = position.as_ref().and_then(|p| p.cursor.clone()).unwrap_or_default();
+            copying.expects = self.ranges.as_ref().and_then(|ranges| next::page_from(ranges, &cursor));
+            keys_before = self.present_below(&cursor).await?;
         }
         let keys_total = copying.begin.keys_total;
         self.view.send_modify(|view| {
@@ -250,6 +278,7 @@ impl Applier {
         self.open_with(first).await?;
         if let Some(copying) = &mut self.copying {
             copying.ack.guard_passed = true;
+            copying.expects = next::first_page(&ranges);
         }
         tracing::info!(link = %self.link, epoch = %begin.epoch, anchor = %begin.anchor, "base copy begins");
         Ok(())
@@ -309,6 +338,8 @@ impl Applier {
         }
         if last {
             self.open_epoch(counted).await?;
+        } else {
+            self.expect_after(range);
         }
         if let Some(copying) = &mut self.copying {
             copying.counted = counted;
@@ -356,6 +387,7 @@ impl Applier {
             }
             from = to;
         }
+        self.expect_after(range);
         if let Some(copying) = &mut self.copying {
             copying.ack.pages += 1;
         }
@@ -367,14 +399,10 @@ impl Applier {
         let Some(position) = self.held.as_ref().and_then(|h| h.position.clone()) else {
             return Err(StepError::Refused(Kind::PositionMoved, "the position is gone".to_owned()));
         };
-        // The end of the keyspace is no key: the last page's start stays the cursor until the copy ends.
-        let cursor = if chunk.reached.is_empty() { position.cursor.clone() } else { Some(chunk.reached.clone()) };
-        let anchor_revision = position.anchor_revision.max(revision);
-        let moved = cursor != position.cursor || anchor_revision != position.anchor_revision;
-        if chunk.tree.success.is_empty() && !moved {
+        let next = next::after_copied(&position, &chunk.reached, revision);
+        if chunk.tree.success.is_empty() && next == position {
             return Ok(());
         }
-        let next = Position { cursor, anchor_revision, ..position };
         self.commit_step(next, chunk.tree, chunk.request_bytes).await?;
         if let Some(copying) = &mut self.copying {
             copying.ack.keys_written += chunk.puts;
@@ -388,8 +416,7 @@ impl Applier {
             return Err(StepError::Refused(Kind::PositionMoved, "the position is gone".to_owned()));
         };
         if position.cursor.is_some() {
-            let anchor_revision = position.anchor_revision.max(anchor_revision);
-            let next = Position { cursor: None, anchor_revision, ..position };
+            let next = next::after_copy(&position, anchor_revision);
             self.commit_step(next, TxnTree { guards: Vec::new(), success: Vec::new() }, 0).await?;
         }
         if let Some(copying) = &mut self.copying {
@@ -442,10 +469,11 @@ impl Applier {
     }
 
     fn acknowledge_copy(&mut self) {
-        let Some(copying) = &self.copying else { return };
-        let mut ack = copying.ack.clone();
-        ack.cursor =
+        let cursor =
             self.held.as_ref().and_then(|h| h.position.as_ref()).and_then(|p| p.cursor.clone()).unwrap_or_default();
+        let Some(copying) = &mut self.copying else { return };
+        copying.ack.cursor = cursor;
+        let ack = copying.ack.clone();
         let session = self.session;
         self.view.send_modify(|view| {
             view.copy = ack;

@@ -8,6 +8,7 @@ pub mod copy;
 pub mod dedupe;
 pub mod journal;
 pub mod mark;
+pub mod next;
 pub mod plan;
 pub mod position;
 pub mod receive;

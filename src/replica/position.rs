@@ -4,6 +4,8 @@
 //! Always true: nothing is believed of the position that was not read or committed; a lower (epoch, term) is fenced before it can write.
 
 use super::apply::{Applier, Committed};
+use super::journal::Journal;
+use super::next::{self, Alignment, Claim, Claimed, JournalFacts};
 use super::plan::TxnTree;
 use crate::etcd::{Columns, EtcdError};
 use crate::model::{ClusterId, Digest, Epoch, Position, Ranges, Revision, Seq, Term};
@@ -91,50 +93,28 @@ impl Applier {
     /// After a fresh read: drops what is in already; where the position moved in a way that is not ours, the stream is closed.
     async fn align(&mut self, position: Option<&Position>) {
         let (epoch, seq) = position.map_or((Epoch(0), Seq(0)), |p| (p.epoch, p.seq));
-        let (known_epoch, known_seq) = self.expected.as_ref().map_or((epoch, seq), |p| (p.epoch, p.seq));
-        let fenced = match (self.claim, position) {
-            (Some(claim), Some(position)) => (position.epoch, position.term) > claim,
-            (_, _) => false,
-        };
-        if let (true, Some(position)) = (fenced, position) {
-            self.fence(position);
-        }
-        let ours = self.expected.is_none() || (position.is_some() && epoch == known_epoch && seq >= known_seq);
-        let extent = self.journal.extent().borrow().clone();
-        let last = extent.last.map_or(extent.base, |(seq, _, _)| seq);
-        let mut continues = extent.epoch == epoch && extent.base <= seq && seq <= last;
-        if let (true, Some(position)) = (continues && extent.base < seq, position)
-            && let Ok(entries) = self.journal.read_after(Seq(seq.0 - 1), 1).await
-            && let Some(entry) = entries.first()
-        {
-            // An epoch's number can be used again after the replica was restored: then the journal is of another run.
-            continues = entry.digest == position.carried_digest;
-        }
-        if ours && continues {
-            while self.waiting.front().is_some_and(|(w, _)| w.seq <= seq) {
-                if let Some((done, _)) = self.waiting.pop_front() {
-                    self.waiting_bytes = self.waiting_bytes.saturating_sub(done.revision.bytes());
+        let journal = journal_facts(&self.journal, epoch, seq).await;
+        let (reset_journal, moved) = match next::align(position, self.expected.as_ref(), self.claim, journal) {
+            Alignment::GoesOn => {
+                while self.waiting.front().is_some_and(|(w, _)| w.seq <= seq) {
+                    if let Some((done, _)) = self.waiting.pop_front() {
+                        self.waiting_bytes = self.waiting_bytes.saturating_sub(done.revision.bytes());
+                    }
                 }
+                self.read_through = self.read_through.max(seq);
+                return;
             }
-            self.read_through = self.read_through.max(seq);
-            return;
-        }
+            Alignment::Fenced { by, reset_journal } => {
+                self.fence(by);
+                (reset_journal, None)
+            }
+            Alignment::StartsAfresh { reset_journal, moved } => (reset_journal, moved),
+        };
         self.start_afresh(seq);
-        if !continues && let Err(e) = self.journal.reset(epoch, seq).await {
+        if reset_journal && let Err(e) = self.journal.reset(epoch, seq).await {
             tracing::error!(link = %self.link, error = %e, "the journal cannot be started afresh");
         }
-        let overtaken = !continues && (epoch, seq) > (known_epoch, known_seq);
-        if !fenced && (!ours || overtaken) {
-            let (kind, reason) = if epoch == known_epoch && overtaken {
-                (Kind::PositionMoved, format!("another applier has brought the position to epoch {epoch}, seq {seq}"))
-            } else if (epoch, seq) > (known_epoch, known_seq) {
-                (Kind::Fenced, format!("another applier has brought the position to epoch {epoch}, seq {seq}"))
-            } else {
-                (
-                    Kind::PositionMoved,
-                    format!("the position moved back to epoch {epoch}, seq {seq}: was the replica restored?"),
-                )
-            };
+        if let Some((kind, reason)) = moved {
             tracing::warn!(link = %self.link, %reason, "the position moved");
             let session = self.session;
             self.view.send_modify(|view| view.refusal = Some((session, kind, reason)));
@@ -143,11 +123,10 @@ impl Applier {
 
     /// Another sender has the link: this session's changes nothing any more, be it here or in the journal, which stays as it is: whoever
     /// says hello next goes on from there, since all senders give a revision the same seq.
-    fn fence(&mut self, position: &Position) {
-        let reason = format!("a sender with epoch {}, term {} took the link", position.epoch, position.term);
+    fn fence(&mut self, (epoch, term): Claim) {
+        let reason = format!("a sender with epoch {epoch}, term {term} took the link");
         tracing::warn!(link = %self.link, %reason, "the sender is fenced");
         (self.claim, self.copying, self.progress, self.stopped) = (None, None, None, true);
-        self.start_afresh(position.seq);
         let session = self.session;
         self.view.send_modify(|view| view.refusal = Some((session, Kind::Fenced, reason)));
     }
@@ -180,23 +159,15 @@ impl Applier {
         let mut tries = 0;
         let (replica_cluster, claim) = loop {
             let replica_cluster = self.read_position().await.map_err(unavailable)?;
-            let position = self.held.as_ref().and_then(|h| h.position.clone());
-            // Terms are revisions of one cluster: those of another origin's say nothing of this sender.
-            let Some(position) = position.filter(|p| p.origin_cluster == facts.origin_cluster) else {
-                break (replica_cluster, None);
+            let position = self.held.as_ref().and_then(|h| h.position.as_ref());
+            let (next, claim) = match next::claim(position, facts.origin_cluster, facts.epoch, facts.term) {
+                Claimed::Nothing => break (replica_cluster, None),
+                Claimed::Fenced => return Ok(self.answer(replica_cluster, false, true)),
+                Claimed::Holds(claim) => break (replica_cluster, Some(claim)),
+                Claimed::TakesOver(next, claim) => (next, claim),
             };
-            let claimed = if facts.epoch == Epoch(0) { position.epoch } else { facts.epoch };
-            let claim = (claimed, facts.term);
-            if claim < (position.epoch, position.term) {
-                return Ok(self.answer(replica_cluster, false, true));
-            }
-            if facts.term <= position.term {
-                break (replica_cluster, Some(claim));
-            }
-            // Before anything else: from now on every older sender's transaction fails its compare.
-            let next = Position { term: facts.term, ..position };
             let tree = TxnTree { guards: Vec::new(), success: Vec::new() };
-            match self.commit(next, tree).await.map_err(unavailable)? {
+            match self.commit(*next, tree).await.map_err(unavailable)? {
                 Committed::Done => break (replica_cluster, Some(claim)),
                 Committed::GuardFailed | Committed::PositionMoved if tries < TERM_TRIES_MAX => tries += 1,
                 Committed::GuardFailed | Committed::PositionMoved => {
@@ -243,4 +214,18 @@ impl Applier {
         let durable = carried.0.max(*self.journal.durable().borrow());
         HelloAnswer { replica_cluster, position, received, durable, ranges_empty, fenced }
     }
+}
+
+async fn journal_facts(journal: &Journal, epoch: Epoch, seq: Seq) -> JournalFacts {
+    let extent = journal.extent().borrow().clone();
+    let last = extent.last.map_or(extent.base, |(seq, _, _)| seq);
+    let mut facts = JournalFacts { epoch: extent.epoch, base: extent.base, last, at_position: None };
+    if extent.epoch == epoch
+        && extent.base < seq
+        && seq <= last
+        && let Ok(entries) = journal.read_after(Seq(seq.0 - 1), 1).await
+    {
+        facts.at_position = entries.first().map(|entry| entry.digest);
+    }
+    facts
 }

@@ -1,26 +1,26 @@
-//! Job: a plan as the transaction that etcd takes.
-//! Input: a `TxnTree`, the position that is held, the one that comes next. Output: a `Txn`.
-//! Always true: every transaction compares the position's `mod_revision` and puts the next position; its failure branch tells which
-//! compare failed.
+//! Job: a transaction in the form that etcd's client takes.
+//! Input: a `Request`. Output: a `Txn`.
+//! Always true: nothing is added and nothing left out; the order is kept.
 
-use super::plan::{Node, Op, TxnTree};
-use super::position::Held;
+use super::plan::{Condition, Node, Op, Request};
 use crate::etcd::{Compare, CompareOp, DeleteOptions, Txn, TxnOp};
-use crate::model::{LinkName, Position};
 
-/// The tree with the position's compare, put, and (in the failure branch) get around it.
-pub(super) fn transaction(link: &LinkName, held: &Held, next: &Position, tree: TxnTree) -> Txn {
-    let key = link.position_key();
-    let mut compares = vec![Compare::mod_revision(key.to_vec(), CompareOp::Equal, held.mod_revision.to_etcd())];
-    for guard in &tree.guards {
-        let below = guard.below.to_etcd();
-        compares.push(
-            Compare::mod_revision(guard.range.etcd_from(), CompareOp::Less, below).with_range(guard.range.etcd_end()),
-        );
+pub(super) fn transaction(request: Request) -> Txn {
+    let compares: Vec<Compare> = request.conditions.into_iter().map(compare).collect();
+    let success: Vec<TxnOp> = request.success.into_iter().map(node).collect();
+    Txn::new().when(compares).and_then(success).or_else([TxnOp::get(request.or_read.to_vec(), None)])
+}
+
+fn compare(condition: Condition) -> Compare {
+    match condition {
+        Condition::Unmoved { key, mod_revision } => {
+            Compare::mod_revision(Vec::from(key), CompareOp::Equal, mod_revision.to_etcd())
+        }
+        Condition::Below(guard) => {
+            Compare::mod_revision(guard.range.etcd_from(), CompareOp::Less, guard.below.to_etcd())
+                .with_range(guard.range.etcd_end())
+        }
     }
-    let mut success: Vec<TxnOp> = tree.success.into_iter().map(node).collect();
-    success.push(TxnOp::put(key.to_vec(), next.to_json(), None));
-    Txn::new().when(compares).and_then(success).or_else([TxnOp::get(key.to_vec(), None)])
 }
 
 fn node(node: Node) -> TxnOp {

@@ -7,6 +7,7 @@ mod copy;
 #[cfg(test)]
 mod model_etcd;
 mod nest;
+mod request;
 mod runs;
 mod size;
 #[cfg(test)]
@@ -15,6 +16,7 @@ mod tests;
 pub use copy::{
     CopyChunk, CopyDiff, CopyPolicy, GuardCase, GuardCount, GuardStop, copy_chunks, copy_diff, guard_verdict,
 };
+pub use request::{Answered, Condition, Request, answered};
 pub use runs::{DeleteRun, RUN_KEYS_MIN, RunFacts, Settled};
 pub use size::{Refusal, RequestLimits};
 

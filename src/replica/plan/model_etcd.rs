@@ -4,7 +4,7 @@
 //! Always true: it reads only the encoded request, with etcd's own tags (api/etcdserverpb/rpc.proto, raft_internal.proto), so that sizes
 //! and nesting are judged on what etcd would see.
 
-use super::{Node, Op, RequestLimits, TxnTree};
+use super::{Change, Condition, Node, Op, Request, RequestLimits, Revision, TxnTree};
 use bytes::Bytes;
 use prost::Message;
 use std::collections::{BTreeMap, BTreeSet};
@@ -57,12 +57,12 @@ pub struct Compare {
 
 #[derive(Clone, PartialEq, Message)]
 pub struct RequestOp {
-    #[prost(oneof = "Request", tags = "1, 2, 3, 4")]
-    pub request: Option<Request>,
+    #[prost(oneof = "OpKind", tags = "1, 2, 3, 4")]
+    pub request: Option<OpKind>,
 }
 
 #[derive(Clone, PartialEq, prost::Oneof)]
-pub enum Request {
+pub enum OpKind {
     #[prost(message, tag = "1")]
     Range(RangeRequest),
     #[prost(message, tag = "2")]
@@ -111,7 +111,7 @@ pub enum Refused {
 pub struct ModelEtcd {
     limits: RequestLimits,
     pub revision: i64,
-    keys: BTreeMap<Bytes, (Bytes, i64)>,
+    keys: Keys,
     position_key: Bytes,
 }
 
@@ -138,89 +138,115 @@ impl ModelEtcd {
     pub fn apply(&mut self, tree: &TxnTree) -> Result<bool, Refused> {
         let position = self.keys.get(&self.position_key).map_or(0, |(_, modified)| *modified);
         let txn = request(tree, &self.position_key, position, self.limits.position_value_bytes_max);
-        check_ops(&txn, self.limits.ops_max)?;
-        check_intervals(&txn.success)?;
-        let bytes = encoded_bytes(txn.clone());
-        if bytes > self.limits.bytes_max {
-            return Err(Refused::TooLarge { bytes });
-        }
-        let before = self.keys.clone();
-        let committed = self.holds_all(&before, &txn.compare);
-        if committed {
+        check(&txn, self.limits.ops_max, self.limits.bytes_max)?;
+        let written = judged(&self.keys, &txn);
+        if let Some(written) = &written {
             self.revision += 1;
-            self.run(&before, &txn.success);
+            write(&mut self.keys, written, self.revision);
         }
-        Ok(committed)
-    }
-
-    fn run(&mut self, before: &BTreeMap<Bytes, (Bytes, i64)>, ops: &[RequestOp]) {
-        for op in ops {
-            match &op.request {
-                Some(Request::Put(put)) => {
-                    self.keys.insert(put.key.clone(), (put.value.clone(), self.revision));
-                }
-                Some(Request::DeleteRange(delete)) if delete.range_end.is_empty() => {
-                    self.keys.remove(&delete.key);
-                }
-                Some(Request::DeleteRange(delete)) => {
-                    self.keys.retain(|key, _| *key < delete.key || *key >= delete.range_end);
-                }
-                Some(Request::Txn(txn)) if self.holds_all(before, &txn.compare) => self.run(before, &txn.success),
-                Some(Request::Txn(txn)) => self.run(before, &txn.failure),
-                Some(Request::Range(_)) | None => {}
-            }
-        }
-    }
-
-    /// etcd judges every compare, nested ones too, before the first write.
-    fn holds_all(&self, keys: &BTreeMap<Bytes, (Bytes, i64)>, compares: &[Compare]) -> bool {
-        compares.iter().all(|compare| {
-            assert_eq!(compare.target, MOD);
-            let wanted = compare.mod_revision.unwrap();
-            let holds = |modified: i64| match compare.result {
-                EQUAL => modified == wanted,
-                LESS => modified < wanted,
-                other => panic!("a compare that is never sent: {other}"),
-            };
-            if compare.range_end.is_empty() {
-                return holds(keys.get(&compare.key).map_or(0, |(_, modified)| *modified));
-            }
-            keys.range(compare.key.clone()..compare.range_end.clone()).all(|(_, (_, modified))| holds(*modified))
-        })
+        Ok(written.is_some())
     }
 }
 
-/// The request that the applier makes of a tree.
+/// Key to value and `mod_revision`.
+pub type Keys = BTreeMap<Bytes, (Bytes, i64)>;
+
+/// All that etcd refuses before it looks at a key.
+pub fn check(txn: &TxnRequest, ops_max: usize, bytes_max: usize) -> Result<(), Refused> {
+    check_ops(txn, ops_max)?;
+    check_intervals(&txn.success)?;
+    let bytes = encoded_bytes(txn.clone());
+    if bytes > bytes_max { Err(Refused::TooLarge { bytes }) } else { Ok(()) }
+}
+
+/// What a transaction writes, in its order; `None`: a compare at the top failed, and nothing is written.
+pub fn judged(keys: &Keys, txn: &TxnRequest) -> Option<Vec<Change>> {
+    let mut written = Vec::new();
+    hold_all(keys, &txn.compare).then(|| run(keys, &txn.success, &mut written))?;
+    Some(written)
+}
+
+pub fn write(keys: &mut Keys, written: &[Change], revision: i64) {
+    for change in written {
+        match change {
+            Change::Put { key, value } => keys.insert(key.clone(), (value.clone(), revision)),
+            Change::Delete { key } => keys.remove(key),
+        };
+    }
+}
+
+fn run(keys: &Keys, ops: &[RequestOp], written: &mut Vec<Change>) {
+    let delete = |key: &Bytes| Change::Delete { key: key.clone() };
+    for op in ops {
+        match &op.request {
+            Some(OpKind::Put(put)) => written.push(Change::Put { key: put.key.clone(), value: put.value.clone() }),
+            Some(OpKind::DeleteRange(one)) if one.range_end.is_empty() => {
+                written.extend(keys.get(&one.key).map(|_| delete(&one.key)));
+            }
+            Some(OpKind::DeleteRange(range)) => {
+                written.extend(keys.range(range.key.clone()..range.range_end.clone()).map(|(key, _)| delete(key)));
+            }
+            Some(OpKind::Txn(txn)) if hold_all(keys, &txn.compare) => run(keys, &txn.success, written),
+            Some(OpKind::Txn(txn)) => run(keys, &txn.failure, written),
+            Some(OpKind::Range(_)) | None => {}
+        }
+    }
+}
+
+/// etcd judges every compare, nested ones too, before the first write.
+fn hold_all(keys: &Keys, compares: &[Compare]) -> bool {
+    compares.iter().all(|compare| {
+        assert_eq!(compare.target, MOD);
+        let wanted = compare.mod_revision.unwrap();
+        let holds = |modified: i64| match compare.result {
+            EQUAL => modified == wanted,
+            LESS => modified < wanted,
+            other => panic!("a compare that is never sent: {other}"),
+        };
+        if compare.range_end.is_empty() {
+            return holds(keys.get(&compare.key).map_or(0, |(_, modified)| *modified));
+        }
+        keys.range(compare.key.clone()..compare.range_end.clone()).all(|(_, (_, modified))| holds(*modified))
+    })
+}
+
+/// The request that the applier makes of a tree, with a position of so many bytes.
 pub fn request(tree: &TxnTree, position_key: &Bytes, position_mod: i64, position_value_bytes: usize) -> TxnRequest {
-    let compare = |key: &Bytes, result, modified, range_end: &Bytes| Compare {
+    let unmoved = Condition::Unmoved { key: position_key.clone(), mod_revision: Revision::from_etcd(position_mod) };
+    let position = Op::Put { key: position_key.clone(), value: Bytes::from(vec![b'p'; position_value_bytes]) };
+    let mut success = tree.success.clone();
+    success.push(Node::Op(position));
+    let conditions = std::iter::once(unmoved).chain(tree.guards.iter().cloned().map(Condition::Below)).collect();
+    encode(&Request { conditions, success, or_read: position_key.clone() })
+}
+
+/// A request as etcd gets it.
+pub fn encode(request: &Request) -> TxnRequest {
+    let compare = |key: &Bytes, result, modified: Revision, range_end: &Bytes| Compare {
         result,
         target: MOD,
         key: key.clone(),
-        mod_revision: Some(modified),
+        mod_revision: Some(modified.to_etcd()),
         range_end: range_end.clone(),
     };
-    let guards = tree.guards.iter().map(|g| compare(&g.range.from, LESS, g.below.to_etcd(), &g.range.to));
-    let position = PutRequest { key: position_key.clone(), value: Bytes::from(vec![b'p'; position_value_bytes]) };
-    let get = RangeRequest { key: position_key.clone() };
+    let condition = |condition: &Condition| match condition {
+        Condition::Unmoved { key, mod_revision } => compare(key, EQUAL, *mod_revision, &Bytes::new()),
+        Condition::Below(guard) => compare(&guard.range.from, LESS, guard.below, &guard.range.to),
+    };
+    let get = RangeRequest { key: request.or_read.clone() };
     TxnRequest {
-        compare: std::iter::once(compare(position_key, EQUAL, position_mod, &Bytes::new())).chain(guards).collect(),
-        success: tree
-            .success
-            .iter()
-            .map(request_op)
-            .chain([RequestOp { request: Some(Request::Put(position)) }])
-            .collect(),
-        failure: vec![RequestOp { request: Some(Request::Range(get)) }],
+        compare: request.conditions.iter().map(condition).collect(),
+        success: request.success.iter().map(request_op).collect(),
+        failure: vec![RequestOp { request: Some(OpKind::Range(get)) }],
     }
 }
 
 fn request_op(node: &Node) -> RequestOp {
-    let put = |key: &Bytes, value: &Bytes| Request::Put(PutRequest { key: key.clone(), value: value.clone() });
-    let delete = |key: &Bytes, end: &Bytes| {
-        Request::DeleteRange(DeleteRangeRequest { key: key.clone(), range_end: end.clone() })
-    };
+    let put = |key: &Bytes, value: &Bytes| OpKind::Put(PutRequest { key: key.clone(), value: value.clone() });
+    let delete =
+        |key: &Bytes, end: &Bytes| OpKind::DeleteRange(DeleteRangeRequest { key: key.clone(), range_end: end.clone() });
     let request = match node {
-        Node::Txn(nodes) => Request::Txn(TxnRequest {
+        Node::Txn(nodes) => OpKind::Txn(TxnRequest {
             compare: Vec::new(),
             success: nodes.iter().map(request_op).collect(),
             failure: Vec::new(),
@@ -228,7 +254,7 @@ fn request_op(node: &Node) -> RequestOp {
         Node::Op(Op::Put { key, value }) => put(key, value),
         Node::Op(Op::Delete { key }) => delete(key, &Bytes::new()),
         Node::Op(Op::DeleteRange { range }) => delete(&range.from, &range.to),
-        Node::Op(Op::Create { key, value }) => Request::Txn(TxnRequest {
+        Node::Op(Op::Create { key, value }) => OpKind::Txn(TxnRequest {
             compare: vec![Compare {
                 result: EQUAL,
                 target: MOD,
@@ -261,10 +287,10 @@ fn check_ops(txn: &TxnRequest, ops_max: usize) -> Result<(), Refused> {
     }
     for op in txn.success.iter().chain(&txn.failure) {
         match &op.request {
-            Some(Request::Txn(nested)) => check_ops(nested, left)?,
-            Some(Request::Put(put)) if put.key.is_empty() => return Err(Refused::EmptyKey),
-            Some(Request::DeleteRange(delete)) if delete.key.is_empty() => return Err(Refused::EmptyKey),
-            Some(Request::Put(_) | Request::DeleteRange(_) | Request::Range(_)) | None => {}
+            Some(OpKind::Txn(nested)) => check_ops(nested, left)?,
+            Some(OpKind::Put(put)) if put.key.is_empty() => return Err(Refused::EmptyKey),
+            Some(OpKind::DeleteRange(delete)) if delete.key.is_empty() => return Err(Refused::EmptyKey),
+            Some(OpKind::Put(_) | OpKind::DeleteRange(_) | OpKind::Range(_)) | None => {}
         }
     }
     Ok(())
@@ -279,7 +305,7 @@ fn check_intervals(ops: &[RequestOp]) -> Result<Written, Refused> {
     let mut put = |key: &Bytes| if puts.insert(key.clone()) { Ok(()) } else { Err(Refused::DuplicateKey) };
     for op in ops {
         match &op.request {
-            Some(Request::Txn(txn)) => {
+            Some(OpKind::Txn(txn)) => {
                 for branch in [&txn.success, &txn.failure] {
                     let (nested_puts, nested_deletes, nested_ranges) = check_intervals(branch)?;
                     nested_puts.iter().try_for_each(&mut put)?;
@@ -287,12 +313,12 @@ fn check_intervals(ops: &[RequestOp]) -> Result<Written, Refused> {
                     ranges.extend(nested_ranges);
                 }
             }
-            Some(Request::Put(request)) => put(&request.key)?,
-            Some(Request::DeleteRange(delete)) if delete.range_end.is_empty() => {
+            Some(OpKind::Put(request)) => put(&request.key)?,
+            Some(OpKind::DeleteRange(delete)) if delete.range_end.is_empty() => {
                 deletes.insert(delete.key.clone());
             }
-            Some(Request::DeleteRange(delete)) => ranges.push((delete.key.clone(), delete.range_end.clone())),
-            Some(Request::Range(_)) | None => {}
+            Some(OpKind::DeleteRange(delete)) => ranges.push((delete.key.clone(), delete.range_end.clone())),
+            Some(OpKind::Range(_)) | None => {}
         }
     }
     let in_range = |key: &Bytes| ranges.iter().any(|(from, to)| key >= from && key < to);

@@ -1,0 +1,410 @@
+//! Job: which position comes after the one that is held, and what a position that was read afresh means.
+//! Input: positions, a settled transaction, the origin's word on its progress, what the journal holds. Output: the next position; a verdict.
+//! Pure: no clock, no I/O.
+//! Always true: a position names a revision as carried only when all of it is in; a position that moved in a way that is not this
+//! applier's own ends the stream, and a journal that does not continue it is started afresh.
+
+use super::plan::{Extent, Settled};
+use crate::model::{ClusterId, Digest, Epoch, Phase, Position, Ranges, Revision, Seq, Term, Waymark};
+use crate::wire::replicate::refusal::Kind;
+use bytes::Bytes;
+
+/// The position that goes into a settled transaction. `carried`: its last revision, with its digest.
+pub fn after_settled(position: &Position, settled: &Settled, carried: (Revision, Digest)) -> Position {
+    let mut next = position.clone();
+    match settled.extent {
+        Extent::Part { to, of, .. } if to < of => next.part = to,
+        Extent::Part { .. } | Extent::Whole => {
+            next.seq = settled.seq;
+            next.origin_revision = carried.0;
+            (next.carried_revision, next.carried_digest) = carried;
+            next.part = 0;
+        }
+    }
+    next
+}
+
+/// How many of the waiting revisions a settled transaction brings in as wholes.
+pub fn revisions_done(settled: &Settled) -> usize {
+    match settled.extent {
+        Extent::Part { to, of, .. } if to < of => 0,
+        Extent::Part { .. } | Extent::Whole => settled.revisions,
+    }
+}
+
+/// What every position gets before it is written: the origin's waymark, and `following` once a base copy's last page is passed.
+pub fn to_write(mut next: Position, waymark: Waymark) -> Position {
+    next.waymark = waymark;
+    if next.state == Phase::Copying && next.cursor.is_none() && next.origin_revision >= next.anchor_revision {
+        next.state = Phase::Following;
+    }
+    next
+}
+
+/// The origin's word that everything of the link up to `through` has seq `after` or less.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Idle {
+    pub through: Revision,
+    pub after: Seq,
+    /// The origin asks to have it written.
+    pub persist: bool,
+}
+
+/// The position without a change, where it is to be written: when the origin asks for it, and when a base copy's last page is passed.
+pub fn after_idle(position: &Position, idle: Idle) -> Option<Position> {
+    let Idle { through, after, persist } = idle;
+    let ends_copy = position.state == Phase::Copying && through >= position.anchor_revision;
+    let moves = ends_copy || (persist && through > position.origin_revision);
+    let origin_revision = through.max(position.origin_revision);
+    (position.seq >= after && moves).then(|| Position { origin_revision, ..position.clone() })
+}
+
+/// Everything that the origin committed up to it is in, by the position and the origin's word.
+pub fn applied_revision(position: &Position, idle: Option<Idle>) -> Revision {
+    let told = idle.filter(|idle| position.seq >= idle.after).map_or(Revision(0), |idle| idle.through);
+    position.origin_revision.max(told)
+}
+
+/// Every key below `reached` is copied; nothing: the end of the keyspace, which is no key, so the last cursor stays until the copy ends.
+/// `revision`: at which the page was read.
+pub fn after_copied(position: &Position, reached: &Bytes, revision: Revision) -> Position {
+    let cursor = if reached.is_empty() { position.cursor.clone() } else { Some(reached.clone()) };
+    Position { cursor, anchor_revision: position.anchor_revision.max(revision), ..position.clone() }
+}
+
+/// All pages are in; the highest was read at `anchor_revision`.
+pub fn after_copy(position: &Position, anchor_revision: Revision) -> Position {
+    Position { cursor: None, anchor_revision: position.anchor_revision.max(anchor_revision), ..position.clone() }
+}
+
+/// Where a base copy's first page begins; `None`: there is nothing to copy.
+pub fn first_page(ranges: &Ranges) -> Option<Bytes> {
+    ranges.pieces().first().map(|piece| piece.from.clone())
+}
+
+/// Where the page begins that comes after everything below `cursor`.
+pub fn page_from(ranges: &Ranges, cursor: &Bytes) -> Option<Bytes> {
+    let piece = ranges.pieces().iter().find(|piece| piece.to.is_empty() || piece.to > *cursor)?;
+    Some(piece.from.clone().max(cursor.clone()))
+}
+
+/// Where the page begins that comes after one that ends at `to`; `None`: that was the last one.
+pub fn page_after(ranges: &Ranges, to: &Bytes) -> Option<Bytes> {
+    if to.is_empty() { None } else { page_from(ranges, to) }
+}
+
+/// Whether a copy of this (epoch, term) goes on at this position. `reached`: the cursor after its last step; a replica that was restored
+/// meanwhile has a lower one, and what lies between was copied into what is gone. A position without a cursor is that of a copy whose end
+/// was written.
+pub fn copy_goes_on(position: &Position, sender: (Epoch, Term), reached: &Bytes, ends: bool) -> bool {
+    let there = position.cursor.as_ref().map_or(ends, |cursor| cursor >= reached);
+    (position.epoch, position.term) == sender && there
+}
+
+/// What a sender may write with: a position above it is another sender's.
+pub type Claim = (Epoch, Term);
+
+/// What a hello's (epoch, term) is to the position.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Claimed {
+    /// There is no position of this origin. Terms are revisions of one cluster: those of another origin's say nothing of this sender.
+    Nothing,
+    Fenced,
+    /// The position to write before anything else: from then on every older sender's transaction fails its compare.
+    TakesOver(Box<Position>, Claim),
+    Holds(Claim),
+}
+
+/// A sender that knows no epoch (0) claims the position's.
+pub fn claim(position: Option<&Position>, origin: ClusterId, epoch: Epoch, term: Term) -> Claimed {
+    let Some(position) = position.filter(|p| p.origin_cluster == origin) else { return Claimed::Nothing };
+    let claim = (if epoch == Epoch(0) { position.epoch } else { epoch }, term);
+    if claim < (position.epoch, position.term) {
+        return Claimed::Fenced;
+    }
+    if term <= position.term {
+        return Claimed::Holds(claim);
+    }
+    Claimed::TakesOver(Box::new(Position { term, ..position.clone() }), claim)
+}
+
+/// What the journal holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct JournalFacts {
+    pub epoch: Epoch,
+    pub base: Seq,
+    pub last: Seq,
+    /// The digest of its entry with the position's seq, where it has one and it could be read.
+    pub at_position: Option<Digest>,
+}
+
+/// What a position that was read afresh means for what waits.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Alignment {
+    /// It is where this applier brought it, or further in the same run: what it covers has been applied.
+    GoesOn,
+    /// Another sender has the link: nothing of this session's is applied any more.
+    Fenced { by: Claim, reset_journal: bool },
+    StartsAfresh {
+        /// The journal is of another run, or ends before the position.
+        reset_journal: bool,
+        /// Why the stream ends.
+        moved: Option<(Kind, String)>,
+    },
+}
+
+/// `expected`: the last position that this applier knew; `None`: it knew none since it started. `claim`: what the session's sender may write
+/// with; `None`: there is no such sender.
+pub fn align(
+    position: Option<&Position>,
+    expected: Option<&Position>,
+    claim: Option<Claim>,
+    journal: JournalFacts,
+) -> Alignment {
+    let (epoch, seq) = position.map_or((Epoch(0), Seq(0)), |p| (p.epoch, p.seq));
+    let (known_epoch, known_seq) = expected.map_or((epoch, seq), |p| (p.epoch, p.seq));
+    let by = position.map(|p| (p.epoch, p.term)).filter(|by| claim.is_some_and(|claim| *by > claim));
+    let ours = expected.is_none() || (position.is_some() && epoch == known_epoch && seq >= known_seq);
+    let mut continues = journal.epoch == epoch && journal.base <= seq && seq <= journal.last;
+    if let (true, Some(position), Some(digest)) = (continues, position, journal.at_position) {
+        // An epoch's number can be used again after the replica was restored: then the journal is of another run.
+        continues = digest == position.carried_digest;
+    }
+    if let Some(by) = by {
+        return Alignment::Fenced { by, reset_journal: !continues };
+    }
+    if ours && continues {
+        return Alignment::GoesOn;
+    }
+    let further = (epoch, seq) > (known_epoch, known_seq);
+    let overtaken = !continues && further;
+    let moved = (!ours || overtaken).then(|| {
+        let kind = if further && epoch != known_epoch { Kind::Fenced } else { Kind::PositionMoved };
+        let reason = if further {
+            format!("another applier has brought the position to epoch {epoch}, seq {seq}")
+        } else {
+            format!("the position moved back to epoch {epoch}, seq {seq}: was the replica restored?")
+        };
+        (kind, reason)
+    });
+    Alignment::StartsAfresh { reset_journal: !continues, moved }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::replica::plan::TxnTree;
+
+    const DIGEST: Digest = Digest([9; 16]);
+
+    /// Following at revision 100, seq 40, the last carried one 90.
+    fn position() -> Position {
+        Position {
+            epoch: Epoch(3),
+            term: Term(2),
+            seq: Seq(40),
+            origin_cluster: ClusterId(1),
+            origin_revision: Revision(100),
+            carried_revision: Revision(90),
+            carried_digest: DIGEST,
+            waymark: Waymark::default(),
+            ranges_digest: Digest::default(),
+            state: Phase::Following,
+            anchor_revision: Revision(50),
+            cursor: None,
+            part: 0,
+            skipped: Vec::new(),
+        }
+    }
+
+    fn settled(extent: Extent) -> Settled {
+        let tree = TxnTree { guards: Vec::new(), success: Vec::new() };
+        Settled { revisions: 2, seq: Seq(42), revision: Revision(120), extent, tree, request_bytes: 0 }
+    }
+
+    fn journal() -> JournalFacts {
+        JournalFacts { epoch: Epoch(3), base: Seq(30), last: Seq(45), at_position: Some(DIGEST) }
+    }
+
+    fn moved(alignment: Alignment) -> Option<Kind> {
+        match alignment {
+            Alignment::StartsAfresh { moved: Some((kind, _)), .. } => Some(kind),
+            Alignment::StartsAfresh { moved: None, .. } | Alignment::Fenced { .. } | Alignment::GoesOn => None,
+        }
+    }
+
+    #[test]
+    fn whole_revisions_move_seq_and_revisions_and_a_part_moves_only_the_part() {
+        let carried = (Revision(120), Digest([1; 16]));
+        let next = after_settled(&Position { part: 7, ..position() }, &settled(Extent::Whole), carried);
+        assert_eq!((next.seq, next.origin_revision, next.part), (Seq(42), Revision(120), 0));
+        assert_eq!((next.carried_revision, next.carried_digest), carried);
+        let part = settled(Extent::Part { from: 2, to: 5, of: 9 });
+        assert_eq!(after_settled(&position(), &part, carried), Position { part: 5, ..position() });
+        let last = settled(Extent::Part { from: 5, to: 9, of: 9 });
+        assert_eq!(after_settled(&Position { part: 5, ..position() }, &last, carried), Position { part: 0, ..next });
+        assert_eq!([settled(Extent::Whole), part, last].map(|s| revisions_done(&s)), [2, 0, 2]);
+    }
+
+    #[test]
+    fn following_begins_once_all_pages_are_in_and_the_highest_is_passed() {
+        let copying = Position { state: Phase::Copying, anchor_revision: Revision(110), ..position() };
+        let state = |p: Position| to_write(p, Waymark::default()).state;
+        assert_eq!(state(copying.clone()), Phase::Copying);
+        let passed = Position { origin_revision: Revision(110), ..copying };
+        assert_eq!(state(Position { cursor: Some(Bytes::from_static(b"/k")), ..passed.clone() }), Phase::Copying);
+        assert_eq!(state(passed), Phase::Following);
+        let waymark = Waymark { counter: 3, id: 4 };
+        assert_eq!(to_write(position(), waymark).waymark, waymark);
+    }
+
+    #[test]
+    fn an_idle_position_is_written_when_it_is_asked_for_or_ends_a_copy_and_never_ahead_of_what_is_missing() {
+        let idle = Idle { through: Revision(105), after: Seq(40), persist: true };
+        assert_eq!(after_idle(&position(), idle).unwrap().origin_revision, Revision(105));
+        assert_eq!(after_idle(&position(), Idle { persist: false, ..idle }), None);
+        assert_eq!(after_idle(&position(), Idle { after: Seq(41), ..idle }), None);
+        assert_eq!(after_idle(&position(), Idle { through: Revision(100), ..idle }), None);
+        let copying = Position { state: Phase::Copying, anchor_revision: Revision(104), ..position() };
+        let asked_by_nobody = Idle { persist: false, ..idle };
+        assert!(after_idle(&copying, asked_by_nobody).is_some());
+        assert_eq!(after_idle(&copying, Idle { through: Revision(103), ..asked_by_nobody }), None);
+    }
+
+    #[test]
+    fn the_origins_word_counts_only_once_its_seq_is_in() {
+        let idle = Idle { through: Revision(105), after: Seq(40), persist: false };
+        assert_eq!(applied_revision(&position(), Some(idle)), Revision(105));
+        assert_eq!(applied_revision(&position(), Some(Idle { after: Seq(41), ..idle })), Revision(100));
+        assert_eq!(applied_revision(&position(), Some(Idle { through: Revision(1), ..idle })), Revision(100));
+        assert_eq!(applied_revision(&position(), None), Revision(100));
+    }
+
+    #[test]
+    fn the_cursor_moves_to_what_is_copied_and_stays_where_the_keyspace_ends() {
+        let copying = Position { cursor: Some(Bytes::from_static(b"/k")), ..position() };
+        let further = after_copied(&copying, &Bytes::from_static(b"/m"), Revision(60));
+        assert_eq!((further.cursor.as_deref(), further.anchor_revision), (Some(&b"/m"[..]), Revision(60)));
+        let end = after_copied(&copying, &Bytes::new(), Revision(40));
+        assert_eq!(end, copying);
+        let done = after_copy(&copying, Revision(70));
+        assert_eq!((done.cursor, done.anchor_revision), (None, Revision(70)));
+    }
+
+    #[test]
+    fn pages_follow_each_other_over_the_pieces_of_the_ranges_up_to_their_end() {
+        let bytes = |text: &'static str| Bytes::from_static(text.as_bytes());
+        let ranges = Ranges::new(&[bytes("/a/"), bytes("/b/")], &[bytes("/a/x/")]);
+        assert_eq!(first_page(&ranges), Some(bytes("/a/")));
+        let after = |to| page_after(&ranges, &bytes(to));
+        assert_eq!(after("/a/k"), Some(bytes("/a/k")));
+        assert_eq!(after("/a/x/"), Some(bytes("/a/x0")), "the next piece");
+        assert_eq!(after("/a0"), Some(bytes("/b/")));
+        assert_eq!(after("/b0"), None);
+        let whole = Ranges::new(&[], &[]);
+        assert_eq!(page_after(&whole, &bytes("/etcd-ferry/")), Some(bytes("/etcd-ferry0")));
+        assert_eq!(page_after(&whole, &Bytes::new()), None, "the end of the keyspace");
+        assert_eq!(page_from(&whole, &Bytes::new()), Some(Bytes::new()));
+    }
+
+    #[test]
+    fn a_copy_goes_on_only_where_its_cursor_is_or_further() {
+        let at = |cursor| Position { cursor: Some(Bytes::from_static(cursor)), ..position() };
+        let (reached, ours) = (Bytes::from_static(b"/k"), (Epoch(3), Term(2)));
+        assert!(copy_goes_on(&at(b"/k"), ours, &reached, false));
+        assert!(copy_goes_on(&at(b"/m"), ours, &reached, false), "a step whose answer was lost");
+        assert!(!copy_goes_on(&at(b"/a"), ours, &reached, false), "the replica was restored");
+        assert!(!copy_goes_on(&at(b"/k"), (Epoch(4), Term(2)), &reached, false));
+        assert!(!copy_goes_on(&at(b"/k"), (Epoch(3), Term(1)), &reached, false), "another sender took over");
+        assert!(copy_goes_on(&position(), ours, &reached, true));
+        assert!(!copy_goes_on(&position(), ours, &reached, false));
+    }
+
+    #[test]
+    fn an_older_epoch_or_term_is_fenced_and_a_newer_term_takes_over() {
+        let claim = |epoch, term| claim(Some(&position()), ClusterId(1), Epoch(epoch), Term(term));
+        let ours = (Epoch(3), Term(2));
+        assert_eq!(claim(3, 2), Claimed::Holds(ours));
+        assert_eq!(claim(0, 2), Claimed::Holds(ours), "who knows no epoch claims the position's");
+        assert_eq!(claim(4, 2), Claimed::Holds((Epoch(4), Term(2))), "a base copy that is to begin");
+        assert_eq!(claim(4, 1), Claimed::Holds((Epoch(4), Term(1))));
+        for (epoch, term) in [(2, 2), (2, 9), (3, 1), (0, 1)] {
+            assert_eq!(claim(epoch, term), Claimed::Fenced, "epoch {epoch}, term {term}");
+        }
+        let taken = Box::new(Position { term: Term(4), ..position() });
+        assert_eq!(claim(3, 4), Claimed::TakesOver(taken, (Epoch(3), Term(4))));
+    }
+
+    #[test]
+    fn another_origins_position_says_nothing_of_terms() {
+        assert_eq!(claim(Some(&position()), ClusterId(7), Epoch(0), Term(1)), Claimed::Nothing);
+        assert_eq!(claim(None, ClusterId(1), Epoch(0), Term(1)), Claimed::Nothing);
+    }
+
+    /// By an applier whose session claims nothing.
+    fn aligned(position: Option<&Position>, expected: Option<&Position>, journal: JournalFacts) -> Alignment {
+        align(position, expected, None, journal)
+    }
+
+    #[test]
+    fn a_position_where_it_was_left_or_further_in_the_same_run_goes_on() {
+        let earlier = Position { seq: Seq(38), ..position() };
+        for expected in [None, Some(&position()), Some(&earlier)] {
+            assert_eq!(aligned(Some(&position()), expected, journal()), Alignment::GoesOn);
+            let claim = Some((Epoch(3), Term(2)));
+            assert_eq!(align(Some(&position()), expected, claim, journal()), Alignment::GoesOn);
+        }
+    }
+
+    #[test]
+    fn a_position_above_what_the_sender_may_write_with_fences_it() {
+        let by = (Epoch(3), Term(2));
+        for claim in [(Epoch(3), Term(1)), (Epoch(2), Term(9))] {
+            let fenced = |journal| align(Some(&position()), Some(&position()), Some(claim), journal);
+            assert_eq!(fenced(journal()), Alignment::Fenced { by, reset_journal: false }, "{claim:?}");
+            let behind = JournalFacts { last: Seq(39), ..journal() };
+            assert_eq!(fenced(behind), Alignment::Fenced { by, reset_journal: true });
+        }
+        let above = Some((Epoch(4), Term(1)));
+        assert_eq!(align(Some(&position()), Some(&position()), above, journal()), Alignment::GoesOn);
+        let gone = align(None, Some(&position()), Some((Epoch(3), Term(1))), journal());
+        assert_eq!(moved(gone), Some(Kind::PositionMoved));
+    }
+
+    #[test]
+    fn a_position_that_moved_back_or_is_gone_ends_the_stream_and_one_of_a_later_epoch_fences_it() {
+        let later = Position { seq: Seq(41), ..position() };
+        assert_eq!(moved(aligned(Some(&position()), Some(&later), journal())), Some(Kind::PositionMoved));
+        let newer = Position { epoch: Epoch(4), seq: Seq(0), ..position() };
+        assert_eq!(moved(aligned(Some(&position()), Some(&newer), journal())), Some(Kind::PositionMoved));
+        assert_eq!(moved(aligned(None, Some(&position()), journal())), Some(Kind::PositionMoved));
+        let older = Position { epoch: Epoch(2), ..position() };
+        assert_eq!(moved(aligned(Some(&position()), Some(&older), journal())), Some(Kind::Fenced));
+    }
+
+    #[test]
+    fn another_applier_that_is_further_than_the_journal_ends_the_stream_in_the_same_epoch_too() {
+        let behind = JournalFacts { last: Seq(39), at_position: None, ..journal() };
+        let earlier = Position { seq: Seq(38), ..position() };
+        let overtaken = aligned(Some(&position()), Some(&earlier), behind);
+        assert!(matches!(overtaken, Alignment::StartsAfresh { reset_journal: true, .. }), "{overtaken:?}");
+        assert_eq!(moved(overtaken), Some(Kind::PositionMoved));
+        assert_eq!(moved(aligned(Some(&position()), Some(&position()), behind)), None, "it is where it was left");
+    }
+
+    #[test]
+    fn a_journal_of_another_run_or_that_does_not_reach_the_position_starts_afresh() {
+        let afresh = Alignment::StartsAfresh { reset_journal: true, moved: None };
+        let others = [
+            JournalFacts { epoch: Epoch(2), ..journal() },
+            JournalFacts { base: Seq(41), ..journal() },
+            JournalFacts { last: Seq(39), ..journal() },
+            JournalFacts { at_position: Some(Digest([1; 16])), ..journal() },
+        ];
+        for other in others {
+            assert_eq!(aligned(Some(&position()), None, other), afresh, "{other:?}");
+        }
+        let unread = JournalFacts { at_position: None, ..journal() };
+        assert_eq!(aligned(Some(&position()), None, unread), Alignment::GoesOn);
+    }
+}
