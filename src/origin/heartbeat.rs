@@ -41,18 +41,18 @@ impl Session {
     pub(super) async fn tick(&mut self, ship: &mut Shipper, drained: bool) -> Result<(), SessionEnd> {
         self.check_deadline()?;
         let extent = ship.spool.extent().borrow().clone();
-        let shipped_all = drained && extent.last.is_none_or(|(last, _)| last <= self.cursor);
-        let through = if shipped_all { extent.covered.max(self.cursor) } else { self.sent };
+        let spooled = extent.last.map(|(last, _)| last);
+        let (through, shipped_all) = self.shipped.through(drained, spooled, extent.covered);
         self.rewrite_waymark(ship).await?;
         self.publish_applied(ship).await?;
         let now = movement(ship);
         let idle_write = shipped_all
-            && self.acked.following
+            && self.shipped.acked.following
             && self.persisted_at.0.elapsed() >= IDLE_WRITE
             && now.by_others_since(self.persisted_at.1) > 0;
-        let worth = through > self.progressed || idle_write || self.last_progress.elapsed() >= IDLE_PROGRESS;
+        let worth = through > self.shipped.progressed || idle_write || self.last_progress.elapsed() >= IDLE_PROGRESS;
         if worth && self.send_progress(ship, through, idle_write) {
-            self.progressed = through;
+            self.shipped.progressed = through;
             if idle_write {
                 self.persisted_at = (Instant::now(), now);
             }
@@ -90,6 +90,7 @@ impl Session {
             lag_revisions: status.lag_revisions,
             rpo_revisions: status.rpo_revisions,
             persist,
+            after_seq: self.shipped.seq.0,
         };
         let sent = self.outbound.try_send(Shipment { what: Some(shipment::What::Progress(progress)) }).is_ok();
         if sent {
@@ -106,7 +107,7 @@ impl Session {
             None => true,
             Some((at, then)) => at.elapsed() >= IDLE_WRITE && now.by_others_since(then) > 0,
         };
-        if !due || !self.acked.following || self.acked.waymark != self.waymark.present {
+        if !due || !self.shipped.acked.following || self.shipped.acked.waymark != self.waymark.present {
             return Ok(());
         }
         self.write_waymark(ship).await?;
@@ -139,7 +140,7 @@ impl Session {
         if self.epoch == Epoch(0) || self.copying {
             return Ok(());
         }
-        self.publish(ship, self.epoch, self.acked.position_revision).await
+        self.publish(ship, self.epoch, self.shipped.acked.position_revision).await
     }
 
     pub(super) async fn publish(&mut self, ship: &Shipper, epoch: Epoch, revision: Revision) -> Result<(), SessionEnd> {

@@ -15,6 +15,7 @@ pub mod resume;
 pub mod sequence;
 pub mod session;
 pub mod ship;
+pub mod shipped;
 pub mod spool;
 mod standby;
 mod term;

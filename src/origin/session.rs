@@ -7,15 +7,14 @@ use super::compare::Answer;
 use super::heartbeat::{Movement, movement};
 use super::sequence::OriginWaymark;
 use super::ship::{Greeted, Shipper};
+use super::shipped::{RESETS_MAX, Shipped};
 use super::spool::{Spool, SpoolEntry, SpoolError};
 use super::verify::Verifying;
 use super::watch::TailState;
 use crate::admin::LinkCommand;
 use crate::etcd::Etcd;
 use crate::metrics;
-use crate::model::{
-    ClusterId, Digest, Epoch, LinkState, Outcome, Position, Revision, Seq, Term, Waymark, WholeRevision,
-};
+use crate::model::{ClusterId, Digest, Epoch, LinkState, Outcome, Position, Revision, Seq, Term, WholeRevision};
 use crate::tls;
 use crate::wire::frame::FrameLimits;
 use crate::wire::replicate::refusal::Kind;
@@ -24,7 +23,6 @@ use crate::wire::replicate::{Ack, CopyAck, HelloReply, Receipt, Refusal, Shipmen
 use crate::wire::window::{Encoder, WindowLimits};
 use crate::wire::{self, LINK_METADATA, SESSION_METADATA};
 use bytes::Bytes;
-use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::fmt;
 use std::future::Future;
@@ -43,10 +41,6 @@ const OUTBOUND_MAX: usize = 4;
 const IN_FLIGHT_MAX: usize = 4096;
 const TICK: Duration = Duration::from_secs(1);
 const OPEN_DEADLINE: Duration = Duration::from_secs(15);
-/// After so many resets in a row frames travel standalone, one revision each.
-const RESETS_BEFORE_STANDALONE: u32 = 2;
-/// A frame that cannot be decoded so often never will be.
-const RESETS_MAX: u32 = 8;
 
 /// Why a stream ended, as its planned reaction.
 #[derive(Debug)]
@@ -76,21 +70,6 @@ impl fmt::Display for SessionEnd {
     }
 }
 
-/// How far the replica says it is.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Acked {
-    pub applied: Seq,
-    pub applied_revision: Revision,
-    pub durable: Seq,
-    pub durable_revision: Revision,
-    /// What the position says: the spool is trimmed up to it, never past it.
-    pub position_revision: Revision,
-    pub waymark: Waymark,
-    pub following: bool,
-    /// A repair is under way, or was cut short.
-    pub repairing: bool,
-}
-
 pub struct Session {
     pub(super) outbound: mpsc::Sender<Shipment>,
     receipts: Streaming<Receipt>,
@@ -99,19 +78,10 @@ pub struct Session {
     encoder: Encoder,
     pub(super) epoch: Epoch,
     pub(super) term: Term,
-    pub(super) seq: Seq,
-    /// The last revision that was read from the spool for shipping.
-    pub(super) cursor: Revision,
-    /// The last one that is on its way: a frame that waits for the connection is read, and not sent.
-    pub(super) sent: Revision,
-    /// Frames that are not durable at the replica: their last seq and revision.
-    in_flight: VecDeque<(Seq, Revision)>,
-    received: (Seq, Revision),
+    pub(super) shipped: Shipped,
     /// A frame whose round trip is being measured, one at a time.
     timed: Option<(Seq, Instant)>,
-    pub(super) acked: Acked,
     replica_cluster: ClusterId,
-    resets_in_row: u32,
     frame_bytes_max: usize,
     pub(super) waymark: OriginWaymark,
     pub(super) waymark_revision: Revision,
@@ -122,7 +92,6 @@ pub struct Session {
     pub(super) published_at: Option<(Instant, Movement)>,
     pub(super) last_receipt: Instant,
     pub(super) last_progress: Instant,
-    pub(super) progressed: Revision,
     pub(super) copy_ack: CopyAck,
     /// A base copy is under way, whatever the position still says.
     pub(super) copying: bool,
@@ -158,19 +127,11 @@ impl Session {
         };
         let now = Instant::now();
         let received = (Seq(reply.received_seq), Revision(reply.received_revision));
-        let mut acked = Acked { durable: Seq(reply.durable_seq), ..Acked::default() };
-        if let Some(position) = &position {
-            acked.applied = position.seq;
-            acked.applied_revision = position.origin_revision;
-            acked.durable_revision = position.origin_revision;
-            acked.position_revision = position.origin_revision;
-            acked.waymark = position.waymark;
-        }
+        let shipped = Shipped::open(position.as_ref(), received, Seq(reply.durable_seq));
         let epoch = position.as_ref().map_or(Epoch(0), |p| p.epoch);
         ship.learned_epoch(epoch);
-        let durable =
-            if received.0 > acked.applied && acked.durable >= received.0 { received.1 } else { acked.applied_revision };
-        let greeting = LinkEvent::Greeted { applied: acked.applied_revision, durable };
+        let greeting =
+            LinkEvent::Greeted { applied: shipped.acked.applied_revision, durable: shipped.durable_at_open() };
         let _ = ship.events.send(greeting).await;
         Ok(Self {
             outbound,
@@ -181,14 +142,8 @@ impl Session {
             encoder: Encoder::new(window, 1),
             epoch,
             term: ship.term,
-            seq: received.0,
-            cursor: Revision(0),
-            sent: Revision(0),
-            in_flight: VecDeque::new(),
-            received,
+            shipped,
             timed: None,
-            acked,
-            resets_in_row: 0,
             frame_bytes_max,
             waymark,
             waymark_revision,
@@ -198,7 +153,6 @@ impl Session {
             published_at: None,
             last_receipt: now,
             last_progress: now,
-            progressed: Revision(0),
             copy_ack: CopyAck::default(),
             copying: false,
             verifying: Verifying::default(),
@@ -209,16 +163,9 @@ impl Session {
     pub(super) fn opened_epoch(&mut self, ship: &mut Shipper, epoch: Epoch, anchor: Revision) {
         self.copying = false;
         self.epoch = epoch;
-        self.seq = Seq(0);
-        self.received = (Seq(0), anchor);
-        self.in_flight.clear();
+        self.shipped.open_epoch(anchor);
         self.timed = None;
-        self.acked.applied = Seq(0);
-        self.acked.durable = Seq(0);
-        self.acked.applied_revision = anchor;
-        self.acked.durable_revision = anchor;
         self.persisted_at = (Instant::now(), movement(ship));
-        self.acked.position_revision = anchor;
         ship.learned_epoch(epoch);
     }
 
@@ -232,12 +179,11 @@ impl Session {
     }
 
     async fn follow_on(&mut self, ship: &mut Shipper, after: Revision) -> Result<Infallible, SessionEnd> {
-        self.cursor = after;
-        self.received.1 = self.received.1.max(after);
+        self.shipped.follow(after);
         self.show(ship, true);
         // What was applied while no stream was open makes room too.
-        ship.spool.trim(self.acked.position_revision);
-        tracing::info!(link = %ship.origin.send.link, epoch = %self.epoch, seq = %self.seq, after = %after, "following");
+        ship.spool.trim(self.shipped.acked.position_revision);
+        tracing::info!(link = %ship.origin.send.link, epoch = %self.epoch, seq = %self.shipped.seq, after = %after, "following");
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut pending: Option<Shipment> = None;
@@ -246,14 +192,14 @@ impl Session {
         let mut reading: Option<Reading> = None;
         loop {
             if pending.is_none() {
-                self.sent = self.cursor;
+                self.shipped.sent = self.shipped.cursor;
             }
             // A read goes on while receipts are taken: begun anew at each of them, it might never end.
-            reading = reading.filter(|reading| reading.after == self.cursor);
-            if reading.is_none() && pending.is_none() && self.in_flight.len() < IN_FLIGHT_MAX {
+            reading = reading.filter(|reading| reading.after == self.shipped.cursor);
+            if reading.is_none() && pending.is_none() && self.shipped.frames_in_flight() < IN_FLIGHT_MAX {
                 // One revision a frame, where larger ones did not arrive whole: the less there is, the less can be hit.
-                let bytes_max = if self.is_standalone() { 1 } else { self.frame_bytes_max };
-                reading = Some(Reading::new(spool.clone(), self.cursor, bytes_max));
+                let bytes_max = if self.shipped.is_standalone() { 1 } else { self.frame_bytes_max };
+                reading = Some(Reading::new(spool.clone(), self.shipped.cursor, bytes_max));
             }
             let due = self.verification_due(ship);
             tokio::select! {
@@ -294,8 +240,7 @@ impl Session {
     pub(super) fn standing(&self, ship: &Shipper) -> Revision {
         let extent = ship.spool.extent();
         let extent = extent.borrow();
-        let drained = extent.last.is_none_or(|(last, _)| last <= self.cursor);
-        if drained { extent.covered.max(self.cursor) } else { self.cursor }
+        self.shipped.standing(extent.last.map(|(last, _)| last), extent.covered)
     }
 
     pub(super) fn check_tail(&self, ship: &mut Shipper) -> Result<(), SessionEnd> {
@@ -309,34 +254,29 @@ impl Session {
         }
     }
 
-    fn is_standalone(&self) -> bool {
-        self.resets_in_row >= RESETS_BEFORE_STANDALONE
-    }
-
     /// One frame of what was read; `None` if all of it came from the replica's own cluster.
     fn encode(&mut self, ship: &Shipper, entries: &[SpoolEntry]) -> Option<Shipment> {
         let last = entries.last()?;
-        self.cursor = last.revision.revision;
+        self.shipped.cursor = last.revision.revision;
         let ours = |e: &&SpoolEntry| !e.came_from.contains(&self.replica_cluster);
         let carried: Vec<&SpoolEntry> = entries.iter().filter(ours).collect();
         let skipped = (entries.len() - carried.len()) as u64;
         let revisions: Vec<Arc<WholeRevision>> = carried.iter().map(|e| e.revision.clone()).collect();
         let digests: Vec<Digest> = carried.iter().map(|e| e.digest).collect();
         let frame = revisions.last().map(|last| {
-            let first = self.seq.next();
-            let frame = if self.is_standalone() {
+            let first = self.shipped.seq.next();
+            let frame = if self.shipped.is_standalone() {
                 wire::frame::encode_standalone(self.epoch, self.term, first, &revisions, &digests)
             } else {
                 self.encoder.encode(self.epoch, self.term, first, &revisions, &digests)
             };
-            self.seq = Seq(self.seq.0 + revisions.len() as u64);
-            self.in_flight.push_back((self.seq, last.revision));
-            self.timed.get_or_insert((self.seq, Instant::now()));
+            self.shipped.frame(revisions.len() as u64, last.revision);
+            self.timed.get_or_insert((self.shipped.seq, Instant::now()));
             frame
         });
         let raw: u64 = revisions.iter().map(|r| r.bytes() as u64).sum();
         ship.view.send_modify(|view| {
-            view.seq = self.seq;
+            view.seq = self.shipped.seq;
             view.bytes_raw += raw;
             view.bytes_sent += frame.as_ref().map_or(0, |f: &Bytes| f.len() as u64);
             view.count("revisions", revisions.len() as u64);
@@ -392,53 +332,13 @@ impl Session {
     }
 
     async fn acknowledge(&mut self, ship: &mut Shipper, ack: Ack) -> Result<(), SessionEnd> {
-        let durable = Seq(ack.durable_seq.max(ack.applied_seq));
-        if durable > self.seq || Seq(ack.received_seq) > self.seq {
-            return Err(SessionEnd::HelloAgain(format!(
-                "the replica acknowledges seq {durable}, of which {} were sent",
-                self.seq
-            )));
-        }
-        let told = self.cursor.max(self.progressed).max(self.received.1).max(self.acked.applied_revision);
-        // Before following, a base copy's anchor is acknowledged that was told in another way.
-        if self.cursor > Revision(0) && Revision(ack.applied_origin_revision) > told {
-            return Err(SessionEnd::HelloAgain(format!(
-                "the replica acknowledges revision {}, and was told of {told}",
-                ack.applied_origin_revision
-            )));
-        }
-        if Seq(ack.received_seq) > self.received.0 {
-            self.resets_in_row = 0;
-        }
+        let moved = self
+            .shipped
+            .acknowledge(&ack, self.copying)
+            .map_err(|untrue| SessionEnd::HelloAgain(untrue.to_string()))?;
         if let Some((_, shipped)) = self.timed.take_if(|(seq, _)| *seq <= Seq(ack.received_seq)) {
             metrics::observe_round_trip(&ship.origin.send.link, shipped.elapsed().as_secs_f64());
         }
-        let mut acked = self.acked;
-        while let Some((seq, revision)) = self.in_flight.front().copied() {
-            if seq <= Seq(ack.received_seq) {
-                self.received = self.received.max((seq, revision));
-            }
-            if seq > durable {
-                break;
-            }
-            acked.durable_revision = acked.durable_revision.max(revision);
-            self.in_flight.pop_front();
-        }
-        for (seq, revision) in self.in_flight.iter().copied().take_while(|(seq, _)| *seq <= Seq(ack.received_seq)) {
-            self.received = self.received.max((seq, revision));
-        }
-        acked.applied = acked.applied.max(Seq(ack.applied_seq));
-        acked.applied_revision = acked.applied_revision.max(Revision(ack.applied_origin_revision));
-        acked.durable = acked.durable.max(durable);
-        acked.durable_revision = acked.durable_revision.max(acked.applied_revision);
-        acked.waymark = ack.waymark.map(Waymark::from).unwrap_or_default();
-        acked.following = ack.following && !self.copying;
-        acked.repairing = ack.repairing && !self.copying;
-        let moved = acked.applied_revision > self.acked.applied_revision
-            || acked.durable_revision > self.acked.durable_revision;
-        acked.position_revision = acked.position_revision.max(Revision(ack.position_revision));
-        let trim = acked.position_revision > self.acked.position_revision;
-        self.acked = acked;
         ship.view.send_modify(|view| {
             view.counts.insert("repeated", ack.repeated);
             view.counts.insert("transactions", ack.transactions);
@@ -447,10 +347,11 @@ impl Session {
         });
         self.learn_verified(ship, Revision(ack.verified_revision), ack.verified_at_ms);
         self.show(ship, ack.waiting.is_empty());
-        if trim {
-            ship.spool.trim(acked.position_revision);
+        if let Some(through) = moved.trim {
+            ship.spool.trim(through);
         }
-        if moved {
+        if moved.lag {
+            let acked = self.shipped.acked;
             let event = LinkEvent::Acked { applied: acked.applied_revision, durable: acked.durable_revision };
             let _ = ship.events.send(event).await;
         }
@@ -459,27 +360,28 @@ impl Session {
 
     fn show(&self, ship: &Shipper, well: bool) {
         ship.view.send_modify(|view| {
-            view.state = match (self.acked.following, self.acked.repairing) {
+            let acked = self.shipped.acked;
+            view.state = match (acked.following, acked.repairing) {
                 (true, _) => LinkState::Following,
                 (false, true) => LinkState::Repairing,
                 (false, false) => LinkState::Copying,
             };
-            if self.acked.following {
+            if acked.following {
                 view.copy_since = None;
             }
             view.epoch = self.epoch;
             view.term = self.term;
-            view.seq = self.seq;
-            view.applied_seq = self.acked.applied;
-            view.durable_seq = self.acked.durable;
-            view.applied_revision = self.acked.applied_revision;
+            view.seq = self.shipped.seq;
+            view.applied_seq = acked.applied;
+            view.durable_seq = acked.durable;
+            view.applied_revision = acked.applied_revision;
             let held = view.state == LinkState::Repairing && view.verification.outcome == Outcome::Failed;
             if held {
                 view.reason = format!("the repair waits: {}", view.verification.detail);
                 view.detail.clone_from(&view.reason);
             } else if well {
                 view.reason.clear();
-                view.detail = format!("shipped up to seq {}", self.seq);
+                view.detail = format!("shipped up to seq {}", self.shipped.seq);
             } else {
                 view.detail = format!("the replica waits: {}", view.reason);
             }
@@ -487,18 +389,8 @@ impl Session {
     }
 
     fn reset(&mut self, ship: &Shipper, after: Seq, reason: &str) -> Result<(), SessionEnd> {
-        let known = self.in_flight.iter().find(|(seq, _)| *seq == after).copied();
-        let back = match known {
-            Some(known) => known,
-            None if after == self.received.0 => self.received,
-            None => {
-                return Err(SessionEnd::HelloAgain(format!(
-                    "the replica asks to go back to seq {after}, which is no frame's end"
-                )));
-            }
-        };
-        self.resets_in_row += 1;
-        if self.resets_in_row > RESETS_MAX {
+        let resets_in_row = self.shipped.reset(after).map_err(|untrue| SessionEnd::HelloAgain(untrue.to_string()))?;
+        if resets_in_row > RESETS_MAX {
             return Err(SessionEnd::Stop(format!(
                 "the replica cannot decode what comes after seq {after}, also standalone: {reason}; are both sides' [limits] revision_bytes_max alike?"
             )));
@@ -507,9 +399,6 @@ impl Session {
         ship.view.send_modify(|view| view.count("resets", 1));
         self.encoder.restart();
         self.timed = None;
-        (self.seq, self.cursor) = back;
-        self.sent = self.sent.min(self.cursor);
-        self.in_flight.retain(|(seq, _)| *seq <= after);
         Ok(())
     }
 }

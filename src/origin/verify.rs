@@ -163,7 +163,7 @@ impl Session {
 
     fn mending(&self, ship: &Shipper, allow_deletes: bool) -> Mending {
         let deletes_share_max = ship.origin.send.deletes_share_max;
-        Mending { allow_deletes, deletes_share_max, ends: self.acked.repairing }
+        Mending { allow_deletes, deletes_share_max, ends: self.shipped.acked.repairing }
     }
 
     fn has_link_back(&self, ship: &Shipper) -> bool {
@@ -172,7 +172,7 @@ impl Session {
 
     /// The number of the comparison that will answer; it begins from now on.
     fn want(&mut self, ship: &mut Shipper, wish: Wish) -> Result<u64, String> {
-        if !self.acked.following && !self.acked.repairing {
+        if !self.shipped.acked.following && !self.shipped.acked.repairing {
             return Err("the base copy is not over at the replica: ask again once the link follows".to_owned());
         }
         let runs = ship.view.borrow().verification.runs;
@@ -217,7 +217,7 @@ impl Session {
 
     /// When the next comparison begins by itself. A repair that was cut short goes on.
     pub(super) fn verification_due(&self, ship: &Shipper) -> Option<Instant> {
-        if self.acked.repairing {
+        if self.shipped.acked.repairing {
             return Some(self.verifying.ended_at.map_or_else(Instant::now, |at| at + REPAIR_PAUSE));
         }
         ship.verify_due
@@ -230,7 +230,7 @@ impl Session {
         event: VerifyEvent,
     ) -> Result<Option<Shipment>, SessionEnd> {
         if let VerifyEvent::Ended(Err(Failed::Stopped(MendStop::TooMany { differing }))) = &event
-            && self.acked.repairing
+            && self.shipped.acked.repairing
         {
             ship.resync.get_or_insert(Resync { allow_deletes: false });
             return Err(SessionEnd::HelloAgain(format!("{differing} keys differ: a base copy brings them")));
@@ -248,7 +248,7 @@ impl Session {
                 self.verifying.marks += 1;
                 let mark = Mark { id: self.verifying.marks, at: self.standing(ship) };
                 self.verifying.marking = Some((reply, mark));
-                let (after_seq, origin_revision) = (self.seq.0, mark.at.0);
+                let (after_seq, origin_revision) = (self.shipped.seq.0, mark.at.0);
                 let message = MarkMessage { mark: mark.id, after_seq, origin_revision };
                 Some(Shipment { what: Some(shipment::What::Mark(message)) })
             }
@@ -257,7 +257,7 @@ impl Session {
                 let bytes_max = ship.origin.limits.page_bytes_max;
                 let mut changes = JoinSet::new();
                 changes.spawn(read_keys(self.etcd.clone(), keys, at, bytes_max));
-                let stood = (self.seq, self.cursor);
+                let stood = (self.shipped.seq, self.shipped.cursor);
                 self.verifying.reading = Some(RepairReading { last, keys: count, reply, at, stood, changes });
                 None
             }
@@ -267,11 +267,11 @@ impl Session {
     }
 
     fn begin_due(&mut self, ship: &mut Shipper) {
-        if self.acked.repairing {
+        if self.shipped.acked.repairing {
             let mending = Some(self.mending(ship, false));
             return self.begin(ship, Wish { mending }, false, 1.0);
         }
-        if !self.acked.following {
+        if !self.shipped.acked.following {
             // A replica whose base copy is not over has nothing to be compared yet.
             return ship.verified_now();
         }
@@ -284,7 +284,7 @@ impl Session {
     fn repair_of(&mut self, ship: &Shipper, read: Result<Vec<Change>, EtcdError>) -> Option<Shipment> {
         let RepairReading { last, keys, reply, at, stood, .. } = self.verifying.reading.take()?;
         let changes = match read {
-            Ok(changes) if stood == (self.seq, self.cursor) => changes,
+            Ok(changes) if stood == (self.shipped.seq, self.shipped.cursor) => changes,
             Ok(_) => {
                 let _ = reply.send(Err("the stream was reset meanwhile".to_owned()));
                 return None;
@@ -301,7 +301,7 @@ impl Session {
         let frame = frame::encode_standalone(self.epoch, self.term, Seq(0), &[whole], &[digest]);
         ship.view.send_modify(|view| view.bytes_sent += frame.len() as u64);
         let _ = reply.send(Ok(Shipped { repair, keys: count }));
-        let repair = Repair { repair, after_seq: self.seq.0, frame, last: last && count == keys };
+        let repair = Repair { repair, after_seq: self.shipped.seq.0, frame, last: last && count == keys };
         Some(Shipment { what: Some(shipment::What::Repair(repair)) })
     }
 

@@ -68,8 +68,6 @@ pub(super) struct Stream {
     durable: watch::Receiver<Seq>,
     latest_session: watch::Receiver<u64>,
     due: Due,
-    /// Frames are let pass until the fresh window that was asked for: what the origin says of its progress counts them.
-    awaits_fresh: bool,
     /// What the origin was last told of a base copy.
     copy_told: CopyAck,
     /// Questions about marks, to whoever reads the replica for them.
@@ -90,7 +88,6 @@ impl Stream {
             durable: end.journal.durable(),
             latest_session: end.latest_session.subscribe(),
             due: Due::default(),
-            awaits_fresh: false,
             copy_told: CopyAck::default(),
             questions,
             verified_told: Verified::default(),
@@ -284,7 +281,7 @@ impl Stream {
     fn take(&mut self, admit: &mut Admit, shipment: Shipment) -> Result<Option<Placing>, (Kind, String)> {
         match shipment.what {
             Some(shipment::What::Frame(frame)) => self.take_frame(admit, &frame),
-            Some(shipment::What::Progress(progress)) => Ok(self.take_progress(admit, &progress)),
+            Some(shipment::What::Progress(progress)) => Ok(self.take_progress(&progress)),
             Some(shipment::What::CopyBegin(begin)) => Ok(Some(self.copy_step(CopyStep::Begin(self.begin_of(begin))))),
             Some(shipment::What::KeysPage(page)) => {
                 let (range, last) = (KeyRange { from: page.from.clone(), to: page.to.clone() }, page.last);
@@ -344,7 +341,7 @@ impl Stream {
 
     fn place_mark(&self, admit: &Admit, mark: Mark) -> Placing {
         let after = mark.after;
-        if self.awaits_fresh || after != admit.received() {
+        if after != admit.received() {
             mark.there.fail(format!("what comes before the mark after seq {after} is not here"));
             return Box::pin(std::future::ready(Ok(())));
         }
@@ -390,12 +387,10 @@ impl Stream {
             Err(e) => {
                 counters.resets.fetch_add(1, Ordering::Relaxed);
                 tracing::warn!(link = %self.end.config.link, error = %e, "a frame cannot be decoded; asking for a fresh window");
-                self.awaits_fresh = true;
                 self.due.reset = Some(Reset { after_seq: admit.received().0, reason: e.to_string() });
                 return Ok(None);
             }
         };
-        self.awaits_fresh = false;
         counters.bytes_raw.fetch_add(decoded.plain_bytes as u64, Ordering::Relaxed);
         if let Some(whole) = decoded.revisions.iter().find(|whole| outside(&self.opened.ranges, whole)) {
             return Err((
@@ -425,7 +420,7 @@ impl Stream {
         Ok(Some(Box::pin(journal_all(self.end.clone(), entries))))
     }
 
-    fn take_progress(&mut self, admit: &Admit, progress: &Progress) -> Option<Placing> {
+    fn take_progress(&mut self, progress: &Progress) -> Option<Placing> {
         self.end.told.send_modify(|told| {
             told.head = Revision(progress.head_revision);
             told.lag = Duration::from_millis(progress.lag_ms);
@@ -435,12 +430,13 @@ impl Stream {
             told.at = Some(Instant::now());
         });
         self.due.ack = true;
-        if progress.origin_revision == 0 || self.awaits_fresh {
+        if progress.origin_revision == 0 {
             return None;
         }
         let command = ApplyCommand::Progress {
             through: Revision(progress.origin_revision),
-            after: admit.received(),
+            // By the origin's own count: a frame that could not be decoded, or is still missing, is in it.
+            after: Seq(progress.after_seq),
             waymark: progress.waymark.map(Waymark::from).unwrap_or_default(),
             persist: progress.persist,
         };
