@@ -139,7 +139,7 @@ async fn open_anchor(ship: &mut Shipper, session: &Session) -> Result<Revision, 
     const TRIES: u32 = 20;
     for _ in 0..TRIES {
         let look = session.etcd.look(&ship.origin.send.link.waymark_key()).await.map_err(|e| at_origin(&e))?;
-        match ship.restart_tail(look.head).await {
+        match ship.restart_tail(look.head, None).await {
             Ok(()) => return Ok(look.head),
             Err(TailState::Lost { .. }) => {}
             Err(state) => return Err(SessionEnd::Wait(format!("the origin's watch did not open: {state:?}"))),

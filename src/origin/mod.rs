@@ -11,6 +11,7 @@ mod head;
 mod heartbeat;
 pub mod lag;
 mod probe;
+pub mod reopen;
 pub mod resume;
 pub mod sequence;
 pub mod session;
@@ -197,6 +198,7 @@ impl OriginLink {
             events: events.clone(),
             clock,
             seen: None,
+            carried: None,
         };
         tasks.spawn(watching.run(stop.clone()));
         tasks.spawn(head::poll(self.etcd.clone(), link.clone(), head_sender, events.clone(), clock, stop.clone()));

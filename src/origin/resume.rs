@@ -164,7 +164,7 @@ pub fn decide(spool: Option<&SpoolFacts>, replica: &ReplicaFacts, origin: &Origi
     if position.ranges_digest != origin.ranges_digest {
         return copy(Some(position), CopyReason::OtherRanges);
     }
-    let carried = received.map_or((position.carried_revision, position.carried_digest), |r| (r.revision, r.digest));
+    let carried = carried(position, received.as_ref());
     let reached = position.origin_revision.max(carried.0);
     if let Err(reason) = check_same_origin(position, reached, carried.0, origin) {
         return Resume::Stop { reason };
@@ -193,6 +193,21 @@ pub fn decide(spool: Option<&SpoolFacts>, replica: &ReplicaFacts, origin: &Origi
         }
         (Phase::Copying | Phase::Repairing | Phase::Following, _) => Resume::WatchFrom { after: reached },
     }
+}
+
+/// The last carried revision, where the origin was found to show it whole: a watch that begins anew starts at it, inclusive, and sees
+/// that nothing of the link lies between it and where the replica is.
+pub fn watched_from(replica: &ReplicaFacts, check: CarriedCheck) -> Option<(Revision, Digest)> {
+    match replica {
+        ReplicaFacts::Answered { position: Some(position), received } if check == CarriedCheck::Same => {
+            Some(carried(position, received.as_ref()))
+        }
+        ReplicaFacts::Answered { .. } | ReplicaFacts::Unreachable => None,
+    }
+}
+
+fn carried(position: &Position, received: Option<&Received>) -> (Revision, Digest) {
+    received.map_or((position.carried_revision, position.carried_digest), |r| (r.revision, r.digest))
 }
 
 /// A base copy that an operator asked for: past every stop of [`decide`].
@@ -539,6 +554,19 @@ mod tests {
         let reason = went_back(&replica, &origin(), Term(20));
         assert_eq!(reason, StopReason::TermBelow { ours: Term(20), seen: Term(50) });
         assert!(reason.to_string().contains("restored") && reason.to_string().contains("resync"), "{reason}");
+    }
+
+    #[test]
+    fn a_new_watch_starts_at_the_last_carried_revision_if_that_is_still_shown() {
+        let carried = Some((Revision(90), Digest([9; 16])));
+        assert_eq!(watched_from(&at(position()), CarriedCheck::Same), carried);
+        for check in [CarriedCheck::Open, CarriedCheck::Other, CarriedCheck::Compacted] {
+            assert_eq!(watched_from(&at(position()), check), None, "{check:?}");
+        }
+        let received = Received { seq: Seq(45), revision: Revision(120), digest: Digest([5; 16]) };
+        let ahead = ReplicaFacts::Answered { position: Some(Box::new(position())), received: Some(received) };
+        assert_eq!(watched_from(&ahead, CarriedCheck::Same), Some((Revision(120), Digest([5; 16]))));
+        assert_eq!(watched_from(&ReplicaFacts::Unreachable, CarriedCheck::Same), None);
     }
 
     #[test]

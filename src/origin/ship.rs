@@ -362,7 +362,7 @@ impl Shipper {
             });
         }
         if self.resync.is_some() {
-            return self.act(resume::resync(position.as_deref())).await?.ok_or_else(no_way);
+            return self.act(resume::resync(position.as_deref()), None).await?.ok_or_else(no_way);
         }
         let same_origin = position.as_ref().is_some_and(|p| p.origin_cluster == origin.cluster);
         let usable = match &self.tail.borrow().state {
@@ -388,7 +388,7 @@ impl Shipper {
         loop {
             let decided = resume::decide(spool.as_ref(), &replica, &origin);
             tracing::debug!(link = %self.origin.send.link, ?decided, "resume");
-            match self.act(decided).await {
+            match self.act(decided, resume::watched_from(&replica, origin.carried)).await {
                 Ok(Some(way)) => return Ok(way),
                 Ok(None) => return Err(no_way()),
                 Err(SessionEnd::Compacted(compacted)) if compacted > origin.compacted => origin.compacted = compacted,
@@ -441,18 +441,18 @@ impl Shipper {
         Ok((replica, origin))
     }
 
-    /// Brings the tail to where the decision wants it.
-    async fn act(&mut self, decided: Resume) -> Result<Option<Way>, SessionEnd> {
+    /// Brings the tail to where the decision wants it. `carried`: what a new watch begins with.
+    async fn act(&mut self, decided: Resume, carried: Option<(Revision, Digest)>) -> Result<Option<Way>, SessionEnd> {
         match decided {
             Resume::Stop { reason } => Err(SessionEnd::Stop(reason.to_string())),
             Resume::ShipFromSpool { after } => Ok(Some(Way::Follow { after })),
             Resume::WatchFrom { after } => {
-                self.watch_from(after).await?;
+                self.watch_from(after, carried).await?;
                 Ok(Some(Way::Follow { after }))
             }
             Resume::Copy { epoch, cursor: Some(at), reason } => {
                 if !at.spool_reaches {
-                    self.watch_from(at.after).await?;
+                    self.watch_from(at.after, carried).await?;
                 }
                 Ok(Some(Way::Copy { epoch, cursor: Some(at.cursor), reason: reason.to_string() }))
             }
@@ -468,8 +468,8 @@ impl Shipper {
         }
     }
 
-    async fn watch_from(&mut self, after: Revision) -> Result<(), SessionEnd> {
-        match self.restart_tail(after).await {
+    async fn watch_from(&mut self, after: Revision, carried: Option<(Revision, Digest)>) -> Result<(), SessionEnd> {
+        match self.restart_tail(after, carried).await {
             Ok(()) => Ok(()),
             Err(TailState::Lost { compacted }) => Err(SessionEnd::Compacted(compacted)),
             Err(TailState::OtherHistory { reason } | TailState::Stopped { reason }) => Err(SessionEnd::Stop(reason)),
@@ -480,10 +480,14 @@ impl Shipper {
     }
 
     /// Has the tail drop the spool and watch everything after `after`; returns once etcd has created the watch.
-    pub(super) async fn restart_tail(&mut self, after: Revision) -> Result<(), TailState> {
+    pub(super) async fn restart_tail(
+        &mut self,
+        after: Revision,
+        carried: Option<(Revision, Digest)>,
+    ) -> Result<(), TailState> {
         let (opened, waiting) = oneshot::channel();
         let gone = || TailState::Stopped { reason: "the tail has ended".to_owned() };
-        self.tail_commands.send(TailCommand::Restart { after, opened }).await.map_err(|_| gone())?;
+        self.tail_commands.send(TailCommand::Restart { after, carried, opened }).await.map_err(|_| gone())?;
         match waiting.await {
             Ok(outcome) => outcome,
             Err(_) => Err(gone()),

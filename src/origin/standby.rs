@@ -110,7 +110,7 @@ impl Shipper {
         };
         tracing::info!(link = %self.origin.send.link, after = %from, "the standby's spool begins");
         // Should etcd compact past it before the watch stands, the tail says so, and the next look begins at the head.
-        let _ = self.restart_tail(from).await;
+        let _ = self.restart_tail(from, None).await;
         Ok(())
     }
 
@@ -121,7 +121,7 @@ impl Shipper {
             return Ok(());
         }
         tracing::info!(link = %self.origin.send.link, %after, "the standby's spool begins anew, where the replica is");
-        let _ = self.restart_tail(after).await;
+        let _ = self.restart_tail(after, None).await;
         Ok(())
     }
 

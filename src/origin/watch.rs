@@ -5,12 +5,13 @@
 
 use super::head::HeadView;
 use super::probe::shows_whole;
-use super::sequence::{Carried, Event, OriginWaymark, SequenceError, Sequenced, Sequencer, WatchMessage};
+use super::reopen::{self, Spooled};
+use super::sequence::{Event, OriginWaymark, SequenceError, Sequenced, Sequencer, WatchMessage};
 use super::spool::{Spool, SpoolEntry};
 use super::{Clock, LinkEvent};
 use crate::config::{EtcdConfig, Limits};
 use crate::etcd::{Etcd, EtcdError, Look, Watch, WatchSignal, watch_right};
-use crate::model::{ClusterId, LinkName, Ranges, Revision};
+use crate::model::{ClusterId, Digest, LinkName, Ranges, Revision};
 use crate::retry::Backoff;
 use crate::segment::feed::Appended;
 use crate::wire::digest;
@@ -64,8 +65,9 @@ pub type Opened = oneshot::Sender<Result<(), TailState>>;
 
 /// What the shipper asks of the tail.
 pub enum TailCommand {
-    /// Forget the spool and watch everything after `after`; `opened` is told once etcd has created the watch.
-    Restart { after: Revision, opened: Opened },
+    /// Forget the spool and watch everything after `after`; `opened` is told once etcd has created the watch. `carried`: the watch begins
+    /// at this revision, to see that it and what follows up to `after` is what it was.
+    Restart { after: Revision, carried: Option<(Revision, Digest)>, opened: Opened },
 }
 
 pub struct Tail {
@@ -81,6 +83,8 @@ pub struct Tail {
     pub clock: Clock,
     /// The origin as it was at the last connect since the spool was begun.
     pub seen: Option<(ClusterId, OriginWaymark)>,
+    /// What a watch begins with until the spool has a revision of its own.
+    pub carried: Option<(Revision, Digest)>,
 }
 
 /// Why a watch session ended.
@@ -168,8 +172,9 @@ impl Tail {
     }
 
     /// Begins the spool anew, then watches; `opened` is told when the watch stands.
-    async fn restart(&mut self, after: Revision, opened: Opened, turn: &mut Turn) {
+    async fn restart(&mut self, after: Revision, carried: Option<(Revision, Digest)>, opened: Opened, turn: &mut Turn) {
         self.seen = None;
+        self.carried = carried;
         match self.spool.reset(after).await {
             Ok(()) => {
                 self.view.send_modify(|view| view.covered = after);
@@ -186,10 +191,12 @@ impl Tail {
     async fn go_on_after(&mut self, ended: Ended, turn: &mut Turn) {
         match ended {
             Ended::Command(None) => turn.next = Next::End,
-            Ended::Command(Some(TailCommand::Restart { after, opened })) => self.restart(after, opened, turn).await,
+            Ended::Command(Some(TailCommand::Restart { after, carried, opened })) => {
+                self.restart(after, carried, opened, turn).await;
+            }
             Ended::Compacted { from, compacted } => {
                 let covered = self.spool.extent().borrow().covered;
-                if from <= covered && compacted <= covered.next() {
+                if reopen::goes_on_after_end(from, covered, compacted) {
                     turn.after_covered = true;
                     return;
                 }
@@ -282,18 +289,14 @@ impl Tail {
             return Err(Ended::OtherHistory(reason));
         }
         self.same_origin(&look).map_err(Ended::OtherHistory)?;
-        let expected = match extent.last {
-            Some((last, _)) if !after_covered && shows_whole(&etcd, last).await? => extent.last,
-            Some(_) | None => None,
+        let last = extent.last.or(self.carried);
+        let shows_last = match last {
+            Some((last, _)) => !after_covered && shows_whole(&etcd, last).await?,
+            None => false,
         };
-        let sequencer = Sequencer::new(&self.link, self.ranges.clone(), extent.covered, self.limits.revision_bytes_max);
-        let (sequencer, from) = match expected {
-            Some((revision, digest)) => {
-                let carried = Carried { revision, digest, peer: None, digest_of: digest::of_revision };
-                (sequencer.expect(carried), revision)
-            }
-            None => (sequencer, extent.covered.next()),
-        };
+        let spooled = Spooled { covered: extent.covered, last };
+        let bytes_max = self.limits.revision_bytes_max;
+        let (sequencer, from) = reopen::sequencer(&self.link, self.ranges.clone(), spooled, shows_last, bytes_max);
         let watch = etcd.watch(&self.ranges.covering(), from, message_bytes_max).await?;
         Ok(OpenWatch { etcd, watch, sequencer, from })
     }
@@ -358,9 +361,7 @@ impl Tail {
         let waymark = look.kv.as_ref().and_then(|kv| OriginWaymark::from_json(&kv.value)).unwrap_or_default();
         let seen = self.seen.replace((look.cluster, waymark));
         let Some((cluster, before)) = seen else { return Ok(()) };
-        let older = waymark.present.counter < before.present.counter;
-        let other = waymark.present.counter == before.present.counter && waymark.present != before.present;
-        if cluster == look.cluster && !older && !other {
+        if reopen::same_origin((cluster, before), (look.cluster, waymark)) {
             return Ok(());
         }
         self.seen = seen;
