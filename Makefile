@@ -4,7 +4,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 # An etcd that .ci/install unpacked goes before the distribution's own, which may be too old.
 export PATH := $(CURDIR)/target/etcd/bin:$(PATH)
 
-.PHONY: demo test mutants bench build lint install clean
+.PHONY: demo test soak mutants bench build lint install clean
 
 # Two regions on this machine for about 30 seconds. ARGS is passed on, for example: make demo ARGS=--keep
 demo: build
@@ -18,6 +18,9 @@ test: install
 # lists all.
 mutants: install
 	cargo test --test mutants -- $(ARGS)
+# The simulation over more seeds than `make test` runs. A seed that fails is printed, and run again by: SEED=n cargo test --test it simulation
+soak: install
+	SEEDS=$(or $(SEEDS),100000) cargo test --test it simulation -- --nocapture
 
 # Beside etcdctl make-mirror, on real etcds; about 15 minutes, or with ARGS=--quick under 3. Fails if a bound is not kept. The small
 # pieces: cargo bench --bench encode --bench segment

@@ -30,6 +30,7 @@ mod resume;
 mod same_origin;
 mod seeing;
 mod sidecar_kills;
+mod simulation;
 mod spool_full;
 mod takeover;
 mod tidy;

@@ -1,0 +1,583 @@
+//! Job: an origin's sidecar, stepped: hello, the product's resume table, encoder and account of a stream, the base copy's pages.
+//! Input: its tail, the origin's etcd, receipts, an operator's resync. Output: shipments on a line; why the link stops.
+//! Synchronous.
+//! Always true: whatever decides is the product's; this file only carries values from one decision to the next, as the edges do.
+
+use super::etcd::Etcd;
+use super::line::{Line, Receipt, Shipment};
+use super::pages::{Copy, Reader};
+use super::region::Context;
+use super::replica::{Hello, HelloAnswer, HelloRefused, Replica};
+use super::tail::{REVISION_BYTES_MAX, Tail, TailState, waymark_of};
+use etcd_ferry::model::{Change, Digest, Epoch, LinkName, Ranges, Revision, Seq, Term, WholeRevision};
+use etcd_ferry::origin::resume::{
+    self, CarriedCheck, CopyReason, OriginFacts, Received, ReplicaFacts, Resume, SpoolFacts, StopReason,
+};
+use etcd_ferry::origin::sequence::{Event, OriginWaymark, Sequencer, WatchMessage};
+use etcd_ferry::origin::shipped::{RESETS_MAX, Shipped};
+use etcd_ferry::origin::spool::SpoolEntry;
+use etcd_ferry::replica::copy::Begin;
+use etcd_ferry::wire::digest;
+use etcd_ferry::wire::frame::{FrameLimits, encode_standalone};
+use etcd_ferry::wire::replicate::refusal::Kind;
+use etcd_ferry::wire::replicate::{CopyAck, Progress};
+use etcd_ferry::wire::window::{Encoder, WindowLimits};
+
+const PAGES_IN_FLIGHT_MAX: u64 = 3;
+const FRAMES_IN_FLIGHT_MAX: usize = 64;
+const LINE_MAX: usize = 6;
+/// Small, so that values fall out of it.
+const WINDOW: WindowLimits = WindowLimits {
+    window_bytes_max: 4096,
+    frame: FrameLimits { plain_bytes_max: REVISION_BYTES_MAX, revisions_max: 65_536 },
+};
+
+pub struct Origin {
+    pub name: String,
+    pub link: LinkName,
+    pub term: Term,
+    pub tail: Tail,
+    pub session: Option<Session>,
+    known_epoch: Epoch,
+    /// An operator's wish for a new base copy; true: deletes are allowed.
+    pub resync: Option<bool>,
+    pub stopped: Option<String>,
+    /// Stands for a sidecar of a version without waymarks.
+    pub writes_waymarks: bool,
+}
+
+pub struct Session {
+    pub number: u64,
+    pub replica: usize,
+    pub line: Line,
+    encoder: Encoder,
+    epoch: Epoch,
+    pub shipped: Shipped,
+    waymark: OriginWaymark,
+    waymark_revision: Revision,
+    copy_ack: CopyAck,
+    pub copying: Option<Copy>,
+}
+
+/// Why a stream ended.
+pub enum End {
+    Again(String),
+    Stop(String),
+}
+
+struct Greeted {
+    answer: HelloAnswer,
+    waymark: OriginWaymark,
+    waymark_revision: Revision,
+}
+
+impl Origin {
+    pub fn start(name: String, link: LinkName, term: Term, tail: Tail, writes_waymarks: bool) -> Self {
+        Self {
+            name,
+            link,
+            term,
+            tail,
+            session: None,
+            known_epoch: Epoch(0),
+            resync: None,
+            stopped: None,
+            writes_waymarks,
+        }
+    }
+
+    /// As a new process, over what the disk holds.
+    pub fn start_again(&mut self, ranges: Ranges) {
+        self.tail.start_again(ranges);
+        (self.session, self.known_epoch, self.resync, self.stopped) = (None, Epoch(0), None, None);
+    }
+
+    fn end(&mut self, end: End, context: &mut Context) {
+        match end {
+            End::Again(reason) => context.note(|| format!("{} says hello again: {reason}", self.name)),
+            End::Stop(reason) => {
+                context.note(|| format!("{} stops: {reason}", self.name));
+                context.count("link stopped");
+                self.stopped = Some(reason);
+            }
+        }
+        self.session = None;
+    }
+
+    /// Says hello and begins to ship.
+    pub fn connect(&mut self, number: u64, at: usize, replica: &mut Replica, etcd: &mut Etcd, context: &mut Context) {
+        if let Err(end) = self.try_connect(number, at, replica, etcd, context) {
+            self.end(end, context);
+        }
+    }
+
+    fn try_connect(
+        &mut self,
+        number: u64,
+        at: usize,
+        replica: &mut Replica,
+        etcd: &mut Etcd,
+        context: &mut Context,
+    ) -> Result<(), End> {
+        let waymark_revision = etcd.get(&self.link.waymark_key()).map_or(Revision(0), |(_, modified)| modified);
+        let waymark = waymark_of(etcd, &self.link).unwrap_or_default();
+        let ranges = self.tail.ranges.clone();
+        let origin_cluster = etcd.cluster;
+        let hello = Hello { number, epoch: self.known_epoch, term: self.term, origin_cluster, ranges, window: WINDOW };
+        let lost = context.fails(40, "hello lost");
+        let answer = if lost && context.random.percent(50) { None } else { Some(replica.hello(hello, context)) };
+        let answer = match answer {
+            Some(Ok(answer)) if !lost => answer,
+            Some(Err(HelloRefused::Fenced)) => {
+                self.known_epoch = Epoch(0);
+                return Err(End::Again("fenced".to_owned()));
+            }
+            Some(Ok(_) | Err(HelloRefused::Unavailable)) | None => {
+                let facts = self.origin_facts(etcd);
+                let decided = resume::decide(self.spool_facts().as_ref(), &ReplicaFacts::Unreachable, &facts);
+                context.count(&name_of(&decided));
+                return Err(End::Again("the replica did not answer".to_owned()));
+            }
+        };
+        context.note(|| {
+            let at = answer.position.as_ref().map(|p| (p.epoch.0, p.seq.0, p.origin_revision.0, p.state));
+            format!("{} greets {}: position {at:?}, received {}", self.name, replica.name, answer.received.0)
+        });
+        let greeted = Greeted { answer, waymark, waymark_revision };
+        self.decide(greeted, number, at, etcd, context)
+    }
+
+    fn origin_facts(&self, etcd: &Etcd) -> OriginFacts {
+        OriginFacts {
+            cluster: etcd.cluster,
+            head: etcd.head(),
+            ranges_digest: digest::of_ranges(&self.tail.ranges),
+            waymark: waymark_of(etcd, &self.link),
+            carried: CarriedCheck::Open,
+            compacted: Revision(0),
+        }
+    }
+
+    fn spool_facts(&self) -> Option<SpoolFacts> {
+        let spool = &self.tail.spool;
+        let facts = SpoolFacts { base: Revision(spool.base()), covered: Revision(spool.covered), last: spool.last };
+        (facts.covered > Revision(0)).then_some(facts)
+    }
+
+    fn decide(
+        &mut self,
+        greeted: Greeted,
+        number: u64,
+        at: usize,
+        etcd: &mut Etcd,
+        context: &mut Context,
+    ) -> Result<(), End> {
+        let answer = &greeted.answer;
+        let (seq, revision, digest) = answer.received;
+        let received = Received { seq, revision, digest };
+        let ahead = answer.position.as_ref().is_some_and(|p| seq > p.seq);
+        let mut origin = self.origin_facts(etcd);
+        if let Some(position) = &answer.position {
+            let carried = if ahead { (revision, digest) } else { (position.carried_revision, position.carried_digest) };
+            let same_place =
+                position.origin_cluster == origin.cluster && position.ranges_digest == origin.ranges_digest;
+            if same_place && carried.0 > Revision(0) && origin.head >= carried.0 {
+                origin.carried = self.probe(carried, etcd);
+            }
+        }
+        let replica = ReplicaFacts::Answered {
+            position: answer.position.clone().map(Box::new),
+            received: ahead.then_some(received),
+        };
+        let decided = if self.resync.is_some() {
+            resume::resync(answer.position.as_ref())
+        } else {
+            let same_origin = answer.position.as_ref().is_some_and(|p| p.origin_cluster == origin.cluster);
+            let usable = match &self.tail.state {
+                TailState::OtherHistory { reason } if same_origin => return Err(End::Stop(reason.clone())),
+                TailState::Lost { compacted } => {
+                    origin.compacted = *compacted;
+                    false
+                }
+                TailState::OtherHistory { .. } => false,
+                TailState::Idle | TailState::Watching | TailState::SpoolFull | TailState::Stopped { .. } => same_origin,
+            };
+            let spool = self.spool_facts().filter(|_| usable);
+            resume::decide(spool.as_ref(), &replica, &origin)
+        };
+        context.count(&name_of(&decided));
+        context.note(|| format!("{}: {decided:?}", self.name));
+        let carried = resume::watched_from(&replica, origin.carried).filter(|_| self.resync.is_none());
+        self.act(decided, carried, greeted, (number, at), etcd, context)
+    }
+
+    /// What one revision of the link holds at the origin, against what was carried.
+    fn probe(&self, carried: (Revision, Digest), etcd: &Etcd) -> CarriedCheck {
+        if !etcd.shows_whole(carried.0) {
+            return CarriedCheck::Compacted;
+        }
+        let before = Revision(carried.0.0 - 1);
+        let mut sequencer = Sequencer::new(&self.link, self.tail.ranges.clone(), before, REVISION_BYTES_MAX);
+        let event = |change: &Change| Event { revision: carried.0, change: change.clone() };
+        let events = etcd.written_at(carried.0.0).iter().map(event).collect();
+        let message = WatchMessage { events, fragment: false, header_revision: etcd.head() };
+        let whole = sequencer.push(message).expect("one revision is in order");
+        let found = whole.first().filter(|found| !found.whole.changes.is_empty());
+        match found.map(|found| digest::of_revision(&found.whole)) {
+            Some(digest) if digest == carried.1 => CarriedCheck::Same,
+            Some(_) | None => CarriedCheck::Other,
+        }
+    }
+
+    /// `stream`: its number, and which replica it goes to. `carried`: what a new watch begins with.
+    fn act(
+        &mut self,
+        decided: Resume,
+        carried: Option<(Revision, Digest)>,
+        greeted: Greeted,
+        stream: (u64, usize),
+        etcd: &mut Etcd,
+        context: &mut Context,
+    ) -> Result<(), End> {
+        let failed = |state: TailState| match state {
+            TailState::OtherHistory { reason } | TailState::Stopped { reason } => End::Stop(reason),
+            state @ (TailState::Idle | TailState::Watching | TailState::SpoolFull | TailState::Lost { .. }) => {
+                End::Again(format!("the watch did not open: {state:?}"))
+            }
+        };
+        match decided {
+            Resume::Stop { reason } => Err(End::Stop(reason.to_string())),
+            Resume::Tail { .. } => Err(End::Again("the replica did not answer".to_owned())),
+            Resume::ShipFromSpool { after } => {
+                self.open(greeted, stream).follow(after);
+                self.trim_as_known();
+                Ok(())
+            }
+            Resume::WatchFrom { after } => {
+                self.tail.restart(after, carried, etcd, context).map_err(failed)?;
+                self.open(greeted, stream).follow(after);
+                self.trim_as_known();
+                Ok(())
+            }
+            Resume::Copy { epoch, cursor: Some(cursor), .. } => {
+                if !cursor.spool_reaches {
+                    self.tail.restart(cursor.after, carried, etcd, context).map_err(failed)?;
+                }
+                self.copy(epoch, Some(cursor.cursor), greeted, stream, etcd, context)
+            }
+            // Comparisons and what they mend are not stepped here: a base copy brings what was lost, as it does in the product where the
+            // replica is empty or a link back exists.
+            Resume::Copy { epoch, cursor: None, .. } | Resume::Repair { epoch, .. } => {
+                let epoch = epoch.max(self.known_epoch.next());
+                self.copy(epoch, None, greeted, stream, etcd, context)
+            }
+        }
+    }
+
+    fn open(&mut self, greeted: Greeted, (number, at): (u64, usize)) -> &mut Session {
+        let Greeted { answer, waymark, waymark_revision } = greeted;
+        let epoch = super::judge::epoch_of(answer.position.as_ref());
+        self.known_epoch = self.known_epoch.max(epoch);
+        let received = (answer.received.0, answer.received.1);
+        self.session.insert(Session {
+            number,
+            replica: at,
+            line: Line::default(),
+            encoder: Encoder::new(WINDOW, 1),
+            epoch,
+            shipped: Shipped::open(answer.position.as_ref(), received, answer.durable),
+            waymark,
+            waymark_revision,
+            copy_ack: CopyAck::default(),
+            copying: None,
+        })
+    }
+
+    fn trim_as_known(&mut self) {
+        if let Some(session) = &self.session {
+            self.tail.spool.trim(session.shipped.acked.position_revision.0);
+        }
+    }
+
+    fn copy(
+        &mut self,
+        epoch: Epoch,
+        cursor: Option<bytes::Bytes>,
+        greeted: Greeted,
+        stream: (u64, usize),
+        etcd: &mut Etcd,
+        context: &mut Context,
+    ) -> Result<(), End> {
+        let resume = cursor.is_some();
+        let anchor = match &greeted.answer.position {
+            Some(position) if resume => position.origin_revision,
+            Some(_) | None => {
+                let head = etcd.head();
+                let opened = self.tail.restart(head, None, etcd, context);
+                opened.map_err(|state| End::Again(format!("the watch did not open: {state:?}")))?;
+                head
+            }
+        };
+        let ranges = self.tail.ranges.clone();
+        let (ranges_empty, link, writes_waymarks) =
+            (greeted.answer.ranges_empty, self.link.clone(), self.writes_waymarks);
+        let (allow_deletes, term) = (self.resync == Some(true), self.term);
+        self.known_epoch = self.known_epoch.max(epoch);
+        let session = self.open(greeted, stream);
+        if writes_waymarks && session.waymark.present.counter == 0 {
+            session.write_waymark(&link, etcd, context)?;
+        }
+        let keys_total = etcd.count(ranges.pieces());
+        let guard_pass = !resume && !ranges_empty && keys_total > 0;
+        let begin = Begin {
+            epoch,
+            term,
+            origin_cluster: etcd.cluster,
+            anchor,
+            waymark: session.waymark.present,
+            allow_deletes,
+            origin_empty: keys_total == 0,
+            guard_pass,
+            keys_total,
+            resume,
+            deletes_share_max: 0.5,
+            link_back: false,
+            repair: false,
+        };
+        session.line.ship(context, Shipment::Begin(Box::new(begin)));
+        let guard = guard_pass.then(|| Reader::new(&ranges, None, anchor));
+        session.copying =
+            Some(Copy { epoch, anchor, guard, pages: Reader::new(&ranges, cursor, anchor), sent: 0, ended: false });
+        self.known_epoch = self.known_epoch.max(epoch);
+        Ok(())
+    }
+
+    /// Puts something on the line, if there is anything.
+    pub fn ship(&mut self, etcd: &mut Etcd, context: &mut Context) {
+        if let Err(end) = self.try_ship(etcd, context) {
+            self.end(end, context);
+        }
+    }
+
+    fn try_ship(&mut self, etcd: &mut Etcd, context: &mut Context) -> Result<(), End> {
+        match &self.tail.state {
+            TailState::Lost { compacted } => {
+                return Err(End::Again(format!("the origin has compacted up to {compacted}")));
+            }
+            TailState::OtherHistory { reason } | TailState::Stopped { reason } => {
+                return Err(End::Stop(reason.clone()));
+            }
+            TailState::Idle | TailState::Watching | TailState::SpoolFull => {}
+        }
+        let Some(session) = &mut self.session else { return Ok(()) };
+        if session.line.shipments.len() >= LINE_MAX {
+            return Ok(());
+        }
+        if session.copying.is_some() {
+            return self.ship_copy(etcd, context);
+        }
+        if context.random.percent(25) {
+            return self.tick(etcd, context);
+        }
+        if session.shipped.frames_in_flight() < FRAMES_IN_FLIGHT_MAX {
+            self.ship_frame(context)?;
+        }
+        Ok(())
+    }
+
+    fn ship_frame(&mut self, context: &mut Context) -> Result<(), End> {
+        let Some(session) = &mut self.session else { return Ok(()) };
+        let bytes_max = if session.shipped.is_standalone() { 1 } else { context.random.between(1, 4096) };
+        let entries = self.tail.spool.read_after(session.shipped.cursor.0, bytes_max);
+        let entries: Vec<SpoolEntry> = entries.ok_or_else(|| End::Again("the spool does not hold it".to_owned()))?;
+        let Some(last) = entries.last() else { return Ok(()) };
+        session.shipped.cursor = last.revision.revision;
+        let revisions: Vec<&WholeRevision> = entries.iter().map(|entry| entry.revision.as_ref()).collect();
+        let digests: Vec<Digest> = entries.iter().map(|entry| entry.digest).collect();
+        let (epoch, first) = (session.epoch, session.shipped.seq.next());
+        let frame = if session.shipped.is_standalone() {
+            context.count("standalone frame");
+            encode_standalone(epoch, self.term, first, &revisions, &digests)
+        } else {
+            session.encoder.encode(epoch, self.term, first, &revisions, &digests)
+        };
+        session.shipped.frame(revisions.len() as u64, last.revision.revision);
+        session.shipped.sent = session.shipped.cursor;
+        context.note(|| {
+            let (from, to) = (revisions[0].revision, last.revision.revision);
+            format!("{} ships seq {first} and {} more, revisions {from} to {to}", self.name, revisions.len() - 1)
+        });
+        session.line.ship(context, Shipment::Frame(frame));
+        Ok(())
+    }
+
+    /// Progress, and the waymark.
+    fn tick(&mut self, etcd: &mut Etcd, context: &mut Context) -> Result<(), End> {
+        let Some(session) = &mut self.session else { return Ok(()) };
+        let acked = session.shipped.acked;
+        let due = context.random.percent(if context.faults { 20 } else { 2 }) && self.writes_waymarks;
+        if due && acked.following && acked.waymark == session.waymark.present {
+            session.write_waymark(&self.link, etcd, context)?;
+        }
+        let spooled = self.tail.spool.last.map(|(last, _)| last);
+        let (through, shipped_all) = session.shipped.through(true, spooled, Revision(self.tail.spool.covered));
+        let persist = shipped_all && acked.following && context.random.percent(30);
+        let progress = Progress {
+            origin_revision: through.0,
+            waymark: Some(session.waymark.present.into()),
+            persist,
+            after_seq: session.shipped.seq.0,
+            ..Progress::default()
+        };
+        session.shipped.progressed = through;
+        session.line.ship(context, Shipment::Progress(progress));
+        Ok(())
+    }
+
+    fn ship_copy(&mut self, etcd: &Etcd, context: &mut Context) -> Result<(), End> {
+        let Some(session) = &mut self.session else { return Ok(()) };
+        let (acked, Some(copy)) = (&session.copy_ack, &mut session.copying) else { return Ok(()) };
+        if copy.sent >= acked.pages + PAGES_IN_FLIGHT_MAX {
+            return Ok(());
+        }
+        if let Some(guard) = &mut copy.guard
+            && let Some(page) = guard.next(etcd, &mut context.random)
+        {
+            copy.sent += 1;
+            let keys = page.kvs.into_iter().map(|(key, _)| key).collect();
+            session.line.ship(context, Shipment::Keys { range: page.range, keys, last: page.last });
+            return Ok(());
+        }
+        if !acked.guard_passed {
+            return Ok(());
+        }
+        self.resync = None;
+        if copy.guard.take().is_some() {
+            copy.sent = acked.pages;
+        }
+        if let Some(page) = copy.pages.next(etcd, &mut context.random) {
+            copy.sent += 1;
+            let shipment = Shipment::Page { range: page.range, revision: page.revision, kvs: page.kvs };
+            session.line.ship(context, shipment);
+        } else if !copy.ended {
+            copy.ended = true;
+            let anchor = copy.pages.highest;
+            session.line.ship(context, Shipment::End { anchor });
+        } else if acked.complete {
+            let (epoch, anchor) = (copy.epoch, copy.anchor);
+            session.copying = None;
+            session.epoch = epoch;
+            session.shipped.open_epoch(anchor);
+            session.shipped.follow(anchor);
+            self.trim_as_known();
+        }
+        Ok(())
+    }
+
+    /// Takes the next receipt.
+    pub fn take_receipt(&mut self, context: &mut Context) {
+        let Some(receipt) = self.session.as_mut().and_then(|session| session.line.receipts.pop_front()) else { return };
+        if let Err(end) = self.take(receipt, context) {
+            self.end(end, context);
+        }
+    }
+
+    fn take(&mut self, receipt: Receipt, context: &mut Context) -> Result<(), End> {
+        let Some(session) = &mut self.session else { return Ok(()) };
+        match receipt {
+            Receipt::Ack(ack) => {
+                let copying = session.copying.is_some();
+                let moved = session.shipped.acknowledge(&ack, copying);
+                let moved = moved.map_err(|untrue| End::Again(untrue.to_string()))?;
+                if let Some(through) = moved.trim {
+                    self.tail.spool.trim(through.0);
+                }
+                Ok(())
+            }
+            Receipt::Reset(after) => {
+                let in_row = session.shipped.reset(Seq(after)).map_err(|untrue| End::Again(untrue.to_string()))?;
+                if in_row > RESETS_MAX {
+                    return Err(End::Stop("the replica cannot decode what comes".to_owned()));
+                }
+                session.encoder.restart();
+                Ok(())
+            }
+            Receipt::CopyAck(ack) => {
+                session.copy_ack = *ack;
+                Ok(())
+            }
+            Receipt::Refusal(kind, reason) => {
+                if kind == Kind::Fenced {
+                    self.known_epoch = Epoch(0);
+                }
+                if kind == Kind::Guard {
+                    self.resync = None;
+                }
+                context.count(&format!("end {}", kind.as_str_name()));
+                Err(match kind {
+                    Kind::Guard | Kind::Conflict | Kind::Outside | Kind::TooLarge => End::Stop(reason),
+                    Kind::Fenced | Kind::PositionMoved | Kind::Gap | Kind::Closing | Kind::Unspecified => {
+                        End::Again(reason)
+                    }
+                })
+            }
+        }
+    }
+}
+
+impl Session {
+    fn follow(&mut self, after: Revision) {
+        self.shipped.follow(after);
+    }
+
+    fn write_waymark(&mut self, link: &LinkName, etcd: &mut Etcd, context: &mut Context) -> Result<(), End> {
+        let key = link.waymark_key();
+        let present = etcd.get(&key).map_or(Revision(0), |(_, modified)| modified);
+        if present != self.waymark_revision {
+            return Err(End::Again("another sidecar wrote this link's waymark".to_owned()));
+        }
+        self.waymark = self.waymark.next(context.random.next());
+        let change = Change::Put { key, value: self.waymark.to_json().into() };
+        self.waymark_revision = etcd.write(vec![change]).unwrap_or_default();
+        let written = etcd.written_at(etcd.revision).to_vec();
+        context.judge.origin_wrote(etcd.head(), &written, etcd.state());
+        context.count("waymark written");
+        Ok(())
+    }
+}
+
+/// A resume outcome with its reason, as it is counted.
+pub fn name_of(decided: &Resume) -> String {
+    let reason = match decided {
+        Resume::ShipFromSpool { .. } => "ship from the spool".to_owned(),
+        Resume::WatchFrom { .. } => "watch from the position".to_owned(),
+        Resume::Tail { .. } => "tail".to_owned(),
+        Resume::Copy { reason, .. } => format!("copy: {}", name_of_copy(reason)),
+        Resume::Repair { reason, .. } => format!("repair: {}", name_of_copy(reason)),
+        Resume::Stop { reason } => format!("stop: {}", name_of_stop(reason)),
+    };
+    format!("resume {reason}")
+}
+
+fn name_of_copy(reason: &CopyReason) -> &'static str {
+    match reason {
+        CopyReason::NoPosition => "no position",
+        CopyReason::OtherCluster { .. } => "other cluster",
+        CopyReason::OtherRanges => "other ranges",
+        CopyReason::Compacted { .. } => "compacted",
+        CopyReason::NotProvable => "not provable",
+        CopyReason::GoesOn => "goes on",
+        CopyReason::Asked => "asked",
+    }
+}
+
+fn name_of_stop(reason: &StopReason) -> &'static str {
+    match reason {
+        StopReason::HeadBelow { .. } => "head below",
+        StopReason::WaymarkMissing { .. } => "waymark missing",
+        StopReason::WaymarkOlder { .. } => "waymark older",
+        StopReason::WaymarkUnknown { .. } => "waymark unknown",
+        StopReason::CarriedDiffers { .. } => "carried differs",
+        StopReason::TermBelow { .. } => "term below",
+    }
+}

@@ -1,0 +1,230 @@
+//! Job: the origin's tail, stepped: the product's sequencer and its rules on where a watch begins, into a spool on a disk that can be torn.
+//! Input: the origin's watch messages. Output: spool entries; what the tail is doing.
+//! Synchronous.
+//! Always true: as in the product's origin/watch.rs, whose calls it stands for.
+
+use super::disk::Disk;
+use super::etcd::{Etcd, Signal, Watch};
+use super::region::Context;
+use etcd_ferry::model::{ClusterId, Digest, LinkName, Ranges, Revision};
+use etcd_ferry::origin::reopen::{self, Spooled};
+use etcd_ferry::origin::sequence::{Event, OriginWaymark, SequenceError, Sequenced, Sequencer, WatchMessage};
+use etcd_ferry::origin::spool::SpoolEntry;
+use etcd_ferry::wire::digest;
+use std::sync::Arc;
+
+pub const REVISION_BYTES_MAX: usize = 1 << 20;
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TailState {
+    /// Nothing says yet from where to watch.
+    Idle,
+    Watching,
+    SpoolFull,
+    Lost {
+        compacted: Revision,
+    },
+    OtherHistory {
+        reason: String,
+    },
+    Stopped {
+        reason: String,
+    },
+}
+
+pub struct Tail {
+    link: LinkName,
+    pub ranges: Ranges,
+    pub spool: Disk<SpoolEntry>,
+    pub state: TailState,
+    watch: Option<Open>,
+    after_covered: bool,
+    /// Everything up to it was seen.
+    pub covered: Revision,
+    seen: Option<(ClusterId, OriginWaymark)>,
+    /// What a watch begins with until the spool has a revision of its own.
+    carried: Option<(Revision, Digest)>,
+}
+
+struct Open {
+    watch: Watch,
+    sequencer: Sequencer,
+    from: Revision,
+}
+
+pub fn waymark_of(etcd: &Etcd, link: &LinkName) -> Option<OriginWaymark> {
+    etcd.get(&link.waymark_key()).and_then(|(json, _)| OriginWaymark::from_json(&json))
+}
+
+impl Tail {
+    /// With something in the spool it watches at once; otherwise it waits to be told from where.
+    pub fn start(link: LinkName, ranges: Ranges, spool: Disk<SpoolEntry>) -> Self {
+        let (state, covered) = (TailState::Idle, Revision(0));
+        let mut tail = Self {
+            link,
+            ranges: ranges.clone(),
+            spool,
+            state,
+            watch: None,
+            after_covered: false,
+            covered,
+            seen: None,
+            carried: None,
+        };
+        tail.start_again(ranges);
+        tail
+    }
+
+    /// As a new process, over what the disk holds.
+    pub fn start_again(&mut self, ranges: Ranges) {
+        let tag = tag_of(&ranges);
+        if self.spool.tag != tag && self.spool.covered > 0 {
+            self.spool.reset(tag, 0);
+        }
+        self.ranges = ranges;
+        self.covered = Revision(self.spool.covered);
+        self.state = if self.covered > Revision(0) { TailState::Watching } else { TailState::Idle };
+        (self.watch, self.after_covered, self.seen, self.carried) = (None, false, None, None);
+    }
+
+    pub fn spooled(&self) -> Spooled {
+        Spooled { covered: Revision(self.spool.covered), last: self.spool.last.or(self.carried) }
+    }
+
+    /// The stream to etcd breaks; messages on it are lost.
+    pub fn break_watch(&mut self) {
+        self.watch = None;
+    }
+
+    /// Drops the spool and watches everything after `after`.
+    pub fn restart(
+        &mut self,
+        after: Revision,
+        carried: Option<(Revision, Digest)>,
+        etcd: &Etcd,
+        context: &mut Context,
+    ) -> Result<(), TailState> {
+        (self.seen, self.carried) = (None, carried);
+        self.spool.reset(tag_of(&self.ranges), after.0);
+        (self.covered, self.state, self.watch, self.after_covered) = (after, TailState::Watching, None, false);
+        self.step(etcd, context);
+        match &self.state {
+            TailState::Watching | TailState::Idle | TailState::SpoolFull => Ok(()),
+            state @ (TailState::Lost { .. } | TailState::OtherHistory { .. } | TailState::Stopped { .. }) => {
+                Err(state.clone())
+            }
+        }
+    }
+
+    /// Opens the watch, or takes its next message.
+    pub fn step(&mut self, etcd: &Etcd, context: &mut Context) {
+        match self.state {
+            TailState::Watching => {}
+            TailState::SpoolFull if !self.spool.is_full() => self.state = TailState::Watching,
+            TailState::SpoolFull
+            | TailState::Idle
+            | TailState::Lost { .. }
+            | TailState::OtherHistory { .. }
+            | TailState::Stopped { .. } => return,
+        }
+        if self.watch.is_none() {
+            self.watch = match self.open(etcd) {
+                Ok(open) => Some(open),
+                Err(reason) => return self.state = TailState::OtherHistory { reason },
+            };
+        }
+        let Some(open) = &mut self.watch else { return };
+        let Some(signal) = open.watch.poll(etcd, &mut context.random) else { return };
+        self.take(signal, etcd, context);
+    }
+
+    fn open(&mut self, etcd: &Etcd) -> Result<Open, String> {
+        let after_covered = std::mem::take(&mut self.after_covered);
+        let spooled = self.spooled();
+        if etcd.head() < spooled.covered {
+            return Err(format!("the origin's head {} is below {}", etcd.head(), spooled.covered));
+        }
+        let now = (etcd.cluster, waymark_of(etcd, &self.link).unwrap_or_default());
+        if let Some(before) = self.seen.replace(now)
+            && !reopen::same_origin(before, now)
+        {
+            self.seen = Some(before);
+            return Err("the origin was restored or replaced while it was watched".to_owned());
+        }
+        let shows_last = spooled.last.is_some_and(|(last, _)| !after_covered && etcd.shows_whole(last));
+        let (sequencer, from) =
+            reopen::sequencer(&self.link, self.ranges.clone(), spooled, shows_last, REVISION_BYTES_MAX);
+        Ok(Open { watch: Watch::open(&self.ranges, from), sequencer, from })
+    }
+
+    fn take(&mut self, signal: Signal, etcd: &Etcd, context: &mut Context) {
+        let Some(open) = &mut self.watch else { return };
+        let taken = match signal {
+            Signal::Created => Ok(Vec::new()),
+            Signal::Compacted(compacted) => {
+                let (from, covered) = (open.from, Revision(self.spool.covered));
+                self.watch = None;
+                if reopen::goes_on_after_end(from, covered, compacted) {
+                    context.count("watch goes on after the spool's end");
+                    self.after_covered = true;
+                } else {
+                    self.state = TailState::Lost { compacted };
+                }
+                return;
+            }
+            Signal::Progress(revision) => open.sequencer.progress(revision).map(|()| Vec::new()),
+            Signal::Events { events, fragment, header } => {
+                if fragment {
+                    context.count("watch message in fragments");
+                }
+                let events = events.into_iter().map(|(revision, change)| Event { revision, change }).collect();
+                open.sequencer.push(WatchMessage { events, fragment, header_revision: header })
+            }
+        };
+        let covered = open.sequencer.covered();
+        match taken {
+            Ok(whole) => self.spool_all(whole, covered, context),
+            Err(error) => {
+                self.watch = None;
+                self.go_on_after(&error, etcd, context);
+            }
+        }
+    }
+
+    fn go_on_after(&mut self, error: &SequenceError, etcd: &Etcd, context: &mut Context) {
+        match error {
+            // Another history only if etcd can still show the old one whole.
+            SequenceError::OtherHistory { carried, .. } if etcd.shows_whole(*carried) => {
+                context.count("tail saw another history");
+                self.state = TailState::OtherHistory { reason: error.to_string() };
+            }
+            SequenceError::OtherHistory { .. } | SequenceError::WentBack { .. } => {}
+            SequenceError::TooLarge { .. } => self.state = TailState::Stopped { reason: error.to_string() },
+        }
+    }
+
+    fn spool_all(&mut self, whole: Vec<Sequenced>, covered: Revision, context: &mut Context) {
+        let entries: Vec<SpoolEntry> =
+            whole.into_iter().filter(|w| !w.whole.changes.is_empty()).map(entry_of).collect();
+        if !entries.is_empty() {
+            if self.spool.is_full() {
+                context.count("spool full");
+                self.watch = None;
+                self.state = TailState::SpoolFull;
+                return;
+            }
+            assert!(self.spool.append(entries), "what a sequencer hands out follows the spool's end");
+        }
+        self.spool.cover(covered.0);
+        self.covered = self.covered.max(covered);
+    }
+}
+
+fn entry_of(sequenced: Sequenced) -> SpoolEntry {
+    let digest = digest::of_revision(&sequenced.whole);
+    SpoolEntry { revision: Arc::new(sequenced.whole), digest, arrived_ms: 0, came_from: sequenced.came_from }
+}
+
+fn tag_of(ranges: &Ranges) -> u64 {
+    u64::from_be_bytes(digest::of_ranges(ranges).0[..8].try_into().expect("a digest has sixteen bytes"))
+}

@@ -1,0 +1,594 @@
+//! Job: one run of a link by one seed: two regions in memory, stepped in any order through faults, then left to come to rest.
+//! Input: a seed. Output: what happened, counted; or the first `Fault`, with the last steps.
+//! Synchronous; its disks are folders that go with it.
+//! Always true: the same seed makes the same run: no clock, no thread, no order of a hash map has a part in it.
+
+use super::disk::Disk;
+use super::etcd::Etcd;
+use super::judge::{Fault, Judge};
+use super::origin::Origin;
+use super::random::Random;
+use super::region::Context;
+use super::replica::{Replica, WAITING_BYTES_MAX};
+use super::tail::{Tail, TailState};
+use bytes::Bytes;
+use etcd_ferry::model::{Change, ClusterId, LinkName, Phase, Ranges, Revision, Term};
+use etcd_ferry::replica::plan::RequestLimits;
+use std::collections::{BTreeMap, BTreeSet};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+
+/// Rounds in which a link that is left alone must have come to rest: many times what the longest needs.
+const ROUNDS_MAX: usize = 600;
+/// Rounds after that, in which nothing may change any more.
+const ROUNDS_AFTER: usize = 12;
+/// What a spool may take, small enough to be full now and then.
+const SPOOL_BYTES_MAX: u64 = 16 << 10;
+/// The largest record beyond a limit: one batch that was taken below it.
+const BATCH_BYTES_MAX: u64 = 64 << 10;
+
+/// Which disasters a seed may bring.
+struct May {
+    foreign: bool,
+    restore_replica: bool,
+    restore_origin: bool,
+    replace_origin: bool,
+    change_ranges: bool,
+    lose_disks: bool,
+    elections: bool,
+}
+
+pub struct World {
+    context: Context,
+    origin: Etcd,
+    origins: Vec<Origin>,
+    replicas: Vec<Replica>,
+    may: May,
+    ranges: Vec<Ranges>,
+    ranges_now: usize,
+    configured: RequestLimits,
+    dir: PathBuf,
+    last_number: u64,
+    last_value: u64,
+    origin_snapshot: Option<Etcd>,
+    /// With the keys that were somebody else's.
+    replica_snapshot: Option<(Etcd, BTreeSet<Bytes>)>,
+    /// Once the origin was restored nothing of what it lost may be compacted: that it then cannot be told apart is a stated limit.
+    compact_max: u64,
+    origin_changed: bool,
+    replica_restored: bool,
+}
+
+pub struct Run {
+    pub counts: BTreeMap<String, u64>,
+    pub judged: u64,
+    pub fault: Option<(Fault, u64, String)>,
+}
+
+/// Runs one seed in `dir`, which is made and removed.
+pub fn run(seed: u64, dir: &Path) -> Run {
+    let mut world = World::new(seed, dir);
+    let finished = catch_unwind(AssertUnwindSafe(|| world.run()));
+    if let Err(panic) = finished {
+        let said =
+            panic.downcast_ref::<String>().cloned().or(panic.downcast_ref::<&str>().map(|said| (*said).to_owned()));
+        world.context.fail(Fault::new("free of panics", said.unwrap_or_default()));
+    }
+    let judged = world.context.judge.judged;
+    let fault = world.context.fault.take().map(|fault| (fault, world.context.step, world.context.trace()));
+    let counts = std::mem::take(&mut world.context.counts);
+    drop(world);
+    let _ = std::fs::remove_dir_all(dir);
+    Run { counts, judged, fault }
+}
+
+fn key(text: String) -> Bytes {
+    Bytes::from(text)
+}
+
+impl World {
+    fn run(&mut self) {
+        if self.context.random.percent(75) {
+            self.begin_well();
+        }
+        let steps = self.context.random.between(200, 700);
+        for _ in 0..steps {
+            self.context.step += 1;
+            self.step();
+            self.check_bounds();
+            self.check_stops();
+            if self.context.fault.is_some() {
+                return;
+            }
+        }
+        if let Err(fault) = self.come_to_rest() {
+            self.context.fail(fault);
+        }
+    }
+
+    /// Most links follow before anything happens to them.
+    fn begin_well(&mut self) {
+        self.context.faults = false;
+        for round in 0..ROUNDS_MAX {
+            if self.is_at_rest() {
+                break;
+            }
+            self.round(round);
+        }
+        self.context.faults = true;
+    }
+
+    fn new(seed: u64, dir: &Path) -> Self {
+        let _ = std::fs::remove_dir_all(dir);
+        let mut random = Random::new(seed);
+        let link = LinkName::new("config").expect("a name");
+        let prefix = [Bytes::from_static(b"/app/")];
+        let ranges = vec![Ranges::new(&prefix, &[Bytes::from_static(b"/app/x/")]), Ranges::new(&prefix, &[])];
+        let origin = Etcd::new(0xa);
+        let mut replica = Etcd::new(0xb);
+        replica.ops_max = [8, 16, 32, 128][random.below(4)];
+        replica.bytes_max = [4 << 10, 6 << 10, 16 << 10, 1 << 20][random.below(4)];
+        let told = random.percent(50);
+        let configured = RequestLimits {
+            ops_max: if told { replica.ops_max } else { 128 },
+            bytes_max: if told { replica.bytes_max } else { 1_572_864 },
+            bytes_refused: None,
+            position_key_bytes: link.position_key().len(),
+            position_value_bytes_max: 700,
+        };
+        let may = May {
+            foreign: random.percent(25),
+            restore_replica: random.percent(25),
+            restore_origin: random.percent(30),
+            replace_origin: random.percent(7),
+            change_ranges: random.percent(10),
+            lose_disks: random.percent(15),
+            elections: random.percent(25),
+        };
+        let mut judge = Judge::new(&link, &ranges, origin.cluster);
+        judge.origin_wrote(origin.head(), &[], origin.state());
+        let mut context = Context::new(random, replica, judge);
+        if context.random.percent(15) {
+            context.frames_damaged = 300;
+        }
+        let (senders, receivers) = (context.random.between(1, 2), context.random.between(1, 2));
+        let writes_waymarks = !context.random.percent(8);
+        let mut world = Self {
+            origins: Vec::new(),
+            replicas: Vec::new(),
+            may,
+            ranges,
+            ranges_now: 0,
+            configured,
+            dir: dir.to_owned(),
+            last_number: 0,
+            last_value: 0,
+            origin_snapshot: None,
+            replica_snapshot: None,
+            compact_max: u64::MAX,
+            origin_changed: false,
+            replica_restored: false,
+            origin,
+            context,
+        };
+        for at in 0..senders {
+            let spool = Disk::open(world.dir.join(format!("spool{at}")), SPOOL_BYTES_MAX);
+            let tail = Tail::start(link.clone(), world.ranges[0].clone(), spool);
+            let name = format!("sender {at}");
+            world.origins.push(Origin::start(name, link.clone(), Term(0), tail, writes_waymarks));
+        }
+        for at in 0..receivers {
+            let dir = world.dir.join(format!("journal{at}"));
+            world.replicas.push(Replica::start(format!("receiver {at}"), link.clone(), dir, configured));
+        }
+        for _ in 0..world.context.random.below(12) {
+            world.write();
+        }
+        // From before the link had a waymark.
+        world.origin_snapshot = Some(world.origin.clone());
+        world
+    }
+
+    fn step(&mut self) {
+        let random = &mut self.context.random;
+        let (origin, replica) = (random.below(self.origins.len()), random.below(self.replicas.len()));
+        match random.below(100) {
+            0..14 => self.write(),
+            14..32 => self.origins[origin].tail.step(&self.origin, &mut self.context),
+            32..38 => step_disk(&mut self.origins[origin].tail.spool, &mut self.context),
+            38..56 => (0..2).for_each(|_| self.ship(origin)),
+            56..64 => (0..2).for_each(|_| self.origins[origin].take_receipt(&mut self.context)),
+            64..76 => (0..2).for_each(|_| self.receive(replica)),
+            76..80 => self.tell(replica),
+            80..91 => (0..2).for_each(|_| self.replicas[replica].apply(&mut self.context)),
+            91..95 => self.context.commit_pending(),
+            95..99 => step_disk(&mut self.replicas[replica].journal, &mut self.context),
+            _ => self.replicas[replica].look_again(),
+        }
+        self.disturb(origin, replica);
+    }
+
+    fn write(&mut self) {
+        let changes = self.some_changes();
+        self.write_changes(changes);
+    }
+
+    fn write_changes(&mut self, changes: Vec<Change>) {
+        if self.origin.write(changes).is_some() {
+            let written = self.origin.written_at(self.origin.revision).to_vec();
+            self.context.judge.origin_wrote(self.origin.head(), &written, self.origin.state());
+        }
+    }
+
+    /// A revision of the origin's users.
+    fn some_changes(&mut self) -> Vec<Change> {
+        self.last_value += 1;
+        let value = self.last_value;
+        let random = &mut self.context.random;
+        let filler = "the same in all values of this test; ".repeat(random.below(7));
+        let put = |key: Bytes| Change::Put { key, value: Bytes::from(format!("{value}: {filler}")) };
+        let some = |random: &mut Random| key(format!("/app/k{:02}", random.below(12)));
+        let run = |count: usize| (0..count).map(|at| key(format!("/app/run/{at:03}")));
+        match random.below(20) {
+            0..9 => vec![put(some(random))],
+            9..12 => (0..random.between(2, 5)).map(|at| put(key(format!("/app/k{at:02}")))).collect(),
+            12..14 => vec![Change::Delete { key: some(random) }],
+            14 => vec![
+                put(key("/app/a".to_owned())),
+                Change::Delete { key: some(random) },
+                put(key("/other/b".to_owned())),
+            ],
+            15 => vec![put(key(format!("/other/{}", random.below(3))))],
+            16 => vec![put(key(format!("/app/x/{}", random.below(3)))), put(key("/app/z".to_owned()))],
+            17 => run(random.between(30, 90)).map(put).collect(),
+            18 => run(66).map(|key| Change::Delete { key }).collect(),
+            _ => {
+                let count = random.between(60, 90);
+                run(count).map(|key| Change::Delete { key }).collect()
+            }
+        }
+    }
+
+    fn ship(&mut self, at: usize) {
+        let origin = &mut self.origins[at];
+        if let Some(session) = &origin.session {
+            let stream = self.replicas[session.replica].stream.as_ref();
+            if stream.is_none_or(|stream| stream.number != session.number) && session.line.receipts.is_empty() {
+                origin.session = None;
+                return;
+            }
+            return origin.ship(&mut self.origin, &mut self.context);
+        }
+        if origin.stopped.is_none() {
+            self.last_number += 1;
+            let to = self.context.random.below(self.replicas.len());
+            origin.connect(self.last_number, to, &mut self.replicas[to], &mut self.origin, &mut self.context);
+        }
+    }
+
+    fn receive(&mut self, at: usize) {
+        let replica = &mut self.replicas[at];
+        let number = replica.stream.as_ref().map(|stream| stream.number);
+        let sessions = self.origins.iter_mut().filter_map(|origin| origin.session.as_mut());
+        if let Some(session) = sessions.into_iter().find(|s| Some(s.number) == number && s.replica == at) {
+            replica.receive(&mut session.line, &mut self.context);
+        }
+    }
+
+    fn tell(&mut self, at: usize) {
+        let replica = &mut self.replicas[at];
+        let number = replica.stream.as_ref().map(|stream| stream.number);
+        let sessions = self.origins.iter_mut().filter_map(|origin| origin.session.as_mut());
+        if let Some(session) = sessions.into_iter().find(|s| Some(s.number) == number && s.replica == at) {
+            replica.tell(&mut session.line, &mut self.context);
+        }
+    }
+
+    /// What may go wrong, beside what a line and an answer do.
+    fn disturb(&mut self, origin: usize, replica: usize) {
+        if self.context.fails(4, "sender crashed") {
+            let kept = self.context.random.percent(40);
+            self.crash_origin(origin, kept);
+        }
+        if self.context.fails(4, "receiver crashed") {
+            let kept = self.context.random.percent(40);
+            self.replicas[replica].crash(kept, self.configured, &mut self.context);
+        }
+        if self.context.fails(5, "stream broken") {
+            self.origins[origin].session = None;
+        }
+        if self.context.fails(6, "watch broken") {
+            self.origins[origin].tail.break_watch();
+        }
+        if self.context.fails(4, "origin compacted") {
+            let back = self.context.random.below(20) as u64;
+            self.origin.compact(self.origin.revision.saturating_sub(back).min(self.compact_max));
+        }
+        if self.context.fails(5, "replica compacted") {
+            self.context.replica.compact(self.context.replica.revision);
+        }
+        if self.may.foreign && self.context.fails(8, "foreign write") {
+            let what = self.context.random.below(3);
+            self.write_foreign(what);
+        }
+        // Where a range is about to be deleted.
+        if self.may.foreign && self.context.has_pending() && self.context.fails(25, "foreign write") {
+            self.write_foreign(1);
+        }
+        if self.may.elections && self.context.fails(8, "election") {
+            let highest = self.origins.iter().map(|origin| origin.term).max().unwrap_or_default();
+            self.origins[origin].term = Term(highest.0 + 1);
+            self.origins[origin].session = None;
+        }
+        if self.context.random.permille(40) && self.origins[origin].stopped.is_some() {
+            self.resync(origin);
+        }
+        self.bring_disaster(origin, replica);
+    }
+
+    fn bring_disaster(&mut self, origin: usize, replica: usize) {
+        if self.may.lose_disks && self.context.fails(3, "spool lost") {
+            self.origins[origin].tail.spool.lose();
+            self.origins[origin].start_again(self.ranges[self.ranges_now].clone());
+        }
+        if self.may.lose_disks && self.context.fails(3, "journal lost") {
+            self.replicas[replica].crash(true, self.configured, &mut self.context);
+            self.replicas[replica].journal.lose();
+            self.replicas[replica].crash(true, self.configured, &mut self.context);
+        }
+        if self.may.restore_replica && self.context.random.permille(15) {
+            self.replica_snapshot = Some((self.context.replica.clone(), self.context.judge.foreign()));
+        }
+        if self.may.restore_replica && self.replica_snapshot.is_some() && self.context.fails(6, "replica restored") {
+            self.restore_replica();
+        }
+        if self.may.restore_origin && self.context.random.permille(5) {
+            self.origin_snapshot = Some(self.origin.clone());
+        }
+        if self.may.restore_origin && self.is_known_by_what_it_carried() && self.context.fails(8, "origin restored") {
+            self.restore_origin();
+        }
+        if self.may.replace_origin && self.context.fails(2, "origin replaced") {
+            self.replace_origin();
+        }
+        if self.may.change_ranges && self.context.fails(4, "ranges changed") {
+            self.ranges_now = 1 - self.ranges_now;
+            for at in 0..self.origins.len() {
+                self.crash_origin(at, true);
+            }
+        }
+    }
+
+    fn crash_origin(&mut self, at: usize, kept_by_kernel: bool) {
+        self.origins[at].tail.spool.crash(kept_by_kernel, &mut self.context.random);
+        self.origins[at].start_again(self.ranges[self.ranges_now].clone());
+    }
+
+    fn write_foreign(&mut self, what: usize) {
+        let random = &mut self.context.random;
+        let key = match what {
+            0 => key(format!("/app/k{:02}", random.below(12))),
+            1 => key(format!("/app/run/{:03}{}", random.below(66), ["", "x"][random.below(2)])),
+            _ => key("/app/foreign".to_owned()),
+        };
+        let change = match random.below(4) {
+            0 => Change::Delete { key },
+            _ => Change::Put { key, value: Bytes::from_static(b"somebody else's") },
+        };
+        self.context.note(|| format!("somebody else writes {}", change.key().escape_ascii()));
+        self.context.judge.foreign_wrote(std::slice::from_ref(&change));
+        self.context.replica.write(vec![change]);
+    }
+
+    /// The replica's etcd is what it was; requests that were on their way are gone with the old one.
+    fn restore_replica(&mut self) {
+        let Some((snapshot, foreign)) = self.replica_snapshot.clone() else { return };
+        self.context.note(|| format!("the replica is restored to its revision {}", snapshot.revision));
+        self.replica_restored = true;
+        self.context.restore(snapshot, foreign);
+        if self.replicas.len() > 1 {
+            // Its etcd went away and came back, which its connections show. One applier alone would see it by its next compare; of two,
+            // one could write the position at the very revision at which the other still holds an older one.
+            self.replicas.iter_mut().for_each(Replica::doubt);
+        }
+    }
+
+    /// Where nothing was carried since the anchor, only the waymark tells a restored origin: that this is not enough for one that went back
+    /// to a moment after its last waymark is a stated limit.
+    fn is_known_by_what_it_carried(&self) -> bool {
+        let copies = self.origins.iter().any(|origin| origin.session.as_ref().is_some_and(|s| s.copying.is_some()));
+        let carried = self
+            .context
+            .judge
+            .position()
+            .is_none_or(|position| position.state == Phase::Following && position.carried_revision > Revision(0));
+        self.origin_snapshot.is_some() && carried && !copies
+    }
+
+    fn restore_origin(&mut self) {
+        // The next one is taken of the history that begins now.
+        let Some(snapshot) = self.origin_snapshot.take() else { return };
+        self.context.note(|| format!("the origin is restored to its revision {}", snapshot.revision));
+        let passes = self.context.random.percent(60);
+        let head_before = self.origin.revision;
+        self.origin = snapshot;
+        self.origin_changed = true;
+        self.compact_max = self.compact_max.min(self.origin.revision);
+        self.context.judge.origin_restored(self.origin.head());
+        self.origins.iter_mut().for_each(|origin| origin.tail.break_watch());
+        if self.context.fails(500, "sender made anew") {
+            // With a disk of its own, beside the restored etcd.
+            let at = self.context.random.below(self.origins.len());
+            self.origins[at].tail.spool.lose();
+            self.origins[at].start_again(self.ranges[self.ranges_now].clone());
+        }
+        for _ in 0..self.context.random.below(10) {
+            self.write();
+        }
+        // As after some time of use, so that the head alone tells nothing.
+        while passes && self.origin.revision < head_before + 2 {
+            self.write();
+        }
+    }
+
+    fn replace_origin(&mut self) {
+        self.origin = Etcd::new(self.origin.cluster.0 + 0x100);
+        self.context.note(|| format!("another origin, cluster {}", self.origin.cluster));
+        self.origin_changed = true;
+        (self.origin_snapshot, self.compact_max) = (None, u64::MAX);
+        self.context.judge.origin_replaced(ClusterId(self.origin.cluster.0));
+        self.context.judge.origin_wrote(self.origin.head(), &[], self.origin.state());
+        self.origins.iter_mut().for_each(|origin| origin.tail.break_watch());
+        for _ in 0..self.context.random.below(60) {
+            self.write();
+        }
+    }
+
+    /// An operator has read the reason, and wants the replica to be as the origin is.
+    fn resync(&mut self, at: usize) {
+        self.context.count("operator's resync");
+        self.context.note(|| "an operator asks for a resync".to_owned());
+        self.origins[at].stopped = None;
+        self.origins[at].resync = Some(true);
+    }
+
+    fn check_bounds(&mut self) {
+        let spools = self.origins.iter().map(|origin| ("spool", origin.tail.spool.bytes(), SPOOL_BYTES_MAX));
+        let journals = self.replicas.iter().map(|replica| ("journal", replica.journal.bytes(), 24 << 10));
+        let beyond = spools.chain(journals).find(|(_, bytes, max)| *bytes > max + BATCH_BYTES_MAX);
+        if let Some((what, bytes, max)) = beyond {
+            self.context.fail(Fault::new("bounded", format!("a {what} of {bytes} B, where {max} are allowed")));
+        }
+        if let Some(replica) = self.replicas.iter().find(|r| r.waiting_bytes() > 2 * WAITING_BYTES_MAX + (64 << 10)) {
+            let bytes = replica.waiting_bytes();
+            self.context.fail(Fault::new("bounded", format!("{bytes} B wait to be applied")));
+        }
+    }
+
+    /// A link stops only for what happened in this run.
+    fn check_stops(&mut self) {
+        for at in 0..self.origins.len() {
+            let Some(reason) = &self.origins[at].stopped else { continue };
+            let is = |words: &[&str]| words.iter().any(|word| reason.contains(word));
+            let deletes = is(&["would delete"]);
+            let history = is(&["restored", "history", "head", "replaced"]);
+            let justified = if deletes {
+                self.has_surplus()
+            } else {
+                history && (self.origin_changed || (self.replica_restored && is(&["waymark"])))
+            };
+            if !justified {
+                let what = format!("the link stopped without a cause in this run: {reason}");
+                return self.context.fail(Fault::new("complete", what));
+            }
+        }
+    }
+
+    /// The replica holds keys that the origin has not, or had not until somebody wrote.
+    fn has_surplus(&self) -> bool {
+        let pieces = self.ranges.iter().flat_map(Ranges::pieces);
+        let mut surplus = 0;
+        for piece in pieces {
+            let page = self.context.replica.page(piece, 0, None).expect("the head");
+            surplus += page.kvs.iter().filter(|(key, _)| self.origin.get(key).is_none()).count();
+        }
+        surplus > 0 || self.context.counts.contains_key("operator's resync") || self.origin.revision > 1
+    }
+
+    /// No more faults: the link has to come to rest, equal, or to have stopped for a reason; then an operator mends it.
+    fn come_to_rest(&mut self) -> Result<(), Fault> {
+        self.context.faults = false;
+        let elected = (0..self.origins.len()).rev().max_by_key(|at| self.origins[*at].term).unwrap_or(0);
+        self.origins.swap(0, elected);
+        self.origins.truncate(1);
+        self.origins[0].session = None;
+        self.write_changes(vec![Change::Put { key: key("/app/last".to_owned()), value: Bytes::from_static(b"last") }]);
+        let mut after = 0;
+        for round in 0..ROUNDS_MAX {
+            self.context.step += 1;
+            self.round(round);
+            self.check_stops();
+            if let Some(fault) = self.context.fault.take() {
+                return Err(fault);
+            }
+            if self.origins[0].stopped.is_some() {
+                self.resync(0);
+            }
+            if self.is_at_rest() {
+                after += 1;
+                self.equal()?;
+                if after > ROUNDS_AFTER {
+                    return Ok(());
+                }
+            } else {
+                after = 0;
+            }
+        }
+        Err(Fault::new("complete", format!("the link did not come to rest: {}", self.describe())))
+    }
+
+    fn round(&mut self, round: usize) {
+        for _ in 0..3 {
+            self.origins[0].tail.step(&self.origin, &mut self.context);
+            self.ship(0);
+            for at in 0..self.replicas.len() {
+                self.receive(at);
+                self.tell(at);
+                self.replicas[at].apply(&mut self.context);
+            }
+            self.context.commit_pending();
+            (0..4).for_each(|_| self.origins[0].take_receipt(&mut self.context));
+        }
+        flush(&mut self.origins[0].tail.spool, &mut self.context);
+        for at in 0..self.replicas.len() {
+            flush(&mut self.replicas[at].journal, &mut self.context);
+            if round % 8 == 7 {
+                self.replicas[at].look_again();
+            }
+        }
+    }
+
+    fn is_at_rest(&self) -> bool {
+        let origin = &self.origins[0];
+        let Some(session) = origin.session.as_ref().filter(|session| session.copying.is_none()) else { return false };
+        let Some(position) = self.context.judge.position() else { return false };
+        let seen = origin.tail.covered >= self.origin.head() && origin.tail.state == TailState::Watching;
+        let shipped = origin.tail.spool.last.is_none_or(|(last, _)| last <= session.shipped.cursor);
+        let applied = position.seq == session.shipped.seq && position.part == 0;
+        let told = session.shipped.acked.applied == position.seq
+            && session.shipped.acked.applied_revision >= self.last_carried();
+        seen && shipped && applied && told && position.state == Phase::Following && !self.context.has_pending()
+    }
+
+    fn last_carried(&self) -> Revision {
+        self.origins[0].tail.spool.last.map_or(Revision(0), |(last, _)| last)
+    }
+
+    fn equal(&self) -> Result<(), Fault> {
+        let (origin, replica) = (self.origin.state(), self.context.replica.state());
+        self.context.judge.equal(&origin, &replica, &self.ranges[self.ranges_now])
+    }
+
+    fn describe(&self) -> String {
+        let origin = &self.origins[0];
+        let position =
+            self.context.judge.position().map(|p| (p.epoch.0, p.seq.0, p.origin_revision.0, p.state, p.part));
+        let session = origin.session.as_ref().map(|s| (s.shipped.seq.0, s.shipped.cursor.0, s.copying.is_some()));
+        let spool = (origin.tail.spool.base(), origin.tail.spool.covered, origin.tail.spool.last);
+        format!(
+            "tail {:?} at {}, head {}, spool {spool:?}, position {position:?}, session {session:?}",
+            origin.tail.state,
+            origin.tail.covered,
+            self.origin.head()
+        )
+    }
+}
+
+fn step_disk<T: etcd_ferry::segment::feed::FeedEntry>(disk: &mut Disk<T>, context: &mut Context) {
+    if context.random.percent(55) { disk.write(&mut context.random) } else { disk.sync() }
+}
+
+fn flush<T: etcd_ferry::segment::feed::FeedEntry>(disk: &mut Disk<T>, context: &mut Context) {
+    disk.write(&mut context.random);
+    disk.sync();
+}
