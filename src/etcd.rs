@@ -10,6 +10,7 @@ use etcd_client::{
     WatchOptions, WatchRequestSender, WatchResponse, WatchResponseStream,
 };
 use std::future::Future;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::net::TcpStream;
 use tonic::Code;
@@ -46,6 +47,8 @@ pub enum EtcdError {
     Compacted,
     #[error("etcd's head is below the revision asked for")]
     FutureRevision,
+    #[error("another cluster answers: it is {is}, and was {was} when this connection was made; connecting anew")]
+    OtherCluster { was: ClusterId, is: ClusterId },
     #[error("the transaction has more operations than etcd's --max-txn-ops")]
     TooManyOps,
     #[error("the request is larger than etcd's --max-request-bytes")]
@@ -73,6 +76,7 @@ impl EtcdError {
             EtcdError::Unreachable { .. }
             | EtcdError::NoLeader(_)
             | EtcdError::TimedOut
+            | EtcdError::OtherCluster { .. }
             | EtcdError::AnswerTooLarge { .. }
             | EtcdError::Other(_) => false,
         }
@@ -164,12 +168,15 @@ pub enum Columns {
     CountOnly,
 }
 
-/// One connection (one HTTP/2 channel, balanced over the endpoints); cheap to clone.
+/// One connection (one HTTP/2 channel, balanced over the endpoints) to one cluster; cheap to clone. Where another cluster answers at the
+/// same place later, its answers are refused: what was read before and what comes now would not fit together.
 #[derive(Clone)]
 pub struct Etcd {
     client: Client,
     kv: KvClient,
     endpoints: String,
+    /// The cluster that answered first.
+    cluster: Arc<OnceLock<ClusterId>>,
 }
 
 impl Etcd {
@@ -197,7 +204,7 @@ impl Etcd {
             }
         };
         let kv = client.kv_client().max_decoding_message_size(READ_BYTES_MAX).max_encoding_message_size(usize::MAX);
-        Ok(Self { client, kv, endpoints })
+        Ok(Self { client, kv, endpoints, cluster: Arc::default() })
     }
 
     /// One key and the head, linearizable.
@@ -206,6 +213,7 @@ impl Etcd {
         let right = || format!("read {}", key.escape_ascii());
         let mut answer = self.within(kv.get(key, None)).await.map_err(|e| e.needing(right))?;
         let (head, cluster) = head_of(answer.header());
+        check_cluster(&self.cluster, cluster)?;
         let found = answer.take_kvs().into_iter().next().map(kv_of);
         Ok(Look { kv: found, head, cluster })
     }
@@ -232,7 +240,8 @@ impl Etcd {
         // Not the range itself: where a page begins is a key of the user's.
         let right = || "read the link's prefixes".to_owned();
         let mut answer = self.within(kv.get(range.etcd_from(), Some(options))).await.map_err(|e| e.needing(right))?;
-        let (head, _) = head_of(answer.header());
+        let (head, cluster) = head_of(answer.header());
+        check_cluster(&self.cluster, cluster)?;
         let kvs = answer.take_kvs().into_iter().map(kv_of).collect();
         Ok(PageRead { kvs, head, more: answer.more(), count: u64::try_from(answer.count()).unwrap_or(0) })
     }
@@ -241,7 +250,9 @@ impl Etcd {
     /// `right`: what the user must be permitted for it, named where etcd refuses.
     pub async fn txn(&self, txn: Txn, right: &str) -> Result<TxnResponse, EtcdError> {
         let mut kv = self.kv.clone();
-        self.within(kv.txn(txn)).await.map_err(|e| e.needing(|| right.to_owned()))
+        let response = self.within(kv.txn(txn)).await.map_err(|e| e.needing(|| right.to_owned()))?;
+        check_cluster(&self.cluster, head_of(response.header()).1)?;
+        Ok(response)
     }
 
     /// A lease that ends so long after its last renewal. It makes no revision.
@@ -399,6 +410,12 @@ fn kv_of(kv: etcd_client::KeyValue) -> Kv {
 
 fn head_of(header: Option<&etcd_client::ResponseHeader>) -> (Revision, ClusterId) {
     header.map_or((Revision(0), ClusterId(0)), |h| (Revision::from_etcd(h.revision()), ClusterId(h.cluster_id())))
+}
+
+/// Every answer bears its cluster's id; the first one on a connection says which it is to be.
+fn check_cluster(known: &OnceLock<ClusterId>, is: ClusterId) -> Result<(), EtcdError> {
+    let was = *known.get_or_init(|| is);
+    if was == is { Ok(()) } else { Err(EtcdError::OtherCluster { was, is }) }
 }
 
 /// The head in a transaction's answer: the revision that it made, if it committed.

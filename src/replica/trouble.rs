@@ -52,7 +52,11 @@ impl Applier {
         }
         if matches!(
             error,
-            EtcdError::Unreachable { .. } | EtcdError::LoginLost(_) | EtcdError::TimedOut | EtcdError::NoLeader(_)
+            EtcdError::Unreachable { .. }
+                | EtcdError::LoginLost(_)
+                | EtcdError::TimedOut
+                | EtcdError::NoLeader(_)
+                | EtcdError::OtherCluster { .. }
         ) {
             self.etcd = None;
         }

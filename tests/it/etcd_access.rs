@@ -9,6 +9,8 @@ use crate::bed::traffic::{Traffic, TrafficOptions};
 use crate::bed::{PATIENCE, until};
 use bytes::Bytes;
 use etcd_client::{DeleteOptions, KvClient, Permission, PermissionType, RoleRevokePermissionOptions};
+use etcd_ferry::config::EtcdConfig;
+use etcd_ferry::etcd::{Columns, EtcdError, Txn};
 use etcd_ferry::model::KeyRange;
 use serde_json::Value;
 use std::path::Path;
@@ -327,4 +329,30 @@ async fn a_link_both_ways_needs_both_sets_of_rights_at_both_ends() {
     crate::bed::pair::wait_applied(&pair.origin, LINK_BACK, put, PATIENCE).await;
     pair.wait_equal().await;
     assert_eq!(pair.replica_sidecar.options.region, REPLICA_REGION);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_refuses_the_answers_of_another_cluster_at_its_old_place() {
+    let mut etcd = Box::pin(Etcd::start(EtcdOptions::origin())).await;
+    let (ca, cert, key, username, password_file) = (None, None, None, None, None);
+    let config = EtcdConfig { endpoints: vec![etcd.url()], ca, cert, key, username, password_file };
+    let connection = etcd_ferry::etcd::Etcd::connect(&config).await.unwrap();
+    let before = connection.look(b"/a").await.unwrap().cluster;
+
+    etcd.replace().await;
+
+    // The connection below is made anew by itself.
+    let refused = until("an answer at the old place", PATIENCE, async || match connection.look(b"/a").await {
+        Err(EtcdError::OtherCluster { was, is }) => Some((was, is)),
+        Err(_) => None,
+        Ok(_) => panic!("another cluster's answer is believed"),
+    });
+    let (was, is) = refused.await;
+    assert_eq!(was, before);
+    let page = connection.page(&app(), 1, None, Columns::KeysAndValues).await;
+    assert!(matches!(page, Err(EtcdError::OtherCluster { .. })), "a page of it is refused too");
+    let committed = connection.txn(Txn::new(), "").await;
+    assert!(matches!(committed, Err(EtcdError::OtherCluster { .. })), "and what a transaction says");
+    let anew = etcd_ferry::etcd::Etcd::connect(&config).await.unwrap();
+    assert_eq!(anew.look(b"/a").await.unwrap().cluster, is);
 }

@@ -365,6 +365,14 @@ impl Etcd {
         assert!(self.ready_or_port_taken().await, "the port of {} was taken while it was down", self.url());
     }
 
+    /// Another cluster, empty, at the same place. Only for a cluster of one.
+    pub async fn replace(&mut self) {
+        self.kill();
+        fs::remove_dir_all(self.data_dir()).expect("the data folder is removed");
+        self.options.extra.push("--initial-cluster-token=another".to_owned());
+        self.restart().await;
+    }
+
     /// SIGSTOP.
     pub fn pause(&self) {
         self.process().pause();
