@@ -145,6 +145,10 @@ fn build(root: &Path, tree: &Path, target: &Path, mutants: &[Mutant]) -> Result<
         &tree.join(library),
         &format!("{}{}", carried.get(library).unwrap_or(&plain), SWITCHES.replace("THE_SWITCH", SWITCH)),
     )?;
+    // A test that takes in a file of the library finds the switch at the same place.
+    let tests = "tests/it/main.rs";
+    let plain = fs::read_to_string(root.join(tests)).map_err(|e| format!("{tests}: {e}"))?;
+    write(&tree.join(tests), &format!("{}pub use etcd_ferry::mutants;\n", carried.get(tests).unwrap_or(&plain)))?;
     println!("building {} mutants into one copy of the tree", mutants.len());
     let built = Command::new(env!("CARGO"))
         .args(["test", "--no-run", "--lib", "--test", "it", "--message-format", "json"])
