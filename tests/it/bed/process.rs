@@ -8,6 +8,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+/// The kernel stops a process's threads one by one.
+const STOP_MAX: Duration = Duration::from_secs(10);
+
 const LOG_LINES_SHOWN: usize = 60;
 
 pub struct Process {
@@ -54,9 +57,23 @@ impl Process {
         (start.elapsed(), status)
     }
 
-    /// SIGSTOP: it stays, and does nothing.
+    /// SIGSTOP: it stays, and does nothing. Returns when all of its threads stand still: on a busy machine they go on for a while.
     pub fn pause(&self) {
         self.signal(Signal::STOP);
+        let deadline = Instant::now() + STOP_MAX;
+        while !self.stands_still() {
+            assert!(Instant::now() < deadline, "process {} goes on though it was stopped", self.id());
+            std::thread::yield_now();
+        }
+    }
+
+    fn stands_still(&self) -> bool {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.id())).into_iter().flatten().flatten();
+        let states = tasks.filter_map(|task| fs::read_to_string(task.path().join("stat")).ok());
+        // The name in parentheses may hold anything; the state follows it.
+        states
+            .into_iter()
+            .all(|stat| stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with(['T', 't', 'Z', 'X'])))
     }
 
     /// SIGCONT.
