@@ -22,7 +22,7 @@ mutants: install
 soak: install
 	SEEDS=$(or $(SEEDS),100000) cargo test --test it simulation -- --nocapture
 
-# Beside etcdctl make-mirror, on real etcds; about 15 minutes, or with ARGS=--quick under 3. Fails if a bound is not kept. The small
+# Beside etcdctl make-mirror, on real etcds; about 35 minutes, or less of everything with ARGS=--quick. Fails if a bound is not kept. The small
 # pieces: cargo bench --bench encode --bench segment
 bench: install
 	cargo bench --bench pipeline -- $(ARGS)
