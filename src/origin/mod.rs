@@ -182,7 +182,8 @@ impl OriginLink {
         let covered = spool.extent().borrow().covered;
         let (events, incoming) = mpsc::channel(EVENTS_MAX);
         let (head_sender, head) = watch_channel::channel(HeadView::default());
-        let (tail_sender, tail) = watch_channel::channel(TailView { state: TailState::Idle, covered, ferry_only: 0 });
+        let unseen = TailView { state: TailState::Idle, covered, proven_from: None, ferry_only: 0 };
+        let (tail_sender, tail) = watch_channel::channel(unseen);
         let (tail_commands, tail_incoming) = mpsc::channel(1);
         let (ship_sender, ship) = watch_channel::channel(ShipView::default());
         let mut tasks = JoinSet::new();

@@ -209,6 +209,14 @@ impl Sequencer {
         Ok(())
     }
 
+    /// From here on what was handed out, now or before, is in the history that this watch shows; `None`: it has not shown it yet.
+    pub fn proven_from(&self) -> Option<Revision> {
+        match self.carried {
+            None => Some(self.after.next()),
+            Some(_) => self.carried_seen.then_some(Revision(0)),
+        }
+    }
+
     /// Everything up to it has been handed out, or was known before.
     pub fn covered(&self) -> Revision {
         self.covered

@@ -32,8 +32,10 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::task::AbortOnDropHandle;
 use tonic::Streaming;
 use tonic::metadata::AsciiMetadataValue;
+use tonic::transport::Channel;
 
 /// Frames between the encoder and the connection; the rest waits in the spool.
 const OUTBOUND_MAX: usize = 4;
@@ -72,7 +74,7 @@ impl fmt::Display for SessionEnd {
 
 pub struct Session {
     pub(super) outbound: mpsc::Sender<Shipment>,
-    receipts: Streaming<Receipt>,
+    receipts: Receipts,
     pub(super) reply: HelloReply,
     pub(super) etcd: Etcd,
     encoder: Encoder,
@@ -109,15 +111,7 @@ impl Session {
             let value = AsciiMetadataValue::try_from(value).map_err(|e| SessionEnd::Stop(e.to_string()))?;
             request.metadata_mut().insert(name, value);
         }
-        let mut client = ReplicateClient::new(channel);
-        let opening = tokio::time::timeout(OPEN_DEADLINE, client.ship(request));
-        let receipts = match opening.await {
-            Ok(Ok(response)) => response.into_inner(),
-            Ok(Err(status)) => {
-                return Err(SessionEnd::Wait(format!("the stream was refused: {}", tls::explain(&status))));
-            }
-            Err(_) => return Err(SessionEnd::Wait("the stream was not opened in time".to_owned())),
-        };
+        let receipts = Receipts::open(channel, request);
         let position = Position::from_json(&reply.position).ok();
         let limits = &ship.origin.limits;
         let frame_bytes_max = wire::lesser(limits.frame_bytes_max, reply.frame_bytes_max);
@@ -180,7 +174,9 @@ impl Session {
 
     async fn follow_on(&mut self, ship: &mut Shipper, after: Revision) -> Result<Infallible, SessionEnd> {
         self.shipped.follow(after);
-        self.show(ship, true);
+        if self.receipts.are_open() {
+            self.show(ship, true);
+        }
         // What was applied while no stream was open makes room too.
         ship.spool.trim(self.shipped.acked.position_revision);
         tracing::info!(link = %ship.origin.send.link, epoch = %self.epoch, seq = %self.shipped.seq, after = %after, "following");
@@ -205,7 +201,7 @@ impl Session {
             tokio::select! {
                 biased;
                 command = ship.commands.recv() => self.command(ship, command)?,
-                receipt = self.receipts.message() => self.take(ship, receipt).await?,
+                receipt = self.receipts.next() => self.take(ship, receipt).await?,
                 changed = ship.tail.changed() => {
                     if changed.is_err() {
                         return Err(SessionEnd::Wait("the tail has ended".to_owned()));
@@ -294,10 +290,14 @@ impl Session {
         self.last_receipt = Instant::now();
         let receipt = match receipt {
             Ok(Some(receipt)) => {
+                ship.opened.get_or_insert(self.last_receipt);
                 ship.heard();
                 receipt
             }
             Ok(None) => return Err(SessionEnd::HelloAgain("the replica's sidecar closed the stream".to_owned())),
+            Err(status) if !self.receipts.are_open() => {
+                return Err(SessionEnd::Wait(format!("the stream was refused: {}", tls::explain(&status))));
+            }
             Err(status) => {
                 if status.code() == tonic::Code::DataLoss {
                     ship.view.send_modify(|view| view.count("damaged", 1));
@@ -328,7 +328,7 @@ impl Session {
 
     /// The next receipt; for the base copy, which waits on receipts between pages.
     pub(super) async fn next_receipt(&mut self) -> Result<Option<Receipt>, tonic::Status> {
-        self.receipts.message().await
+        self.receipts.next().await
     }
 
     async fn acknowledge(&mut self, ship: &mut Shipper, ack: Ack) -> Result<(), SessionEnd> {
@@ -400,6 +400,43 @@ impl Session {
         self.encoder.restart();
         self.timed = None;
         Ok(())
+    }
+}
+
+/// The stream's other direction. Its first word takes a round trip, and what is shipped does not wait for it.
+struct Receipts {
+    opening: Option<AbortOnDropHandle<Result<Streaming<Receipt>, tonic::Status>>>,
+    /// `None` until the replica has opened it, and where it refused to.
+    stream: Option<Streaming<Receipt>>,
+}
+
+impl Receipts {
+    /// In a task of its own: the request goes out though nobody asks for receipts yet.
+    fn open(channel: Channel, request: tonic::Request<ReceiverStream<Shipment>>) -> Self {
+        let mut client = ReplicateClient::new(channel);
+        let opening = tokio::spawn(async move {
+            let opening = tokio::time::timeout(OPEN_DEADLINE, client.ship(request)).await;
+            let answered = opening.map_err(|_| tonic::Status::deadline_exceeded("it was not opened in time"))?;
+            Ok(answered?.into_inner())
+        });
+        Self { opening: Some(AbortOnDropHandle::new(opening)), stream: None }
+    }
+
+    fn are_open(&self) -> bool {
+        self.stream.is_some()
+    }
+
+    /// Cancel-safe.
+    async fn next(&mut self) -> Result<Option<Receipt>, tonic::Status> {
+        if let Some(opening) = &mut self.opening {
+            let opened = opening.await;
+            self.opening = None;
+            self.stream = Some(opened.map_err(|e| tonic::Status::internal(e.to_string()))??);
+        }
+        match &mut self.stream {
+            Some(stream) => stream.message().await,
+            None => Ok(None),
+        }
     }
 }
 

@@ -56,6 +56,8 @@ pub struct TailView {
     pub state: TailState,
     /// Everything up to it that the link carries is in the spool.
     pub covered: Revision,
+    /// From this revision on, what the spool holds is in the history that the open watch shows.
+    pub proven_from: Option<Revision>,
     /// Revisions up to `covered` that touched nothing but etcd-ferry's own keys, counted since the tail began.
     pub ferry_only: u64,
 }
@@ -177,7 +179,7 @@ impl Tail {
         self.carried = carried;
         match self.spool.reset(after).await {
             Ok(()) => {
-                self.view.send_modify(|view| view.covered = after);
+                self.view.send_modify(|view| (view.covered, view.proven_from) = (after, None));
                 turn.opened = Some(opened);
             }
             Err(e) => {
@@ -238,7 +240,11 @@ impl Tail {
     }
 
     fn publish(&self, state: TailState) {
-        self.view.send_modify(|view| view.state = state);
+        self.view.send_modify(|view| {
+            // A watch that is open says itself what it has shown.
+            view.proven_from = view.proven_from.filter(|_| state == TailState::Running);
+            view.state = state;
+        });
     }
 
     /// Stops watching until a command comes; whoever waits for the watch to open is told.
@@ -313,6 +319,7 @@ impl Tail {
                     match signal {
                         Ok(Some(WatchSignal::Created)) => {
                             turn.backoff.succeeded();
+                            self.view.send_modify(|view| view.proven_from = open.sequencer.proven_from());
                             self.publish(TailState::Running);
                             if let Some(opened) = turn.opened.take() {
                                 let _ = opened.send(Ok(()));
@@ -389,6 +396,7 @@ impl Tail {
         // Whoever waits on the view waits for another state; progress is read now and then.
         self.view.send_if_modified(|view| {
             moved = covered > view.covered;
+            view.proven_from = sequencer.proven_from();
             view.covered = view.covered.max(covered);
             false
         });

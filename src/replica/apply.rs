@@ -174,7 +174,7 @@ pub struct Applier {
     pub(super) hello_waiting: watch::Receiver<u64>,
     pub(super) commands: mpsc::Receiver<ApplyCommand>,
     pub(super) view: watch::Sender<ApplyView>,
-    pub(super) copying: Option<super::copy::Copying>,
+    pub(super) copying: Option<super::pages::Copying>,
 }
 
 /// What an applier is made of.
@@ -312,6 +312,11 @@ impl Applier {
                 return;
             }
         }
+        if self.in_flight.is_none() {
+            // More came while the last transaction was on its way.
+            let waiting = self.waiting.len();
+            self.planned = self.planned.take_if(|planned| !planned.has_room(waiting));
+        }
         if self.planned.is_none() {
             let in_flight = self.in_flight.as_ref().map_or(0, |f| f.revisions);
             let part = if in_flight == 0 { self.part() } else { 0 };
@@ -399,7 +404,10 @@ impl Applier {
                 self.guard_failures = 0;
                 self.backoff.succeeded();
                 self.resumed();
-                metrics::observe_apply(&self.link, started.elapsed().as_secs_f64(), revisions as u64);
+                let seconds = started.elapsed().as_secs_f64();
+                let request_bytes = settled.as_ref().map_or(0, |settled| settled.request_bytes);
+                tracing::trace!(link = %self.link, revisions, request_bytes, seconds, "applied");
+                metrics::observe_apply(&self.link, seconds, revisions as u64);
                 for _ in 0..revisions {
                     if let Some((done, _)) = self.waiting.pop_front() {
                         self.waiting_bytes = self.waiting_bytes.saturating_sub(done.revision.bytes());

@@ -4,12 +4,10 @@
 
 use super::apply::{Applier, Committed};
 use super::next;
-use super::plan::{
-    CopyPolicy, GuardCase, GuardCount, PlanError, Refusal as LimitRefusal, TxnTree, copy_chunks, copy_diff,
-    guard_verdict,
-};
+use super::pages::{Begin, Begun, Copying, Place, Refused, part_of, read_edge};
+use super::plan::{GuardCount, PlanError, Refusal as LimitRefusal, TxnTree, copy_chunks, copy_diff};
 use crate::etcd::{Columns, EtcdError};
-use crate::model::{ClusterId, Digest, Epoch, KeyRange, Phase, Position, Ranges, Revision, Seq, Term, Waymark};
+use crate::model::{KeyRange, Phase, Position, Revision, Seq};
 use crate::wire::digest;
 use crate::wire::replicate::CopyAck;
 use crate::wire::replicate::refusal::Kind;
@@ -27,60 +25,6 @@ pub enum CopyStep {
     End { anchor_revision: Revision },
 }
 
-/// What opens a copy.
-#[derive(Debug, Clone)]
-pub struct Begin {
-    pub epoch: Epoch,
-    pub term: Term,
-    pub origin_cluster: ClusterId,
-    pub anchor: Revision,
-    pub waymark: Waymark,
-    pub allow_deletes: bool,
-    pub origin_empty: bool,
-    pub guard_pass: bool,
-    pub keys_total: u64,
-    pub resume: bool,
-    pub deletes_share_max: f64,
-    /// Either side knows of a link back over the range.
-    pub link_back: bool,
-    /// What is here stays, and a repair brings what differs: there are no pages.
-    pub repair: bool,
-}
-
-/// A copy under way.
-pub(super) struct Copying {
-    begin: Begin,
-    replica_empty: bool,
-    first_copy: bool,
-    /// What the keys pages before the last one came to.
-    counted: GuardCount,
-    /// Where the next page begins; `None`: there are no more.
-    expects: Option<Bytes>,
-    ack: CopyAck,
-}
-
-impl Begin {
-    /// The position that opens the epoch.
-    fn first_position(&self, ranges: &Ranges, state: Phase, cursor: Option<Bytes>) -> Position {
-        Position {
-            epoch: self.epoch,
-            term: self.term,
-            seq: Seq(0),
-            origin_cluster: self.origin_cluster,
-            origin_revision: self.anchor,
-            carried_revision: Revision(0),
-            carried_digest: Digest::default(),
-            waymark: self.waymark,
-            ranges_digest: digest::of_ranges(ranges),
-            state,
-            anchor_revision: self.anchor,
-            cursor,
-            part: 0,
-            skipped: Vec::new(),
-        }
-    }
-}
-
 enum StepError {
     Etcd(EtcdError),
     Refused(Kind, String),
@@ -90,6 +34,12 @@ enum StepError {
 impl From<EtcdError> for StepError {
     fn from(error: EtcdError) -> Self {
         StepError::Etcd(error)
+    }
+}
+
+impl From<Refused> for StepError {
+    fn from((kind, reason): Refused) -> Self {
+        StepError::Refused(kind, reason)
     }
 }
 
@@ -142,8 +92,14 @@ impl Applier {
         if self.held.is_none() {
             self.reread().await?;
         }
-        self.check_epoch(step)?;
-        self.check_place(step)?;
+        if let Some(copying) = &self.copying {
+            let place = match step {
+                CopyStep::Begin(_) => Place::Begin,
+                CopyStep::Keys { range, .. } | CopyStep::Page { range, .. } => Place::Page(range),
+                CopyStep::End { .. } => Place::End,
+            };
+            copying.check(self.held.as_ref().and_then(|h| h.position.as_ref()), place)?;
+        }
         match step {
             CopyStep::Begin(begin) => self.begin_copy(begin.clone()).await,
             CopyStep::Keys { range, keys, last } => self.count_keys(range, keys, *last).await,
@@ -152,101 +108,28 @@ impl Applier {
         }
     }
 
-    /// Once the epoch is open, each step needs the position to be in it still: after a doubt it may have been restored, or
-    /// another copy may have taken over.
-    fn check_epoch(&self, step: &CopyStep) -> Result<(), StepError> {
-        let Some(copying) = self.copying.as_ref().filter(|c| c.ack.guard_passed) else { return Ok(()) };
-        if matches!(step, CopyStep::Begin(_)) {
-            return Ok(());
-        }
-        let position = self.held.as_ref().and_then(|h| h.position.as_ref());
-        let ends = matches!(step, CopyStep::End { .. });
-        let sender = (copying.begin.epoch, copying.begin.term);
-        let ours = position.is_some_and(|p| next::copy_goes_on(p, sender, &copying.ack.cursor, ends));
-        if ours {
-            return Ok(());
-        }
-        Err(StepError::Refused(Kind::PositionMoved, "the position is no longer that of this base copy".to_owned()))
-    }
-
-    /// Pages come without a hole and in order: what lies between two of them would be neither copied nor deleted.
-    fn check_place(&self, step: &CopyStep) -> Result<(), StepError> {
-        let Some(copying) = &self.copying else { return Ok(()) };
-        let in_place = match step {
-            CopyStep::Begin(_) => true,
-            CopyStep::Keys { range, .. } | CopyStep::Page { range, .. } => {
-                copying.expects.as_ref() == Some(&range.from)
-            }
-            CopyStep::End { .. } => copying.expects.is_none(),
-        };
-        if in_place {
-            return Ok(());
-        }
-        Err(StepError::Refused(Kind::Gap, "a page of the base copy is missing: say hello again".to_owned()))
-    }
-
-    fn expect_after(&mut self, range: &KeyRange) {
-        let after = self.ranges.as_ref().and_then(|ranges| next::page_after(ranges, &range.to));
-        if let Some(copying) = &mut self.copying {
-            copying.expects = after;
-        }
-    }
-
     async fn begin_copy(&mut self, begin: Begin) -> Result<(), StepError> {
         let position = self.held.as_ref().and_then(|h| h.position.clone());
-        if let Some(position) = &position
-            && (begin.epoch, begin.term) < (position.epoch, position.term)
-        {
-            return Err(fenced(position));
-        }
+        begin.check_claim(position.as_ref())?;
         self.claim = Some((begin.epoch, begin.term));
         if begin.repair {
             return self.open_repair(&begin, position.as_ref()).await;
         }
+        let Some(ranges) = self.ranges.clone() else { return Ok(()) };
         let replica_empty = self.present_count().await? == 0;
-        let ranges_digest = self.ranges.as_ref().map(digest::of_ranges);
-        let mut copying = Copying {
-            replica_empty,
-            first_copy: position
-                .as_ref()
-                .is_none_or(|p| p.origin_cluster != begin.origin_cluster || Some(p.ranges_digest) != ranges_digest),
-            counted: GuardCount::default(),
-            expects: self.ranges.as_ref().and_then(next::first_page),
-            ack: CopyAck::default(),
-            begin,
+        self.waymark = begin.waymark;
+        let keys_total = begin.keys_total;
+        let (copying, begun) = Copying::begin(begin, position.as_ref(), &ranges, replica_empty)?;
+        let keys_before = match &begun {
+            Begun::GoesOn { cursor } => self.present_below(cursor).await?,
+            Begun::Counts | Begun::Opens => 0,
         };
-        self.waymark = copying.begin.waymark;
-        let resumable = position.as_ref().is_some_and(|p| p.epoch == copying.begin.epoch && p.cursor.is_some());
-        if copying.begin.resume && !resumable {
-            return Err(StepError::Refused(Kind::PositionMoved, "the position holds no copy to go on with".to_owned()));
-        }
-        let ready = copying.begin.resume;
-        let mut keys_before = 0;
-        if ready {
-            copying.ack.guard_passed = true;
-            let cursor = position.as_ref().and_then(|p| p.cursor.clone()).unwrap_or_default();
-            copying.expects = self.ranges.as_ref().and_then(|ranges| next::page_from(ranges, &cursor));
-            keys_before = self.present_below(&cursor).await?;
-        }
-        let keys_total = copying.begin.keys_total;
         self.view.send_modify(|view| {
             view.copy_keys_total = keys_total;
             view.copy_keys_before = keys_before;
         });
-        let pass = copying.begin.guard_pass && !replica_empty;
         self.copying = Some(copying);
-        if !ready && !pass {
-            if self
-                .copying
-                .as_ref()
-                .is_some_and(|c| !c.begin.guard_pass && !c.begin.origin_empty && !c.begin.link_back && !replica_empty)
-            {
-                // The range was empty at the hello and is not any more: a new hello makes the guard's pass.
-                return Err(StepError::Refused(
-                    Kind::PositionMoved,
-                    "somebody wrote into the empty range meanwhile".to_owned(),
-                ));
-            }
+        if begun == Begun::Opens {
             self.open_epoch(GuardCount::default()).await?;
         }
         self.acknowledge_copy();
@@ -255,32 +138,19 @@ impl Applier {
 
     /// The guard's verdict; past it the position opens the new epoch.
     async fn open_epoch(&mut self, mut counted: GuardCount) -> Result<(), StepError> {
-        let Some(copying) = &self.copying else { return Ok(()) };
-        let begin = copying.begin.clone();
-        let (first_copy, replica_empty) = (copying.first_copy, copying.replica_empty);
-        if begin.origin_empty {
+        if self.copying.as_ref().is_some_and(Copying::deletes_all) {
             counted.replica_keys = self.present_count().await?;
             counted.deletes = counted.replica_keys;
         }
-        let case = GuardCase {
-            link: self.link.clone(),
-            first_copy,
-            origin_empty: begin.origin_empty,
-            replica_empty,
-            deletes_share_max: begin.deletes_share_max,
-            allow_deletes: begin.allow_deletes,
-            link_back: begin.link_back,
-        };
-        guard_verdict(&counted, &case).map_err(|stop| StepError::Refused(Kind::Guard, stop.to_string()))?;
-        let Some(ranges) = self.ranges.clone() else { return Ok(()) };
-        let cursor = ranges.pieces().first().map(|p| p.from.clone()).unwrap_or_default();
-        let first = begin.first_position(&ranges, Phase::Copying, Some(cursor));
+        let (Some(copying), Some(ranges)) = (&self.copying, self.ranges.clone()) else { return Ok(()) };
+        copying.guard(&self.link, &counted)?;
+        let first = copying.first_position(&ranges);
+        let (epoch, anchor) = (first.epoch, first.anchor_revision);
         self.open_with(first).await?;
         if let Some(copying) = &mut self.copying {
-            copying.ack.guard_passed = true;
-            copying.expects = next::first_page(&ranges);
+            copying.opened(&ranges);
         }
-        tracing::info!(link = %self.link, epoch = %begin.epoch, anchor = %begin.anchor, "base copy begins");
+        tracing::info!(link = %self.link, %epoch, %anchor, "base copy begins");
         Ok(())
     }
 
@@ -323,12 +193,12 @@ impl Applier {
         let etcd = self.etcd().await?;
         let mut from = range.from.clone();
         // The account changes once the whole step is done: a step that fails is done again.
-        let Some(mut counted) = self.copying.as_ref().map(|copying| copying.counted) else { return Ok(()) };
+        let Some(mut counted) = self.copying.as_ref().map(Copying::count) else { return Ok(()) };
         loop {
             let rest = KeyRange { from: from.clone(), to: range.to.clone() };
             let page = etcd.page(&rest, 10 * PRESENT_KEYS_MAX, None, Columns::KeysOnly).await?;
             let present: Vec<Bytes> = page.kvs.into_iter().map(|kv| kv.key).collect();
-            let to = next_edge(page.more, present.last(), &range.to);
+            let to = read_edge(page.more, present.last(), &range.to);
             let ours = part_of(keys, &from, &to, |key| key);
             counted.add(ours, &present);
             if !page.more {
@@ -338,12 +208,10 @@ impl Applier {
         }
         if last {
             self.open_epoch(counted).await?;
-        } else {
-            self.expect_after(range);
         }
-        if let Some(copying) = &mut self.copying {
-            copying.counted = counted;
-            copying.ack.pages += 1;
+        if let (Some(copying), Some(ranges)) = (&mut self.copying, &self.ranges) {
+            copying.counted(counted);
+            copying.passed(ranges, range, last);
         }
         self.acknowledge_copy();
         Ok(())
@@ -357,7 +225,7 @@ impl Applier {
         kvs: &[(Bytes, Bytes)],
     ) -> Result<(), StepError> {
         let Some(copying) = &self.copying else { return Ok(()) };
-        let policy = CopyPolicy { creates_only: copying.begin.link_back };
+        let policy = copying.policy();
         let mut limit = kvs.len().saturating_mul(2).clamp(PRESENT_KEYS_FIRST, PRESENT_KEYS_MAX);
         let mut from = range.from.clone();
         loop {
@@ -371,7 +239,7 @@ impl Applier {
                 page => page?,
             };
             let present: Vec<(Bytes, Bytes)> = page.kvs.into_iter().map(|kv| (kv.key, kv.value)).collect();
-            let to = next_edge(page.more, present.last().map(|(key, _)| key), &range.to);
+            let to = read_edge(page.more, present.last().map(|(key, _)| key), &range.to);
             let diff = copy_diff(part_of(kvs, &from, &to, |(key, _)| key), &present, policy);
             let (equal, conflicts) = (diff.equal, diff.conflicts);
             for chunk in copy_chunks(diff, &to, revision, &self.limits)? {
@@ -387,9 +255,8 @@ impl Applier {
             }
             from = to;
         }
-        self.expect_after(range);
-        if let Some(copying) = &mut self.copying {
-            copying.ack.pages += 1;
+        if let (Some(copying), Some(ranges)) = (&mut self.copying, &self.ranges) {
+            copying.passed(ranges, range, false);
         }
         self.acknowledge_copy();
         Ok(())
@@ -480,30 +347,4 @@ impl Applier {
             view.copy_session = session;
         });
     }
-}
-
-fn fenced(position: &Position) -> StepError {
-    StepError::Refused(
-        Kind::Fenced,
-        format!("the position is at epoch {}, term {} already", position.epoch, position.term),
-    )
-}
-
-/// Up to where a read of the replica reached.
-fn next_edge(more: bool, last: Option<&Bytes>, to: &Bytes) -> Bytes {
-    match last {
-        Some(last) if more => {
-            let mut edge = last.to_vec();
-            edge.push(0);
-            Bytes::from(edge)
-        }
-        _ => to.clone(),
-    }
-}
-
-/// The part of `items` (in key order) whose keys lie in `[from, to)`.
-fn part_of<'a, T>(items: &'a [T], from: &Bytes, to: &Bytes, key: impl Fn(&T) -> &Bytes) -> &'a [T] {
-    let start = items.partition_point(|item| key(item) < from);
-    let end = if to.is_empty() { items.len() } else { items.partition_point(|item| key(item) < to) };
-    &items[start.min(end)..end]
 }

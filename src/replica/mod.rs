@@ -9,6 +9,7 @@ pub mod dedupe;
 pub mod journal;
 pub mod mark;
 pub mod next;
+pub mod pages;
 pub mod plan;
 pub mod position;
 pub mod receive;

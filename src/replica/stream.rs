@@ -5,10 +5,11 @@
 
 use super::admit::{Admit, Refused, outside};
 use super::apply::{ApplyCommand, ApplyView};
-use super::copy::{Begin, CopyStep};
+use super::copy::CopyStep;
 use super::dedupe::State;
 use super::journal::{JournalEntry, JournalError};
 use super::mark::{Mark, Mend, There};
+use super::pages::Begin;
 use super::receive::{LinkEnd, Opened};
 use super::verify::{Asked, Comparer, QUESTIONS_MAX, Question};
 use crate::model::{Change, Epoch, KeyRange, Phase, Ranges, Revision, Seq, Term, Waymark};

@@ -221,6 +221,17 @@ fn what_was_known_before_is_covered_from_the_start() {
     assert_eq!(resumed(15, None).covered(), Revision(15));
 }
 
+#[test]
+fn a_watch_proves_what_it_shows_and_all_before_the_carried_revision_once_that_was_the_same() {
+    assert_eq!(sequencer(15).proven_from(), Some(Revision(16)));
+    let mut resumed = resumed(15, None);
+    assert_eq!(resumed.proven_from(), None);
+    resumed.push(piece(vec![put(10, "/app/a", "v1")])).unwrap();
+    assert_eq!(resumed.proven_from(), None, "the revision may go on");
+    resumed.push(message(vec![put(16, "/app/a", "v2")])).unwrap();
+    assert_eq!(resumed.proven_from(), Some(Revision(0)));
+}
+
 proptest! {
     #[test]
     fn however_messages_are_cut_into_fragments_the_same_revisions_come_out(

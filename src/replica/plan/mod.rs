@@ -120,6 +120,8 @@ pub struct Plan {
     pub seq: Seq,
     pub revision: Revision,
     pub extent: Extent,
+    /// The revision after it, if one waits, does not fit.
+    pub full: bool,
     /// Puts and deletes in key order, each key once: its last write.
     pub ops: Vec<Op>,
     /// In key order; parts of `ops`.
@@ -176,6 +178,7 @@ pub fn plan<'a>(
         seq: first.seq,
         revision: first.revision.revision,
         extent: Extent::Whole,
+        full: false,
         ops,
         runs: Vec::new(),
     };
@@ -184,6 +187,13 @@ pub fn plan<'a>(
     }
     plan.runs = runs::delete_runs(&plan.ops, ranges, limits);
     Ok(Some(plan))
+}
+
+impl Plan {
+    /// Whether planning again would take more along, now that so many revisions wait.
+    pub fn has_room(&self, waiting: usize) -> bool {
+        !self.full && waiting > self.revisions
+    }
 }
 
 /// The waiting revisions that a plan may hold: none beyond a mark, so that there is a replica revision that has reached it and no more.
@@ -215,6 +225,7 @@ fn merge<'a>(
             }
         }
         if grown.count > MERGED_OPS_MAX || !limits.fits(&grown) {
+            plan.full = true;
             break;
         }
         load = grown;
@@ -240,7 +251,7 @@ fn plan_large(first: &Waiting, ops: Vec<Op>, ranges: &Ranges, limits: &RequestLi
         return plan_part(first, ops, 0, limits);
     }
     let (seq, revision) = (first.seq, first.revision.revision);
-    Ok(Plan { revisions: 1, seq, revision, extent: Extent::Whole, ops, runs })
+    Ok(Plan { revisions: 1, seq, revision, extent: Extent::Whole, full: true, ops, runs })
 }
 
 /// The next part of a revision that is larger than a request, as full as fits.
@@ -254,7 +265,7 @@ fn plan_part(first: &Waiting, mut ops: Vec<Op>, part: u64, limits: &RequestLimit
     ops.drain(..from);
     ops.truncate(fitting(&ops, revision, limits)?);
     let extent = Extent::Part { from: part, to: part + as_u64(ops.len()), of };
-    Ok(Plan { revisions: 1, seq: first.seq, revision, extent, ops, runs: Vec::new() })
+    Ok(Plan { revisions: 1, seq: first.seq, revision, extent, full: true, ops, runs: Vec::new() })
 }
 
 /// How many operations, from the first on, fit one request; at least one, or the error says why not.

@@ -125,6 +125,20 @@ fn the_last_write_of_a_key_wins_when_revisions_are_merged() {
 }
 
 #[test]
+fn a_plan_has_room_until_the_next_revision_does_not_fit() {
+    let limits = etcd_defaults();
+    let planned = |waiting: &[Waiting], part| plan(waiting, part, &everything(), &limits).unwrap().unwrap();
+    let small = waiting(vec![vec![put("a", "1")], vec![put("b", "2")]]);
+    let (one, two) = (planned(&small[..1], 0), planned(&small, 0));
+    assert_eq!([one.has_room(1), one.has_room(2), two.has_room(2), two.has_room(3)], [false, true, false, true]);
+    let large = waiting((0..3).map(|n| vec![put(format!("k{n}"), vec![7; 700_000])]).collect());
+    let full = planned(&large, 0);
+    assert_eq!((full.revisions, full.has_room(3)), (2, false));
+    let halves = waiting(vec![(0..3).map(|n| put(format!("k{n}"), vec![7; 700_000])).collect(), vec![put("z", "")]]);
+    assert!(!planned(&halves, 0).has_room(2) && !planned(&halves, 1).has_room(2), "a part stays alone");
+}
+
+#[test]
 fn a_delete_of_ten_thousand_keys_is_one_guarded_range_delete_in_one_transaction() {
     let mut model = ModelEtcd::new(&etcd_defaults(), content("/p/", 10_000));
     let sent = apply_all(&waiting(vec![deletes("/p/", 10_000)]), &mut model, &everything(), &etcd_defaults()).unwrap();

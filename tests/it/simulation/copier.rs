@@ -7,14 +7,10 @@ use super::line::Shipment;
 use super::region::{Context, Trouble};
 use super::replica::Replica;
 use bytes::Bytes;
-use etcd_ferry::model::{Digest, KeyRange, Phase, Position, Revision, Seq};
-use etcd_ferry::replica::copy::Begin;
+use etcd_ferry::model::{KeyRange, Position, Revision};
 use etcd_ferry::replica::next;
-use etcd_ferry::replica::plan::{
-    Answered, CopyPolicy, GuardCase, GuardCount, TxnTree, copy_chunks, copy_diff, guard_verdict,
-};
-use etcd_ferry::wire::digest;
-use etcd_ferry::wire::replicate::CopyAck;
+use etcd_ferry::replica::pages::{Begin, Begun, Copying, Place, Refused, part_of, read_edge};
+use etcd_ferry::replica::plan::{Answered, GuardCount, TxnTree, copy_chunks, copy_diff};
 use etcd_ferry::wire::replicate::refusal::Kind;
 
 /// A step whose answers are lost so often is left to the next hello.
@@ -22,18 +18,15 @@ const TRIES_MAX: u32 = 4;
 /// Keys of the replica that are compared at once.
 const PRESENT_KEYS: usize = 16;
 
-pub struct Copying {
-    begin: Begin,
-    replica_empty: bool,
-    first_copy: bool,
-    counted: GuardCount,
-    expects: Option<Bytes>,
-    ack: CopyAck,
-}
-
 enum StepError {
     Trouble(Trouble, usize),
     Refused(Kind, String),
+}
+
+impl From<Refused> for StepError {
+    fn from((kind, reason): Refused) -> Self {
+        Self::Refused(kind, reason)
+    }
 }
 
 impl From<Trouble> for StepError {
@@ -74,8 +67,15 @@ impl Replica {
         if self.held.is_none() {
             self.read_position(context)?;
         }
-        self.check_epoch(step)?;
-        self.check_place(step)?;
+        let place = match step {
+            Shipment::Begin(_) => Place::Begin,
+            Shipment::Keys { range, .. } | Shipment::Page { range, .. } => Place::Page(range),
+            Shipment::End { .. } => Place::End,
+            Shipment::Frame(_) | Shipment::Progress(_) => return Ok(()),
+        };
+        if let Some(copying) = &self.copying {
+            copying.check(self.position(), place)?;
+        }
         match step {
             Shipment::Begin(begin) => self.begin_copy(begin, context),
             Shipment::Keys { range, keys, last } => self.count_keys(range, keys, *last, context),
@@ -85,75 +85,20 @@ impl Replica {
         }
     }
 
-    fn check_epoch(&self, step: &Shipment) -> Result<(), StepError> {
-        let Some(copying) = self.copying.as_ref().filter(|copying| copying.ack.guard_passed) else { return Ok(()) };
-        if matches!(step, Shipment::Begin(_)) {
-            return Ok(());
-        }
-        let ends = matches!(step, Shipment::End { .. });
-        let sender = (copying.begin.epoch, copying.begin.term);
-        let ours = self.position().is_some_and(|p| next::copy_goes_on(p, sender, &copying.ack.cursor, ends));
-        if ours { Ok(()) } else { Err(moved("the position is no longer that of this base copy")) }
-    }
-
-    fn check_place(&self, step: &Shipment) -> Result<(), StepError> {
-        let Some(copying) = &self.copying else { return Ok(()) };
-        let in_place = match step {
-            Shipment::Keys { range, .. } | Shipment::Page { range, .. } => {
-                copying.expects.as_ref() == Some(&range.from)
-            }
-            Shipment::End { .. } => copying.expects.is_none(),
-            Shipment::Begin(_) | Shipment::Frame(_) | Shipment::Progress(_) => true,
-        };
-        if in_place {
-            return Ok(());
-        }
-        Err(StepError::Refused(Kind::Gap, "a page of the base copy is missing".to_owned()))
-    }
-
-    fn expect_after(&mut self, range: &KeyRange) {
-        let after = self.ranges.as_ref().and_then(|ranges| next::page_after(ranges, &range.to));
-        if let Some(copying) = &mut self.copying {
-            copying.expects = after;
-        }
-    }
-
     fn present_count(&self, context: &Context) -> u64 {
         self.ranges.as_ref().map_or(0, |ranges| context.replica.count(ranges.pieces()))
     }
 
     fn begin_copy(&mut self, begin: &Begin, context: &mut Context) -> Result<(), StepError> {
         let position = self.position().cloned();
-        if position.as_ref().is_some_and(|p| (begin.epoch, begin.term) < (p.epoch, p.term)) {
-            return Err(StepError::Refused(Kind::Fenced, "the position is further".to_owned()));
-        }
+        begin.check_claim(position.as_ref())?;
         self.claim = Some((begin.epoch, begin.term));
+        let Some(ranges) = self.ranges.clone() else { return Ok(()) };
         let replica_empty = self.present_count(context) == 0;
-        let ranges_digest = self.ranges.as_ref().map(digest::of_ranges);
-        let first_copy = position
-            .as_ref()
-            .is_none_or(|p| p.origin_cluster != begin.origin_cluster || Some(p.ranges_digest) != ranges_digest);
-        let mut copying = Copying {
-            begin: begin.clone(),
-            replica_empty,
-            first_copy,
-            counted: GuardCount::default(),
-            expects: self.ranges.as_ref().and_then(next::first_page),
-            ack: CopyAck::default(),
-        };
         self.waymark = begin.waymark;
-        let cursor = position.as_ref().filter(|p| p.epoch == begin.epoch).and_then(|p| p.cursor.clone());
-        if begin.resume {
-            let Some(cursor) = cursor else { return Err(moved("the position holds no copy to go on with")) };
-            copying.ack.guard_passed = true;
-            copying.expects = self.ranges.as_ref().and_then(|ranges| next::page_from(ranges, &cursor));
-        }
+        let (copying, begun) = Copying::begin(begin.clone(), position.as_ref(), &ranges, replica_empty)?;
         self.copying = Some(copying);
-        let pass = begin.guard_pass && !replica_empty;
-        if !begin.resume && !pass {
-            if !begin.guard_pass && !begin.origin_empty && !replica_empty {
-                return Err(moved("somebody wrote into the empty range meanwhile"));
-            }
+        if begun == Begun::Opens {
             self.open_epoch(GuardCount::default(), context)?;
         }
         self.acknowledge_copy();
@@ -161,43 +106,18 @@ impl Replica {
     }
 
     fn open_epoch(&mut self, mut counted: GuardCount, context: &mut Context) -> Result<(), StepError> {
-        let (Some(copying), Some(ranges)) = (&self.copying, self.ranges.clone()) else { return Ok(()) };
-        let begin = copying.begin.clone();
-        if begin.origin_empty {
+        if self.copying.as_ref().is_some_and(Copying::deletes_all) {
             counted.replica_keys = self.present_count(context);
             counted.deletes = counted.replica_keys;
         }
-        let case = GuardCase {
-            link: self.link.clone(),
-            first_copy: copying.first_copy,
-            origin_empty: begin.origin_empty,
-            replica_empty: copying.replica_empty,
-            deletes_share_max: begin.deletes_share_max,
-            allow_deletes: begin.allow_deletes,
-            link_back: begin.link_back,
-        };
-        guard_verdict(&counted, &case).map_err(|stop| StepError::Refused(Kind::Guard, stop.to_string()))?;
-        let next = Position {
-            epoch: begin.epoch,
-            term: begin.term,
-            seq: Seq(0),
-            origin_cluster: begin.origin_cluster,
-            origin_revision: begin.anchor,
-            carried_revision: Revision(0),
-            carried_digest: Digest::default(),
-            waymark: begin.waymark,
-            ranges_digest: digest::of_ranges(&ranges),
-            state: Phase::Copying,
-            anchor_revision: begin.anchor,
-            cursor: next::first_page(&ranges),
-            part: 0,
-            skipped: Vec::new(),
-        };
-        self.commit_step(next, nothing(), 0, context)?;
-        self.restart_journal(begin.epoch);
+        let (Some(copying), Some(ranges)) = (&self.copying, self.ranges.clone()) else { return Ok(()) };
+        copying.guard(&self.link, &counted)?;
+        let first = copying.first_position(&ranges);
+        let epoch = first.epoch;
+        self.commit_step(first, nothing(), 0, context)?;
+        self.restart_journal(epoch);
         if let Some(copying) = &mut self.copying {
-            copying.ack.guard_passed = true;
-            copying.expects = next::first_page(&ranges);
+            copying.opened(&ranges);
         }
         context.count("base copy begun");
         Ok(())
@@ -210,18 +130,16 @@ impl Replica {
         last: bool,
         context: &mut Context,
     ) -> Result<(), StepError> {
-        let Some(mut counted) = self.copying.as_ref().map(|copying| copying.counted) else { return Ok(()) };
+        let Some(mut counted) = self.copying.as_ref().map(Copying::count) else { return Ok(()) };
         let page = context.read().map_err(|_| Trouble::Lost)?.page(range, 0, None).expect("never compacted");
         let present: Vec<Bytes> = page.kvs.into_iter().map(|(key, _)| key).collect();
         counted.add(keys, &present);
         if last {
             self.open_epoch(counted, context)?;
-        } else {
-            self.expect_after(range);
         }
-        if let Some(copying) = &mut self.copying {
-            copying.counted = counted;
-            copying.ack.pages += 1;
+        if let (Some(copying), Some(ranges)) = (&mut self.copying, &self.ranges) {
+            copying.counted(counted);
+            copying.passed(ranges, range, last);
         }
         self.acknowledge_copy();
         Ok(())
@@ -235,19 +153,15 @@ impl Replica {
         context: &mut Context,
     ) -> Result<(), StepError> {
         let Some(copying) = &self.copying else { return Ok(()) };
-        let policy = CopyPolicy { creates_only: copying.begin.link_back };
+        let policy = copying.policy();
         context.note(|| format!("{} copies a page of revision {revision} with {} keys", self.name, kvs.len()));
         let mut from = range.from.clone();
         loop {
             let rest = KeyRange { from: from.clone(), to: range.to.clone() };
             let page = context.read().map_err(|_| Trouble::Lost)?.page(&rest, PRESENT_KEYS, None).expect("the head");
-            let to = match page.kvs.last().filter(|_| page.more) {
-                Some((last, _)) => Bytes::from([&last[..], &[0]].concat()),
-                None => range.to.clone(),
-            };
-            let ours: Vec<(Bytes, Bytes)> =
-                kvs.iter().filter(|(key, _)| *key >= from && (to.is_empty() || *key < to)).cloned().collect();
-            let chunks = copy_chunks(copy_diff(&ours, &page.kvs, policy), &to, revision, &self.limits);
+            let to = read_edge(page.more, page.kvs.last().map(|(key, _)| key), &range.to);
+            let diff = copy_diff(part_of(kvs, &from, &to, |(key, _)| key), &page.kvs, policy);
+            let chunks = copy_chunks(diff, &to, revision, &self.limits);
             for chunk in chunks.map_err(|error| StepError::Refused(Kind::TooLarge, error.to_string()))? {
                 let Some(position) = self.position() else { return Err(moved("the position is gone")) };
                 let next = next::after_copied(position, &chunk.reached, revision);
@@ -260,9 +174,8 @@ impl Replica {
             }
             from = to;
         }
-        self.expect_after(range);
-        if let Some(copying) = &mut self.copying {
-            copying.ack.pages += 1;
+        if let (Some(copying), Some(ranges)) = (&mut self.copying, &self.ranges) {
+            copying.passed(ranges, range, false);
         }
         self.acknowledge_copy();
         Ok(())

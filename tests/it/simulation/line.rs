@@ -6,7 +6,7 @@
 use super::region::Context;
 use bytes::Bytes;
 use etcd_ferry::model::{KeyRange, Revision};
-use etcd_ferry::replica::copy::Begin;
+use etcd_ferry::replica::pages::Begin;
 use etcd_ferry::wire::replicate::refusal::Kind;
 use etcd_ferry::wire::replicate::{Ack, CopyAck, Progress};
 use std::collections::VecDeque;

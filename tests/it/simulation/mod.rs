@@ -29,7 +29,7 @@ const FAILURES_SHOWN: usize = 3;
 const HEADS_SHOWN: usize = 40;
 
 /// What must have happened over all seeds.
-const MUST_HAPPEN: [&str; 58] = [
+const MUST_HAPPEN: [&str; 59] = [
     "frame damaged",
     "frame dropped",
     "frame repeated",
@@ -64,6 +64,7 @@ const MUST_HAPPEN: [&str; 58] = [
     "idle position",
     "watch message in fragments",
     "watch goes on after the spool's end",
+    "carried revision known from the spool",
     "tail saw another history",
     "spool full",
     "waymark written",

@@ -16,7 +16,7 @@ use etcd_ferry::origin::resume::{
 use etcd_ferry::origin::sequence::{Event, OriginWaymark, Sequencer, WatchMessage};
 use etcd_ferry::origin::shipped::{RESETS_MAX, Shipped};
 use etcd_ferry::origin::spool::SpoolEntry;
-use etcd_ferry::replica::copy::Begin;
+use etcd_ferry::replica::pages::Begin;
 use etcd_ferry::wire::digest;
 use etcd_ferry::wire::frame::{FrameLimits, encode_standalone};
 use etcd_ferry::wire::replicate::refusal::Kind;
@@ -182,7 +182,12 @@ impl Origin {
             let same_place =
                 position.origin_cluster == origin.cluster && position.ranges_digest == origin.ranges_digest;
             if same_place && carried.0 > Revision(0) && origin.head >= carried.0 {
-                origin.carried = self.probe(carried, etcd);
+                origin.carried = if self.tail.tailed(carried.0) == Some(carried.1) {
+                    context.count("carried revision known from the spool");
+                    CarriedCheck::Same
+                } else {
+                    self.probe(carried, etcd)
+                };
             }
         }
         let replica = ReplicaFacts::Answered {

@@ -7,7 +7,6 @@ mod hello;
 
 pub use self::hello::{Hello, HelloAnswer, HelloRefused};
 
-use super::copier::Copying;
 use super::disk::Disk;
 use super::etcd::{Answer, Refused};
 use super::line::{Line, Receipt, Shipment};
@@ -16,6 +15,7 @@ use etcd_ferry::model::{Digest, Epoch, LinkName, Phase, Position, Ranges, Revisi
 use etcd_ferry::replica::admit::{self, Admit};
 use etcd_ferry::replica::journal::JournalEntry;
 use etcd_ferry::replica::next::{self, Alignment, Claim, Idle, JournalFacts};
+use etcd_ferry::replica::pages::Copying;
 use etcd_ferry::replica::plan::{
     self, Answered, Plan, PlanError, Refusal as LimitRefusal, Request, RequestLimits, RunFacts, Settled, TxnTree,
     Waiting,

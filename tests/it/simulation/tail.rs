@@ -91,6 +91,19 @@ impl Tail {
         Spooled { covered: Revision(self.spool.covered), last: self.spool.last.or(self.carried) }
     }
 
+    /// What the spool holds of one revision in the history that the open watch shows.
+    pub fn tailed(&mut self, at: Revision) -> Option<Digest> {
+        self.watch.as_ref().and_then(|open| open.sequencer.proven_from()).filter(|from| *from <= at)?;
+        match self.spool.last? {
+            (last, digest) if last == at => Some(digest),
+            (last, _) if last < at => None,
+            _ => {
+                let entries = self.spool.read_after(at.0 - 1, 1)?;
+                entries.first().filter(|entry| entry.revision.revision == at).map(|entry| entry.digest)
+            }
+        }
+    }
+
     /// The stream to etcd breaks; messages on it are lost.
     pub fn break_watch(&mut self) {
         self.watch = None;
