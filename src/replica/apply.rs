@@ -118,9 +118,18 @@ pub enum ApplyCommand {
     },
 }
 
-struct InFlight {
+/// What a transaction brings in beside the position.
+#[derive(Clone, Copy, Default)]
+struct Load {
+    /// As wholes, off the front of what waits.
     revisions: usize,
-    settled: Option<Settled>,
+    /// The last of them was applied in parts.
+    in_parts: bool,
+    request_bytes: usize,
+}
+
+struct InFlight {
+    load: Load,
     next: Position,
     started: Instant,
     answer: Pin<Box<dyn Future<Output = Result<TxnResponse, EtcdError>> + Send>>,
@@ -302,7 +311,7 @@ impl Applier {
         if !self.follows() {
             return;
         }
-        if self.in_flight.as_ref().is_some_and(|f| f.revisions == 0) {
+        if self.in_flight.as_ref().is_some_and(|f| f.load.revisions == 0) {
             // What comes next depends on how this one ends.
             return;
         }
@@ -318,7 +327,7 @@ impl Applier {
             self.planned = self.planned.take_if(|planned| !planned.has_room(waiting));
         }
         if self.planned.is_none() {
-            let in_flight = self.in_flight.as_ref().map_or(0, |f| f.revisions);
+            let in_flight = self.in_flight.as_ref().map_or(0, |f| f.load.revisions);
             let part = if in_flight == 0 { self.part() } else { 0 };
             let (Some(ranges), true) = (&self.ranges, self.waiting.len() > in_flight) else {
                 return self.persist_idle().await;
@@ -377,26 +386,31 @@ impl Applier {
             tracing::warn!(link = %self.link, revision = %settled.revision, "a revision larger than a request is applied in parts");
         }
         let next = next::after_settled(position, &settled, (last.revision.revision, *digest));
-        self.send(next::revisions_done(&settled), next, settled.tree.clone(), Some(settled));
+        let load = Load {
+            revisions: next::revisions_done(&settled),
+            in_parts: matches!(settled.extent, Extent::Part { .. }),
+            request_bytes: settled.request_bytes,
+        };
+        self.send(load, next, settled.tree);
     }
 
     /// Sends a transaction without waiting for it.
-    fn send(&mut self, revisions: usize, next: Position, tree: TxnTree, settled: Option<Settled>) {
+    fn send(&mut self, load: Load, next: Position, tree: TxnTree) {
         let (Some(held), Some(etcd)) = (&self.held, self.etcd.clone()) else { return };
         let next = next::to_write(next, self.waymark);
         let txn = transaction(Request::new(&self.link, held.mod_revision, &next, tree));
         let answer = Box::pin(async move { etcd.txn(txn, APPLY_RIGHT).await });
-        self.in_flight = Some(InFlight { revisions, settled, next, started: Instant::now(), answer });
+        self.in_flight = Some(InFlight { load, next, started: Instant::now(), answer });
     }
 
     /// Takes etcd's answer to what was in flight.
     async fn finished(&mut self, answer: Result<TxnResponse, EtcdError>) {
-        let Some(InFlight { revisions, settled, next, started, .. }) = self.in_flight.take() else { return };
+        let Some(InFlight { load, next, started, .. }) = self.in_flight.take() else { return };
         let response = match answer {
             Ok(response) => response,
             Err(e) => {
                 self.planned = None;
-                return self.refused(e, settled.as_ref());
+                return self.refused(e, load.request_bytes);
             }
         };
         match self.judge(&response, next) {
@@ -404,18 +418,17 @@ impl Applier {
                 self.guard_failures = 0;
                 self.backoff.succeeded();
                 self.resumed();
-                let seconds = started.elapsed().as_secs_f64();
-                let request_bytes = settled.as_ref().map_or(0, |settled| settled.request_bytes);
-                tracing::trace!(link = %self.link, revisions, request_bytes, seconds, "applied");
+                let (revisions, seconds) = (load.revisions, started.elapsed().as_secs_f64());
+                tracing::trace!(link = %self.link, revisions, request_bytes = load.request_bytes, seconds, "applied");
                 metrics::observe_apply(&self.link, seconds, revisions as u64);
                 for _ in 0..revisions {
                     if let Some((done, _)) = self.waiting.pop_front() {
                         self.waiting_bytes = self.waiting_bytes.saturating_sub(done.revision.bytes());
                     }
                 }
-                let in_parts = revisions > 0 && settled.is_some_and(|s| matches!(s.extent, Extent::Part { .. }));
-                self.view.send_modify(|view| view.in_parts += u64::from(in_parts));
-                self.resumed();
+                if revisions > 0 && load.in_parts {
+                    self.view.send_modify(|view| view.in_parts += 1);
+                }
                 self.publish(true);
             }
             Committed::GuardFailed => {
@@ -428,12 +441,7 @@ impl Applier {
 
     /// What the answer means for the position that is held.
     fn judge(&mut self, response: &TxnResponse, next: Position) -> Committed {
-        let found = response.op_responses().into_iter().find_map(|op| match op {
-            TxnOpResponse::Get(get) => {
-                Some(Revision::from_etcd(get.kvs().first().map_or(0, etcd_client::KeyValue::mod_revision)))
-            }
-            TxnOpResponse::Put(_) | TxnOpResponse::Delete(_) | TxnOpResponse::Txn(_) => None,
-        });
+        let found = if response.succeeded() { None } else { position_found(response) };
         let held = self.held.as_ref().map_or(Revision(0), |h| h.mod_revision);
         match answered(response.succeeded(), found, held) {
             Answered::Committed => {
@@ -453,7 +461,7 @@ impl Applier {
     pub(super) async fn commit(&mut self, next: Position, tree: TxnTree) -> Result<Committed, EtcdError> {
         debug_assert!(self.in_flight.is_none());
         self.etcd().await?;
-        self.send(0, next, tree, None);
+        self.send(Load::default(), next, tree);
         let Some(in_flight) = self.in_flight.take() else {
             return Ok(Committed::PositionMoved);
         };
@@ -548,6 +556,16 @@ impl Applier {
             Err(e) => self.doubt(&e),
         }
     }
+}
+
+/// The position's `mod_revision`, where a compare failed; 0: there is none.
+fn position_found(response: &TxnResponse) -> Option<Revision> {
+    response.op_responses().into_iter().find_map(|op| match op {
+        TxnOpResponse::Get(get) => {
+            Some(Revision::from_etcd(get.kvs().first().map_or(0, etcd_client::KeyValue::mod_revision)))
+        }
+        TxnOpResponse::Put(_) | TxnOpResponse::Delete(_) | TxnOpResponse::Txn(_) => None,
+    })
 }
 
 async fn answer_of(in_flight: &mut Option<InFlight>) -> Result<TxnResponse, EtcdError> {

@@ -4,7 +4,7 @@
 //! Always true: what leaves doubt makes the position be read again; a reason stays shown until what it held up is committed.
 
 use super::apply::Applier;
-use super::plan::{PlanError, Refusal as LimitRefusal, Settled};
+use super::plan::{PlanError, Refusal as LimitRefusal};
 use crate::etcd::EtcdError;
 use crate::wire::replicate::refusal::Kind;
 use tokio::time::Instant;
@@ -27,13 +27,14 @@ impl Applier {
     }
 
     /// etcd refused what was in flight: learn a limit, or wait and read the position again.
-    pub(super) fn refused(&mut self, error: EtcdError, settled: Option<&Settled>) {
-        let learned = match (&error, settled) {
-            (EtcdError::TooManyOps, Some(_)) => Some(LimitRefusal::TooManyOps),
-            (EtcdError::TooLarge, Some(settled)) => Some(LimitRefusal::TooLarge { sent_bytes: settled.request_bytes }),
-            (_, _) => None,
+    pub(super) fn refused(&mut self, error: EtcdError, sent_bytes: usize) {
+        let learned = if matches!(error, EtcdError::TooManyOps) {
+            LimitRefusal::TooManyOps
+        } else if matches!(error, EtcdError::TooLarge) {
+            LimitRefusal::TooLarge { sent_bytes }
+        } else {
+            return self.doubt(&error);
         };
-        let Some(learned) = learned else { return self.doubt(&error) };
         match self.limits.learned(learned) {
             Some(limits) => {
                 tracing::warn!(link = %self.link, %error, ops_max = limits.ops_max, bytes_max = limits.bytes_max,
