@@ -4,8 +4,8 @@
 //! Always true: an answer or an error that says what to do comes within ten seconds; nothing printed holds a control character.
 
 use super::proto::admin_client::AdminClient;
-use super::proto::{Copy, Link, ResyncRequest, StatusReply, StatusRequest};
-use super::verification::{VerificationJson, verification_lines};
+use super::proto::{Copy, ForeignWrites, Link, ResyncRequest, StatusReply, StatusRequest};
+use super::verification::{VerificationJson, counted, verification_lines};
 use crate::tls::connect::{ConnectError, PeerConnector, endpoint};
 use crate::tls::{self, TlsError, explain};
 use serde::Serialize;
@@ -166,6 +166,19 @@ struct LinkJson<'a> {
     counts: BTreeMap<&'a str, u64>,
     copy: Option<CopyJson>,
     verification: Option<VerificationJson<'a>>,
+    foreign_writes: Option<ForeignJson<'a>>,
+}
+
+#[derive(Serialize)]
+struct ForeignJson<'a> {
+    checked_revision: u64,
+    revisions: u64,
+    keys: u64,
+    first_revision: u64,
+    last_revision: u64,
+    first_keys: &'a [String],
+    expected: &'a str,
+    trouble: &'a str,
 }
 
 #[derive(Serialize)]
@@ -211,6 +224,16 @@ fn link_json(link: &Link) -> LinkJson<'_> {
         counts: link.counts.iter().map(|(name, count)| (name.as_str(), *count)).collect(),
         copy: link.copy.as_ref().map(|copy| CopyJson { keys_done: copy.keys_done, keys_total: copy.keys_total }),
         verification: link.verification.as_ref().map(VerificationJson::of),
+        foreign_writes: link.foreign_writes.as_ref().map(|foreign| ForeignJson {
+            checked_revision: foreign.checked_revision,
+            revisions: foreign.revisions,
+            keys: foreign.keys,
+            first_revision: foreign.first_revision,
+            last_revision: foreign.last_revision,
+            first_keys: &foreign.first_keys,
+            expected: &foreign.expected,
+            trouble: &foreign.trouble,
+        }),
     }
 }
 
@@ -284,7 +307,27 @@ fn notes(link: &Link, width: Option<usize>) -> String {
     for said in link.verification.iter().flat_map(verification_lines) {
         text.push_str(&line(&format!("{who}: {said}")));
     }
+    for said in link.foreign_writes.iter().flat_map(foreign_lines) {
+        text.push_str(&line(&format!("{who}: {said}")));
+    }
     text
+}
+
+fn foreign_lines(foreign: &ForeignWrites) -> Vec<String> {
+    let ForeignWrites { revisions, keys, first_revision, last_revision, first_keys, trouble, .. } = foreign;
+    let mut lines = Vec::new();
+    if *revisions > 0 {
+        let more = if *keys > first_keys.len() as u64 { ", ..." } else { "" };
+        lines.push(format!(
+            "somebody else wrote {} here, in revisions {first_revision} to {last_revision}: {}{more}; `repair` at the origin mends them",
+            counted(*keys),
+            first_keys.join(", ")
+        ));
+    }
+    if !trouble.is_empty() {
+        lines.push(format!("foreign writes cannot be looked for: {trouble}"));
+    }
+    lines
 }
 
 const BAR_COLUMNS_MIN: usize = 10;

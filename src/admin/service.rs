@@ -5,8 +5,8 @@
 
 use super::proto::admin_server::{self, Admin, AdminServer};
 use super::proto::{
-    Copy, DifferingRange, Link, RepairRequest, ResyncReply, ResyncRequest, StatusReply, StatusRequest, Verification,
-    VerifyRequest,
+    Copy, DifferingRange, ForeignWrites, Link, RepairRequest, ResyncReply, ResyncRequest, StatusReply, StatusRequest,
+    Verification, VerifyRequest,
 };
 use super::{Directory, LinkCommand, LinkHandle};
 use crate::config::TlsConfig;
@@ -386,6 +386,7 @@ fn link_message(status: LinkStatus) -> Link {
         counts,
         copy,
         verification,
+        foreign_writes,
         stages: _,
     } = status;
     Link {
@@ -412,6 +413,20 @@ fn link_message(status: LinkStatus) -> Link {
         counts: counts.into_iter().map(|(name, count)| (name.to_owned(), count)).collect(),
         copy: copy.map(|copy| Copy { keys_done: copy.keys_done, keys_total: copy.keys_total }),
         verification: Some(verification_message(verification)),
+        foreign_writes: foreign_writes.map(foreign_message),
+    }
+}
+
+fn foreign_message(foreign: model::ForeignStatus) -> ForeignWrites {
+    ForeignWrites {
+        checked_revision: foreign.checked_revision.0,
+        revisions: foreign.revisions,
+        keys: foreign.keys,
+        first_revision: foreign.first_revision.0,
+        last_revision: foreign.last_revision.0,
+        first_keys: foreign.first_keys,
+        expected: foreign.expected,
+        trouble: foreign.trouble,
     }
 }
 

@@ -136,7 +136,7 @@ pub fn progress(verification: &Verification) -> String {
     }
 }
 
-fn counted(keys: u64) -> String {
+pub(super) fn counted(keys: u64) -> String {
     if keys == 1 { "1 key".to_owned() } else { format!("{keys} keys") }
 }
 

@@ -6,7 +6,8 @@
 use super::files::NamedFiles;
 use super::read::Section;
 use super::{
-    Config, EtcdConfig, Faults, Limits, ListenConfig, LogConfig, LogFormat, ReceiveConfig, SendConfig, TlsConfig,
+    Config, EtcdConfig, Faults, ForeignWrites, Limits, ListenConfig, LogConfig, LogFormat, ReceiveConfig, SendConfig,
+    TlsConfig,
 };
 use crate::certs::{REGION_RULE, SAN_RULE, is_region_name, is_san};
 use crate::model::{FERRY_PREFIX, LinkName, Ranges};
@@ -185,7 +186,16 @@ fn receive(s: &mut Section<'_>) -> Option<ReceiveConfig> {
     let link = link(s);
     let peer = peer(s);
     let ranges = prefixes(s).map(|p| Ranges::new(&p, &[]));
-    Some(ReceiveConfig { link: link?, peer: peer?, ranges })
+    let foreign_writes = match s.text_if_present("foreign_writes", "report").as_deref() {
+        None | Some("report") => ForeignWrites::Report,
+        Some("repair") => ForeignWrites::Repair,
+        Some("expect") => ForeignWrites::Expect,
+        Some(other) => {
+            s.fault("foreign_writes", format!("must be \"report\", \"repair\" or \"expect\" (found {other:?})"));
+            ForeignWrites::Report
+        }
+    };
+    Some(ReceiveConfig { link: link?, peer: peer?, ranges, foreign_writes })
 }
 
 fn link(s: &mut Section<'_>) -> Option<LinkName> {

@@ -147,6 +147,19 @@ pub struct ReceiveConfig {
     pub peer: String,
     /// What the origin may touch; `None`: what its first hello says.
     pub ranges: Option<Ranges>,
+    pub foreign_writes: ForeignWrites,
+}
+
+/// What becomes of others' writes at the replica, under the link's prefixes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum ForeignWrites {
+    /// They are told.
+    #[default]
+    Report,
+    /// They are told, and the origin is asked for a repair.
+    Repair,
+    /// They are nobody's concern.
+    Expect,
 }
 
 /// Every bound of the process; each is a key of `[limits]` with the default given here.

@@ -8,7 +8,8 @@ mod status;
 
 pub use ranges::{KeyRange, Ranges};
 pub use status::{
-    CopyProgress, DifferingRange, LinkState, LinkStatus, Outcome, PartsProgress, Role, Side, StageStatus, Verification,
+    CopyProgress, DifferingRange, ForeignStatus, LinkState, LinkStatus, Outcome, PartsProgress, Role, Side,
+    StageStatus, Verification,
 };
 
 use bytes::Bytes;
@@ -164,6 +165,12 @@ pub enum Change {
 
 impl Change {
     pub fn key(&self) -> &Bytes {
+        match self {
+            Change::Put { key, .. } | Change::Delete { key } => key,
+        }
+    }
+
+    pub fn into_key(self) -> Bytes {
         match self {
             Change::Put { key, .. } | Change::Delete { key } => key,
         }

@@ -119,6 +119,8 @@ pub struct LinkStatus {
     /// The base copy while it runs: keys done, keys in all (0: not known).
     pub copy: Option<CopyProgress>,
     pub verification: Verification,
+    /// At a replica, once it was looked.
+    pub foreign_writes: Option<ForeignStatus>,
     pub stages: Vec<StageStatus>,
 }
 
@@ -147,6 +149,25 @@ pub struct Verification {
     pub detail: String,
     /// The one that runs.
     pub running: Option<PartsProgress>,
+}
+
+/// What others wrote at the replica under the link's prefixes, since both sides were last proved equal.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct ForeignStatus {
+    /// Everything up to this revision of the replica was looked at.
+    pub checked_revision: Revision,
+    pub revisions: u64,
+    pub keys: u64,
+    /// The first and the last foreign revision of the replica; 0: none.
+    pub first_revision: Revision,
+    pub last_revision: Revision,
+    /// The first keys: for an operator, who calls the admin port, and never for http.
+    #[serde(skip)]
+    pub first_keys: Vec<String>,
+    /// Why others' writes are no concern here; empty where they are.
+    pub expected: String,
+    /// Why it cannot be looked at present; empty if it can.
+    pub trouble: String,
 }
 
 /// How a comparison ended.
@@ -200,7 +221,7 @@ impl fmt::Debug for DifferingRange {
 /// One stage of a link, for `/healthz?full=1`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct StageStatus {
-    /// `watch`, `spool`, `ship`, `receive`, `journal` or `apply`.
+    /// `watch`, `spool`, `ship`, `receive`, `journal`, `apply` or `lookout`.
     pub stage: &'static str,
     pub ok: bool,
     /// What it is doing or waiting for; no key, no value.
@@ -235,6 +256,7 @@ impl LinkStatus {
             counts: BTreeMap::new(),
             copy: None,
             verification: Verification::default(),
+            foreign_writes: None,
             stages: Vec::new(),
         }
     }

@@ -3,18 +3,16 @@
 //! Always true: changes and position commit together or not at all; after any doubt the position is read again before anything else;
 //! an `Applied` is made here alone, from a committed transaction or from a position that was read.
 
+use super::commit::{Committed, InFlight, answer_of};
 use super::dedupe::Dedupe;
+use super::foreign::OwnRevisions;
 use super::journal::{Journal, JournalEntry, JournalError};
 use super::mark::Mark;
 use super::next::{self, Idle};
-use super::plan::{
-    self, Answered, Extent, Plan, PlanError, Request, RequestLimits, RunFacts, Settled, TxnTree, Waiting, answered,
-};
+use super::plan::{self, Plan, PlanError, RequestLimits, RunFacts, TxnTree, Waiting};
 use super::position::{Held, HelloAnswer, HelloFacts, HelloRefused};
-use super::txn::transaction;
 use crate::config::{EtcdConfig, Limits};
-use crate::etcd::{Columns, Etcd, EtcdError, TxnOpResponse, TxnResponse, txn_revision};
-use crate::metrics;
+use crate::etcd::{Columns, Etcd, EtcdError};
 use crate::model::{Digest, Epoch, LinkName, Position, Ranges, Revision, Seq, Term, Waymark};
 use crate::retry::Backoff;
 use crate::segment::feed::FeedError;
@@ -24,7 +22,7 @@ use bytes::Bytes;
 use std::collections::VecDeque;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
@@ -36,7 +34,6 @@ const POSITION_BYTES_MAX: usize = 700;
 const RUN_KEYS_MAX: usize = 200_000;
 /// Guards that failed so often in a row mean that somebody else writes there: then key by key.
 const GUARD_FAILURES_MAX: u32 = 2;
-const APPLY_RIGHT: &str = "read and write the link's prefixes and its position under /etcd-ferry/v1/links/";
 /// A committed transaction may take so long to answer while the process stops.
 const STOP_DEADLINE: Duration = Duration::from_secs(3);
 
@@ -118,32 +115,6 @@ pub enum ApplyCommand {
     },
 }
 
-/// What a transaction brings in beside the position.
-#[derive(Clone, Copy, Default)]
-struct Load {
-    /// As wholes, off the front of what waits.
-    revisions: usize,
-    /// The last of them was applied in parts.
-    in_parts: bool,
-    request_bytes: usize,
-}
-
-struct InFlight {
-    load: Load,
-    next: Position,
-    started: Instant,
-    answer: Pin<Box<dyn Future<Output = Result<TxnResponse, EtcdError>> + Send>>,
-}
-
-/// How a commit ended.
-pub(super) enum Committed {
-    Done,
-    /// Nothing was changed: a guard of the transaction failed.
-    GuardFailed,
-    /// The position is not what it was held to be; it has been forgotten.
-    PositionMoved,
-}
-
 pub struct Applier {
     pub(super) link: LinkName,
     etcd_config: EtcdConfig,
@@ -153,6 +124,7 @@ pub struct Applier {
     pub(super) ranges: Option<Ranges>,
     pub(super) journal: Arc<Journal>,
     dedupe: Arc<Dedupe>,
+    pub(super) own: Arc<Mutex<OwnRevisions>>,
     /// What the dedupe log has not been told yet.
     done: Option<Applied>,
     pub(super) held: Option<Held>,
@@ -163,8 +135,8 @@ pub struct Applier {
     pub(super) waiting: VecDeque<(Waiting, Digest)>,
     pub(super) waiting_bytes: usize,
     pub(super) planned: Option<Plan>,
-    guard_failures: u32,
-    in_flight: Option<InFlight>,
+    pub(super) guard_failures: u32,
+    pub(super) in_flight: Option<InFlight>,
     /// Places between seqs that are to be noted, in order.
     pub(super) marks: VecDeque<Mark>,
     pub(super) waymark: Waymark,
@@ -194,6 +166,8 @@ pub struct ApplierParts {
     pub ranges: Option<Ranges>,
     pub journal: Arc<Journal>,
     pub dedupe: Arc<Dedupe>,
+    /// The revisions that the applier makes, for whoever looks out for others'.
+    pub own: Arc<Mutex<OwnRevisions>>,
     pub hello_waiting: watch::Receiver<u64>,
     pub commands: mpsc::Receiver<ApplyCommand>,
     pub view: watch::Sender<ApplyView>,
@@ -217,6 +191,7 @@ impl Applier {
             ranges: parts.ranges,
             journal: parts.journal,
             dedupe: parts.dedupe,
+            own: parts.own,
             done: None,
             held: None,
             expected: None,
@@ -379,110 +354,6 @@ impl Applier {
         Ok(facts)
     }
 
-    fn submit(&mut self, settled: Settled) {
-        let Some(position) = self.held.as_ref().and_then(|h| h.position.as_ref()) else { return };
-        let Some((last, digest)) = self.waiting.get(settled.revisions - 1) else { return };
-        if matches!(settled.extent, Extent::Part { from: 0, to, of } if to < of) {
-            tracing::warn!(link = %self.link, revision = %settled.revision, "a revision larger than a request is applied in parts");
-        }
-        let next = next::after_settled(position, &settled, (last.revision.revision, *digest));
-        let load = Load {
-            revisions: next::revisions_done(&settled),
-            in_parts: matches!(settled.extent, Extent::Part { .. }),
-            request_bytes: settled.request_bytes,
-        };
-        self.send(load, next, settled.tree);
-    }
-
-    /// Sends a transaction without waiting for it.
-    fn send(&mut self, load: Load, next: Position, tree: TxnTree) {
-        let (Some(held), Some(etcd)) = (&self.held, self.etcd.clone()) else { return };
-        let next = next::to_write(next, self.waymark);
-        let txn = transaction(Request::new(&self.link, held.mod_revision, &next, tree));
-        let answer = Box::pin(async move { etcd.txn(txn, APPLY_RIGHT).await });
-        self.in_flight = Some(InFlight { load, next, started: Instant::now(), answer });
-    }
-
-    /// Takes etcd's answer to what was in flight.
-    async fn finished(&mut self, answer: Result<TxnResponse, EtcdError>) {
-        let Some(InFlight { load, next, started, .. }) = self.in_flight.take() else { return };
-        let response = match answer {
-            Ok(response) => response,
-            Err(e) => {
-                self.planned = None;
-                return self.refused(e, load.request_bytes);
-            }
-        };
-        match self.judge(&response, next) {
-            Committed::Done => {
-                self.guard_failures = 0;
-                self.backoff.succeeded();
-                self.resumed();
-                let (revisions, seconds) = (load.revisions, started.elapsed().as_secs_f64());
-                tracing::trace!(link = %self.link, revisions, request_bytes = load.request_bytes, seconds, "applied");
-                metrics::observe_apply(&self.link, seconds, revisions as u64);
-                for _ in 0..revisions {
-                    if let Some((done, _)) = self.waiting.pop_front() {
-                        self.waiting_bytes = self.waiting_bytes.saturating_sub(done.revision.bytes());
-                    }
-                }
-                if revisions > 0 && load.in_parts {
-                    self.view.send_modify(|view| view.in_parts += 1);
-                }
-                self.publish(true);
-            }
-            Committed::GuardFailed => {
-                self.guard_failures += 1;
-                self.planned = None;
-            }
-            Committed::PositionMoved => self.retry().await,
-        }
-    }
-
-    /// What the answer means for the position that is held.
-    fn judge(&mut self, response: &TxnResponse, next: Position) -> Committed {
-        let found = if response.succeeded() { None } else { position_found(response) };
-        let held = self.held.as_ref().map_or(Revision(0), |h| h.mod_revision);
-        match answered(response.succeeded(), found, held) {
-            Answered::Committed => {
-                self.expected = Some(next.clone());
-                self.held = Some(Held::now(Some(next), txn_revision(response)));
-                Committed::Done
-            }
-            Answered::GuardFailed => Committed::GuardFailed,
-            Answered::PositionMoved => {
-                self.held = None;
-                Committed::PositionMoved
-            }
-        }
-    }
-
-    /// Commits at once and waits: for what is not a journal entry (a base copy, an idle position, a new term).
-    pub(super) async fn commit(&mut self, next: Position, tree: TxnTree) -> Result<Committed, EtcdError> {
-        debug_assert!(self.in_flight.is_none());
-        self.etcd().await?;
-        self.send(Load::default(), next, tree);
-        let Some(in_flight) = self.in_flight.take() else {
-            return Ok(Committed::PositionMoved);
-        };
-        match in_flight.answer.await {
-            Ok(response) => {
-                let committed = self.judge(&response, in_flight.next);
-                if matches!(committed, Committed::Done) {
-                    self.backoff.succeeded();
-                    self.publish(true);
-                }
-                Ok(committed)
-            }
-            Err(e) => {
-                if !e.changed_nothing() {
-                    self.held = None;
-                }
-                Err(e)
-            }
-        }
-    }
-
     pub(super) async fn etcd(&mut self) -> Result<Etcd, EtcdError> {
         if let Some(etcd) = &self.etcd {
             return Ok(etcd.clone());
@@ -555,23 +426,6 @@ impl Applier {
             Ok(Committed::GuardFailed | Committed::PositionMoved) => self.retry().await,
             Err(e) => self.doubt(&e),
         }
-    }
-}
-
-/// The position's `mod_revision`, where a compare failed; 0: there is none.
-fn position_found(response: &TxnResponse) -> Option<Revision> {
-    response.op_responses().into_iter().find_map(|op| match op {
-        TxnOpResponse::Get(get) => {
-            Some(Revision::from_etcd(get.kvs().first().map_or(0, etcd_client::KeyValue::mod_revision)))
-        }
-        TxnOpResponse::Put(_) | TxnOpResponse::Delete(_) | TxnOpResponse::Txn(_) => None,
-    })
-}
-
-async fn answer_of(in_flight: &mut Option<InFlight>) -> Result<TxnResponse, EtcdError> {
-    match in_flight {
-        Some(in_flight) => (&mut in_flight.answer).await,
-        None => std::future::pending().await,
     }
 }
 

@@ -2,7 +2,8 @@
 //! Input: copy steps from the stream, what the replica holds. Output: transactions with the cursor that they reach; a `CopyAck`.
 //! Always true: nothing is written before the guards passed; what is equal is not written; the cursor moves with the keys, in one transaction.
 
-use super::apply::{Applier, Committed};
+use super::apply::Applier;
+use super::commit::Committed;
 use super::next;
 use super::pages::{Begin, Begun, Copying, Place, Refused, part_of, read_edge};
 use super::plan::{GuardCount, PlanError, Refusal as LimitRefusal, TxnTree, copy_chunks, copy_diff};

@@ -4,7 +4,8 @@
 //! Always true: what is done at a mark is done while the position stands at its seq, and nothing beyond it is in; a repair commits with the
 //! position, as everything does.
 
-use super::apply::{Applier, Committed};
+use super::apply::Applier;
+use super::commit::Committed;
 use super::plan::{CopyDiff, Refusal, copy_chunks};
 use crate::etcd::EtcdError;
 use crate::model::{Change, Phase, Revision, Seq};

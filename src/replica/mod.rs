@@ -4,9 +4,12 @@
 
 pub mod admit;
 pub mod apply;
+pub mod commit;
 pub mod copy;
 pub mod dedupe;
+pub mod foreign;
 pub mod journal;
+pub mod lookout;
 pub mod mark;
 pub mod next;
 pub mod pages;
@@ -25,11 +28,13 @@ use crate::model::{
 use admit::Admit;
 use apply::{Applier, ApplierParts, ApplyView};
 use dedupe::Dedupe;
+use foreign::OwnRevisions;
 use journal::{Journal, JournalExtent};
+use lookout::{AccountFile, Lookout, LookoutView};
 use receive::{LinkEnd, RangesFile, Told};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -70,6 +75,8 @@ pub struct ReplicaTask {
     applier: Applier,
     view: watch::Receiver<ApplyView>,
     told: watch::Receiver<Told>,
+    lookout: Lookout,
+    seen: watch::Receiver<LookoutView>,
 }
 
 impl ReplicaLink {
@@ -91,6 +98,7 @@ impl ReplicaLink {
         let (latest_session, _) = watch::channel(0);
         let (hellos, hello_waiting) = watch::channel(0);
         let (told_sender, told) = watch::channel(Told::default());
+        let own = Arc::new(Mutex::new(OwnRevisions::default()));
         let applier = Applier::new(ApplierParts {
             link,
             etcd: self.etcd.clone(),
@@ -98,6 +106,7 @@ impl ReplicaLink {
             ranges: ranges.get(),
             journal: journal.clone(),
             dedupe: dedupe.clone(),
+            own: own.clone(),
             hello_waiting,
             commands: incoming,
             view: view_sender,
@@ -120,16 +129,20 @@ impl ReplicaLink {
             opened: std::sync::Mutex::default(),
             admit: Arc::new(tokio::sync::Mutex::new(admit)),
         });
-        Ok((end.clone(), ReplicaTask { end, applier, view, told }))
+        let (lookout_view, seen) = watch::channel(LookoutView::default());
+        let lookout = Lookout::new(end.clone(), own, AccountFile::new(self.dir.join("foreign.json")), lookout_view);
+        Ok((end.clone(), ReplicaTask { end, applier, view, told, lookout, seen }))
     }
 }
 
 impl ReplicaTask {
     /// Runs until `stop`, then flushes journal and dedupe log.
     pub async fn run(self, status: watch::Sender<LinkStatus>, stop: CancellationToken) -> Result<(), ReplicaError> {
-        let Self { end, applier, view, told } = self;
+        let Self { end, applier, view, told, lookout, seen } = self;
         let mut applying = tokio::task::JoinSet::new();
         applying.spawn(applier.run(stop.clone()));
+        let mut looking = tokio::task::JoinSet::new();
+        looking.spawn(lookout.run(stop.clone()));
         let mut ticks = tokio::time::interval(STATUS_INTERVAL);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -143,12 +156,20 @@ impl ReplicaTask {
                 _ = ticks.tick() => {
                     let extent = end.journal.extent().borrow().clone();
                     let durable = *end.journal.durable().borrow();
-                    let views = Views { end: &end, view: &view.borrow(), told: &told.borrow(), extent: &extent, durable };
+                    let views = Views {
+                        end: &end,
+                        view: &view.borrow(),
+                        told: &told.borrow(),
+                        seen: &seen.borrow(),
+                        extent: &extent,
+                        durable,
+                    };
                     status.send_modify(|status| views.write(status));
                 }
             }
         }
         while applying.join_next().await.is_some() {}
+        while looking.join_next().await.is_some() {}
         if let Err(e) = end.journal.close().await {
             tracing::warn!(link = %end.config.link, error = %e, "the journal was not closed well; its tail is checked at the next start");
         }
@@ -196,6 +217,7 @@ struct Views<'a> {
     end: &'a LinkEnd,
     view: &'a ApplyView,
     told: &'a Told,
+    seen: &'a LookoutView,
     extent: &'a JournalExtent,
     durable: Seq,
 }
@@ -234,6 +256,7 @@ impl Views<'_> {
             ("transactions", self.view.transactions),
             ("conflicts", self.view.conflicts),
             ("in_parts", self.view.in_parts),
+            ("foreign_keys", self.seen.keys_ever),
         ];
         status.counts = counts.into_iter().collect();
         let copying = position.is_some_and(|p| p.state == Phase::Copying && p.cursor.is_some());
@@ -245,6 +268,7 @@ impl Views<'_> {
         status.verification.verified_revision = Revision(verified.origin_revision);
         status.verification.verified_at_ms = verified.at_ms;
         status.verification.differing_keys = verified.differing_keys;
+        status.foreign_writes = (self.seen.checked > Revision(0)).then(|| self.seen.status());
         status.stages = vec![
             StageStatus { stage: "receive", ok: self.told.connected, detail: self.receive_detail(), queue_bytes: 0 },
             StageStatus {
@@ -261,6 +285,12 @@ impl Views<'_> {
                 } else {
                     self.view.waiting.clone()
                 },
+                queue_bytes: 0,
+            },
+            StageStatus {
+                stage: "lookout",
+                ok: self.seen.waiting.is_empty(),
+                detail: self.seen.detail(),
                 queue_bytes: 0,
             },
         ];

@@ -3,7 +3,8 @@
 //! Edge: part of the applier, which owns all of it.
 //! Always true: nothing is believed of the position that was not read or committed; a lower (epoch, term) is fenced before it can write.
 
-use super::apply::{Applier, Committed};
+use super::apply::Applier;
+use super::commit::Committed;
 use super::journal::Journal;
 use super::next::{self, Alignment, Claim, Claimed, JournalFacts};
 use super::plan::TxnTree;

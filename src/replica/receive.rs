@@ -50,8 +50,30 @@ pub struct Told {
     pub at: Option<Instant>,
     /// What the origin said of the last comparison.
     pub verified: Verified,
+    /// The replica's revision at the first mark since then; 0: there was none.
+    pub marked: Revision,
+    /// Both sides were equal at a mark that the replica reached at this revision.
+    pub equal_through: Revision,
     /// Why the last stream ended.
     pub ended: String,
+}
+
+impl Told {
+    /// The replica reached a mark at this revision.
+    pub(super) fn mark_reached(&mut self, at: Revision) {
+        if self.marked == Revision(0) {
+            self.marked = at;
+        }
+    }
+
+    /// A comparison has ended. What it says of the replica holds at its first mark.
+    pub(super) fn compared(&mut self, verified: Verified) {
+        let marked = std::mem::take(&mut self.marked);
+        if verified.differing_keys == 0 {
+            self.equal_through = self.equal_through.max(marked);
+        }
+        self.verified = verified;
+    }
 }
 
 /// Counts since this sidecar started.
@@ -169,6 +191,11 @@ fn unhex(text: &str) -> Option<Bytes> {
 }
 
 impl LinkEnd {
+    /// Whether a link back exists over the ranges; `None`: no hello has said it yet.
+    pub(super) fn link_back(&self) -> Option<bool> {
+        guard(&self.opened).as_ref().map(|opened| opened.link_back)
+    }
+
     /// What an origin may touch: what the configuration says, else what the first hello said.
     fn accepted(&self) -> Option<Ranges> {
         self.config.ranges.clone().or_else(|| self.ranges.get())

@@ -109,7 +109,7 @@ impl Stream {
         let (questions, asked) = mpsc::channel(QUESTIONS_MAX);
         let (answers, answered) = mpsc::channel(1);
         let mut comparing = JoinSet::new();
-        comparing.spawn(Comparer::new(end.etcd.clone(), asked, answers).run());
+        comparing.spawn(Comparer::new(end.clone(), asked, answers).run());
         Self::new(end, opened, questions).receive(admit, inbound, answered, out, stop).await;
     }
 
@@ -303,7 +303,7 @@ impl Stream {
             Some(shipment::What::Parts(parts)) => self.ask(parts.mark, Asked::parts(parts.parts)),
             Some(shipment::What::KeyLists(lists)) => self.ask(lists.mark, Asked::lists(lists.lists)),
             Some(shipment::What::Verified(verified)) => {
-                self.end.told.send_modify(|told| told.verified = verified);
+                self.end.told.send_modify(|told| told.compared(verified));
                 self.due.ack = true;
                 Ok(None)
             }

@@ -4,7 +4,7 @@
 //! Always true: an answer is about one replica revision alone; a range is read whole, or said not to have been.
 
 use super::mark::Mended;
-use crate::config::EtcdConfig;
+use super::receive::LinkEnd;
 use crate::etcd::{Columns, Etcd, EtcdError};
 use crate::model::{Digest, KeyRange, Revision};
 use crate::scan::{Scan, Sizes};
@@ -13,6 +13,7 @@ use crate::wire::replicate as wire;
 use crate::wire::replicate::part_answer::Outcome;
 use crate::wire::replicate::receipt;
 use bytes::Bytes;
+use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 
 /// More than an origin has open at a time; one that asks more breaks the rules.
@@ -70,7 +71,7 @@ impl Asked {
 
 /// Reads the replica for one stream.
 pub(super) struct Comparer {
-    config: EtcdConfig,
+    end: Arc<LinkEnd>,
     etcd: Option<Etcd>,
     /// The mark that was reached last, and at which revision.
     mark: Option<(u64, Revision)>,
@@ -80,11 +81,11 @@ pub(super) struct Comparer {
 
 impl Comparer {
     pub(super) fn new(
-        config: EtcdConfig,
+        end: Arc<LinkEnd>,
         questions: mpsc::Receiver<Question>,
         answers: mpsc::Sender<receipt::What>,
     ) -> Self {
-        Self { config, etcd: None, mark: None, questions, answers }
+        Self { end, etcd: None, mark: None, questions, answers }
     }
 
     /// Until the stream ends.
@@ -110,7 +111,9 @@ impl Comparer {
             (Asked::Mark(reached), _) => {
                 self.mark = None;
                 let gone = || Err("the position moved before the mark was reached".to_owned());
-                self.mark = Some((mark, reached.await.unwrap_or_else(|_| gone())?));
+                let at = reached.await.unwrap_or_else(|_| gone())?;
+                self.end.told.send_modify(|told| told.mark_reached(at));
+                self.mark = Some((mark, at));
                 return Ok(None);
             }
             (Asked::Repair(mended), _) => {
@@ -146,7 +149,7 @@ impl Comparer {
         if let Some(etcd) = &self.etcd {
             return Ok(etcd.clone());
         }
-        let etcd = Etcd::connect(&self.config).await?;
+        let etcd = Etcd::connect(&self.end.etcd).await?;
         self.etcd = Some(etcd.clone());
         Ok(etcd)
     }

@@ -356,3 +356,18 @@ async fn a_connection_refuses_the_answers_of_another_cluster_at_its_old_place() 
     let anew = etcd_ferry::etcd::Etcd::connect(&config).await.unwrap();
     assert_eq!(anew.look(b"/a").await.unwrap().cluster, is);
 }
+
+#[tokio::test]
+async fn a_replicas_user_who_may_not_watch_is_told_which_right_that_takes_and_the_link_goes_on() {
+    let pair = Box::pin(with_rights(&rights_at_origin(), &rights_at_replica(), &[])).await;
+    assert_carries(&pair, "/app/a").await;
+    pair.replica.put("/app/foreign", "by hand").await;
+    let said = |entry: &Value| entry["foreign_writes"]["trouble"].as_str().unwrap_or_default().to_owned();
+    let words = "needs the right to read all of [/app/, /etcd-ferry/v1/links0), as one range";
+    pair.replica_sidecar.wait_for(LINK, "the right to be named", |entry| said(entry).contains(words)).await;
+    assert_carries(&pair, "/app/b").await;
+    assert_eq!(pair.replica_sidecar.http("/readyz").await.0, 200);
+    grant(&pair.replica, &(PermissionType::Read, watched())).await;
+    let told = |entry: &Value| entry["foreign_writes"]["keys"] == 1 && said(entry).is_empty();
+    pair.replica_sidecar.wait_for(LINK, "the foreign write", told).await;
+}

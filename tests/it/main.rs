@@ -15,6 +15,7 @@ mod etcd_access;
 mod fencing;
 mod flips;
 mod following;
+mod foreign;
 mod guards;
 mod lag;
 mod large;

@@ -335,7 +335,7 @@ async fn two_links_over_one_range_of_a_replica_are_not_both_taken() {
     let first = pair.origin_sidecar.options.send[0].clone();
     let send = SendLink { link: "second".into(), prefixes: vec!["/app/sub/".into()], ..first };
     pair.origin_sidecar.options.send.push(send);
-    let receive = ReceiveLink { link: "second".into(), peer: region_name(ORIGIN_REGION), prefixes: Vec::new() };
+    let receive = ReceiveLink { link: "second".into(), peer: region_name(ORIGIN_REGION), ..ReceiveLink::default() };
     pair.replica_sidecar.options.receive.push(receive);
     pair.origin_sidecar.write_config();
     pair.replica_sidecar.write_config();

@@ -59,6 +59,21 @@ fn a_comparison_by_itself_can_be_switched_off_and_takes_some_of_a_core_and_not_m
 }
 
 #[test]
+fn others_writes_are_told_unless_they_are_to_be_mended_or_expected() {
+    let given = |line: &str| Config::from_toml(&format!("{SOUND}{line}")).map(|config| config.receive[0].foreign_writes);
+    assert_eq!(given("").unwrap(), ForeignWrites::Report);
+    for (word, taken) in
+        [("report", ForeignWrites::Report), ("repair", ForeignWrites::Repair), ("expect", ForeignWrites::Expect)]
+    {
+        assert_eq!(given(&format!("foreign_writes = \"{word}\"")).unwrap(), taken);
+    }
+    for wrong in ["\"mend\"", "\"\"", "true"] {
+        let Faults(faults) = given(&format!("foreign_writes = {wrong}")).unwrap_err();
+        assert_eq!(faults.iter().map(|f| &f.field[..]).collect::<Vec<_>>(), ["receive[0].foreign_writes"], "{wrong}");
+    }
+}
+
+#[test]
 fn what_is_given_is_taken() {
     let text = SOUND.replace(
         "[[receive]]",

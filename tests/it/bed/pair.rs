@@ -185,6 +185,7 @@ pub fn connect(
         link: link.to_owned(),
         peer: region_name(&from.region),
         prefixes: options.prefixes.clone(),
+        ..ReceiveLink::default()
     });
 }
 

@@ -73,6 +73,8 @@ pub struct ReceiveLink {
     pub peer: String,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub prefixes: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub foreign_writes: Option<String>,
 }
 
 #[derive(Debug, Clone)]

@@ -1,0 +1,156 @@
+//! Job: what others write at the replica, under the link's prefixes, is told soon and after a restart; what the link writes is not.
+//! Input: pairs of regions, writers beside the link, restarts, a link back, users without rights. Output: passes or fails.
+//! Always true: what is told is read from `status` as an operator reads it.
+
+use crate::bed::contents::{load, noise};
+use crate::bed::etcd::Etcd;
+use crate::bed::pair::{LINK, LINK_BACK, Pair, PairOptions, connect, wait_applied};
+use crate::bed::sidecar::Sidecar;
+use crate::bed::traffic::{Traffic, TrafficOptions};
+use crate::bed::{PATIENCE, until};
+use crate::verify::{following_with, over_app};
+use etcd_client::PutOptions;
+use serde_json::Value;
+use std::time::Duration;
+
+/// As the issue of a foreign write has it.
+const TOLD_WITHIN: Duration = Duration::from_secs(5);
+
+fn foreign(sidecar: &Sidecar, link: &str) -> Value {
+    let status = sidecar.status();
+    let links = status["links"].as_array().unwrap();
+    links.iter().find(|entry| entry["link"] == link && entry["side"] == "replica").unwrap()["foreign_writes"].clone()
+}
+
+/// Waits until everything up to the present head was looked at.
+async fn looked_at(sidecar: &Sidecar, link: &str, replica: &Etcd) -> Value {
+    let head = replica.head().await;
+    until("everything to be looked at", PATIENCE, async || {
+        let foreign = foreign(sidecar, link);
+        (foreign["checked_revision"].as_u64() >= Some(head.0)).then_some(foreign)
+    })
+    .await
+}
+
+async fn told(sidecar: &Sidecar, keys: u64, limit: Duration) -> Value {
+    until("the foreign keys to be told", limit, async || {
+        let foreign = foreign(sidecar, LINK);
+        (foreign["keys"] == keys).then_some(foreign)
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_foreign_write_is_told_within_five_seconds_and_closed_by_a_repair() {
+    let pair = Box::pin(following_with(over_app(), 100, 100)).await;
+    let options =
+        TrafficOptions { prefix: "/app/traffic/".to_owned(), rate_per_writer: Some(40), ..Default::default() };
+    let traffic = Traffic::start(&pair.origin.access(), &options);
+    looked_at(&pair.replica_sidecar, LINK, &pair.replica).await;
+    let first = pair.replica.put("/app/000007", "by hand").await;
+    told(&pair.replica_sidecar, 1, TOLD_WITHIN).await;
+    let last = pair.replica.put("/app/\u{1}new", "by hand").await;
+    let foreign = told(&pair.replica_sidecar, 2, TOLD_WITHIN).await;
+    assert_eq!(
+        (&foreign["revisions"], &foreign["first_keys"]),
+        (&2.into(), &serde_json::json!(["/app/000007", "/app/\\x01new"]))
+    );
+    assert_eq!((&foreign["first_revision"], &foreign["last_revision"]), (&first.0.into(), &last.0.into()));
+    let table = pair.replica_sidecar.admin(&["status"]);
+    let table = String::from_utf8_lossy(&table.stdout).into_owned();
+    assert!(table.contains("somebody else wrote 2 keys here") && table.contains("/app/000007"), "{table}");
+    let health = pair.replica_sidecar.health().await.unwrap().to_string();
+    assert!(
+        health.contains("somebody else wrote 2 keys") && !health.contains("/app/000007"),
+        "http shows no key: {health}"
+    );
+    assert!(!pair.replica_sidecar.log().contains("by hand"), "no value is logged");
+
+    let repaired = pair.origin_sidecar.admin(&["repair", LINK, "--allow-deletes", "--json"]);
+    assert!(repaired.status.success(), "{}", String::from_utf8_lossy(&repaired.stdout));
+    let closed = told(&pair.replica_sidecar, 0, PATIENCE).await;
+    assert_eq!((&closed["revisions"], &closed["first_keys"]), (&0.into(), &serde_json::json!([])));
+    let (_, metrics) = pair.replica_sidecar.http("/metrics").await;
+    let line = format!("etcd_ferry_foreign_keys_total{{link=\"{LINK}\",side=\"replica\"}} 2");
+    assert!(metrics.contains(&line), "{line} is not in\n{metrics}");
+    traffic.stop().await;
+    pair.wait_equal().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_foreign_write_is_told_after_a_restart_whether_it_came_before_it_or_meanwhile() {
+    let mut pair = Box::pin(following_with(over_app(), 10, 100)).await;
+    looked_at(&pair.replica_sidecar, LINK, &pair.replica).await;
+    pair.replica.put("/app/before", "by hand").await;
+    told(&pair.replica_sidecar, 1, TOLD_WITHIN).await;
+    pair.replica_sidecar.kill();
+    pair.replica.put("/app/meanwhile", "by hand").await;
+    // Between two foreign writes lies one of the link, from a journal or a stream of the next process.
+    pair.origin.put("/app/000003", "of the origin").await;
+    pair.replica_sidecar.restart().await;
+    let foreign = told(&pair.replica_sidecar, 2, PATIENCE).await;
+    assert_eq!(foreign["first_keys"], serde_json::json!(["/app/before", "/app/meanwhile"]));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_told_of_two_links_into_one_etcd_elections_leases_and_writers_outside_the_ranges() {
+    let mut pair = Box::pin(Pair::prepare(over_app())).await;
+    let second = PairOptions { prefixes: vec!["/sys/".into()], ..over_app() };
+    connect(&mut pair.origin_sidecar.options, &mut pair.replica_sidecar.options, "sys", &pair.proxy, &second);
+    pair.origin_sidecar.write_config();
+    pair.replica_sidecar.write_config();
+    load(&pair.origin, &noise("/app/", 500, 100)).await;
+    load(&pair.origin, &noise("/sys/", 500, 100)).await;
+    pair.replica_sidecar.restart().await;
+    pair.origin_sidecar.restart().await;
+    for link in [LINK, "sys"] {
+        pair.origin_sidecar.wait_for_state(link, "following").await;
+    }
+    let writers: Vec<Traffic> = ["/app/t/", "/sys/t/"]
+        .map(|prefix| TrafficOptions { prefix: prefix.to_owned(), rate_per_writer: Some(40), ..Default::default() })
+        .iter()
+        .map(|options| Traffic::start(&pair.origin.access(), options))
+        .collect();
+    let mut client = pair.replica.client().await;
+    let lease = client.lease_grant(1, None).await.unwrap().id();
+    client.put("/outside/leased", "x", Some(PutOptions::new().with_lease(lease))).await.unwrap();
+    let campaign = client.lease_grant(60, None).await.unwrap().id();
+    client.campaign("/election/", "me", campaign).await.unwrap();
+    for key in ["/app", "/app0", "/sys", "/etcd-ferry/v1/other", "/zzz"] {
+        pair.replica.put(key, "of no link").await;
+    }
+    until("the leased key to be gone", PATIENCE, async || {
+        pair.replica.get("/outside/leased").await.is_none().then_some(())
+    })
+    .await;
+    for traffic in writers {
+        traffic.stop().await;
+    }
+    let last = [pair.origin.put("/app/last", "1").await, pair.origin.put("/sys/last", "1").await];
+    for (link, last) in [LINK, "sys"].into_iter().zip(last) {
+        wait_applied(&pair.replica, link, last, PATIENCE).await;
+        let foreign = looked_at(&pair.replica_sidecar, link, &pair.replica).await;
+        assert_eq!((&foreign["revisions"], &foreign["expected"]), (&0.into(), &"".into()), "{link}: {foreign}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn writes_that_are_expected_are_not_told_by_configuration_nor_where_a_link_back_exists() {
+    let mut pair = Box::pin(Pair::prepare(over_app())).await;
+    pair.replica_sidecar.options.receive[0].foreign_writes = Some("expect".to_owned());
+    pair.replica_sidecar.write_config();
+    pair.origin_sidecar.restart().await;
+    pair.replica_sidecar.restart().await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    pair.replica.put("/app/mine", "by hand").await;
+    let expected = looked_at(&pair.replica_sidecar, LINK, &pair.replica).await;
+    assert_eq!((&expected["revisions"], &expected["expected"]), (&0.into(), &"foreign_writes = \"expect\"".into()));
+
+    let both = Box::pin(Pair::start(PairOptions { both_ways: true, ..over_app() })).await;
+    both.origin_sidecar.wait_for_state(LINK, "following").await;
+    both.replica_sidecar.wait_for_state(LINK_BACK, "following").await;
+    both.replica.put("/app/mine", "written here").await;
+    let expected = looked_at(&both.replica_sidecar, LINK, &both.replica).await;
+    let why = "a link back writes the same keys";
+    assert_eq!((&expected["revisions"], &expected["expected"]), (&0.into(), &why.into()), "{expected}");
+}
