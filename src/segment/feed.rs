@@ -9,7 +9,7 @@
 
 mod state;
 
-use super::writer::{Writer, first_entry};
+use super::writer::Writer;
 use super::{OnDamage, Opened, SegmentError, SegmentLimits, SegmentLog, SegmentReader};
 use crate::config::Limits;
 use bytes::Bytes;
@@ -84,7 +84,6 @@ pub struct Held<L> {
     pub base: u64,
     /// The last entry's index, or further, see [`Feed::cover`].
     pub covered: u64,
-    pub first: Option<u64>,
     /// The last entry since the last reset, even if it is trimmed; after a restart only if the files still hold it.
     pub last: Option<L>,
     /// Files, and plain what is on the way to them.
@@ -164,8 +163,7 @@ impl<T: FeedEntry> Feed<T> {
             }
         })?;
         let last = if last_record.is_empty() { None } else { decode(last_index, &last_record, &limits)?.pop() };
-        let first = first_entry::<T>(&log, &limits)?;
-        let shared = Shared::new(dir.to_owned(), limits, &log, first, last);
+        let shared = Shared::new(dir.to_owned(), limits, &log, last);
         Ok((start(shared, log)?, opened))
     }
 
@@ -336,13 +334,13 @@ fn start<T: FeedEntry>(shared: Shared<T>, log: SegmentLog) -> Result<Feed<T>, Fe
     Ok(Feed { shared, finished })
 }
 
-pub(super) fn decode<T: FeedEntry>(index: u64, record: &[u8], limits: &FeedLimits) -> Result<Vec<T>, FeedError> {
+fn decode<T: FeedEntry>(index: u64, record: &[u8], limits: &FeedLimits) -> Result<Vec<T>, FeedError> {
     T::decode(record, limits.plain_bytes_max).map_err(|reason| FeedError::Undecodable { index, reason })
 }
 
 impl<T: FeedEntry> Shared<T> {
-    fn new(dir: PathBuf, limits: FeedLimits, log: &SegmentLog, first: Option<u64>, last: Option<T>) -> Self {
-        let state = State::new(log, first, last);
+    fn new(dir: PathBuf, limits: FeedLimits, log: &SegmentLog, last: Option<T>) -> Self {
+        let state = State::new(log, last);
         let extent = watch::Sender::new(T::extent(&state.held));
         let durable = watch::Sender::new(T::typed(state.durable));
         let (state, wake_writer, cursor) = (Mutex::new(state), Condvar::new(), Mutex::new(None));

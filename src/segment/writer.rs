@@ -4,7 +4,7 @@
 //! Always true: `durable` moves after the sync; what is trimmed in time is never synced; a full disk is tried again, any other disk error
 //! stops the feed for good.
 
-use super::feed::{FeedEntry, FeedError, FeedLimits, Shared, State, decode, lock};
+use super::feed::{FeedEntry, FeedError, Shared, State, lock};
 use super::{SegmentError, SegmentLog};
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -152,7 +152,6 @@ impl<T: FeedEntry> Writer<T> {
 
     fn trim(&mut self, through: u64, resets: u64) -> Result<(), FeedError> {
         let moved = self.log.trim(through)?;
-        let first = if moved { first_entry::<T>(&self.log, &self.shared.limits)? } else { None };
         if moved {
             // An open file that is unlinked still takes its place on the disk.
             self.shared.forget_cursor();
@@ -161,7 +160,6 @@ impl<T: FeedEntry> Writer<T> {
             state.trimmed_to = through;
             if moved {
                 state.refresh(&self.log);
-                state.held.first = first.or_else(|| state.first_unwritten().first().map(T::index));
                 self.shared.publish(&mut state);
             }
         }
@@ -266,17 +264,6 @@ fn run_length<T: FeedEntry>(entries: &[T]) -> usize {
         bytes <= RECORD_PLAIN_BYTES
     };
     entries.iter().take(RECORD_ENTRIES_MAX).take_while(fits).count().max(1)
-}
-
-/// The index of the first entry that the files hold.
-pub(super) fn first_entry<T: FeedEntry>(log: &SegmentLog, limits: &FeedLimits) -> Result<Option<u64>, FeedError> {
-    let (mut reader, mut record) = (log.read_after(log.base()), Vec::new());
-    while let Some(index) = reader.next(log.last_index(), &mut record)? {
-        if !record.is_empty() {
-            return Ok(decode::<T>(index, &record, limits)?.first().map(T::index));
-        }
-    }
-    Ok(None)
 }
 
 #[cfg(test)]

@@ -35,13 +35,12 @@ pub(in crate::segment) struct State<T: FeedEntry> {
 }
 
 impl<T: FeedEntry> State<T> {
-    pub(super) fn new(log: &SegmentLog, first: Option<u64>, last: Option<T>) -> Self {
+    pub(super) fn new(log: &SegmentLog, last: Option<T>) -> Self {
         let (base, covered) = (log.base(), log.last_index());
         let held = Held {
             tag: log.tag(),
             base,
             covered,
-            first,
             last: last.as_ref().map(T::tail),
             bytes: log.bytes(),
             full: false,
@@ -102,8 +101,7 @@ impl<T: FeedEntry> State<T> {
     }
 
     pub(super) fn take(&mut self, entries: Vec<T>, bytes: usize, queue_bytes_max: usize) {
-        if let (Some(first), Some(last)) = (entries.first(), entries.last()) {
-            self.held.first.get_or_insert(first.index());
+        if let Some(last) = entries.last() {
             self.last = last.index();
             self.held.covered = last.index();
             self.held.last = Some(last.tail());
@@ -131,7 +129,7 @@ impl<T: FeedEntry> State<T> {
     pub(super) fn start_anew(&mut self, tag: u64, base: u64) {
         self.ring.clear();
         (self.ring_bytes, self.ring_after, self.unwritten, self.unwritten_bytes) = (0, base, 0, 0);
-        self.held = Held { tag, base, covered: base, first: None, last: None, ..self.held.clone() };
+        self.held = Held { tag, base, covered: base, last: None, ..self.held.clone() };
         (self.last, self.durable, self.logged, self.trim_to, self.trimmed_to) = (base, base, base, base, base);
         self.file_bytes = 0;
         self.reset = Some((tag, base));
