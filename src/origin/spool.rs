@@ -54,6 +54,8 @@ pub struct SpoolExtent {
     pub full: bool,
     /// The disk refuses to take more; tried again each second.
     pub disk_full: bool,
+    /// A read found something in the files that cannot be had any more. Only a reset ends it.
+    pub damaged: bool,
 }
 
 pub type SpoolError = FeedError;
@@ -180,6 +182,7 @@ impl FeedEntry for SpoolEntry {
             bytes: held.bytes,
             full: held.full,
             disk_full: held.disk_full,
+            damaged: held.damaged,
         }
     }
 

@@ -275,7 +275,7 @@ impl Applier {
                     Err(JournalError::Feed(FeedError::Reset)) => reading = None,
                     Err(e) => {
                         reading = None;
-                        self.wait(format!("the journal: {e}"));
+                        self.unread(&e).await;
                     }
                 },
             }
@@ -287,9 +287,10 @@ impl Applier {
         }
     }
 
-    /// True while following and with room for more.
+    /// True while following and with room for more. What stands before damage in the journal is applied before that is looked at again.
     fn may_read(&self) -> bool {
-        self.follows() && self.waiting_bytes < self.queue_bytes_max
+        let drained = self.waiting.is_empty() || !self.journal.is_damaged();
+        self.follows() && drained && self.waiting_bytes < self.queue_bytes_max
     }
 
     pub(super) fn follows(&self) -> bool {

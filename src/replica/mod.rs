@@ -249,7 +249,7 @@ impl Views<'_> {
             StageStatus { stage: "receive", ok: self.told.connected, detail: self.receive_detail(), queue_bytes: 0 },
             StageStatus {
                 stage: "journal",
-                ok: !self.extent.full && !self.extent.disk_full,
+                ok: !self.extent.full && !self.extent.disk_full && !self.extent.damaged,
                 detail: format!("holds seqs after {} up to {}", self.extent.base, self.extent.end),
                 queue_bytes: self.extent.bytes,
             },

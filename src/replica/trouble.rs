@@ -4,6 +4,7 @@
 //! Always true: what leaves doubt makes the position be read again; a reason stays shown until what it held up is committed.
 
 use super::apply::Applier;
+use super::journal::JournalError;
 use super::plan::{PlanError, Refusal as LimitRefusal, Settled};
 use crate::etcd::EtcdError;
 use crate::wire::replicate::refusal::Kind;
@@ -45,6 +46,32 @@ impl Applier {
         }
     }
 
+    /// The journal did not give what it holds. Where that is lost, the journal starts afresh at the position, and so does the origin: its
+    /// spool holds everything after that, since only the position trims it.
+    pub(super) async fn unread(&mut self, error: &JournalError) {
+        if let Err(e) = self.journal.usable() {
+            return self.refuse(Kind::Closing, format!("the journal: {e}; mend the disk, then restart the sidecar"));
+        }
+        if !error.is_damage() {
+            return self.wait(format!("the journal: {error}"));
+        }
+        // What was read before it needs no disk.
+        if !self.waiting.is_empty() {
+            return;
+        }
+        let Some(position) = self.held.as_ref().and_then(|h| h.position.as_ref()) else { return };
+        let (epoch, seq) = (position.epoch, position.seq);
+        tracing::error!(link = %self.link, %error, %seq, "the journal cannot be read any more; it is dropped, and what it held is fetched from the origin again");
+        self.start_afresh(seq);
+        match self.journal.reset(epoch, seq).await {
+            Ok(()) => {
+                let reason = format!("the journal: {error}; what it held after seq {seq} is asked of the origin again");
+                self.refuse(Kind::PositionMoved, reason);
+            }
+            Err(e) => self.wait(format!("the journal cannot be started afresh: {e}")),
+        }
+    }
+
     /// Something failed: show why, forget the position unless it surely is as it was, and try again after a wait.
     pub(super) fn doubt(&mut self, error: &EtcdError) {
         if !error.changed_nothing() {
@@ -80,8 +107,8 @@ impl Applier {
             }
             self.publish(true);
         }
-        // While something waits, only its commit says that the trouble is over.
-        if self.waiting.is_empty() {
+        // While something waits, be it in the journal, only its commit says that the trouble is over.
+        if self.waiting.is_empty() && self.journal.extent().borrow().end <= self.read_through {
             self.resumed();
         }
     }

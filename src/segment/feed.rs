@@ -92,6 +92,8 @@ pub struct Held<L> {
     pub full: bool,
     /// The disk refuses to take more; tried again each second.
     pub disk_full: bool,
+    /// A read found something in the files that cannot be had any more. Only [`Feed::reset`] ends it.
+    pub damaged: bool,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -114,6 +116,23 @@ pub enum FeedError {
     Closed,
     #[error("the disk did not take the last entries in time")]
     CloseTooSlow,
+}
+
+impl FeedError {
+    /// True if what was asked for is held, and cannot be had any more.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            FeedError::Segment(error) => error.is_damage(),
+            FeedError::Undecodable { .. } => true,
+            FeedError::BeforeBase { .. }
+            | FeedError::BeyondEnd { .. }
+            | FeedError::OutOfOrder { .. }
+            | FeedError::Reset
+            | FeedError::Failed { .. }
+            | FeedError::Closed
+            | FeedError::CloseTooSlow => false,
+        }
+    }
 }
 
 /// What became of a batch.
@@ -197,7 +216,8 @@ impl<T: FeedEntry> Feed<T> {
         }
     }
 
-    /// The entries after `index`, in order: as many as `bytes_max` takes, but at least one, for which it waits. Cancel-safe.
+    /// The entries after `index`, in order: as many as `bytes_max` takes, but at least one, for which it waits. What stands before
+    /// damage is given out before the damage is told of. Cancel-safe.
     pub async fn read_after(&self, index: u64, bytes_max: usize) -> Result<Vec<T>, FeedError> {
         let mut changed = self.shared.extent.subscribe();
         let resets = lock(&self.shared.state).resets;
@@ -223,7 +243,12 @@ impl<T: FeedEntry> Feed<T> {
             let found = match reading.await.map_err(|_| FeedError::Closed)? {
                 Ok(found) => found,
                 Err(error) => {
-                    lock(&self.shared.state).check_readable(index, after, resets)?;
+                    let mut state = lock(&self.shared.state);
+                    state.check_readable(index, after, resets)?;
+                    if error.is_damage() && !state.held.damaged {
+                        state.held.damaged = true;
+                        self.shared.publish(&mut state);
+                    }
                     return Err(error);
                 }
             };
@@ -294,6 +319,11 @@ impl<T: FeedEntry> Feed<T> {
             }
             changed.changed().await.map_err(|_| FeedError::Closed)?;
         }
+    }
+
+    /// An error once the disk has failed for good, or the feed was closed.
+    pub fn usable(&self) -> Result<(), FeedError> {
+        lock(&self.shared.state).usable()
     }
 
     pub fn extent(&self) -> watch::Receiver<T::Extent> {
@@ -404,10 +434,20 @@ impl<T: FeedEntry> Cursor<T> {
                 self.after = entry.index();
                 found.extend(self.waiting.pop_front());
             }
-            let Some(index) = self.reader.next(through, &mut record)? else { break };
-            if !record.is_empty() {
-                let entries = decode::<T>(index, &record, limits)?;
-                self.waiting.extend(entries.into_iter().filter(|entry| entry.index() > self.after));
+            let read = self.reader.next(through, &mut record).map_err(FeedError::from);
+            let decoded = read.and_then(|read| match read {
+                Some(index) if !record.is_empty() => decode::<T>(index, &record, limits).map(Some),
+                Some(_) => Ok(Some(Vec::new())),
+                None => Ok(None),
+            });
+            match decoded {
+                Ok(Some(entries)) => {
+                    self.waiting.extend(entries.into_iter().filter(|entry| entry.index() > self.after));
+                }
+                Ok(None) => break,
+                // Asked for again, what follows `found` is the damage.
+                Err(_) if !found.is_empty() => return Ok(found),
+                Err(error) => return Err(error),
             }
         }
         self.after = through;

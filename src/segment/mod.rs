@@ -13,6 +13,7 @@ mod writer;
 
 use file::{HEADER_BYTES, Header, OpenFile, RECORD_HEADER_BYTES, record_header};
 pub use open::{Cut, OnDamage, Opened};
+use rustix::io::Errno;
 use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, IoSlice, Seek, SeekFrom, Write};
@@ -55,6 +56,24 @@ pub enum SegmentError {
 impl SegmentError {
     pub fn is_disk_full(&self) -> bool {
         matches!(self, SegmentError::DiskFull { .. })
+    }
+
+    /// True if what was written cannot be read any more, now or later. A process without a free descriptor or memory says nothing of its
+    /// files.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            SegmentError::Damaged { .. } | SegmentError::BeforeBase { .. } => true,
+            SegmentError::Io { source, .. } => {
+                let of_the_process = [Errno::MFILE, Errno::NFILE, Errno::NOMEM].map(Errno::raw_os_error);
+                !source.raw_os_error().is_some_and(|code| of_the_process.contains(&code))
+            }
+            SegmentError::DiskFull { .. }
+            | SegmentError::DirTooOpen { .. }
+            | SegmentError::InUse { .. }
+            | SegmentError::OutOfOrder { .. }
+            | SegmentError::RecordTooLong { .. }
+            | SegmentError::InDoubt { .. } => false,
+        }
     }
 }
 

@@ -245,3 +245,16 @@ fn a_closed_log_can_be_opened_again_though_a_process_being_started_holds_a_copy_
     open(dir.path(), OnDamage::Refuse).unwrap();
     drop(copy);
 }
+
+#[test]
+fn a_file_that_cannot_be_read_is_damage_unless_the_process_lacks_descriptors_or_memory() {
+    let io = |source| SegmentError::Io { what: "reading", path: PathBuf::from("a"), source };
+    for errno in [Errno::IO, Errno::NOENT] {
+        assert!(io(errno.into()).is_damage(), "{errno}");
+    }
+    for errno in [Errno::MFILE, Errno::NFILE, Errno::NOMEM] {
+        assert!(!io(errno.into()).is_damage(), "{errno}");
+    }
+    assert!(SegmentError::Damaged { file: PathBuf::from("a"), offset: 7 }.is_damage());
+    assert!(!SegmentError::InDoubt { path: PathBuf::from("a") }.is_damage());
+}

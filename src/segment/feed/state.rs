@@ -45,6 +45,7 @@ impl<T: FeedEntry> State<T> {
             bytes: log.bytes(),
             full: false,
             disk_full: false,
+            damaged: false,
         };
         Self {
             ring: VecDeque::new(),
@@ -129,7 +130,7 @@ impl<T: FeedEntry> State<T> {
     pub(super) fn start_anew(&mut self, tag: u64, base: u64) {
         self.ring.clear();
         (self.ring_bytes, self.ring_after, self.unwritten, self.unwritten_bytes) = (0, base, 0, 0);
-        self.held = Held { tag, base, covered: base, last: None, ..self.held.clone() };
+        self.held = Held { tag, base, covered: base, last: None, damaged: false, ..self.held.clone() };
         (self.last, self.durable, self.logged, self.trim_to, self.trimmed_to) = (base, base, base, base, base);
         self.file_bytes = 0;
         self.reset = Some((tag, base));

@@ -371,3 +371,45 @@ async fn trimming_reads_nothing_so_that_damage_in_what_nobody_reads_stops_no_fee
     assert!(read_all(&feed, 300, 1000).await == items(301..=310, 100));
     feed.close().await.unwrap();
 }
+
+#[tokio::test]
+async fn what_stands_before_damage_is_given_out_and_then_the_feed_is_damaged_until_a_reset() {
+    let dir = private_dir();
+    let feed = open(dir.path(), limits(1000, 64 * 1024));
+    for batch in items(1..=300, 100).chunks(10) {
+        append_durably(&feed, batch.to_vec()).await;
+    }
+    flip(&segment_files(dir.path())[2]);
+    let mut last = 0;
+    let error = loop {
+        match feed.read_after(last, 1 << 20).await {
+            Ok(read) => {
+                assert_eq!(read.first().map(|item| item.index), Some(last + 1));
+                assert!(!feed.extent().borrow().damaged);
+                last += read.len() as u64;
+            }
+            Err(error) => break error,
+        }
+    };
+    assert!(last > 0 && error.is_damage(), "read up to {last}, then: {error}");
+    assert!(feed.extent().borrow().damaged);
+    assert!(feed.read_after(last, 1).await.is_err());
+    feed.reset(0, last).await.unwrap();
+    assert!(!feed.extent().borrow().damaged);
+    append_durably(&feed, items(last + 1..=last + 2, 100)).await;
+    assert!(read_all(&feed, last, 1000).await == items(last + 1..=last + 2, 100));
+    feed.close().await.unwrap();
+}
+
+#[test]
+fn a_feed_whose_disk_failed_or_that_was_asked_for_what_it_never_held_is_not_damaged() {
+    for error in [
+        FeedError::Closed,
+        FeedError::Reset,
+        FeedError::BeforeBase { index: 1, base: 2 },
+        FeedError::Failed { reason: "".into() },
+    ] {
+        assert!(!error.is_damage(), "{error}");
+    }
+    assert!(FeedError::Undecodable { index: 1, reason: String::new() }.is_damage());
+}
