@@ -280,10 +280,8 @@ impl Applier {
                 },
             }
             self.advance().await;
-            if let Some(done) = self.done.take() {
-                // The position is the truth; the dedupe log may lag behind it.
-                let _ = self.dedupe.done_through(done.epoch, done.seq).await;
-            }
+            // The position is the truth; the dedupe log may lag behind it, and is told again where its disk is slow.
+            self.done = self.done.take().filter(|done| self.dedupe.done_through(done.epoch, done.seq).is_err());
         }
     }
 

@@ -1,7 +1,7 @@
 //! Job: the dedupe log: seq, digest and state of each revision that was received. The only file that knows sled.
 //! Input: notes about seqs. Output: at start, the newest of them.
 //! Always true: losing it costs nothing but itself (the position is the truth), so whatever is wrong with it, it is moved aside and
-//! started afresh; nothing but its own thread ever waits for its disk.
+//! started afresh; once it is open nothing but its own thread waits for its disk, and what the thread has no place for is not noted.
 //!
 //! All sled calls are on one thread, behind `catch_unwind`: of 150 flipped bits in its files sled panicked on 115, and missed 16, so each
 //! value also has a checksum of ours. sled's `flush` never calls fsync: `sync_data` on its `db` file follows.
@@ -13,9 +13,10 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::{Semaphore, TryAcquireError, oneshot};
 
 /// Entries that are kept, and how old they may be: twice what admission remembers. sled holds about half a kilobyte of memory for each.
 const ENTRIES_MAX: u64 = 2 * super::admit::RECENTS_MAX as u64;
@@ -56,6 +57,8 @@ pub enum DedupeError {
     DirTooOpen { path: PathBuf, mode: u32 },
     #[error("the dedupe log is closed")]
     Closed,
+    #[error("the dedupe log's disk is too slow: what comes meanwhile is not noted")]
+    Behind,
     #[error("the disk did not take the dedupe log's last entries in time")]
     CloseTooSlow,
 }
@@ -86,6 +89,8 @@ pub struct Dedupe {
     calls: SyncSender<Call>,
     /// One permit for each free place in `calls`, so that waiting for one does not block an async thread.
     places: Arc<Semaphore>,
+    /// The last call found no place: said once.
+    behind: AtomicBool,
 }
 
 impl Dedupe {
@@ -108,17 +113,23 @@ impl Dedupe {
         let started = std::thread::Builder::new().name("dedupe".to_owned()).spawn(thread);
         started.map_err(|source| DedupeError::Io { path: PathBuf::from("thread"), source })?;
         let opened = told.await.map_err(|_| DedupeError::Closed)??;
-        Ok((Self { calls, places }, opened))
+        Ok((Self { calls, places, behind: AtomicBool::new(false) }, opened))
     }
 
-    /// Notes revisions. Waits only while [`CALLS_MAX`] calls wait for the thread. Cancel-safe.
-    pub async fn note(&self, epoch: Epoch, revisions: Vec<Noted>, state: State) -> Result<(), DedupeError> {
-        self.call(Call::Note(epoch, revisions, state)).await
+    /// Notes revisions; an error where [`CALLS_MAX`] calls wait for the thread. What is not noted costs the sight of a conflict with an old
+    /// seq after a restart, never a revision: neither journal nor position is read from here.
+    pub fn note(&self, epoch: Epoch, revisions: Vec<Noted>, state: State) -> Result<(), DedupeError> {
+        self.try_call(Call::Note(epoch, revisions, state))
     }
 
-    /// Everything up to `seq` is applied.
-    pub async fn done_through(&self, epoch: Epoch, seq: Seq) -> Result<(), DedupeError> {
-        self.call(Call::Done(epoch, seq)).await
+    /// As [`Self::note`], but waits for a place: for the start, when nothing is kept waiting. Cancel-safe.
+    pub async fn note_again(&self, epoch: Epoch, revisions: Vec<Noted>) -> Result<(), DedupeError> {
+        self.call(Call::Note(epoch, revisions, State::Pending)).await
+    }
+
+    /// Everything up to `seq` is applied. After an error it is to be said again, or a later seq.
+    pub fn done_through(&self, epoch: Epoch, seq: Seq) -> Result<(), DedupeError> {
+        self.try_call(Call::Done(epoch, seq))
     }
 
     /// Returns when everything noted before is on the disk, or lost with a log that had to start afresh.
@@ -136,6 +147,22 @@ impl Dedupe {
             told.await.map_err(|_| DedupeError::Closed)
         };
         tokio::time::timeout(CLOSE_MAX, closing).await.unwrap_or(Err(DedupeError::CloseTooSlow))
+    }
+
+    fn try_call(&self, call: Call) -> Result<(), DedupeError> {
+        let place = match self.places.try_acquire() {
+            Ok(place) => place,
+            Err(TryAcquireError::Closed) => return Err(DedupeError::Closed),
+            Err(TryAcquireError::NoPermits) => {
+                if !self.behind.swap(true, Ordering::Relaxed) {
+                    tracing::warn!("the dedupe log's disk is too slow: what comes meanwhile is not noted");
+                }
+                return Err(DedupeError::Behind);
+            }
+        };
+        place.forget();
+        self.behind.store(false, Ordering::Relaxed);
+        self.calls.try_send(call).map_err(|_| DedupeError::Closed)
     }
 
     async fn call(&self, call: Call) -> Result<(), DedupeError> {

@@ -186,7 +186,7 @@ async fn note_again(journal: &Journal, dedupe: &Dedupe, recent: &[(Epoch, Seq, D
         let Some(last) = entries.last() else { break };
         after = last.seq;
         let notes = entries.iter().map(|e| (e.seq, e.digest, e.revision.revision)).collect();
-        dedupe.note(extent.epoch, notes, dedupe::State::Pending).await?;
+        dedupe.note_again(extent.epoch, notes).await?;
     }
     Ok(())
 }

@@ -527,6 +527,6 @@ async fn journal_all(end: Arc<LinkEnd>, entries: Vec<JournalEntry>) -> Result<()
         }
     }
     // A dedupe log that cannot be written costs the sight of conflicts with old seqs, never a revision.
-    let _ = end.dedupe.note(epoch, notes, State::Pending).await;
+    let _ = end.dedupe.note(epoch, notes, State::Pending);
     Ok(())
 }

@@ -126,7 +126,7 @@ async fn write_dedupe(dir: &Path) {
     let (dedupe, _) = Dedupe::open(dir).await.unwrap();
     for batch in 0.. {
         let noted = (batch * 100 + 1..=batch * 100 + 100).map(|seq| (Seq(seq), note(seq), Revision(seq))).collect();
-        dedupe.note(Epoch(1), noted, State::Pending).await.unwrap();
+        dedupe.note(Epoch(1), noted, State::Pending).unwrap();
         if batch % 3 == 0 {
             dedupe.sync().await.unwrap();
             println!("durable {}", batch * 100 + 100);

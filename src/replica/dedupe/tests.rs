@@ -31,10 +31,10 @@ async fn what_was_noted_is_there_after_a_restart_in_the_order_of_epoch_and_seq()
     let (_keep, dir) = private_dir();
     let (dedupe, opened) = Dedupe::open(&dir).await.unwrap();
     assert_eq!(opened, Opened::default());
-    dedupe.note(Epoch(2), noted(1..=3), State::Pending).await.unwrap();
-    dedupe.note(Epoch(1), noted(250..=5000), State::Applying).await.unwrap();
-    dedupe.done_through(Epoch(2), Seq(2)).await.unwrap();
-    dedupe.done_through(Epoch(1), Seq(7)).await.unwrap();
+    dedupe.note(Epoch(2), noted(1..=3), State::Pending).unwrap();
+    dedupe.note(Epoch(1), noted(250..=5000), State::Applying).unwrap();
+    dedupe.done_through(Epoch(2), Seq(2)).unwrap();
+    dedupe.done_through(Epoch(1), Seq(7)).unwrap();
     dedupe.close().await.unwrap();
     assert!(matches!(dedupe.sync().await, Err(DedupeError::Closed)));
     let (dedupe, opened) = Dedupe::open(&dir).await.unwrap();
@@ -45,12 +45,38 @@ async fn what_was_noted_is_there_after_a_restart_in_the_order_of_epoch_and_seq()
     dedupe.close().await.unwrap();
 }
 
+/// A log whose thread hangs in its disk: the caller has what it would be told.
+fn hung() -> (Dedupe, Receiver<Call>) {
+    let (calls, called) = sync_channel(CALLS_MAX);
+    (Dedupe { calls, places: Arc::new(Semaphore::new(CALLS_MAX)), behind: AtomicBool::new(false) }, called)
+}
+
+#[tokio::test]
+async fn nobody_waits_for_a_disk_that_hangs_and_what_found_a_place_is_noted_once_it_goes_on() {
+    let (dedupe, called) = hung();
+    for seq in 1..=CALLS_MAX as u64 {
+        dedupe.note(Epoch(1), noted(seq..=seq), State::Pending).unwrap();
+    }
+    assert!(matches!(dedupe.note(Epoch(1), noted(900..=900), State::Pending), Err(DedupeError::Behind)));
+    assert!(matches!(dedupe.done_through(Epoch(1), Seq(7)), Err(DedupeError::Behind)));
+    let (_keep, dir) = private_dir();
+    let (log, _) = Log::open(&dir).unwrap();
+    let places = Arc::clone(&dedupe.places);
+    let serving = std::thread::spawn(move || serve(log, &called, &places));
+    dedupe.note_again(Epoch(1), noted(901..=901)).await.unwrap();
+    dedupe.close().await.unwrap();
+    serving.join().unwrap();
+    let (dedupe, opened) = Dedupe::open(&dir).await.unwrap();
+    assert_eq!(seqs(&opened), (1..=CALLS_MAX as u64).chain([901]).collect::<Vec<u64>>());
+    dedupe.close().await.unwrap();
+}
+
 #[tokio::test]
 async fn one_that_cannot_be_read_is_moved_aside_and_two_such_are_kept() {
     let (keep, dir) = private_dir();
     for round in 0..4 {
         let (dedupe, _) = Dedupe::open(&dir).await.unwrap();
-        dedupe.note(Epoch(1), noted(1..=500), State::Pending).await.unwrap();
+        dedupe.note(Epoch(1), noted(1..=500), State::Pending).unwrap();
         dedupe.close().await.unwrap();
         let mut bytes = fs::read(dir.join("db")).unwrap();
         for at in (100..bytes.len()).step_by(97) {
@@ -61,7 +87,7 @@ async fn one_that_cannot_be_read_is_moved_aside_and_two_such_are_kept() {
         fs::write(dir.join("conf"), b"rubbish").unwrap();
         let (dedupe, opened) = Dedupe::open(&dir).await.unwrap();
         assert_eq!(opened, Opened { moved_aside: true, ..Opened::default() }, "round {round}");
-        dedupe.note(Epoch(1), noted(1..=5), State::Pending).await.unwrap();
+        dedupe.note(Epoch(1), noted(1..=5), State::Pending).unwrap();
         dedupe.close().await.unwrap();
         let kept = fs::read_dir(keep.path()).unwrap().count() - 1;
         assert_eq!(kept, (round + 1).min(MOVED_ASIDE_MAX));
