@@ -1,6 +1,7 @@
 //! Job: the narrow typed door to etcd: connect, read, commit a transaction, watch.
 //! Input: an `EtcdConfig`, ranges, transactions. Output: plain values, or an `EtcdError` that says what kind of doubt it leaves.
-//! Always true: each call ends within its deadline; reads are linearizable unless they name a revision; nothing retries by itself.
+//! Always true: each call ends within its deadline, but for `Watch::next`, which waits for what comes; reads are linearizable unless they
+//! name a revision; a connection believes one cluster, in answers and on a watch alike; nothing retries by itself.
 
 use crate::config::EtcdConfig;
 use crate::model::{Change, ClusterId, KeyRange, Revision};
@@ -293,7 +294,7 @@ impl Etcd {
         let mut client = self.client.watch_client().max_decoding_message_size(message_bytes_max);
         let stream = self.within(client.watch(range.etcd_from(), Some(options))).await?;
         let (requests, responses) = stream.split();
-        Ok(Watch { requests, responses, message_bytes_max, endpoints: self.endpoints.clone() })
+        Ok(Watch { requests, responses, message_bytes_max, etcd: self.clone() })
     }
 
     /// What the member that answers says of itself; connect to one endpoint alone to ask a certain one.
@@ -349,17 +350,23 @@ pub struct Watch {
     requests: WatchRequestSender,
     responses: WatchResponseStream,
     message_bytes_max: usize,
-    endpoints: String,
+    /// The connection that it belongs to. Balanced over several endpoints, it may have come to another one than a call before it.
+    etcd: Etcd,
 }
 
 impl Watch {
     /// The next message; cancel-safe. `Ok(None)`: etcd closed the stream.
     pub async fn next(&mut self) -> Result<Option<WatchSignal>, EtcdError> {
         match self.responses.message().await {
-            Ok(Some(response)) => Ok(Some(signal_of(response))),
+            Ok(Some(response)) => {
+                if let Some(header) = &response.0.header {
+                    check_cluster(&self.etcd.cluster, ClusterId(header.cluster_id))?;
+                }
+                Ok(Some(signal_of(response)))
+            }
             Ok(None) => Ok(None),
             Err(e) => {
-                let error = reaction(&e, &self.endpoints);
+                let error = reaction(&e, &self.etcd.endpoints);
                 if matches!(error, EtcdError::AnswerTooLarge { .. }) {
                     return Err(EtcdError::AnswerTooLarge { limit_bytes: self.message_bytes_max });
                 }
@@ -370,7 +377,7 @@ impl Watch {
 
     /// Asks etcd how far this stream is; the answer comes as [`WatchSignal::Progress`].
     pub async fn request_progress(&mut self) -> Result<(), EtcdError> {
-        self.requests.request_progress().await.map_err(|e| reaction(&e, &self.endpoints))
+        self.etcd.within(self.requests.request_progress()).await
     }
 }
 
