@@ -101,6 +101,7 @@ pub enum ApplyCommand {
     },
     /// Everything of the link up to `through` has seq `after` or less.
     Progress {
+        session: u64,
         through: Revision,
         after: Seq,
         waymark: Waymark,
@@ -493,11 +494,14 @@ impl Applier {
                 let answer = self.hello(facts).await;
                 let _ = reply.send(answer);
             }
-            ApplyCommand::Progress { through, after, waymark, persist } => {
-                self.waymark = waymark;
-                let persist = persist || self.progress.is_some_and(|idle| idle.persist);
-                self.progress = Some(Idle { through, after, persist });
-                self.publish(false);
+            ApplyCommand::Progress { session, through, after, waymark, persist } => {
+                // What another origin said of its revisions says nothing of this one's.
+                if session == self.session {
+                    self.waymark = waymark;
+                    let persist = persist || self.progress.is_some_and(|idle| idle.persist);
+                    self.progress = Some(Idle { through, after, persist });
+                    self.publish(false);
+                }
                 self.look_again().await;
             }
             ApplyCommand::Copy { session, step } => {
@@ -581,3 +585,6 @@ async fn sleep_until(at: Option<Instant>) {
         None => std::future::pending().await,
     }
 }
+
+#[cfg(test)]
+mod tests;

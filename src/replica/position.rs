@@ -143,8 +143,9 @@ impl Applier {
         self.read_position().await.map(|_| ())
     }
 
-    /// Nothing waits any more; the journal's entries after `seq` come next.
+    /// Nothing waits any more; the journal's entries after `seq` come next. What the origin said of its progress was of what came before.
     pub(super) fn start_afresh(&mut self, seq: Seq) {
+        self.progress = None;
         self.waiting.clear();
         self.waiting_bytes = 0;
         self.planned = None;

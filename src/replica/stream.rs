@@ -435,6 +435,7 @@ impl Stream {
             return None;
         }
         let command = ApplyCommand::Progress {
+            session: self.opened.number,
             through: Revision(progress.origin_revision),
             // By the origin's own count: a frame that could not be decoded, or is still missing, is in it.
             after: Seq(progress.after_seq),
