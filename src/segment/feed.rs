@@ -4,8 +4,8 @@
 //! `queue_bytes_max` and one batch; nothing between `base` and the end is ever missing.
 //!
 //! One `Mutex` guards the ring of recent entries and a few numbers, and is held for pointer moves only. One thread (`writer.rs`) writes:
-//! it takes what has gathered, writes it, and syncs once for all that is not trimmed soon after. Stages wait on the `extent` watch, which
-//! changes with every event. Entries that gather share records of up to 256 KiB.
+//! it takes what has gathered, writes it, and syncs once for all that is not trimmed soon after. It is woken for what it could not know of,
+//! not for each entry. Stages wait on the `extent` watch, which changes with every event. Entries that gather share records of up to 256 KiB.
 
 mod state;
 
@@ -206,9 +206,11 @@ impl<T: FeedEntry> Feed<T> {
                     return Ok(Appended::Full(entries));
                 }
                 if state.unwritten == 0 || state.unwritten_bytes + bytes <= self.shared.limits.queue_bytes_max {
-                    state.take(entries, bytes, self.shared.limits.queue_bytes_max);
+                    let wakes = state.take(entries, bytes, self.shared.limits.queue_bytes_max);
                     self.shared.publish(&mut state);
-                    self.shared.wake_writer.notify_one();
+                    if wakes {
+                        self.shared.wake_writer.notify_one();
+                    }
                     return Ok(Appended::Taken);
                 }
             }
@@ -262,10 +264,13 @@ impl<T: FeedEntry> Feed<T> {
     /// Allows everything up to `index` to go. Files go as a whole, so `base` follows in steps.
     pub fn trim(&self, index: u64) {
         let mut state = lock(&self.shared.state);
-        state.trim_to = state.trim_to.max(index.min(state.held.covered));
-        state.drop_trimmed();
-        self.shared.publish(&mut state);
-        self.shared.wake_writer.notify_one();
+        let wakes = state.let_go(index);
+        if state.held.full {
+            self.shared.publish(&mut state);
+        }
+        if wakes {
+            self.shared.wake_writer.notify_one();
+        }
     }
 
     /// Says that everything up to `index` is in here, though the last entry comes before it. Remembered at once; on disk within

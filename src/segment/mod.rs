@@ -177,6 +177,14 @@ impl SegmentLog {
         Ok(base != self.base())
     }
 
+    /// A [`Self::trim`] to less than this unlinks nothing; `None`: nor does any other.
+    pub fn trims_from(&self) -> Option<u64> {
+        let first = self.files[0];
+        let alone_and_small =
+            self.files.len() == 1 && (first.first.is_none() || first.bytes < self.limits.segment_bytes / 4);
+        (!alone_and_small).then_some(first.last)
+    }
+
     /// Drops all records; the log goes on after `base`, and its files bear `tag`. After a crash on the way either the old
     /// records are there or none.
     pub fn clear(&mut self, tag: u64, base: u64) -> Result<(), SegmentError> {

@@ -413,3 +413,14 @@ fn a_feed_whose_disk_failed_or_that_was_asked_for_what_it_never_held_is_not_dama
     }
     assert!(FeedError::Undecodable { index: 1, reason: String::new() }.is_damage());
 }
+
+#[tokio::test]
+async fn the_writer_is_woken_for_the_first_entry_and_for_a_record_full_of_them_and_not_for_those_between() {
+    let dir = private_dir();
+    let (feed, _writer) = stepped(dir.path(), limits(1 << 20, 16 << 20));
+    let mut state = lock(&feed.shared.state);
+    let mut take = |index, bytes: usize| state.take(items(index..=index, bytes), bytes + 64, 1 << 20);
+    let half = crate::segment::writer::RECORD_PLAIN_BYTES / 2;
+    assert_eq!([take(1, 100), take(2, 100), take(3, half)], [true, false, false]);
+    assert_eq!([take(4, half), take(5, 100)], [true, false], "once there is a record full");
+}
