@@ -5,7 +5,7 @@
 use super::apply::{Applier, Committed};
 use super::next;
 use super::pages::{Begin, Begun, Copying, Place, Refused, part_of, read_edge};
-use super::plan::{GuardCount, PlanError, Refusal as LimitRefusal, TxnTree, copy_chunks, copy_diff};
+use super::plan::{GuardCount, LimitRefusal, PlanError, TxnTree, copy_chunks, copy_diff};
 use crate::etcd::{Columns, EtcdError};
 use crate::model::{KeyRange, Phase, Position, Revision, Seq};
 use crate::wire::digest;

@@ -5,7 +5,7 @@
 
 use super::apply::Applier;
 use super::journal::JournalError;
-use super::plan::{PlanError, Refusal as LimitRefusal, Settled};
+use super::plan::{LimitRefusal, PlanError, Settled};
 use crate::etcd::EtcdError;
 use crate::wire::replicate::refusal::Kind;
 use tokio::time::Instant;

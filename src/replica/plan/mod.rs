@@ -18,7 +18,7 @@ pub use copy::{
 };
 pub use request::{Answered, Condition, Request, answered};
 pub use runs::{DeleteRun, RUN_KEYS_MIN, RunFacts, Settled};
-pub use size::{Refusal, RequestLimits};
+pub use size::{LimitRefusal, RequestLimits};
 
 use crate::model::{Change, KeyRange, Ranges, Revision, Seq, WholeRevision};
 use bytes::Bytes;
