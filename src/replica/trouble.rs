@@ -5,15 +5,26 @@
 
 use super::apply::Applier;
 use super::journal::JournalError;
-use super::plan::{LimitRefusal, PlanError, Settled};
+use super::plan::{LimitRefusal, PlanError, PlanReaction, Settled};
 use crate::etcd::EtcdError;
+use crate::model::Seq;
 use crate::wire::replicate::refusal::Kind;
 use tokio::time::Instant;
 
 impl Applier {
     pub(super) fn refuse_plan(&mut self, error: &PlanError) {
-        tracing::error!(link = %self.link, %error, "the revision cannot be applied");
-        self.refuse(Kind::TooLarge, error.to_string());
+        match error.reaction() {
+            PlanReaction::Stop(kind) => {
+                tracing::error!(link = %self.link, %error, "the revision cannot be applied");
+                self.refuse(kind, error.to_string());
+            }
+            PlanReaction::HelloAgain => {
+                tracing::error!(link = %self.link, %error, "what waits does not continue the position; it is dropped");
+                self.start_afresh(self.held.as_ref().and_then(|h| h.position.as_ref()).map_or(Seq(0), |p| p.seq));
+                self.refuse(Kind::Gap, error.to_string());
+            }
+            PlanReaction::PlanAgain => self.planned = None,
+        }
     }
 
     /// Tells the stream; nothing more is applied until the next hello.

@@ -452,3 +452,18 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn only_a_plan_that_would_be_refused_again_stops_the_link() {
+    let revision = Revision(9);
+    let reaction = |error: PlanError| error.reaction();
+    let too_large =
+        PlanError::TooLarge { revision, key_bytes: 1, value_bytes: 2, request_bytes_needed: 4, request_bytes_max: 3 };
+    assert_eq!(reaction(too_large), PlanReaction::Stop(Kind::TooLarge));
+    assert_eq!(reaction(PlanError::Malformed { revision, rule: "" }), PlanReaction::Stop(Kind::Outside));
+    assert_eq!(reaction(PlanError::Overlap), PlanReaction::Stop(Kind::Outside));
+    let beyond = PlanError::PartBeyond { revision, part: 3, changes: 2 };
+    assert_eq!(reaction(beyond), PlanReaction::Stop(Kind::Conflict));
+    assert_eq!(reaction(PlanError::OutOfOrder { expected: Seq(4), got: Seq(6) }), PlanReaction::HelloAgain);
+    assert_eq!(reaction(PlanError::LimitsShrank), PlanReaction::PlanAgain);
+}
