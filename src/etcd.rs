@@ -336,7 +336,6 @@ pub enum WatchSignal {
         events: Vec<(Revision, Change)>,
         /// True if the last revision goes on in the next message.
         fragment: bool,
-        header: Revision,
     },
     /// Every event up to this revision has been sent.
     Progress(Revision),
@@ -383,7 +382,6 @@ impl Watch {
 
 fn signal_of(response: WatchResponse) -> WatchSignal {
     let inner = response.0;
-    let header = Revision::from_etcd(inner.header.as_ref().map_or(0, |h| h.revision));
     if inner.compact_revision > 0 {
         return WatchSignal::Compacted(Revision::from_etcd(inner.compact_revision));
     }
@@ -394,7 +392,7 @@ fn signal_of(response: WatchResponse) -> WatchSignal {
         return WatchSignal::Created;
     }
     if inner.events.is_empty() && !inner.fragment {
-        return WatchSignal::Progress(header);
+        return WatchSignal::Progress(Revision::from_etcd(inner.header.map_or(0, |header| header.revision)));
     }
     let events = inner.events.into_iter().filter_map(|event| {
         let kv = event.kv?;
@@ -405,7 +403,7 @@ fn signal_of(response: WatchResponse) -> WatchSignal {
         };
         Some((revision, change))
     });
-    WatchSignal::Events { events: events.collect(), fragment: inner.fragment, header }
+    WatchSignal::Events { events: events.collect(), fragment: inner.fragment }
 }
 
 fn kv_of(kv: etcd_client::KeyValue) -> Kv {

@@ -55,7 +55,7 @@ mod tests {
     fn message(revision: u64) -> WatchMessage {
         let change = Change::Put { key: "/a".into(), value: "1".into() };
         let events = vec![Event { revision: Revision(revision), change }];
-        WatchMessage { events, fragment: false, header_revision: Revision(revision) }
+        WatchMessage { events, fragment: false }
     }
 
     fn digest_of(revision: u64) -> Digest {

@@ -386,9 +386,9 @@ impl Tail {
     /// Puts what a message completes into the spool.
     async fn take(&mut self, sequencer: &mut Sequencer, signal: WatchSignal) -> Result<(), Ended> {
         match signal {
-            WatchSignal::Events { events, fragment, header } => {
+            WatchSignal::Events { events, fragment } => {
                 let events = events.into_iter().map(|(revision, change)| Event { revision, change }).collect();
-                let message = WatchMessage { events, fragment, header_revision: header };
+                let message = WatchMessage { events, fragment };
                 let whole = sequencer.push(message).map_err(Ended::Sequence)?;
                 self.spool_all(whole).await?;
             }

@@ -191,12 +191,12 @@ impl Tail {
                 return;
             }
             Signal::Progress(revision) => open.sequencer.progress(revision).map(|()| Vec::new()),
-            Signal::Events { events, fragment, header } => {
+            Signal::Events { events, fragment } => {
                 if fragment {
                     context.count("watch message in fragments");
                 }
                 let events = events.into_iter().map(|(revision, change)| Event { revision, change }).collect();
-                open.sequencer.push(WatchMessage { events, fragment, header_revision: header })
+                open.sequencer.push(WatchMessage { events, fragment })
             }
         };
         let covered = open.sequencer.covered();
