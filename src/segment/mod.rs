@@ -25,7 +25,7 @@ use std::path::{Path, PathBuf};
 pub struct SegmentLimits {
     /// A file is closed before a record would make it longer; a single record may be longer.
     pub segment_bytes: u64,
-    /// [`SegmentLog::is_full`] from here on. The caller stops; `append` itself does not refuse.
+    /// Of all files. The feed stops there; `append` itself does not refuse.
     pub total_bytes_max: u64,
     /// The longest payload, written or read.
     pub record_bytes_max: usize,
@@ -215,10 +215,6 @@ impl SegmentLog {
         self.tag
     }
 
-    pub fn first_index(&self) -> Option<u64> {
-        self.files.iter().find_map(|file| file.first)
-    }
-
     /// The last record's index, or where a log without records begins.
     pub fn last_index(&self) -> u64 {
         self.files[self.files.len() - 1].last
@@ -227,10 +223,6 @@ impl SegmentLog {
     /// Of all files, without padding.
     pub fn bytes(&self) -> u64 {
         self.files.iter().map(|file| file.bytes).sum()
-    }
-
-    pub fn is_full(&self) -> bool {
-        self.bytes() >= self.limits.total_bytes_max
     }
 
     fn usable(&self) -> Result<(), SegmentError> {
