@@ -5,7 +5,7 @@
 use super::{Clock, LinkEvent};
 use crate::config::EtcdConfig;
 use crate::etcd::{Etcd, EtcdError};
-use crate::model::{ClusterId, LinkName, Revision};
+use crate::model::{LinkName, Revision};
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;

@@ -6,7 +6,6 @@
 use super::admit::{Admit, Refused, outside};
 use super::apply::{ApplyCommand, ApplyView};
 use super::copy::CopyStep;
-use super::dedupe::State;
 use super::journal::{JournalEntry, JournalError};
 use super::mark::{Mark, Mend, There};
 use super::pages::Begin;
@@ -528,6 +527,6 @@ async fn journal_all(end: Arc<LinkEnd>, entries: Vec<JournalEntry>) -> Result<()
         }
     }
     // A dedupe log that cannot be written costs the sight of conflicts with old seqs, never a revision.
-    let _ = end.dedupe.note(epoch, notes, State::Pending);
+    let _ = end.dedupe.note(epoch, notes);
     Ok(())
 }
