@@ -294,7 +294,13 @@ impl Etcd {
         let mut client = self.client.watch_client().max_decoding_message_size(message_bytes_max);
         let stream = self.within(client.watch(range.etcd_from(), Some(options))).await?;
         let (requests, responses) = stream.split();
-        Ok(Watch { requests, responses, message_bytes_max, etcd: self.clone() })
+        Ok(Watch {
+            requests,
+            responses,
+            message_bytes_max,
+            endpoints: self.endpoints.clone(),
+            cluster: self.cluster.clone(),
+        })
     }
 
     /// What the member that answers says of itself; connect to one endpoint alone to ask a certain one.
@@ -349,8 +355,9 @@ pub struct Watch {
     requests: WatchRequestSender,
     responses: WatchResponseStream,
     message_bytes_max: usize,
-    /// The connection that it belongs to. Balanced over several endpoints, it may have come to another one than a call before it.
-    etcd: Etcd,
+    endpoints: String,
+    /// Of its connection: balanced over several endpoints, the watch may have come to another one than the call before it.
+    cluster: Arc<OnceLock<ClusterId>>,
 }
 
 impl Watch {
@@ -359,13 +366,13 @@ impl Watch {
         match self.responses.message().await {
             Ok(Some(response)) => {
                 if let Some(header) = &response.0.header {
-                    check_cluster(&self.etcd.cluster, ClusterId(header.cluster_id))?;
+                    check_cluster(&self.cluster, ClusterId(header.cluster_id))?;
                 }
                 Ok(Some(signal_of(response)))
             }
             Ok(None) => Ok(None),
             Err(e) => {
-                let error = reaction(&e, &self.etcd.endpoints);
+                let error = reaction(&e, &self.endpoints);
                 if matches!(error, EtcdError::AnswerTooLarge { .. }) {
                     return Err(EtcdError::AnswerTooLarge { limit_bytes: self.message_bytes_max });
                 }
@@ -376,7 +383,8 @@ impl Watch {
 
     /// Asks etcd how far this stream is; the answer comes as [`WatchSignal::Progress`].
     pub async fn request_progress(&mut self) -> Result<(), EtcdError> {
-        self.etcd.within(self.requests.request_progress()).await
+        let asked = tokio::time::timeout(CALL_DEADLINE, self.requests.request_progress()).await;
+        asked.map_err(|_| EtcdError::TimedOut)?.map_err(|e| reaction(&e, &self.endpoints))
     }
 }
 
