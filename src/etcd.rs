@@ -1,6 +1,7 @@
 //! Job: the narrow typed door to etcd: connect, read, commit a transaction, watch.
 //! Input: an `EtcdConfig`, ranges, transactions. Output: plain values, or an `EtcdError` that says what kind of doubt it leaves.
-//! Always true: each call ends within its deadline; reads are linearizable unless they name a revision; nothing retries by itself.
+//! Always true: each call ends within its deadline, but for `Watch::next`, which waits for what comes; reads are linearizable unless they
+//! name a revision; a connection believes one cluster, in answers and on a watch alike; nothing retries by itself.
 
 use crate::config::EtcdConfig;
 use crate::model::{Change, ClusterId, KeyRange, Revision};
@@ -293,7 +294,13 @@ impl Etcd {
         let mut client = self.client.watch_client().max_decoding_message_size(message_bytes_max);
         let stream = self.within(client.watch(range.etcd_from(), Some(options))).await?;
         let (requests, responses) = stream.split();
-        Ok(Watch { requests, responses, message_bytes_max, endpoints: self.endpoints.clone() })
+        Ok(Watch {
+            requests,
+            responses,
+            message_bytes_max,
+            endpoints: self.endpoints.clone(),
+            cluster: self.cluster.clone(),
+        })
     }
 
     /// What the member that answers says of itself; connect to one endpoint alone to ask a certain one.
@@ -335,7 +342,6 @@ pub enum WatchSignal {
         events: Vec<(Revision, Change)>,
         /// True if the last revision goes on in the next message.
         fragment: bool,
-        header: Revision,
     },
     /// Every event up to this revision has been sent.
     Progress(Revision),
@@ -350,13 +356,20 @@ pub struct Watch {
     responses: WatchResponseStream,
     message_bytes_max: usize,
     endpoints: String,
+    /// Of its connection: balanced over several endpoints, the watch may have come to another one than the call before it.
+    cluster: Arc<OnceLock<ClusterId>>,
 }
 
 impl Watch {
     /// The next message; cancel-safe. `Ok(None)`: etcd closed the stream.
     pub async fn next(&mut self) -> Result<Option<WatchSignal>, EtcdError> {
         match self.responses.message().await {
-            Ok(Some(response)) => Ok(Some(signal_of(response))),
+            Ok(Some(response)) => {
+                if let Some(header) = &response.0.header {
+                    check_cluster(&self.cluster, ClusterId(header.cluster_id))?;
+                }
+                Ok(Some(signal_of(response)))
+            }
             Ok(None) => Ok(None),
             Err(e) => {
                 let error = reaction(&e, &self.endpoints);
@@ -370,13 +383,13 @@ impl Watch {
 
     /// Asks etcd how far this stream is; the answer comes as [`WatchSignal::Progress`].
     pub async fn request_progress(&mut self) -> Result<(), EtcdError> {
-        self.requests.request_progress().await.map_err(|e| reaction(&e, &self.endpoints))
+        let asked = tokio::time::timeout(CALL_DEADLINE, self.requests.request_progress()).await;
+        asked.map_err(|_| EtcdError::TimedOut)?.map_err(|e| reaction(&e, &self.endpoints))
     }
 }
 
 fn signal_of(response: WatchResponse) -> WatchSignal {
     let inner = response.0;
-    let header = Revision::from_etcd(inner.header.as_ref().map_or(0, |h| h.revision));
     if inner.compact_revision > 0 {
         return WatchSignal::Compacted(Revision::from_etcd(inner.compact_revision));
     }
@@ -387,7 +400,7 @@ fn signal_of(response: WatchResponse) -> WatchSignal {
         return WatchSignal::Created;
     }
     if inner.events.is_empty() && !inner.fragment {
-        return WatchSignal::Progress(header);
+        return WatchSignal::Progress(Revision::from_etcd(inner.header.map_or(0, |header| header.revision)));
     }
     let events = inner.events.into_iter().filter_map(|event| {
         let kv = event.kv?;
@@ -398,7 +411,7 @@ fn signal_of(response: WatchResponse) -> WatchSignal {
         };
         Some((revision, change))
     });
-    WatchSignal::Events { events: events.collect(), fragment: inner.fragment, header }
+    WatchSignal::Events { events: events.collect(), fragment: inner.fragment }
 }
 
 fn kv_of(kv: etcd_client::KeyValue) -> Kv {

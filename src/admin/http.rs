@@ -159,12 +159,12 @@ async fn serve_health(State(shared): State<Shared>, RawQuery(query): RawQuery) -
     }
 }
 
-/// One line for each link that is not following; `None` when all are.
 /// A link that follows in name, while its watch is refused or its replica takes nothing, has a reason.
 fn is_ready(link: &LinkStatus) -> bool {
     link.state == LinkState::Following && link.reason.is_empty()
 }
 
+/// One line for each link that is not ready; `None` when all are.
 fn not_ready(links: &[LinkStatus]) -> Option<String> {
     let line = |link: &LinkStatus| {
         let reason = if link.reason.is_empty() { "no reason given yet" } else { &link.reason };

@@ -171,7 +171,7 @@ pub struct Limits {
     pub journal_bytes_max: u64,
     /// One segment file. 64 MiB.
     pub segment_bytes: u64,
-    /// What one stage of one link keeps in memory for the next one. 16 MiB.
+    /// What one stage of one link keeps in memory for the next one. 8 MiB.
     pub queue_bytes_max: usize,
     /// Plain bytes of one frame, unless a single revision is larger. 1 MiB.
     pub frame_bytes_max: usize,

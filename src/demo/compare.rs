@@ -25,7 +25,7 @@ pub async fn watch(etcd: Etcd, from: Revision, seen: mpsc::Sender<Seen>) -> anyh
         let signal = watch.next().await?;
         let at = Instant::now();
         let (events, fragment) = match signal {
-            Some(WatchSignal::Events { events, fragment, .. }) => (events, fragment),
+            Some(WatchSignal::Events { events, fragment }) => (events, fragment),
             Some(WatchSignal::Created | WatchSignal::Progress(_)) => continue,
             Some(WatchSignal::Compacted(_)) => bail!("the replica was compacted by someone else"),
             Some(WatchSignal::Canceled(reason)) => bail!("the watch at the replica was cancelled: {reason}"),

@@ -5,7 +5,7 @@
 use super::{Clock, LinkEvent};
 use crate::config::EtcdConfig;
 use crate::etcd::{Etcd, EtcdError};
-use crate::model::{ClusterId, LinkName, Revision};
+use crate::model::{LinkName, Revision};
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -16,7 +16,6 @@ const HEAD_INTERVAL: Duration = Duration::from_secs(2);
 #[derive(Debug, Clone, Default)]
 pub struct HeadView {
     pub revision: Revision,
-    pub cluster: ClusterId,
     /// Why the head could not be read the last time.
     pub trouble: Option<String>,
 }
@@ -56,7 +55,7 @@ pub async fn poll(
         match outcome {
             Ok((etcd, look)) => {
                 connection = Some(etcd);
-                view.send_replace(HeadView { revision: look.head, cluster: look.cluster, trouble: None });
+                view.send_replace(HeadView { revision: look.head, trouble: None });
                 let at_ms = clock.now_ms();
                 if events.send(LinkEvent::Head { revision: look.head, at_ms }).await.is_err() {
                     return;

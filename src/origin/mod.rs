@@ -308,7 +308,7 @@ impl Views<'_> {
             },
             StageStatus {
                 stage: "spool",
-                ok: !self.spool.full,
+                ok: !self.spool.full && !self.spool.damaged,
                 detail: format!("holds revisions after {} up to {}", self.spool.base, self.spool.covered),
                 queue_bytes: self.spool.bytes,
             },
@@ -370,6 +370,12 @@ impl Views<'_> {
         }
         if self.spool.disk_full {
             reasons.push("the spool's disk takes no more: make room below data_dir".to_owned());
+        }
+        if self.spool.damaged {
+            reasons.push(
+                "the spool cannot be read any more: once the replica answers it is dropped, and what it held is fetched again"
+                    .to_owned(),
+            );
         }
         if let Some(trouble) = self.head.trouble.as_ref().filter(|trouble| is_new(&reasons, trouble)) {
             reasons.push(format!("the origin's head cannot be read: {trouble}"));

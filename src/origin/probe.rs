@@ -78,9 +78,9 @@ fn probe_step(
         WatchSignal::Canceled(said) => Some(Err(EtcdError::Denied { right: String::new(), said })),
         WatchSignal::Progress(revision) if revision >= at => Some(Ok(Probed::Nothing)),
         WatchSignal::Progress(_) => None,
-        WatchSignal::Events { events, fragment, header } => {
+        WatchSignal::Events { events, fragment } => {
             let events = events.into_iter().map(|(revision, change)| Event { revision, change }).collect();
-            match sequencer.push(WatchMessage { events, fragment, header_revision: header }) {
+            match sequencer.push(WatchMessage { events, fragment }) {
                 Err(e) => Some(Err(EtcdError::Other(e.to_string()))),
                 Ok(whole) => {
                     let first = whole.iter().find(|w| !w.whole.changes.is_empty())?;

@@ -33,8 +33,9 @@ pub fn sequencer(
 }
 
 /// A watch that began at `from` was refused: true if all that is missing is what the spool has, so that one after its end sees the rest.
+/// Of the revision at which it is compacted etcd does not show everything: before 3.5.18 its deletes are gone.
 pub fn goes_on_after_end(from: Revision, covered: Revision, compacted: Revision) -> bool {
-    from <= covered && compacted <= covered.next()
+    from <= covered && compacted <= covered
 }
 
 /// The cluster and its waymark at two connects, `before` and `now`.
@@ -54,7 +55,7 @@ mod tests {
     fn message(revision: u64) -> WatchMessage {
         let change = Change::Put { key: "/a".into(), value: "1".into() };
         let events = vec![Event { revision: Revision(revision), change }];
-        WatchMessage { events, fragment: false, header_revision: Revision(revision) }
+        WatchMessage { events, fragment: false }
     }
 
     fn digest_of(revision: u64) -> Digest {
@@ -88,9 +89,9 @@ mod tests {
 
     #[test]
     fn a_compaction_within_what_the_spool_has_is_no_loss() {
-        assert!(goes_on_after_end(Revision(10), Revision(15), Revision(16)));
-        assert!(!goes_on_after_end(Revision(10), Revision(15), Revision(17)));
-        assert!(!goes_on_after_end(Revision(16), Revision(15), Revision(16)));
+        assert!(goes_on_after_end(Revision(10), Revision(15), Revision(15)));
+        assert!(!goes_on_after_end(Revision(10), Revision(15), Revision(16)), "its deletes may be gone");
+        assert!(!goes_on_after_end(Revision(16), Revision(15), Revision(15)));
     }
 
     #[test]

@@ -17,14 +17,13 @@ pub struct Event {
     pub change: Change,
 }
 
-/// A watch response that carries events.
+/// A watch response that carries events. The revision in its header says nothing about what is covered: etcd may have gone on while the
+/// watcher was catching up.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WatchMessage {
     pub events: Vec<Event>,
     /// More pieces of this message follow; without it the message ends its last revision.
     pub fragment: bool,
-    /// The header's revision. It says nothing about what is covered: etcd may have gone on while the watcher was catching up.
-    pub header_revision: Revision,
 }
 
 /// A whole revision of the origin, as far as the link's watcher sees it.
@@ -116,16 +115,6 @@ pub enum Found {
     Unknown(Revision),
 }
 
-/// Counts since the sequencer was made.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct SequenceCounts {
-    pub ferry_only: u64,
-    /// Positions without a readable `origin_cluster`: they may hide where a revision came from.
-    pub positions_unreadable: u64,
-    /// Keys that one revision wrote more than once.
-    pub keys_repeated: u64,
-}
-
 #[derive(Debug)]
 pub struct Sequencer {
     ranges: Ranges,
@@ -139,7 +128,6 @@ pub struct Sequencer {
     carried: Option<Carried>,
     /// The carried revision has come and was the same.
     carried_seen: bool,
-    counts: SequenceCounts,
 }
 
 /// A revision that may go on in the next message.
@@ -166,7 +154,6 @@ impl Sequencer {
             gathering: None,
             carried: None,
             carried_seen: true,
-            counts: SequenceCounts::default(),
         }
     }
 
@@ -222,10 +209,6 @@ impl Sequencer {
         self.covered
     }
 
-    pub fn counts(&self) -> SequenceCounts {
-        self.counts
-    }
-
     fn gather(&mut self, event: Event) -> Result<(), SequenceError> {
         let revision = event.revision;
         if revision <= self.last {
@@ -240,7 +223,7 @@ impl Sequencer {
             waymark: None,
         });
         if event.change.key().starts_with(FERRY_PREFIX) {
-            gathering.note(&event.change, &self.waymark_key, &mut self.counts);
+            gathering.note(&event.change, &self.waymark_key);
             return Ok(());
         }
         gathering.ferry_only = false;
@@ -258,12 +241,11 @@ impl Sequencer {
     fn end(&mut self, ended: &mut Vec<Sequenced>) -> Result<(), SequenceError> {
         let Some(gathering) = self.gathering.take() else { return Ok(()) };
         self.last = gathering.revision;
-        let sequenced = gathering.end(&mut self.counts);
+        let sequenced = gathering.end();
         if self.is_known(&sequenced)? {
             return Ok(());
         }
         self.covered = self.covered.max(sequenced.revision);
-        self.counts.ferry_only += u64::from(sequenced.ferry_only);
         ended.push(sequenced);
         Ok(())
     }
@@ -297,28 +279,25 @@ impl Sequencer {
 
 impl Gathering {
     /// A key of etcd-ferry's own: where the revision came from, or this link's waymark.
-    fn note(&mut self, change: &Change, waymark_key: &Bytes, counts: &mut SequenceCounts) {
+    fn note(&mut self, change: &Change, waymark_key: &Bytes) {
         let Change::Put { key, value } = change else { return };
-        if is_position_key(key) {
-            match serde_json::from_slice::<PositionOrigin>(value) {
-                Ok(position) => self.came_from.push(position.origin_cluster),
-                Err(_) => counts.positions_unreadable += 1,
-            }
+        if is_position_key(key)
+            && let Ok(position) = serde_json::from_slice::<PositionOrigin>(value)
+        {
+            self.came_from.push(position.origin_cluster);
         }
         if key == waymark_key {
             self.waymark = serde_json::from_slice(value).ok();
         }
     }
 
-    fn end(self, counts: &mut SequenceCounts) -> Sequenced {
+    fn end(self) -> Sequenced {
         let Self { revision, mut changes, came_from, ferry_only, waymark, .. } = self;
-        let events = changes.len();
         // etcd refuses most transactions that write a key twice, but accepts a put in one nested transaction and a delete in a
         // later one (tried with 3.5.30): both events have this revision, in order, and the last one is what the key became.
         changes.reverse();
         changes.sort_by(|a, b| a.key().cmp(b.key()));
         changes.dedup_by(|a, b| a.key() == b.key());
-        counts.keys_repeated += u64::try_from(events - changes.len()).unwrap_or(u64::MAX);
         Sequenced { revision, whole: WholeRevision { revision, changes }, came_from, ferry_only, waymark }
     }
 }

@@ -225,7 +225,7 @@ impl Session {
                     reading = None;
                     match entries {
                         Ok(entries) => pending = self.encode(ship, &entries),
-                        Err(e) => return Err(SessionEnd::HelloAgain(format!("the spool: {e}"))),
+                        Err(e) => return Err(unread(ship, &e)),
                     }
                 }
             }
@@ -457,6 +457,14 @@ async fn read(reading: &mut Option<Reading>) -> Result<Vec<SpoolEntry>, SpoolErr
         Some(reading) => reading.entries.as_mut().await,
         None => std::future::pending().await,
     }
+}
+
+/// A spool that is damaged is none from the next hello on: what it held is watched again, or mended where etcd has compacted it.
+fn unread(ship: &Shipper, error: &SpoolError) -> SessionEnd {
+    if error.is_damage() {
+        tracing::error!(link = %ship.origin.send.link, %error, "the spool cannot be read any more; it is dropped, and what it held is fetched again");
+    }
+    SessionEnd::HelloAgain(format!("the spool: {error}"))
 }
 
 fn end_of(ship: &mut Shipper, refusal: Refusal) -> SessionEnd {

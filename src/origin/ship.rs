@@ -384,7 +384,7 @@ impl Shipper {
         }
         let extent = self.spool.extent().borrow().clone();
         let spool = SpoolFacts { base: extent.base, covered: extent.covered, last: extent.last };
-        let spool = (usable && extent.covered > Revision(0)).then_some(spool);
+        let spool = (usable && !extent.damaged && extent.covered > Revision(0)).then_some(spool);
         loop {
             let decided = resume::decide(spool.as_ref(), &replica, &origin);
             tracing::debug!(link = %self.origin.send.link, ?decided, "resume");

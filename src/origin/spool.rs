@@ -48,13 +48,14 @@ pub struct SpoolExtent {
     pub covered: Revision,
     /// The last revision since the last reset, even if it is trimmed; after a restart only if the files still hold it.
     pub last: Option<(Revision, Digest)>,
-    pub first: Option<Revision>,
     /// Files, and plain what is on the way to them.
     pub bytes: u64,
     /// An append was refused, and there is no room yet.
     pub full: bool,
     /// The disk refuses to take more; tried again each second.
     pub disk_full: bool,
+    /// A read found something in the files that cannot be had any more. Only a reset ends it.
+    pub damaged: bool,
 }
 
 pub type SpoolError = FeedError;
@@ -178,10 +179,10 @@ impl FeedEntry for SpoolEntry {
             base: Revision(held.base),
             covered: Revision(held.covered),
             last: held.last,
-            first: held.first.map(Revision),
             bytes: held.bytes,
             full: held.full,
             disk_full: held.disk_full,
+            damaged: held.damaged,
         }
     }
 
@@ -316,7 +317,7 @@ mod tests {
         let (spool, opened) = Spool::open(&dir, &limits(), Digest::default()).await.unwrap();
         assert_eq!(opened, Opened::default());
         let empty = spool.extent().borrow().clone();
-        assert_eq!((empty.base, empty.covered, empty.last, empty.first), (Revision(0), Revision(0), None, None));
+        assert_eq!((empty.base, empty.covered, empty.last), (Revision(0), Revision(0), None));
         spool.reset(Revision(40)).await.unwrap();
         let entries: Vec<SpoolEntry> = (21..200).map(|n| entry(n * 2)).collect();
         for some in entries.chunks(9) {
@@ -326,7 +327,7 @@ mod tests {
         spool.covered(Revision(500));
         let before = spool.extent().borrow().clone();
         assert_eq!((before.base, before.covered), (Revision(40), Revision(500)));
-        assert_eq!((before.first, before.last), (Some(Revision(42)), Some((Revision(398), entries[178].digest))));
+        assert_eq!(before.last, Some((Revision(398), entries[178].digest)));
         spool.close().await.unwrap();
         let (spool, opened) = Spool::open(&dir, &limits(), Digest::default()).await.unwrap();
         let after = spool.extent().borrow().clone();

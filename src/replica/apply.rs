@@ -98,6 +98,7 @@ pub enum ApplyCommand {
     },
     /// Everything of the link up to `through` has seq `after` or less.
     Progress {
+        session: u64,
         through: Revision,
         after: Seq,
         waymark: Waymark,
@@ -259,21 +260,20 @@ impl Applier {
                     Err(JournalError::Feed(FeedError::Reset)) => reading = None,
                     Err(e) => {
                         reading = None;
-                        self.wait(format!("the journal: {e}"));
+                        self.unread(&e).await;
                     }
                 },
             }
             self.advance().await;
-            if let Some(done) = self.done.take() {
-                // The position is the truth; the dedupe log may lag behind it.
-                let _ = self.dedupe.done_through(done.epoch, done.seq).await;
-            }
+            // The position is the truth; the dedupe log may lag behind it, and is told again where its disk is slow.
+            self.done = self.done.take().filter(|done| self.dedupe.done_through(done.epoch, done.seq).is_err());
         }
     }
 
-    /// True while following and with room for more.
+    /// True while following and with room for more. What stands before damage in the journal is applied before that is looked at again.
     fn may_read(&self) -> bool {
-        self.follows() && self.waiting_bytes < self.queue_bytes_max
+        let drained = self.waiting.is_empty() || !self.journal.is_damaged();
+        self.follows() && drained && self.waiting_bytes < self.queue_bytes_max
     }
 
     pub(super) fn follows(&self) -> bool {
@@ -373,11 +373,14 @@ impl Applier {
                 let answer = self.hello(facts).await;
                 let _ = reply.send(answer);
             }
-            ApplyCommand::Progress { through, after, waymark, persist } => {
-                self.waymark = waymark;
-                let persist = persist || self.progress.is_some_and(|idle| idle.persist);
-                self.progress = Some(Idle { through, after, persist });
-                self.publish(false);
+            ApplyCommand::Progress { session, through, after, waymark, persist } => {
+                // What another origin said of its revisions says nothing of this one's.
+                if session == self.session {
+                    self.waymark = waymark;
+                    let persist = persist || self.progress.is_some_and(|idle| idle.persist);
+                    self.progress = Some(Idle { through, after, persist });
+                    self.publish(false);
+                }
                 self.look_again().await;
             }
             ApplyCommand::Copy { session, step } => {
@@ -454,3 +457,6 @@ async fn sleep_until(at: Option<Instant>) {
         None => std::future::pending().await,
     }
 }
+
+#[cfg(test)]
+mod tests;

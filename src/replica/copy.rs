@@ -5,11 +5,12 @@
 use super::apply::Applier;
 use super::commit::Committed;
 use super::next;
-use super::pages::{Begin, Begun, Copying, Place, Refused, part_of, read_edge};
-use super::plan::{GuardCount, PlanError, Refusal as LimitRefusal, TxnTree, copy_chunks, copy_diff};
+use super::pages::{Begin, Begun, Copying, Place, Refused, read_edge};
+use super::plan::{GuardCount, LimitRefusal, PlanError, PlanReaction, TxnTree, copy_chunks, copy_diff};
 use crate::etcd::{Columns, EtcdError};
 use crate::model::{KeyRange, Phase, Position, Revision, Seq};
 use crate::wire::digest;
+use crate::wire::parts::part_of;
 use crate::wire::replicate::CopyAck;
 use crate::wire::replicate::refusal::Kind;
 use bytes::Bytes;
@@ -46,7 +47,11 @@ impl From<Refused> for StepError {
 
 impl From<PlanError> for StepError {
     fn from(error: PlanError) -> Self {
-        StepError::Refused(Kind::TooLarge, error.to_string())
+        let kind = match error.reaction() {
+            PlanReaction::Stop(kind) => kind,
+            PlanReaction::HelloAgain | PlanReaction::PlanAgain => Kind::Gap,
+        };
+        StepError::Refused(kind, error.to_string())
     }
 }
 
@@ -200,8 +205,8 @@ impl Applier {
             let page = etcd.page(&rest, 10 * PRESENT_KEYS_MAX, None, Columns::KeysOnly).await?;
             let present: Vec<Bytes> = page.kvs.into_iter().map(|kv| kv.key).collect();
             let to = read_edge(page.more, present.last(), &range.to);
-            let ours = part_of(keys, &from, &to, |key| key);
-            counted.add(ours, &present);
+            let read = KeyRange { from, to: to.clone() };
+            counted.add(part_of(keys, &read, |key| key), &present);
             if !page.more {
                 break;
             }
@@ -241,7 +246,8 @@ impl Applier {
             };
             let present: Vec<(Bytes, Bytes)> = page.kvs.into_iter().map(|kv| (kv.key, kv.value)).collect();
             let to = read_edge(page.more, present.last().map(|(key, _)| key), &range.to);
-            let diff = copy_diff(part_of(kvs, &from, &to, |(key, _)| key), &present, policy);
+            let read = KeyRange { from, to: to.clone() };
+            let diff = copy_diff(part_of(kvs, &read, |(key, _)| key), &present, policy);
             let (equal, conflicts) = (diff.equal, diff.conflicts);
             for chunk in copy_chunks(diff, &to, revision, &self.limits)? {
                 self.commit_chunk(chunk, revision).await?;

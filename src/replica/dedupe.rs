@@ -1,7 +1,7 @@
-//! Job: the dedupe log: seq, digest and state of each revision that was received. The only file that knows sled.
+//! Job: the dedupe log: seq and digest of each revision that was received, and up to which all are applied. The only file that knows sled.
 //! Input: notes about seqs. Output: at start, the newest of them.
 //! Always true: losing it costs nothing but itself (the position is the truth), so whatever is wrong with it, it is moved aside and
-//! started afresh; nothing but its own thread ever waits for its disk.
+//! started afresh; once it is open nothing but its own thread waits for its disk, and what the thread has no place for is not noted.
 //!
 //! All sled calls are on one thread, behind `catch_unwind`: of 150 flipped bits in its files sled panicked on 115, and missed 16, so each
 //! value also has a checksum of ours. sled's `flush` never calls fsync: `sync_data` on its `db` file follows.
@@ -13,9 +13,10 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::{Semaphore, TryAcquireError, oneshot};
 
 /// Entries that are kept, and how old they may be: twice what admission remembers. sled holds about half a kilobyte of memory for each.
 const ENTRIES_MAX: u64 = 2 * super::admit::RECENTS_MAX as u64;
@@ -40,14 +41,6 @@ const CLOSE_MAX: Duration = Duration::from_secs(4);
 /// Holds the epoch and seq up to which everything is done. Always there, and shorter than every other key.
 const DONE_KEY: &[u8] = b"done";
 
-/// How far a revision has come.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum State {
-    Pending,
-    Applying,
-    Done,
-}
-
 #[derive(Debug, thiserror::Error)]
 pub enum DedupeError {
     #[error("{}: {source}", .path.display())]
@@ -56,6 +49,8 @@ pub enum DedupeError {
     DirTooOpen { path: PathBuf, mode: u32 },
     #[error("the dedupe log is closed")]
     Closed,
+    #[error("the dedupe log's disk is too slow: what comes meanwhile is not noted")]
+    Behind,
     #[error("the disk did not take the dedupe log's last entries in time")]
     CloseTooSlow,
 }
@@ -66,8 +61,6 @@ pub enum DedupeError {
 pub struct Opened {
     /// The newest entries, in order.
     pub recent: Vec<(Epoch, Seq, Digest)>,
-    /// Everything up to it was done; 0: nothing was.
-    pub done: (Epoch, Seq),
     /// True if the log could not be read, and is empty now.
     pub moved_aside: bool,
 }
@@ -75,9 +68,8 @@ pub struct Opened {
 type Noted = (Seq, Digest, Revision);
 
 enum Call {
-    Note(Epoch, Vec<Noted>, State),
+    Note(Epoch, Vec<Noted>),
     Done(Epoch, Seq),
-    Sync(oneshot::Sender<()>),
     Close(oneshot::Sender<()>),
 }
 
@@ -86,6 +78,8 @@ pub struct Dedupe {
     calls: SyncSender<Call>,
     /// One permit for each free place in `calls`, so that waiting for one does not block an async thread.
     places: Arc<Semaphore>,
+    /// The last call found no place: said once.
+    behind: AtomicBool,
 }
 
 impl Dedupe {
@@ -101,31 +95,29 @@ impl Dedupe {
                 if tell.send(Ok(opened)).is_ok() {
                     serve(log, &called, &free);
                 }
-                free.close();
             }
             Err(error) => drop(tell.send(Err(error))),
         };
         let started = std::thread::Builder::new().name("dedupe".to_owned()).spawn(thread);
         started.map_err(|source| DedupeError::Io { path: PathBuf::from("thread"), source })?;
         let opened = told.await.map_err(|_| DedupeError::Closed)??;
-        Ok((Self { calls, places }, opened))
+        Ok((Self { calls, places, behind: AtomicBool::new(false) }, opened))
     }
 
-    /// Notes revisions. Waits only while [`CALLS_MAX`] calls wait for the thread. Cancel-safe.
-    pub async fn note(&self, epoch: Epoch, revisions: Vec<Noted>, state: State) -> Result<(), DedupeError> {
-        self.call(Call::Note(epoch, revisions, state)).await
+    /// Notes revisions; an error where [`CALLS_MAX`] calls wait for the thread. What is not noted costs the sight of a conflict with an old
+    /// seq after a restart, never a revision: neither journal nor position is read from here.
+    pub fn note(&self, epoch: Epoch, revisions: Vec<Noted>) -> Result<(), DedupeError> {
+        self.try_call(Call::Note(epoch, revisions))
     }
 
-    /// Everything up to `seq` is applied.
-    pub async fn done_through(&self, epoch: Epoch, seq: Seq) -> Result<(), DedupeError> {
-        self.call(Call::Done(epoch, seq)).await
+    /// As [`Self::note`], but waits for a place: for the start, when nothing is kept waiting. Cancel-safe.
+    pub async fn note_again(&self, epoch: Epoch, revisions: Vec<Noted>) -> Result<(), DedupeError> {
+        self.call(Call::Note(epoch, revisions)).await
     }
 
-    /// Returns when everything noted before is on the disk, or lost with a log that had to start afresh.
-    pub async fn sync(&self) -> Result<(), DedupeError> {
-        let (tell, told) = oneshot::channel();
-        self.call(Call::Sync(tell)).await?;
-        told.await.map_err(|_| DedupeError::Closed)
+    /// Everything up to `seq` is applied. After an error it is to be said again, or a later seq.
+    pub fn done_through(&self, epoch: Epoch, seq: Seq) -> Result<(), DedupeError> {
+        self.try_call(Call::Done(epoch, seq))
     }
 
     /// Syncs and ends the thread. Waits at most 4 s.
@@ -138,6 +130,22 @@ impl Dedupe {
         tokio::time::timeout(CLOSE_MAX, closing).await.unwrap_or(Err(DedupeError::CloseTooSlow))
     }
 
+    fn try_call(&self, call: Call) -> Result<(), DedupeError> {
+        let place = match self.places.try_acquire() {
+            Ok(place) => place,
+            Err(TryAcquireError::Closed) => return Err(DedupeError::Closed),
+            Err(TryAcquireError::NoPermits) => {
+                if !self.behind.swap(true, Ordering::Relaxed) {
+                    tracing::warn!("the dedupe log's disk is too slow: what comes meanwhile is not noted");
+                }
+                return Err(DedupeError::Behind);
+            }
+        };
+        place.forget();
+        self.behind.store(false, Ordering::Relaxed);
+        self.calls.try_send(call).map_err(|_| DedupeError::Closed)
+    }
+
     async fn call(&self, call: Call) -> Result<(), DedupeError> {
         self.places.acquire().await.map_err(|_| DedupeError::Closed)?.forget();
         self.calls.try_send(call).map_err(|_| DedupeError::Closed)
@@ -147,15 +155,15 @@ impl Dedupe {
 /// What was noted since the last write: one insert for each revision is what sled costs, and little else.
 #[derive(Default)]
 struct Gathered {
-    notes: Vec<(Epoch, Vec<Noted>, State)>,
+    notes: Vec<(Epoch, Vec<Noted>)>,
     revisions: usize,
     done: Option<(Epoch, Seq)>,
 }
 
 impl Gathered {
-    fn note(&mut self, epoch: Epoch, revisions: Vec<Noted>, state: State) {
+    fn note(&mut self, epoch: Epoch, revisions: Vec<Noted>) {
         self.revisions += revisions.len();
-        self.notes.push((epoch, revisions, state));
+        self.notes.push((epoch, revisions));
     }
 
     fn done_through(&mut self, epoch: Epoch, seq: Seq) {
@@ -164,8 +172,8 @@ impl Gathered {
 
     fn write(&mut self, log: &mut Log) {
         let Self { notes, done, .. } = std::mem::take(self);
-        for (epoch, revisions, state) in notes {
-            log.try_do(|db| db.note(epoch, &revisions, state));
+        for (epoch, revisions) in notes {
+            log.try_do(|db| db.note(epoch, &revisions));
         }
         log.try_do(|db| {
             if let Some((epoch, seq)) = done {
@@ -176,7 +184,7 @@ impl Gathered {
     }
 }
 
-/// The thread: takes calls until there are no more, and writes and syncs at most each [`SYNC_EVERY`] unless asked.
+/// The thread: takes calls until there are no more, and writes and syncs at most each [`SYNC_EVERY`].
 fn serve(mut log: Log, calls: &Receiver<Call>, places: &Semaphore) {
     let mut gathered = Gathered::default();
     let mut sync_at: Option<Instant> = None;
@@ -186,37 +194,33 @@ fn serve(mut log: Log, calls: &Receiver<Call>, places: &Semaphore) {
             Some(at) => calls.recv_timeout(at.saturating_duration_since(Instant::now())),
         };
         places.add_permits(usize::from(call.is_ok()));
-        let told = match call {
-            Ok(Call::Note(epoch, revisions, state)) => {
-                gathered.note(epoch, revisions, state);
+        match call {
+            Ok(Call::Note(epoch, revisions)) => {
+                gathered.note(epoch, revisions);
                 sync_at.get_or_insert_with(|| Instant::now() + SYNC_EVERY);
                 if gathered.revisions >= GATHERED_MAX {
                     gathered.write(&mut log);
                 }
-                continue;
             }
             Ok(Call::Done(epoch, seq)) => {
                 gathered.done_through(epoch, seq);
                 sync_at.get_or_insert_with(|| Instant::now() + SYNC_EVERY);
-                continue;
             }
-            Ok(Call::Sync(told)) => Some(told),
-            Err(RecvTimeoutError::Timeout) => None,
+            Err(RecvTimeoutError::Timeout) => {
+                gathered.write(&mut log);
+                log.try_do(Db::sync);
+                sync_at = None;
+            }
             Ok(Call::Close(told)) => break Some(told),
             Err(RecvTimeoutError::Disconnected) => break None,
-        };
-        gathered.write(&mut log);
-        log.try_do(Db::sync);
-        sync_at = None;
-        if let Some(told) = told {
-            let _ = told.send(()); // whoever asked may have gone
         }
     };
     gathered.write(&mut log);
     log.try_do(Db::sync);
     log.drop_db();
+    places.close();
     if let Some(told) = closed {
-        let _ = told.send(());
+        let _ = told.send(()); // whoever asked may have gone
     }
 }
 
@@ -341,11 +345,10 @@ struct Db {
     done: (Epoch, Seq),
 }
 
-/// What is kept of a revision: digest 16, revision u64, state u8, noted_ms u64, crc32c of key and these u32.
+/// What is kept of a revision: digest 16, revision u64, noted_ms u64, crc32c of key and these u32.
 struct Entry {
     digest: Digest,
     noted_ms: u64,
-    done: bool,
 }
 
 impl Db {
@@ -380,20 +383,15 @@ impl Db {
         for path in [dir.join("conf"), dir.to_owned()] {
             File::open(path).and_then(|file| file.sync_all()).map_err(|error| error.to_string())?;
         }
-        Ok((db, Opened { recent, done, moved_aside: false }))
+        Ok((db, Opened { recent, moved_aside: false }))
     }
 
-    fn note(&mut self, epoch: Epoch, revisions: &[Noted], state: State) -> Result<(), String> {
+    fn note(&mut self, epoch: Epoch, revisions: &[Noted]) -> Result<(), String> {
         let noted_ms = now_ms();
         for (seq, digest, revision) in revisions {
             let key = write_key(epoch, *seq);
             let mut value = digest.0.to_vec();
             value.extend(revision.0.to_le_bytes());
-            value.push(match state {
-                State::Pending => 0,
-                State::Applying => 1,
-                State::Done => 2,
-            });
             value.extend(noted_ms.to_le_bytes());
             value.extend(crc32c::crc32c_append(crc32c::crc32c(&key), &value).to_le_bytes());
             let before = self.db.insert(key, value).map_err(|error| error.to_string())?;
@@ -431,7 +429,7 @@ impl Db {
                     continue;
                 }
                 let entry = Entry::read(&key, &value).ok_or("a value whose checksum is wrong")?;
-                let done = entry.done || read_key(&key).is_some_and(|key| key <= self.done);
+                let done = read_key(&key).is_some_and(|key| key <= self.done);
                 let count = self.entries - batched;
                 let surplus = count > self.entries_max && (done || count > self.entries_max * 2);
                 let old = done && entry.noted_ms < old_ms;
@@ -455,13 +453,13 @@ impl Db {
 
 impl Entry {
     fn read(key: &[u8], value: &[u8]) -> Option<Self> {
-        let (checked, crc) = value.split_at_checked(33)?;
+        let (checked, crc) = value.split_at_checked(32)?;
         if crc32c::crc32c_append(crc32c::crc32c(key), checked).to_le_bytes() != crc {
             return None;
         }
         let digest = Digest(checked.get(..16)?.try_into().ok()?);
-        let noted_ms = u64::from_le_bytes(checked.get(25..33)?.try_into().ok()?);
-        Some(Self { digest, noted_ms, done: checked[24] == 2 })
+        let noted_ms = u64::from_le_bytes(checked.get(24..32)?.try_into().ok()?);
+        Some(Self { digest, noted_ms })
     }
 }
 

@@ -47,6 +47,8 @@ pub struct JournalExtent {
     pub full: bool,
     /// The disk refuses to take more; tried again each second.
     pub disk_full: bool,
+    /// A read found something in the files that cannot be had any more. Only a reset ends it.
+    pub damaged: bool,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +57,16 @@ pub enum JournalError {
     Feed(#[from] FeedError),
     #[error("an entry of epoch {entry} was appended to a journal of epoch {journal}")]
     OtherEpoch { entry: Epoch, journal: Epoch },
+}
+
+impl JournalError {
+    /// True if what was asked for is held, and cannot be had any more.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            JournalError::Feed(error) => error.is_damage(),
+            JournalError::OtherEpoch { .. } => false,
+        }
+    }
 }
 
 /// See [`Feed`] for what each call promises.
@@ -109,6 +121,16 @@ impl Journal {
         self.feed.extent()
     }
 
+    /// An error once the disk has failed for good.
+    pub fn usable(&self) -> Result<(), JournalError> {
+        Ok(self.feed.usable()?)
+    }
+
+    /// See [`JournalExtent::damaged`].
+    pub fn is_damaged(&self) -> bool {
+        self.extent.borrow().damaged
+    }
+
     pub async fn close(&self) -> Result<(), JournalError> {
         Ok(self.feed.close().await?)
     }
@@ -145,6 +167,7 @@ impl FeedEntry for JournalEntry {
             bytes: held.bytes,
             full: held.full,
             disk_full: held.disk_full,
+            damaged: held.damaged,
         }
     }
 

@@ -6,7 +6,7 @@
 
 use super::apply::Applier;
 use super::commit::Committed;
-use super::plan::{CopyDiff, Refusal, copy_chunks};
+use super::plan::{CopyDiff, LimitRefusal, copy_chunks};
 use crate::etcd::EtcdError;
 use crate::model::{Change, Phase, Revision, Seq};
 use bytes::Bytes;
@@ -146,8 +146,8 @@ impl Applier {
                 match self.commit(next, chunk.tree).await {
                     Ok(Committed::Done) => {}
                     Ok(Committed::GuardFailed | Committed::PositionMoved) => return Err(Delay::Moved),
-                    Err(EtcdError::TooManyOps) => learned = Some(Refusal::TooManyOps),
-                    Err(EtcdError::TooLarge) => learned = Some(Refusal::TooLarge { sent_bytes }),
+                    Err(EtcdError::TooManyOps) => learned = Some(LimitRefusal::TooManyOps),
+                    Err(EtcdError::TooLarge) => learned = Some(LimitRefusal::TooLarge { sent_bytes }),
                     Err(e) => return Err(Delay::Etcd(e)),
                 }
                 if learned.is_some() {

@@ -207,7 +207,7 @@ async fn note_again(journal: &Journal, dedupe: &Dedupe, recent: &[(Epoch, Seq, D
         let Some(last) = entries.last() else { break };
         after = last.seq;
         let notes = entries.iter().map(|e| (e.seq, e.digest, e.revision.revision)).collect();
-        dedupe.note(extent.epoch, notes, dedupe::State::Pending).await?;
+        dedupe.note_again(extent.epoch, notes).await?;
     }
     Ok(())
 }
@@ -273,7 +273,7 @@ impl Views<'_> {
             StageStatus { stage: "receive", ok: self.told.connected, detail: self.receive_detail(), queue_bytes: 0 },
             StageStatus {
                 stage: "journal",
-                ok: !self.extent.full && !self.extent.disk_full,
+                ok: !self.extent.full && !self.extent.disk_full && !self.extent.damaged,
                 detail: format!("holds seqs after {} up to {}", self.extent.base, self.extent.end),
                 queue_bytes: self.extent.bytes,
             },

@@ -10,6 +10,7 @@ use crate::model::{
     ClusterId, Digest, Epoch, KeyRange, LinkName, Phase, Position, Ranges, Revision, Seq, Term, Waymark,
 };
 use crate::wire::digest;
+use crate::wire::parts::after_key;
 use crate::wire::replicate::CopyAck;
 use crate::wire::replicate::refusal::Kind;
 use bytes::Bytes;
@@ -212,20 +213,9 @@ impl Copying {
 /// Up to where a read of the replica reached, that was to reach `to`. `last`: its last key; `more`: there are more than it has.
 pub fn read_edge(more: bool, last: Option<&Bytes>, to: &Bytes) -> Bytes {
     match last {
-        Some(last) if more => {
-            let mut edge = last.to_vec();
-            edge.push(0);
-            Bytes::from(edge)
-        }
+        Some(last) if more => after_key(last),
         _ => to.clone(),
     }
-}
-
-/// The part of `items` (in key order) whose keys lie in `[from, to)`.
-pub fn part_of<'a, T>(items: &'a [T], from: &Bytes, to: &Bytes, key: impl Fn(&T) -> &Bytes) -> &'a [T] {
-    let start = items.partition_point(|item| key(item) < from);
-    let end = if to.is_empty() { items.len() } else { items.partition_point(|item| key(item) < to) };
-    &items[start.min(end)..end]
 }
 
 #[cfg(test)]
@@ -363,8 +353,5 @@ mod tests {
         assert_eq!(read_edge(true, Some(&last), &to), Bytes::from_static(b"/a/5\0"));
         assert_eq!(read_edge(false, Some(&last), &to), to);
         assert_eq!(read_edge(true, None, &to), to);
-        let keys: Vec<Bytes> = ["/a/1", "/a/5", "/a/7"].map(Bytes::from).to_vec();
-        let part = |from: &'static str, to: &'static str| part_of(&keys, &from.into(), &to.into(), |key| key).len();
-        assert_eq!([part("/a/", "/a/5"), part("/a/5", "/a/5\0"), part("/a/5", ""), part("/b", "/c")], [1, 1, 2, 0]);
     }
 }

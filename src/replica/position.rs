@@ -43,7 +43,7 @@ pub struct HelloAnswer {
     pub fenced: bool,
 }
 
-/// The replica's etcd does not answer.
+/// The replica's etcd does not answer, or its journal's disk has failed.
 #[derive(Debug)]
 pub struct HelloRefused(pub String);
 
@@ -144,8 +144,9 @@ impl Applier {
         self.read_position().await.map(|_| ())
     }
 
-    /// Nothing waits any more; the journal's entries after `seq` come next.
+    /// Nothing waits any more; the journal's entries after `seq` come next. What the origin said of its progress was of what came before.
     pub(super) fn start_afresh(&mut self, seq: Seq) {
+        self.progress = None;
         self.waiting.clear();
         self.waiting_bytes = 0;
         self.planned = None;
@@ -155,6 +156,9 @@ impl Applier {
 
     /// Reads the position, settles who may write it, and says from where to ship.
     pub(super) async fn hello(&mut self, facts: HelloFacts) -> Result<HelloAnswer, HelloRefused> {
+        // The reason that is shown stays: a session would have nowhere to put what it is sent.
+        let failed = |e| HelloRefused(format!("the replica's journal: {e}; mend the disk, then restart its sidecar"));
+        self.journal.usable().map_err(failed)?;
         let unavailable = |e: EtcdError| HelloRefused(format!("the replica's etcd: {e}"));
         self.hello_taken = self.hello_taken.max(facts.session);
         let mut tries = 0;

@@ -6,7 +6,6 @@
 use super::admit::{Admit, Refused, outside};
 use super::apply::{ApplyCommand, ApplyView};
 use super::copy::CopyStep;
-use super::dedupe::State;
 use super::journal::{JournalEntry, JournalError};
 use super::mark::{Mark, Mend, There};
 use super::pages::Begin;
@@ -435,6 +434,7 @@ impl Stream {
             return None;
         }
         let command = ApplyCommand::Progress {
+            session: self.opened.number,
             through: Revision(progress.origin_revision),
             // By the origin's own count: a frame that could not be decoded, or is still missing, is in it.
             after: Seq(progress.after_seq),
@@ -527,6 +527,6 @@ async fn journal_all(end: Arc<LinkEnd>, entries: Vec<JournalEntry>) -> Result<()
         }
     }
     // A dedupe log that cannot be written costs the sight of conflicts with old seqs, never a revision.
-    let _ = end.dedupe.note(epoch, notes, State::Pending).await;
+    let _ = end.dedupe.note(epoch, notes);
     Ok(())
 }

@@ -4,15 +4,27 @@
 //! Always true: what leaves doubt makes the position be read again; a reason stays shown until what it held up is committed.
 
 use super::apply::Applier;
-use super::plan::{PlanError, Refusal as LimitRefusal};
+use super::journal::JournalError;
+use super::plan::{LimitRefusal, PlanError, PlanReaction};
 use crate::etcd::EtcdError;
+use crate::model::Seq;
 use crate::wire::replicate::refusal::Kind;
 use tokio::time::Instant;
 
 impl Applier {
     pub(super) fn refuse_plan(&mut self, error: &PlanError) {
-        tracing::error!(link = %self.link, %error, "the revision cannot be applied");
-        self.refuse(Kind::TooLarge, error.to_string());
+        match error.reaction() {
+            PlanReaction::Stop(kind) => {
+                tracing::error!(link = %self.link, %error, "the revision cannot be applied");
+                self.refuse(kind, error.to_string());
+            }
+            PlanReaction::HelloAgain => {
+                tracing::error!(link = %self.link, %error, "what waits does not continue the position; it is dropped");
+                self.start_afresh(self.held.as_ref().and_then(|h| h.position.as_ref()).map_or(Seq(0), |p| p.seq));
+                self.refuse(Kind::Gap, error.to_string());
+            }
+            PlanReaction::PlanAgain => self.planned = None,
+        }
     }
 
     /// Tells the stream; nothing more is applied until the next hello.
@@ -43,6 +55,32 @@ impl Applier {
             }
             None => self
                 .refuse(Kind::TooLarge, format!("the replica's etcd refuses even the smallest transaction: {error}")),
+        }
+    }
+
+    /// The journal did not give what it holds. Where that is lost, the journal starts afresh at the position, and so does the origin: its
+    /// spool holds everything after that, since only the position trims it.
+    pub(super) async fn unread(&mut self, error: &JournalError) {
+        if let Err(e) = self.journal.usable() {
+            return self.refuse(Kind::Closing, format!("the journal: {e}; mend the disk, then restart the sidecar"));
+        }
+        if !error.is_damage() {
+            return self.wait(format!("the journal: {error}"));
+        }
+        // What was read before it needs no disk.
+        if !self.waiting.is_empty() {
+            return;
+        }
+        let Some(position) = self.held.as_ref().and_then(|h| h.position.as_ref()) else { return };
+        let (epoch, seq) = (position.epoch, position.seq);
+        tracing::error!(link = %self.link, %error, %seq, "the journal cannot be read any more; it is dropped, and what it held is fetched from the origin again");
+        self.start_afresh(seq);
+        match self.journal.reset(epoch, seq).await {
+            Ok(()) => {
+                let reason = format!("the journal: {error}; what it held after seq {seq} is asked of the origin again");
+                self.refuse(Kind::PositionMoved, reason);
+            }
+            Err(e) => self.wait(format!("the journal cannot be started afresh: {e}")),
         }
     }
 
@@ -81,8 +119,8 @@ impl Applier {
             }
             self.publish(true);
         }
-        // While something waits, only its commit says that the trouble is over.
-        if self.waiting.is_empty() {
+        // While something waits, be it in the journal, only its commit says that the trouble is over.
+        if self.waiting.is_empty() && self.journal.extent().borrow().end <= self.read_through {
             self.resumed();
         }
     }

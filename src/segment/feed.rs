@@ -4,12 +4,12 @@
 //! `queue_bytes_max` and one batch; nothing between `base` and the end is ever missing.
 //!
 //! One `Mutex` guards the ring of recent entries and a few numbers, and is held for pointer moves only. One thread (`writer.rs`) writes:
-//! it takes what has gathered, writes it, and syncs once for all that is not trimmed soon after. Stages wait on the `extent` watch, which
-//! changes with every event. Entries that gather share records of up to 256 KiB.
+//! it takes what has gathered, writes it, and syncs once for all that is not trimmed soon after. It is woken for what it could not know of,
+//! not for each entry. Stages wait on the `extent` watch, which changes with every event. Entries that gather share records of up to 256 KiB.
 
 mod state;
 
-use super::writer::{Writer, first_entry};
+use super::writer::Writer;
 use super::{OnDamage, Opened, SegmentError, SegmentLimits, SegmentLog, SegmentReader};
 use crate::config::Limits;
 use bytes::Bytes;
@@ -84,7 +84,6 @@ pub struct Held<L> {
     pub base: u64,
     /// The last entry's index, or further, see [`Feed::cover`].
     pub covered: u64,
-    pub first: Option<u64>,
     /// The last entry since the last reset, even if it is trimmed; after a restart only if the files still hold it.
     pub last: Option<L>,
     /// Files, and plain what is on the way to them.
@@ -93,6 +92,8 @@ pub struct Held<L> {
     pub full: bool,
     /// The disk refuses to take more; tried again each second.
     pub disk_full: bool,
+    /// A read found something in the files that cannot be had any more. Only [`Feed::reset`] ends it.
+    pub damaged: bool,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -115,6 +116,23 @@ pub enum FeedError {
     Closed,
     #[error("the disk did not take the last entries in time")]
     CloseTooSlow,
+}
+
+impl FeedError {
+    /// True if what was asked for is held, and cannot be had any more.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            FeedError::Segment(error) => error.is_damage(),
+            FeedError::Undecodable { .. } => true,
+            FeedError::BeforeBase { .. }
+            | FeedError::BeyondEnd { .. }
+            | FeedError::OutOfOrder { .. }
+            | FeedError::Reset
+            | FeedError::Failed { .. }
+            | FeedError::Closed
+            | FeedError::CloseTooSlow => false,
+        }
+    }
 }
 
 /// What became of a batch.
@@ -164,8 +182,7 @@ impl<T: FeedEntry> Feed<T> {
             }
         })?;
         let last = if last_record.is_empty() { None } else { decode(last_index, &last_record, &limits)?.pop() };
-        let first = first_entry::<T>(&log, &limits)?;
-        let shared = Shared::new(dir.to_owned(), limits, &log, first, last);
+        let shared = Shared::new(dir.to_owned(), limits, &log, last);
         Ok((start(shared, log)?, opened))
     }
 
@@ -189,9 +206,11 @@ impl<T: FeedEntry> Feed<T> {
                     return Ok(Appended::Full(entries));
                 }
                 if state.unwritten == 0 || state.unwritten_bytes + bytes <= self.shared.limits.queue_bytes_max {
-                    state.take(entries, bytes, self.shared.limits.queue_bytes_max);
+                    let wakes = state.take(entries, bytes, self.shared.limits.queue_bytes_max);
                     self.shared.publish(&mut state);
-                    self.shared.wake_writer.notify_one();
+                    if wakes {
+                        self.shared.wake_writer.notify_one();
+                    }
                     return Ok(Appended::Taken);
                 }
             }
@@ -199,7 +218,8 @@ impl<T: FeedEntry> Feed<T> {
         }
     }
 
-    /// The entries after `index`, in order: as many as `bytes_max` takes, but at least one, for which it waits. Cancel-safe.
+    /// The entries after `index`, in order: as many as `bytes_max` takes, but at least one, for which it waits. What stands before
+    /// damage is given out before the damage is told of. Cancel-safe.
     pub async fn read_after(&self, index: u64, bytes_max: usize) -> Result<Vec<T>, FeedError> {
         let mut changed = self.shared.extent.subscribe();
         let resets = lock(&self.shared.state).resets;
@@ -225,7 +245,12 @@ impl<T: FeedEntry> Feed<T> {
             let found = match reading.await.map_err(|_| FeedError::Closed)? {
                 Ok(found) => found,
                 Err(error) => {
-                    lock(&self.shared.state).check_readable(index, after, resets)?;
+                    let mut state = lock(&self.shared.state);
+                    state.check_readable(index, after, resets)?;
+                    if error.is_damage() && !state.held.damaged {
+                        state.held.damaged = true;
+                        self.shared.publish(&mut state);
+                    }
                     return Err(error);
                 }
             };
@@ -239,10 +264,13 @@ impl<T: FeedEntry> Feed<T> {
     /// Allows everything up to `index` to go. Files go as a whole, so `base` follows in steps.
     pub fn trim(&self, index: u64) {
         let mut state = lock(&self.shared.state);
-        state.trim_to = state.trim_to.max(index.min(state.held.covered));
-        state.drop_trimmed();
-        self.shared.publish(&mut state);
-        self.shared.wake_writer.notify_one();
+        let wakes = state.let_go(index);
+        if state.held.full {
+            self.shared.publish(&mut state);
+        }
+        if wakes {
+            self.shared.wake_writer.notify_one();
+        }
     }
 
     /// Says that everything up to `index` is in here, though the last entry comes before it. Remembered at once; on disk within
@@ -298,6 +326,11 @@ impl<T: FeedEntry> Feed<T> {
         }
     }
 
+    /// An error once the disk has failed for good, or the feed was closed.
+    pub fn usable(&self) -> Result<(), FeedError> {
+        lock(&self.shared.state).usable()
+    }
+
     pub fn extent(&self) -> watch::Receiver<T::Extent> {
         self.shared.extent.subscribe()
     }
@@ -336,13 +369,13 @@ fn start<T: FeedEntry>(shared: Shared<T>, log: SegmentLog) -> Result<Feed<T>, Fe
     Ok(Feed { shared, finished })
 }
 
-pub(super) fn decode<T: FeedEntry>(index: u64, record: &[u8], limits: &FeedLimits) -> Result<Vec<T>, FeedError> {
+fn decode<T: FeedEntry>(index: u64, record: &[u8], limits: &FeedLimits) -> Result<Vec<T>, FeedError> {
     T::decode(record, limits.plain_bytes_max).map_err(|reason| FeedError::Undecodable { index, reason })
 }
 
 impl<T: FeedEntry> Shared<T> {
-    fn new(dir: PathBuf, limits: FeedLimits, log: &SegmentLog, first: Option<u64>, last: Option<T>) -> Self {
-        let state = State::new(log, first, last);
+    fn new(dir: PathBuf, limits: FeedLimits, log: &SegmentLog, last: Option<T>) -> Self {
+        let state = State::new(log, last);
         let extent = watch::Sender::new(T::extent(&state.held));
         let durable = watch::Sender::new(T::typed(state.durable));
         let (state, wake_writer, cursor) = (Mutex::new(state), Condvar::new(), Mutex::new(None));
@@ -406,10 +439,20 @@ impl<T: FeedEntry> Cursor<T> {
                 self.after = entry.index();
                 found.extend(self.waiting.pop_front());
             }
-            let Some(index) = self.reader.next(through, &mut record)? else { break };
-            if !record.is_empty() {
-                let entries = decode::<T>(index, &record, limits)?;
-                self.waiting.extend(entries.into_iter().filter(|entry| entry.index() > self.after));
+            let read = self.reader.next(through, &mut record).map_err(FeedError::from);
+            let decoded = read.and_then(|read| match read {
+                Some(index) if !record.is_empty() => decode::<T>(index, &record, limits).map(Some),
+                Some(_) => Ok(Some(Vec::new())),
+                None => Ok(None),
+            });
+            match decoded {
+                Ok(Some(entries)) => {
+                    self.waiting.extend(entries.into_iter().filter(|entry| entry.index() > self.after));
+                }
+                Ok(None) => break,
+                // Asked for again, what follows `found` is the damage.
+                Err(_) if !found.is_empty() => return Ok(found),
+                Err(error) => return Err(error),
             }
         }
         self.after = through;

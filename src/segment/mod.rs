@@ -13,6 +13,7 @@ mod writer;
 
 use file::{HEADER_BYTES, Header, OpenFile, RECORD_HEADER_BYTES, record_header};
 pub use open::{Cut, OnDamage, Opened};
+use rustix::io::Errno;
 use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, IoSlice, Seek, SeekFrom, Write};
@@ -24,7 +25,7 @@ use std::path::{Path, PathBuf};
 pub struct SegmentLimits {
     /// A file is closed before a record would make it longer; a single record may be longer.
     pub segment_bytes: u64,
-    /// [`SegmentLog::is_full`] from here on. The caller stops; `append` itself does not refuse.
+    /// Of all files. The feed stops there; `append` itself does not refuse.
     pub total_bytes_max: u64,
     /// The longest payload, written or read.
     pub record_bytes_max: usize,
@@ -55,6 +56,24 @@ pub enum SegmentError {
 impl SegmentError {
     pub fn is_disk_full(&self) -> bool {
         matches!(self, SegmentError::DiskFull { .. })
+    }
+
+    /// True if what was written cannot be read any more, now or later. A process without a free descriptor or memory says nothing of its
+    /// files.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            SegmentError::Damaged { .. } | SegmentError::BeforeBase { .. } => true,
+            SegmentError::Io { source, .. } => {
+                let of_the_process = [Errno::MFILE, Errno::NFILE, Errno::NOMEM].map(Errno::raw_os_error);
+                !source.raw_os_error().is_some_and(|code| of_the_process.contains(&code))
+            }
+            SegmentError::DiskFull { .. }
+            | SegmentError::DirTooOpen { .. }
+            | SegmentError::InUse { .. }
+            | SegmentError::OutOfOrder { .. }
+            | SegmentError::RecordTooLong { .. }
+            | SegmentError::InDoubt { .. } => false,
+        }
     }
 }
 
@@ -158,6 +177,14 @@ impl SegmentLog {
         Ok(base != self.base())
     }
 
+    /// A [`Self::trim`] to less than this unlinks nothing; `None`: nor does any other.
+    pub fn trims_from(&self) -> Option<u64> {
+        let first = self.files[0];
+        let alone_and_small =
+            self.files.len() == 1 && (first.first.is_none() || first.bytes < self.limits.segment_bytes / 4);
+        (!alone_and_small).then_some(first.last)
+    }
+
     /// Drops all records; the log goes on after `base`, and its files bear `tag`. After a crash on the way either the old
     /// records are there or none.
     pub fn clear(&mut self, tag: u64, base: u64) -> Result<(), SegmentError> {
@@ -188,10 +215,6 @@ impl SegmentLog {
         self.tag
     }
 
-    pub fn first_index(&self) -> Option<u64> {
-        self.files.iter().find_map(|file| file.first)
-    }
-
     /// The last record's index, or where a log without records begins.
     pub fn last_index(&self) -> u64 {
         self.files[self.files.len() - 1].last
@@ -200,10 +223,6 @@ impl SegmentLog {
     /// Of all files, without padding.
     pub fn bytes(&self) -> u64 {
         self.files.iter().map(|file| file.bytes).sum()
-    }
-
-    pub fn is_full(&self) -> bool {
-        self.bytes() >= self.limits.total_bytes_max
     }
 
     fn usable(&self) -> Result<(), SegmentError> {

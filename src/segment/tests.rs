@@ -57,7 +57,7 @@ fn what_was_appended_is_read_again_by_a_reader_and_after_a_restart() {
     drop(log);
     let (log, opened, seen) = open(dir.path(), OnDamage::Refuse).unwrap();
     assert!((seen, opened) == (written, Opened::default()));
-    assert_eq!((log.base(), log.first_index(), log.last_index()), (0, Some(3), 597));
+    assert_eq!((log.base(), log.last_index()), (0, 597));
 }
 
 #[test]
@@ -211,7 +211,7 @@ fn clearing_drops_everything_and_a_crash_in_the_middle_is_finished_at_the_next_s
     let first = file_path(dir.path(), log.files[0].number);
     let bytes = fs::read(&first).unwrap();
     log.clear(7, 40).unwrap();
-    assert_eq!((log.base(), log.last_index(), log.first_index(), log.tag()), (40, 40, None, 7));
+    assert_eq!((log.base(), log.last_index(), log.tag()), (40, 40, 7));
     fill(&mut log, 41..=42, 10);
     drop(log);
     fs::write(&first, &bytes).unwrap(); // as if the crash had come before this file was unlinked
@@ -244,4 +244,17 @@ fn a_closed_log_can_be_opened_again_though_a_process_being_started_holds_a_copy_
     drop(log);
     open(dir.path(), OnDamage::Refuse).unwrap();
     drop(copy);
+}
+
+#[test]
+fn a_file_that_cannot_be_read_is_damage_unless_the_process_lacks_descriptors_or_memory() {
+    let io = |source| SegmentError::Io { what: "reading", path: PathBuf::from("a"), source };
+    for errno in [Errno::IO, Errno::NOENT] {
+        assert!(io(errno.into()).is_damage(), "{errno}");
+    }
+    for errno in [Errno::MFILE, Errno::NFILE, Errno::NOMEM] {
+        assert!(!io(errno.into()).is_damage(), "{errno}");
+    }
+    assert!(SegmentError::Damaged { file: PathBuf::from("a"), offset: 7 }.is_damage());
+    assert!(!SegmentError::InDoubt { path: PathBuf::from("a") }.is_damage());
 }

@@ -4,14 +4,14 @@
 //! Always true: `durable` moves after the sync; what is trimmed in time is never synced; a full disk is tried again, any other disk error
 //! stops the feed for good.
 
-use super::feed::{FeedEntry, FeedError, FeedLimits, Shared, State, decode, lock};
+use super::feed::{FeedEntry, FeedError, Shared, State, lock};
 use super::{SegmentError, SegmentLog};
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 /// Plain bytes of entries that share a record: enough for LZ4 to find what repeats, little enough to decode for one entry.
-const RECORD_PLAIN_BYTES: usize = 256 * 1024;
+pub(super) const RECORD_PLAIN_BYTES: usize = 256 * 1024;
 /// Entries that share a record.
 const RECORD_ENTRIES_MAX: usize = 1024;
 /// So many bytes in files are looked at without waiting: a sync of more would make whoever shares the disk wait noticeably.
@@ -152,7 +152,6 @@ impl<T: FeedEntry> Writer<T> {
 
     fn trim(&mut self, through: u64, resets: u64) -> Result<(), FeedError> {
         let moved = self.log.trim(through)?;
-        let first = if moved { first_entry::<T>(&self.log, &self.shared.limits)? } else { None };
         if moved {
             // An open file that is unlinked still takes its place on the disk.
             self.shared.forget_cursor();
@@ -161,7 +160,6 @@ impl<T: FeedEntry> Writer<T> {
             state.trimmed_to = through;
             if moved {
                 state.refresh(&self.log);
-                state.held.first = first.or_else(|| state.first_unwritten().first().map(T::index));
                 self.shared.publish(&mut state);
             }
         }
@@ -268,17 +266,6 @@ fn run_length<T: FeedEntry>(entries: &[T]) -> usize {
     entries.iter().take(RECORD_ENTRIES_MAX).take_while(fits).count().max(1)
 }
 
-/// The index of the first entry that the files hold.
-pub(super) fn first_entry<T: FeedEntry>(log: &SegmentLog, limits: &FeedLimits) -> Result<Option<u64>, FeedError> {
-    let (mut reader, mut record) = (log.read_after(log.base()), Vec::new());
-    while let Some(index) = reader.next(log.last_index(), &mut record)? {
-        if !record.is_empty() {
-            return Ok(decode::<T>(index, &record, limits)?.first().map(T::index));
-        }
-    }
-    Ok(None)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -324,5 +311,42 @@ mod tests {
         writer.forget_trimmed(&lock(&shared.state), Instant::now());
         assert!(writer.unsynced.is_none(), "all are gone");
         assert_eq!(*feed.durable().borrow(), 7, "no sync was made for them");
+    }
+
+    /// Lets the writer do everything but wait.
+    fn settle(writer: &mut Writer<Item>) {
+        let shared = Arc::clone(&writer.shared);
+        let has_work = || {
+            let state = lock(&shared.state);
+            state.unwritten > 0 || state.trim_to > state.trimmed_to
+        };
+        while has_work() {
+            step(writer);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_trim_wakes_the_writer_if_a_file_goes_with_it_and_otherwise_not() {
+        let dir = private_dir();
+        let (feed, mut writer) = stepped(dir.path(), limits(8 * 1024, 64 * 1024));
+        let shared = Arc::clone(&writer.shared);
+        let let_go = |index| lock(&shared.state).let_go(index);
+        append(&feed, 1..=5).await;
+        settle(&mut writer);
+        assert!(!let_go(5), "the only file is far from full");
+        append(&feed, 6..=20).await;
+        settle(&mut writer);
+        assert_eq!([let_go(19), let_go(20)], [false, true], "it is a quarter full");
+        settle(&mut writer);
+        assert!(!let_go(20), "it has gone");
+        for first in [21, 41, 61, 81] {
+            append(&feed, first..=first + 19).await;
+            settle(&mut writer);
+        }
+        let files = std::fs::read_dir(dir.path()).unwrap_or_else(|error| panic!("{error}")).count();
+        assert!(files > 3, "{files}");
+        assert_eq!([let_go(21), let_go(99)], [false, true], "the first file's last entry, or more");
+        settle(&mut writer);
+        assert!(feed.extent().borrow().base >= 60);
     }
 }

@@ -126,11 +126,6 @@ pub struct Decoded {
 }
 
 impl FrameHeader {
-    /// Reads the header alone and checks its sizes.
-    pub fn read(frame: &[u8], limits: &FrameLimits) -> Result<Self, FrameError> {
-        Ok(Sealed::parse(frame, limits)?.header)
-    }
-
     fn write(&self, out: &mut Vec<u8>) {
         let standalone = if self.standalone { FLAG_STANDALONE } else { 0 };
         let fresh = if self.fresh { FLAG_FRESH } else { 0 };
@@ -345,14 +340,6 @@ mod tests {
         let frame = standalone(Epoch(1), Term(0), Seq(9), &[]);
         let decoded = decode_standalone(&frame, &LIMITS).unwrap();
         assert_eq!((decoded.seq_first, decoded.revisions.len(), decoded.plain_bytes), (Seq(9), 0, 0));
-    }
-
-    #[test]
-    fn the_header_can_be_read_alone() {
-        let frame = standalone(Epoch(3), Term(200), Seq(5), &sample());
-        let header = FrameHeader::read(&frame, &LIMITS).unwrap();
-        assert_eq!((header.epoch, header.term, header.seq_first, header.revisions), (Epoch(3), Term(200), Seq(5), 2));
-        assert!(header.standalone);
     }
 
     #[test]

@@ -268,6 +268,16 @@ mod tests {
         KeyRange { from: Bytes::new(), to: Bytes::new() }
     }
 
+    #[test]
+    fn the_part_of_a_list_that_lies_in_a_range_ends_before_its_end() {
+        let keys: Vec<Bytes> = ["/a/1", "/a/5", "/a/7"].map(Bytes::from).to_vec();
+        let part = |from: &'static str, to: &'static str| {
+            part_of(&keys, &KeyRange { from: from.into(), to: to.into() }, |key| key).len()
+        };
+        assert_eq!([part("/a/", "/a/5"), part("/a/5", "/a/5\0"), part("/a/5", ""), part("/b", "/c")], [1, 1, 2, 0]);
+        assert_eq!(after_key(b"/a/5"), "/a/5\0");
+    }
+
     fn numbered(count: usize) -> Content {
         (0..count).map(|n| (Bytes::from(format!("/app/{n:06}")), Bytes::from(format!("value {n}")))).collect()
     }

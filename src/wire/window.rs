@@ -194,11 +194,6 @@ impl Decoder {
         Self { limits, window: None, arena: BytesMut::new() }
     }
 
-    /// True if only a fresh or a standalone frame can be decoded next: after an error, until the origin has heard of it.
-    pub fn needs_fresh(&self) -> bool {
-        self.window.is_none()
-    }
-
     /// Decodes the next frame of the stream. A standalone frame neither needs nor changes the window; after any error there is none.
     pub fn decode(&mut self, frame: &[u8]) -> Result<Decoded, DecodeError> {
         let window = self.window.take();

@@ -1,5 +1,5 @@
 //! Job: damaged disks: spool, journal and dedupe log with rubbish in them; and a replica's sidecar killed with work in its journal.
-//! Input: a pair of regions, files overwritten while their sidecar is down. Output: passes or fails.
+//! Input: a pair of regions, files overwritten while their sidecar is down, or runs. Output: passes or fails.
 //! Always true: damage is told of in the log, what was damaged is kept aside, and the link goes on without a hole.
 
 use crate::bed::pair::{LINK, Pair, PairOptions};
@@ -8,11 +8,19 @@ use crate::resume::{following, last, noise, spool_dir, wait_spooled, write};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 fn small_segments() -> PairOptions {
     let limits = BTreeMap::from([("segment_bytes".to_owned(), 64 << 10)]);
     PairOptions { limits, ..PairOptions::default() }
+}
+
+/// What waits is read from files, and not from memory.
+fn little_memory() -> PairOptions {
+    let limits = [("segment_bytes", 64 << 10), ("queue_bytes_max", 64 << 10), ("frame_bytes_max", 64 << 10)];
+    let limits = limits.into_iter().chain([("page_bytes_max", 64 << 10)]);
+    PairOptions { limits: limits.map(|(name, value)| (name.to_owned(), value)).collect(), ..PairOptions::default() }
 }
 
 fn replica_dir(pair: &Pair, what: &str) -> PathBuf {
@@ -31,10 +39,9 @@ fn damage(dir: &Path) {
     let segments: Vec<String> = names_in(dir).into_iter().filter(|name| name.ends_with(".segment")).collect();
     assert!(segments.len() >= 3, "{segments:?}");
     let path = dir.join(&segments[segments.len() / 2]);
-    let mut bytes = fs::read(&path).unwrap();
-    let middle = bytes.iter().rposition(|byte| *byte != 0).unwrap() / 2;
-    bytes[middle..middle + 64].copy_from_slice(&noise(7, 64));
-    fs::write(&path, bytes).unwrap();
+    let middle = fs::read(&path).unwrap().iter().rposition(|byte| *byte != 0).unwrap() / 2;
+    let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.write_all_at(&noise(7, 64), middle as u64).unwrap();
 }
 
 /// Stops the replica's etcd, writes, and waits until all of it is durable at the replica, and nothing of it applied.
@@ -137,6 +144,75 @@ async fn a_damaged_spool_whose_lost_part_is_compacted_leads_to_an_anchor_and_nev
     let after = pair.wait_applied(last(&acknowledged)).await;
     assert!(after.epoch > before.epoch, "{after:?}");
     pair.wait_equal().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_spool_that_is_damaged_under_the_running_sidecar_is_dropped_and_what_it_held_is_watched_again() {
+    let (pair, before) = following(little_memory()).await;
+    let recorder = pair.record().await;
+    pair.proxy.cut();
+    let acknowledged = write(&pair.origin.access(), "/app/outage/", 500, 1_000).await;
+    wait_spooled(&pair, last(&acknowledged)).await;
+    damage(&spool_dir(&pair));
+    pair.proxy.heal();
+    let after = pair.wait_applied(last(&acknowledged)).await;
+    assert_eq!((after.epoch, after.seq.0), (before.epoch, before.seq.0 + 500));
+    assert_eq!(pair.origin_sidecar.log().matches("the spool cannot be read any more").count(), 1);
+    pair.assert_equal().await;
+    let recording = pair.recorded(recorder).await;
+    assert_eq!(recording.complete(&acknowledged).unwrap(), 500);
+    recording.check().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_spool_that_is_damaged_under_the_running_sidecar_after_a_compaction_leads_to_a_repair_and_never_past_a_hole()
+{
+    let (pair, before) = following(little_memory()).await;
+    pair.proxy.cut();
+    let acknowledged = write(&pair.origin.access(), "/app/outage/", 500, 1_000).await;
+    wait_spooled(&pair, last(&acknowledged)).await;
+    damage(&spool_dir(&pair));
+    pair.origin.compact(last(&acknowledged)).await;
+    pair.proxy.heal();
+    let after = pair.wait_applied(last(&acknowledged)).await;
+    assert!(after.epoch > before.epoch, "{after:?}");
+    pair.wait_equal().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_journal_that_is_damaged_under_the_running_sidecar_is_dropped_and_the_origins_spool_has_it_all() {
+    let (pair, before) = following(little_memory()).await;
+    let recorder = pair.record().await;
+    let acknowledged = journaled(&pair, 500).await;
+    damage(&replica_dir(&pair, "journal"));
+    pair.origin.compact(last(&acknowledged)).await;
+    pair.replica.resume();
+    let after = pair.wait_applied(last(&acknowledged)).await;
+    assert_eq!((after.epoch, after.seq.0), (before.epoch, before.seq.0 + 500));
+    assert_eq!(pair.replica_sidecar.log().matches("the journal cannot be read any more").count(), 1);
+    pair.replica_sidecar.wait_for_state(LINK, "following").await;
+    pair.assert_equal().await;
+    let recording = pair.recorded(recorder).await;
+    assert_eq!(recording.complete(&acknowledged).unwrap(), 500);
+    recording.check().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_journal_whose_disk_fails_stops_the_link_with_the_reason_until_the_sidecar_is_restarted() {
+    let (mut pair, before) = following(little_memory()).await;
+    std::fs::remove_dir_all(replica_dir(&pair, "journal")).unwrap();
+    let acknowledged = write(&pair.origin.access(), "/app/some/", 500, 1_000).await;
+    let says = |entry: &Value, what: &str| entry["reason"].as_str().is_some_and(|reason| reason.contains(what));
+    let stopped = |entry: &Value| entry["state"] == "stopped" && says(entry, "mend the disk");
+    pair.replica_sidecar.wait_for(LINK, "the failed disk", stopped).await;
+    let told = |entry: &Value| says(entry, "the replica's journal: an earlier disk error stopped it");
+    pair.origin_sidecar.wait_for(LINK, "the failed disk", told).await;
+    pair.replica_sidecar.wait_for(LINK, "the reason to stay", stopped).await;
+    pair.replica_sidecar.kill();
+    pair.replica_sidecar.restart().await;
+    let after = pair.wait_applied(last(&acknowledged)).await;
+    assert_eq!((after.epoch, after.seq.0), (before.epoch, before.seq.0 + 500));
+    pair.assert_equal().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

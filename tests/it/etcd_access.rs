@@ -11,7 +11,7 @@ use bytes::Bytes;
 use etcd_client::{DeleteOptions, KvClient, Permission, PermissionType, RoleRevokePermissionOptions};
 use etcd_ferry::config::EtcdConfig;
 use etcd_ferry::etcd::{Columns, EtcdError, Txn};
-use etcd_ferry::model::KeyRange;
+use etcd_ferry::model::{KeyRange, Revision};
 use serde_json::Value;
 use std::path::Path;
 
@@ -353,6 +353,9 @@ async fn a_connection_refuses_the_answers_of_another_cluster_at_its_old_place() 
     assert!(matches!(page, Err(EtcdError::OtherCluster { .. })), "a page of it is refused too");
     let committed = connection.txn(Txn::new(), "").await;
     assert!(matches!(committed, Err(EtcdError::OtherCluster { .. })), "and what a transaction says");
+    let mut watch = connection.watch(&app(), Revision(1), 1 << 20).await.unwrap();
+    let watched = watch.next().await;
+    assert!(matches!(watched, Err(EtcdError::OtherCluster { .. })), "and what a watch shows");
     let anew = etcd_ferry::etcd::Etcd::connect(&config).await.unwrap();
     assert_eq!(anew.look(b"/a").await.unwrap().cluster, is);
 }

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use etcd_ferry::config::Limits;
 use etcd_ferry::model::{Change, Digest, Epoch, Revision, Seq, WholeRevision};
 use etcd_ferry::origin::spool::{Spool, SpoolEntry};
-use etcd_ferry::replica::dedupe::{Dedupe, State};
+use etcd_ferry::replica::dedupe::Dedupe;
 use etcd_ferry::segment::feed::Appended;
 use etcd_ferry::segment::{OnDamage, SegmentLimits, SegmentLog};
 use etcd_ferry::wire::digest;
@@ -123,14 +123,12 @@ async fn write_spool(dir: &Path, bytes: usize) {
 }
 
 async fn write_dedupe(dir: &Path) {
-    let (dedupe, _) = Dedupe::open(dir).await.unwrap();
     for batch in 0.. {
-        let noted = (batch * 100 + 1..=batch * 100 + 100).map(|seq| (Seq(seq), note(seq), Revision(seq))).collect();
-        dedupe.note(Epoch(1), noted, State::Pending).await.unwrap();
-        if batch % 3 == 0 {
-            dedupe.sync().await.unwrap();
-            println!("durable {}", batch * 100 + 100);
-        }
+        let (dedupe, _) = Dedupe::open(dir).await.unwrap();
+        let noted = (batch * 300 + 1..=batch * 300 + 300).map(|seq| (Seq(seq), note(seq), Revision(seq))).collect();
+        dedupe.note(Epoch(1), noted).unwrap();
+        dedupe.close().await.unwrap();
+        println!("durable {}", batch * 300 + 300);
     }
 }
 

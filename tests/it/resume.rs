@@ -8,10 +8,17 @@ use crate::bed::pair::{LINK, Pair, PairOptions, link_name, ranges_of};
 use crate::bed::recording::Recorder;
 use crate::bed::traffic::{Acknowledged, Write, commit};
 use crate::bed::{PATIENCE, until};
-use etcd_ferry::model::{LinkName, Position, Revision};
+use etcd_ferry::config::{EtcdConfig, Limits};
+use etcd_ferry::model::{Digest, LinkName, Position, Revision};
+use etcd_ferry::origin::Clock;
+use etcd_ferry::origin::spool::Spool;
+use etcd_ferry::origin::watch::{Tail, TailCommand, TailState, TailView};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
 
 /// A pair whose etcds do not sync: these tests write much, and no power is cut.
 pub async fn following(options: PairOptions) -> (Pair, Position) {
@@ -299,4 +306,56 @@ async fn waymark_and_idle_position_are_written_once_a_minute_and_not_for_etcd_fe
     let waymarks = recording.origin.revisions.values().flatten().filter(|c| *c.key() == link.waymark_key()).count();
     assert!(positions == 1 && waymarks <= 1, "{positions} positions, {waymarks} waymarks in {seconds} s");
     assert_eq!([quiet.origin.head().await, quiet.replica.head().await], settled, "the quiet link wrote in {seconds} s");
+}
+
+/// A tail with a spool of its own at this etcd, told to begin after `after`: what came of the watch.
+async fn begin_after(etcd: &Etcd, dir: &Path, after: Revision) -> Result<(), TailState> {
+    let (ranges, limits) = (ranges_of(&[], &[]), Limits::default());
+    let (spool, _) = Spool::open(dir, &limits, Digest::default()).await.unwrap();
+    let (ca, cert, key, username, password_file) = (None, None, None, None, None);
+    let view = TailView { state: TailState::Idle, covered: Revision(0), proven_from: None, ferry_only: 0 };
+    let (commands, incoming) = mpsc::channel(1);
+    let (_heads, head) = watch::channel(Default::default());
+    let (view, _views) = watch::channel(view);
+    let (events, _heard) = mpsc::channel(16);
+    let tail = Tail {
+        link: link_name(LINK),
+        etcd: EtcdConfig { endpoints: vec![etcd.url()], ca, cert, key, username, password_file },
+        ranges,
+        limits,
+        spool: Arc::new(spool),
+        commands: incoming,
+        head,
+        view,
+        events,
+        clock: Clock::new(),
+        seen: None,
+        carried: None,
+    };
+    let stop = CancellationToken::new();
+    let running = tokio::spawn(tail.run(stop.clone()));
+    let (opened, waiting) = oneshot::channel();
+    assert!(commands.send(TailCommand::Restart { after, carried: None, opened }).await.is_ok());
+    let outcome = tokio::time::timeout(PATIENCE, waiting).await.expect("an answer").unwrap();
+    stop.cancel();
+    running.await.unwrap();
+    outcome
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_watch_begins_at_the_revision_to_which_etcd_is_compacted_and_one_right_after_it_does() {
+    let etcd = Box::pin(Etcd::start(EtcdOptions::origin())).await;
+    let before = etcd.put("/app/a", "1").await;
+    let deleted = commit(&mut etcd.kv().await, &[Write::delete("/app/a")]).await.unwrap().unwrap().revision;
+    assert_eq!(deleted, before.next());
+    etcd.put("/app/b", "1").await;
+    let dir = tempfile::tempdir().unwrap();
+    assert_eq!(begin_after(&etcd, &dir.path().join("one"), before).await, Ok(()), "nothing is compacted");
+    etcd.compact(deleted).await;
+    let lost = TailState::Lost { compacted: deleted };
+    assert_eq!(begin_after(&etcd, &dir.path().join("two"), before).await, Err(lost), "an old etcd lacks its delete");
+    assert_eq!(begin_after(&etcd, &dir.path().join("three"), deleted).await, Ok(()));
+    let head = etcd.head().await;
+    etcd.compact(head).await;
+    assert_eq!(begin_after(&etcd, &dir.path().join("four"), head).await, Ok(()), "nothing is missing after the head");
 }

@@ -60,7 +60,8 @@ fn a_comparison_by_itself_can_be_switched_off_and_takes_some_of_a_core_and_not_m
 
 #[test]
 fn others_writes_are_told_unless_they_are_to_be_mended_or_expected() {
-    let given = |line: &str| Config::from_toml(&format!("{SOUND}{line}")).map(|config| config.receive[0].foreign_writes);
+    let given =
+        |line: &str| Config::from_toml(&format!("{SOUND}{line}")).map(|config| config.receive[0].foreign_writes);
     assert_eq!(given("").unwrap(), ForeignWrites::Report);
     for (word, taken) in
         [("report", ForeignWrites::Report), ("repair", ForeignWrites::Repair), ("expect", ForeignWrites::Expect)]

@@ -31,17 +31,44 @@ async fn what_was_noted_is_there_after_a_restart_in_the_order_of_epoch_and_seq()
     let (_keep, dir) = private_dir();
     let (dedupe, opened) = Dedupe::open(&dir).await.unwrap();
     assert_eq!(opened, Opened::default());
-    dedupe.note(Epoch(2), noted(1..=3), State::Pending).await.unwrap();
-    dedupe.note(Epoch(1), noted(250..=5000), State::Applying).await.unwrap();
-    dedupe.done_through(Epoch(2), Seq(2)).await.unwrap();
-    dedupe.done_through(Epoch(1), Seq(7)).await.unwrap();
+    dedupe.note(Epoch(2), noted(1..=3)).unwrap();
+    dedupe.note(Epoch(1), noted(250..=5000)).unwrap();
+    dedupe.done_through(Epoch(2), Seq(2)).unwrap();
+    dedupe.done_through(Epoch(1), Seq(7)).unwrap();
     dedupe.close().await.unwrap();
-    assert!(matches!(dedupe.sync().await, Err(DedupeError::Closed)));
+    assert!(matches!(dedupe.note(Epoch(2), noted(4..=4)), Err(DedupeError::Closed)));
     let (dedupe, opened) = Dedupe::open(&dir).await.unwrap();
     let newest: Vec<u64> = (250..=5000).chain(1..=3).collect();
     assert_eq!(seqs(&opened), newest[newest.len() - RECENT_MAX..]);
     assert!(opened.recent.iter().all(|(_, seq, kept)| *kept == digest(seq.0)));
-    assert_eq!((opened.done, opened.moved_aside), ((Epoch(2), Seq(2)), false));
+    assert!(!opened.moved_aside);
+    dedupe.close().await.unwrap();
+    assert_eq!(db(&dir).done, (Epoch(2), Seq(2)));
+}
+
+/// A log whose thread hangs in its disk: the caller has what it would be told.
+fn hung() -> (Dedupe, Receiver<Call>) {
+    let (calls, called) = sync_channel(CALLS_MAX);
+    (Dedupe { calls, places: Arc::new(Semaphore::new(CALLS_MAX)), behind: AtomicBool::new(false) }, called)
+}
+
+#[tokio::test]
+async fn nobody_waits_for_a_disk_that_hangs_and_what_found_a_place_is_noted_once_it_goes_on() {
+    let (dedupe, called) = hung();
+    for seq in 1..=CALLS_MAX as u64 {
+        dedupe.note(Epoch(1), noted(seq..=seq)).unwrap();
+    }
+    assert!(matches!(dedupe.note(Epoch(1), noted(900..=900)), Err(DedupeError::Behind)));
+    assert!(matches!(dedupe.done_through(Epoch(1), Seq(7)), Err(DedupeError::Behind)));
+    let (_keep, dir) = private_dir();
+    let (log, _) = Log::open(&dir).unwrap();
+    let places = Arc::clone(&dedupe.places);
+    let serving = std::thread::spawn(move || serve(log, &called, &places));
+    dedupe.note_again(Epoch(1), noted(901..=901)).await.unwrap();
+    dedupe.close().await.unwrap();
+    serving.join().unwrap();
+    let (dedupe, opened) = Dedupe::open(&dir).await.unwrap();
+    assert_eq!(seqs(&opened), (1..=CALLS_MAX as u64).chain([901]).collect::<Vec<u64>>());
     dedupe.close().await.unwrap();
 }
 
@@ -50,7 +77,7 @@ async fn one_that_cannot_be_read_is_moved_aside_and_two_such_are_kept() {
     let (keep, dir) = private_dir();
     for round in 0..4 {
         let (dedupe, _) = Dedupe::open(&dir).await.unwrap();
-        dedupe.note(Epoch(1), noted(1..=500), State::Pending).await.unwrap();
+        dedupe.note(Epoch(1), noted(1..=500)).unwrap();
         dedupe.close().await.unwrap();
         let mut bytes = fs::read(dir.join("db")).unwrap();
         for at in (100..bytes.len()).step_by(97) {
@@ -61,7 +88,7 @@ async fn one_that_cannot_be_read_is_moved_aside_and_two_such_are_kept() {
         fs::write(dir.join("conf"), b"rubbish").unwrap();
         let (dedupe, opened) = Dedupe::open(&dir).await.unwrap();
         assert_eq!(opened, Opened { moved_aside: true, ..Opened::default() }, "round {round}");
-        dedupe.note(Epoch(1), noted(1..=5), State::Pending).await.unwrap();
+        dedupe.note(Epoch(1), noted(1..=5)).unwrap();
         dedupe.close().await.unwrap();
         let kept = fs::read_dir(keep.path()).unwrap().count() - 1;
         assert_eq!(kept, (round + 1).min(MOVED_ASIDE_MAX));
@@ -73,9 +100,9 @@ async fn one_that_cannot_be_read_is_moved_aside_and_two_such_are_kept() {
 async fn a_panic_in_the_middle_starts_it_afresh_and_it_goes_on() {
     let (keep, dir) = private_dir();
     let (mut log, _) = Log::open(&dir).unwrap();
-    log.try_do(|db| db.note(Epoch(1), &noted(1..=5), State::Pending));
+    log.try_do(|db| db.note(Epoch(1), &noted(1..=5)));
     log.try_do(|_| panic!("as sled does"));
-    log.try_do(|db| db.note(Epoch(1), &noted(6..=7), State::Pending));
+    log.try_do(|db| db.note(Epoch(1), &noted(6..=7)));
     log.try_do(Db::sync);
     log.drop_db();
     let (dedupe, opened) = Dedupe::open(&dir).await.unwrap();
@@ -89,7 +116,7 @@ fn a_value_with_any_flipped_bit_is_noticed() {
     let (_keep, dir) = private_dir();
     fs::create_dir(&dir).unwrap();
     let mut db = db(&dir);
-    db.note(Epoch(1), &noted(7..=7), State::Pending).unwrap();
+    db.note(Epoch(1), &noted(7..=7)).unwrap();
     let (key, good) = db.db.first().unwrap().unwrap();
     assert!(Entry::read(&key, &good).is_some());
     for bit in 0..good.len() * 8 {
@@ -112,7 +139,7 @@ fn the_oldest_go_by_count_and_age_once_they_are_done_and_never_more_than_twice_t
         (keys[0], keys.len())
     };
     let note = |db: &mut Db, seq: u64| {
-        db.note(Epoch(1), &noted(seq..=seq), State::Pending).unwrap();
+        db.note(Epoch(1), &noted(seq..=seq)).unwrap();
         db.trim().unwrap();
     };
     (1..=300).for_each(|seq| note(&mut db, seq));

@@ -18,9 +18,10 @@ pub use copy::{
 };
 pub use request::{Answered, Condition, Request, answered};
 pub use runs::{DeleteRun, RUN_KEYS_MIN, RunFacts, Settled};
-pub use size::{Refusal, RequestLimits};
+pub use size::{LimitRefusal, RequestLimits};
 
 use crate::model::{Change, KeyRange, Ranges, Revision, Seq, WholeRevision};
+use crate::wire::replicate::refusal::Kind;
 use bytes::Bytes;
 use size::Load;
 use std::collections::BTreeMap;
@@ -152,6 +153,29 @@ pub enum PlanError {
     LimitsShrank,
     #[error("a transaction would write a key twice")]
     Overlap,
+}
+
+/// What follows from a plan that was refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PlanReaction {
+    /// The same would be refused again: the link stops.
+    Stop(Kind),
+    /// What waits does not continue the position: it is dropped, and a new hello settles where to go on.
+    HelloAgain,
+    PlanAgain,
+}
+
+impl PlanError {
+    pub fn reaction(&self) -> PlanReaction {
+        match self {
+            PlanError::TooLarge { .. } => PlanReaction::Stop(Kind::TooLarge),
+            // What was sent is no revision, or not the one of which a part is in.
+            PlanError::Malformed { .. } | PlanError::Overlap => PlanReaction::Stop(Kind::Outside),
+            PlanError::PartBeyond { .. } => PlanReaction::Stop(Kind::Conflict),
+            PlanError::OutOfOrder { .. } => PlanReaction::HelloAgain,
+            PlanError::LimitsShrank => PlanReaction::PlanAgain,
+        }
+    }
 }
 
 /// Plans the next transaction: the first revision alone while only one waits, else as many as fit together. `part` is the

@@ -7,6 +7,7 @@ use super::nest::nest;
 use super::size::{Load, delete_bytes, guard_bytes, op_bytes};
 use super::{Extent, Op, Plan, PlanError, RangeGuard, RequestLimits, TxnTree, as_u64, fitting};
 use crate::model::{KeyRange, Ranges, Revision, Seq};
+use crate::wire::parts::after_key;
 use bytes::Bytes;
 use std::ops::Range;
 
@@ -158,9 +159,7 @@ fn run_end(ops: &[Op], start: usize, ranges: &Ranges) -> usize {
 }
 
 fn run_range(ops: &[Op], run: Range<usize>) -> KeyRange {
-    let mut to = ops[run.end - 1].first_key().to_vec();
-    to.push(0);
-    KeyRange { from: ops[run.start].first_key().clone(), to: Bytes::from(to) }
+    KeyRange { from: ops[run.start].first_key().clone(), to: after_key(ops[run.end - 1].first_key()) }
 }
 
 /// As a guarded range, and key by key.

@@ -33,7 +33,7 @@ pub struct RequestLimits {
 
 /// How the replica's etcd refused a transaction for what it holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Refusal {
+pub enum LimitRefusal {
     /// "too many operations in txn request".
     TooManyOps,
     /// "request is too large".
@@ -73,10 +73,10 @@ impl Load {
 impl RequestLimits {
     /// Smaller limits after a refusal: half of the operations, a tenth less bytes than were refused. `None`: they cannot shrink
     /// any further, and another try is useless.
-    pub fn learned(self, refusal: Refusal) -> Option<Self> {
+    pub fn learned(self, refusal: LimitRefusal) -> Option<Self> {
         match refusal {
-            Refusal::TooManyOps => (self.ops_max >= 4).then_some(Self { ops_max: self.ops_max / 2, ..self }),
-            Refusal::TooLarge { sent_bytes } => {
+            LimitRefusal::TooManyOps => (self.ops_max >= 4).then_some(Self { ops_max: self.ops_max / 2, ..self }),
+            LimitRefusal::TooLarge { sent_bytes } => {
                 if sent_bytes > self.bytes_max && self.bytes_refused.is_some_and(|refused| sent_bytes < refused) {
                     return Some(Self { bytes_refused: Some(sent_bytes), ..self });
                 }

@@ -324,26 +324,26 @@ fn each_operation_is_counted_as_protobuf_encodes_it() {
 #[test]
 fn a_refusal_halves_the_operations_or_takes_a_tenth_off_the_bytes_until_nothing_is_left_to_take() {
     let limits = etcd_defaults();
-    assert_eq!(limits.learned(Refusal::TooManyOps), Some(RequestLimits { ops_max: 64, ..limits }));
-    let sent = Refusal::TooLarge { sent_bytes: 1_000_000 };
+    assert_eq!(limits.learned(LimitRefusal::TooManyOps), Some(RequestLimits { ops_max: 64, ..limits }));
+    let sent = LimitRefusal::TooLarge { sent_bytes: 1_000_000 };
     assert_eq!(
         limits.learned(sent),
         Some(RequestLimits { bytes_max: 900_000, bytes_refused: Some(1_000_000), ..limits })
     );
     let shrink =
         |limits: RequestLimits, refusal| std::iter::successors(Some(limits), move |l| l.learned(refusal)).take(1_000);
-    assert_eq!(shrink(limits, Refusal::TooManyOps).last().unwrap().ops_max, 2);
-    let smallest = shrink(limits, Refusal::TooLarge { sent_bytes: usize::MAX }).last().unwrap();
+    assert_eq!(shrink(limits, LimitRefusal::TooManyOps).last().unwrap().ops_max, 2);
+    let smallest = shrink(limits, LimitRefusal::TooLarge { sent_bytes: usize::MAX }).last().unwrap();
     assert!(smallest.bytes_max > 700 && smallest.bytes_max < 1_200, "{smallest:?}");
 }
 
 #[test]
 fn what_cannot_be_made_smaller_is_tried_below_the_smallest_request_that_was_refused() {
-    let learned = etcd_defaults().learned(Refusal::TooLarge { sent_bytes: 1_000_000 }).unwrap();
+    let learned = etcd_defaults().learned(LimitRefusal::TooLarge { sent_bytes: 1_000_000 }).unwrap();
     let large = waiting(vec![vec![put("/a".to_owned(), vec![0; 950_000])]]);
     let settled = plan(&large, 0, &everything(), &learned).unwrap().unwrap().settle(&[], &learned).unwrap();
     assert_eq!(settled.extent, Extent::Whole);
-    let refused = learned.learned(Refusal::TooLarge { sent_bytes: settled.request_bytes }).unwrap();
+    let refused = learned.learned(LimitRefusal::TooLarge { sent_bytes: settled.request_bytes }).unwrap();
     assert_eq!(refused.bytes_max, learned.bytes_max, "nothing that was known to fit became smaller");
     assert!(matches!(plan(&large, 0, &everything(), &refused), Err(PlanError::TooLarge { .. })));
 }
@@ -451,4 +451,19 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn only_a_plan_that_would_be_refused_again_stops_the_link() {
+    let revision = Revision(9);
+    let reaction = |error: PlanError| error.reaction();
+    let too_large =
+        PlanError::TooLarge { revision, key_bytes: 1, value_bytes: 2, request_bytes_needed: 4, request_bytes_max: 3 };
+    assert_eq!(reaction(too_large), PlanReaction::Stop(Kind::TooLarge));
+    assert_eq!(reaction(PlanError::Malformed { revision, rule: "" }), PlanReaction::Stop(Kind::Outside));
+    assert_eq!(reaction(PlanError::Overlap), PlanReaction::Stop(Kind::Outside));
+    let beyond = PlanError::PartBeyond { revision, part: 3, changes: 2 };
+    assert_eq!(reaction(beyond), PlanReaction::Stop(Kind::Conflict));
+    assert_eq!(reaction(PlanError::OutOfOrder { expected: Seq(4), got: Seq(6) }), PlanReaction::HelloAgain);
+    assert_eq!(reaction(PlanError::LimitsShrank), PlanReaction::PlanAgain);
 }

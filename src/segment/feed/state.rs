@@ -5,6 +5,7 @@
 
 use super::{FeedEntry, FeedError, FeedLimits, Held};
 use crate::segment::SegmentLog;
+use crate::segment::writer::RECORD_PLAIN_BYTES;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
@@ -25,6 +26,8 @@ pub(in crate::segment) struct State<T: FeedEntry> {
     pub(in crate::segment) logged: u64,
     pub(in crate::segment) trim_to: u64,
     pub(in crate::segment) trimmed_to: u64,
+    /// See [`SegmentLog::trims_from`].
+    trims_from: Option<u64>,
     /// The tag and base of a reset that the writer has not done yet.
     pub(in crate::segment) reset: Option<(u64, u64)>,
     /// How many resets were asked for.
@@ -35,17 +38,17 @@ pub(in crate::segment) struct State<T: FeedEntry> {
 }
 
 impl<T: FeedEntry> State<T> {
-    pub(super) fn new(log: &SegmentLog, first: Option<u64>, last: Option<T>) -> Self {
+    pub(super) fn new(log: &SegmentLog, last: Option<T>) -> Self {
         let (base, covered) = (log.base(), log.last_index());
         let held = Held {
             tag: log.tag(),
             base,
             covered,
-            first,
             last: last.as_ref().map(T::tail),
             bytes: log.bytes(),
             full: false,
             disk_full: false,
+            damaged: false,
         };
         Self {
             ring: VecDeque::new(),
@@ -60,6 +63,7 @@ impl<T: FeedEntry> State<T> {
             logged: covered,
             trim_to: base,
             trimmed_to: base,
+            trims_from: log.trims_from(),
             reset: None,
             resets: 0,
             refused_bytes: 0,
@@ -101,9 +105,11 @@ impl<T: FeedEntry> State<T> {
         Ok(())
     }
 
-    pub(super) fn take(&mut self, entries: Vec<T>, bytes: usize, queue_bytes_max: usize) {
-        if let (Some(first), Some(last)) = (entries.first(), entries.last()) {
-            self.held.first.get_or_insert(first.index());
+    /// True if the writer must be woken: it waits for nothing, or for no more than there is now. While entries gather it looks by itself,
+    /// and a wake for each of them would be for nothing.
+    pub(super) fn take(&mut self, entries: Vec<T>, bytes: usize, queue_bytes_max: usize) -> bool {
+        let (gathering, before) = (self.unwritten > 0, self.unwritten_bytes);
+        if let Some(last) = entries.last() {
             self.last = last.index();
             self.held.covered = last.index();
             self.held.last = Some(last.tail());
@@ -113,6 +119,15 @@ impl<T: FeedEntry> State<T> {
         self.unwritten += entries.len();
         self.ring.extend(entries);
         self.drop_surplus(queue_bytes_max);
+        !gathering || (before < RECORD_PLAIN_BYTES && self.unwritten_bytes >= RECORD_PLAIN_BYTES)
+    }
+
+    /// Everything up to `index` may go. True if the writer must be woken: a file goes. What lets more files go later is the writer's own
+    /// doing, and it looks after each.
+    pub(in crate::segment) fn let_go(&mut self, index: u64) -> bool {
+        self.trim_to = self.trim_to.max(index.min(self.held.covered));
+        self.drop_trimmed();
+        self.trim_to > self.trimmed_to && self.trims_from.is_some_and(|from| from <= self.trim_to)
     }
 
     pub(super) fn recent(&self, after: u64, bytes_max: usize) -> Vec<T> {
@@ -131,9 +146,9 @@ impl<T: FeedEntry> State<T> {
     pub(super) fn start_anew(&mut self, tag: u64, base: u64) {
         self.ring.clear();
         (self.ring_bytes, self.ring_after, self.unwritten, self.unwritten_bytes) = (0, base, 0, 0);
-        self.held = Held { tag, base, covered: base, first: None, last: None, ..self.held.clone() };
+        self.held = Held { tag, base, covered: base, last: None, damaged: false, ..self.held.clone() };
         (self.last, self.durable, self.logged, self.trim_to, self.trimmed_to) = (base, base, base, base, base);
-        self.file_bytes = 0;
+        (self.file_bytes, self.trims_from) = (0, None);
         self.reset = Some((tag, base));
         self.resets += 1;
     }
@@ -169,6 +184,7 @@ impl<T: FeedEntry> State<T> {
 
     pub(in crate::segment) fn refresh(&mut self, log: &SegmentLog) {
         (self.held.base, self.file_bytes, self.logged) = (log.base(), log.bytes(), log.last_index());
+        self.trims_from = log.trims_from();
     }
 
     fn drop_surplus(&mut self, queue_bytes_max: usize) {

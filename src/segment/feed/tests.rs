@@ -91,7 +91,7 @@ pub(in crate::segment) fn private_dir() -> tempfile::TempDir {
 pub(in crate::segment) fn stepped(dir: &Path, limits: FeedLimits) -> (Feed<Item>, Writer<Item>) {
     let opened = SegmentLog::open(dir, limits.segment, OnDamage::Refuse, &mut |_, _| {});
     let (log, _) = opened.unwrap_or_else(|error| panic!("{error}"));
-    let shared = Arc::new(Shared::<Item>::new(dir.to_owned(), limits, &log, None, None));
+    let shared = Arc::new(Shared::<Item>::new(dir.to_owned(), limits, &log, None));
     let (finish, finished) = watch::channel(false);
     (Feed { shared: Arc::clone(&shared), finished }, Writer::new(shared, log, finish))
 }
@@ -221,10 +221,8 @@ async fn a_full_feed_takes_nothing_until_trimming_made_room() {
     let (room, ()) = tokio::join!(feed.room(), async { feed.trim(last / 2) });
     room.unwrap();
     let extent = feed.extent().borrow().clone();
-    assert!(
-        !extent.full && extent.base > 0 && extent.base <= last / 2 && extent.first == Some(extent.base + 1),
-        "{extent:?}"
-    );
+    assert!(!extent.full && extent.base > 0 && extent.base <= last / 2, "{extent:?}");
+    assert!(read_all(&feed, extent.base, 1000).await == items(extent.base + 1..=last, 400), "nothing more is gone");
     assert_eq!(feed.append(refused).await.unwrap(), Appended::Taken);
     assert!(matches!(feed.read_after(extent.base - 1, 10).await, Err(FeedError::BeforeBase { .. })));
     feed.close().await.unwrap();
@@ -253,7 +251,7 @@ async fn a_reset_drops_everything_for_good_and_tells_a_waiting_reader() {
     reset.unwrap();
     assert!(matches!(read, Err(FeedError::Reset)));
     let extent = feed.extent().borrow().clone();
-    assert_eq!((extent.tag, extent.base, extent.covered, extent.first, extent.last), (9, 40, 40, None, None));
+    assert_eq!((extent.tag, extent.base, extent.covered, extent.last), (9, 40, 40, None));
     assert_eq!(*feed.durable().borrow(), 40);
     assert!(matches!(feed.read_after(39, 10).await, Err(FeedError::BeforeBase { .. })));
     feed.close().await.unwrap();
@@ -276,7 +274,7 @@ async fn how_far_it_covers_is_remembered_and_reading_goes_on_after_it() {
     feed.close().await.unwrap();
     let feed = open(dir.path(), roomy());
     let extent = feed.extent().borrow().clone();
-    assert_eq!((extent.covered, extent.last, extent.first, extent.base), (70, Some(5), Some(1), 0));
+    assert_eq!((extent.covered, extent.last, extent.base), (70, Some(5), 0));
     let (read, ()) = tokio::join!(feed.read_after(6, 1000), append_durably(&feed, items(71..=72, 10)));
     assert_eq!(read.unwrap(), items(71..=72, 10));
     assert!(read_all(&feed, 3, 1000).await.iter().map(|item| item.index).eq([4, 5, 71, 72]));
@@ -341,4 +339,90 @@ async fn a_disk_error_stops_the_feed_and_whoever_waits_is_told() {
     assert!(matches!(feed.read_after(3, 1).await, Err(FeedError::Failed { .. })));
     assert!(matches!(feed.reset(0, 0).await, Err(FeedError::Failed { .. })));
     assert!(matches!(feed.close().await, Err(FeedError::Failed { .. })));
+}
+
+/// Flips a bit of the file's first record.
+fn flip(file: &Path) {
+    let mut written = std::fs::read(file).unwrap();
+    written[100] ^= 1;
+    std::fs::write(file, written).unwrap();
+}
+
+fn segment_files(dir: &Path) -> Vec<PathBuf> {
+    let files = std::fs::read_dir(dir).unwrap().map(|file| file.unwrap().path());
+    let mut files: Vec<PathBuf> = files.filter(|path| path.extension().is_some_and(|end| end == "segment")).collect();
+    files.sort();
+    files
+}
+
+#[tokio::test]
+async fn trimming_reads_nothing_so_that_damage_in_what_nobody_reads_stops_no_feed() {
+    let dir = private_dir();
+    let feed = open(dir.path(), limits(1000, 64 * 1024));
+    for batch in items(1..=300, 100).chunks(10) {
+        append_durably(&feed, batch.to_vec()).await;
+    }
+    let files = segment_files(dir.path());
+    assert!(files.len() > 4, "{files:?}");
+    files[1..files.len() - 1].iter().for_each(|file| flip(file));
+    feed.trim(150);
+    let mut extent = feed.extent();
+    let trimmed = extent.wait_for(|extent| extent.base > 0);
+    assert!(tokio::time::timeout(PATIENCE, trimmed).await.is_ok(), "the feed has stopped");
+    append_durably(&feed, items(301..=310, 100)).await;
+    assert!(read_all(&feed, 300, 1000).await == items(301..=310, 100));
+    feed.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn what_stands_before_damage_is_given_out_and_then_the_feed_is_damaged_until_a_reset() {
+    let dir = private_dir();
+    let feed = open(dir.path(), limits(1000, 64 * 1024));
+    for batch in items(1..=300, 100).chunks(10) {
+        append_durably(&feed, batch.to_vec()).await;
+    }
+    flip(&segment_files(dir.path())[2]);
+    let mut last = 0;
+    let error = loop {
+        match feed.read_after(last, 1 << 20).await {
+            Ok(read) => {
+                assert_eq!(read.first().map(|item| item.index), Some(last + 1));
+                assert!(!feed.extent().borrow().damaged);
+                last += read.len() as u64;
+            }
+            Err(error) => break error,
+        }
+    };
+    assert!(last > 0 && error.is_damage(), "read up to {last}, then: {error}");
+    assert!(feed.extent().borrow().damaged);
+    assert!(feed.read_after(last, 1).await.is_err());
+    feed.reset(0, last).await.unwrap();
+    assert!(!feed.extent().borrow().damaged);
+    append_durably(&feed, items(last + 1..=last + 2, 100)).await;
+    assert!(read_all(&feed, last, 1000).await == items(last + 1..=last + 2, 100));
+    feed.close().await.unwrap();
+}
+
+#[test]
+fn a_feed_whose_disk_failed_or_that_was_asked_for_what_it_never_held_is_not_damaged() {
+    for error in [
+        FeedError::Closed,
+        FeedError::Reset,
+        FeedError::BeforeBase { index: 1, base: 2 },
+        FeedError::Failed { reason: "".into() },
+    ] {
+        assert!(!error.is_damage(), "{error}");
+    }
+    assert!(FeedError::Undecodable { index: 1, reason: String::new() }.is_damage());
+}
+
+#[tokio::test]
+async fn the_writer_is_woken_for_the_first_entry_and_for_a_record_full_of_them_and_not_for_those_between() {
+    let dir = private_dir();
+    let (feed, _writer) = stepped(dir.path(), limits(1 << 20, 16 << 20));
+    let mut state = lock(&feed.shared.state);
+    let mut take = |index, bytes: usize| state.take(items(index..=index, bytes), bytes + 64, 1 << 20);
+    let half = crate::segment::writer::RECORD_PLAIN_BYTES / 2;
+    assert_eq!([take(1, 100), take(2, 100), take(3, half)], [true, false, false]);
+    assert_eq!([take(4, half), take(5, 100)], [true, false], "once there is a record full");
 }

@@ -95,14 +95,14 @@ fn after_an_error_every_frame_is_refused_until_a_fresh_one_comes() {
     let (third, _) = ship(&mut encoder, 3, vec![put("a", value(3))]);
     decoder.decode(&first).unwrap();
     assert!(matches!(decoder.decode(&second[..second.len() - 1]), Err(DecodeError::Frame(_))));
-    assert!(decoder.needs_fresh());
+    assert!(decoder.window.is_none());
     for frame in [&second, &third] {
         assert!(matches!(decoder.decode(frame), Err(DecodeError::NotFresh)));
     }
     encoder.restart();
     let (fourth, revisions) = ship(&mut encoder, 4, vec![put("a", value(4))]);
     assert_eq!(decoder.decode(&fourth).unwrap().revisions, revisions);
-    assert!(!decoder.needs_fresh());
+    assert!(decoder.window.is_some());
     assert!(matches!(decoder.decode(&third), Err(DecodeError::Generation { expected: 2, found: 1 })));
 }
 
@@ -125,7 +125,7 @@ fn a_standalone_frame_needs_no_window_and_changes_none() {
     let standalone =
         frame::encode_standalone(Epoch(1), Term(2), Seq(0), &page, &page.each_ref().map(digest::of_revision));
     assert_eq!(decoder.decode(&standalone).unwrap().revisions, page);
-    assert!(decoder.needs_fresh());
+    assert!(decoder.window.is_none());
     decoder.decode(&ship(&mut encoder, 1, vec![put("a", value(1))]).0).unwrap();
     decoder.decode(&standalone).unwrap();
     let (frame, revisions) = ship(&mut encoder, 2, vec![put("a", value(2))]);
@@ -142,7 +142,7 @@ fn every_flipped_bit_and_every_truncation_of_a_frame_is_noticed() {
         let mut decoder = Decoder::new(LIMITS);
         decoder.decode(&first).unwrap();
         let outcome = decoder.decode(bytes);
-        assert_eq!(decoder.needs_fresh(), outcome.is_err());
+        assert_eq!(decoder.window.is_none(), outcome.is_err());
         outcome
     };
     decode_second(&second).unwrap();
@@ -252,6 +252,6 @@ proptest! {
         let frame = forged(&body, revisions);
         let mut decoder = Decoder { window: Some(window), ..Decoder::new(LIMITS) };
         prop_assert!(decoder.decode(&frame).is_err());
-        prop_assert!(decoder.needs_fresh());
+        prop_assert!(decoder.window.is_none());
     }
 }

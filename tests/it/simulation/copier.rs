@@ -9,8 +9,9 @@ use super::replica::Replica;
 use bytes::Bytes;
 use etcd_ferry::model::{KeyRange, Position, Revision};
 use etcd_ferry::replica::next;
-use etcd_ferry::replica::pages::{Begin, Begun, Copying, Place, Refused, part_of, read_edge};
+use etcd_ferry::replica::pages::{Begin, Begun, Copying, Place, Refused, read_edge};
 use etcd_ferry::replica::plan::{Answered, GuardCount, TxnTree, copy_chunks, copy_diff};
+use etcd_ferry::wire::parts::part_of;
 use etcd_ferry::wire::replicate::refusal::Kind;
 
 /// A step whose answers are lost so often is left to the next hello.
@@ -160,7 +161,8 @@ impl Replica {
             let rest = KeyRange { from: from.clone(), to: range.to.clone() };
             let page = context.read().map_err(|_| Trouble::Lost)?.page(&rest, PRESENT_KEYS, None).expect("the head");
             let to = read_edge(page.more, page.kvs.last().map(|(key, _)| key), &range.to);
-            let diff = copy_diff(part_of(kvs, &from, &to, |(key, _)| key), &page.kvs, policy);
+            let read = KeyRange { from, to: to.clone() };
+            let diff = copy_diff(part_of(kvs, &read, |(key, _)| key), &page.kvs, policy);
             let chunks = copy_chunks(diff, &to, revision, &self.limits);
             for chunk in chunks.map_err(|error| StepError::Refused(Kind::TooLarge, error.to_string()))? {
                 let Some(position) = self.position() else { return Err(moved("the position is gone")) };

@@ -153,7 +153,7 @@ impl Etcd {
 
 pub enum Signal {
     Created,
-    Events { events: Vec<(Revision, Change)>, fragment: bool, header: Revision },
+    Events { events: Vec<(Revision, Change)>, fragment: bool },
     Progress(Revision),
     Compacted(Revision),
 }
@@ -189,7 +189,7 @@ impl Watch {
         let through = etcd.revision.min(self.next + random.below(6) as u64);
         let events: Vec<_> = (self.next..=through).flat_map(|at| etcd.shown_at(at, &self.range)).collect();
         self.next = self.next.max(through + 1);
-        self.cut(events, etcd.head(), random);
+        self.cut(events, random);
         if let Some(message) = self.messages.pop_front() {
             return Some(message);
         }
@@ -197,7 +197,7 @@ impl Watch {
     }
 
     /// One message in fragments; the last one says that it is the last.
-    fn cut(&mut self, events: Vec<(Revision, Change)>, header: Revision, random: &mut Random) {
+    fn cut(&mut self, events: Vec<(Revision, Change)>, random: &mut Random) {
         let mut piece = Vec::new();
         let last = events.len().saturating_sub(1);
         for (at, event) in events.into_iter().enumerate() {
@@ -205,7 +205,7 @@ impl Watch {
             let ends = at == last;
             if ends || random.percent(25) {
                 let events = std::mem::take(&mut piece);
-                self.messages.push_back(Signal::Events { events, fragment: !ends, header });
+                self.messages.push_back(Signal::Events { events, fragment: !ends });
             }
         }
     }

@@ -225,7 +225,7 @@ impl Origin {
         let mut sequencer = Sequencer::new(&self.link, self.tail.ranges.clone(), before, REVISION_BYTES_MAX);
         let event = |change: &Change| Event { revision: carried.0, change: change.clone() };
         let events = etcd.written_at(carried.0.0).iter().map(event).collect();
-        let message = WatchMessage { events, fragment: false, header_revision: etcd.head() };
+        let message = WatchMessage { events, fragment: false };
         let whole = sequencer.push(message).expect("one revision is in order");
         let found = whole.first().filter(|found| !found.whole.changes.is_empty());
         match found.map(|found| digest::of_revision(&found.whole)) {

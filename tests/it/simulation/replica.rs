@@ -17,8 +17,7 @@ use etcd_ferry::replica::journal::JournalEntry;
 use etcd_ferry::replica::next::{self, Alignment, Claim, Idle, JournalFacts};
 use etcd_ferry::replica::pages::Copying;
 use etcd_ferry::replica::plan::{
-    self, Answered, Plan, PlanError, Refusal as LimitRefusal, Request, RequestLimits, RunFacts, Settled, TxnTree,
-    Waiting,
+    self, Answered, LimitRefusal, Plan, PlanError, Request, RequestLimits, RunFacts, Settled, TxnTree, Waiting,
 };
 use etcd_ferry::wire::replicate::refusal::Kind;
 use etcd_ferry::wire::replicate::{Ack, CopyAck, Progress};

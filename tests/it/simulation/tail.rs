@@ -143,7 +143,7 @@ impl Tail {
         if self.watch.is_none() {
             self.watch = match self.open(etcd) {
                 Ok(open) => Some(open),
-                Err(reason) => return self.state = TailState::OtherHistory { reason },
+                Err(state) => return self.state = state,
             };
         }
         let Some(open) = &mut self.watch else { return };
@@ -151,22 +151,27 @@ impl Tail {
         self.take(signal, etcd, context);
     }
 
-    fn open(&mut self, etcd: &Etcd) -> Result<Open, String> {
+    fn open(&mut self, etcd: &Etcd) -> Result<Open, TailState> {
         let after_covered = std::mem::take(&mut self.after_covered);
         let spooled = self.spooled();
         if etcd.head() < spooled.covered {
-            return Err(format!("the origin's head {} is below {}", etcd.head(), spooled.covered));
+            let reason = format!("the origin's head {} is below {}", etcd.head(), spooled.covered);
+            return Err(TailState::OtherHistory { reason });
         }
         let now = (etcd.cluster, waymark_of(etcd, &self.link).unwrap_or_default());
         if let Some(before) = self.seen.replace(now)
             && !reopen::same_origin(before, now)
         {
             self.seen = Some(before);
-            return Err("the origin was restored or replaced while it was watched".to_owned());
+            let reason = "the origin was restored or replaced while it was watched".to_owned();
+            return Err(TailState::OtherHistory { reason });
         }
         let shows_last = spooled.last.is_some_and(|(last, _)| !after_covered && etcd.shows_whole(last));
         let (sequencer, from) =
             reopen::sequencer(&self.link, self.ranges.clone(), spooled, shows_last, REVISION_BYTES_MAX);
+        if from > spooled.covered && !etcd.shows_whole(from) {
+            return Err(TailState::Lost { compacted: from });
+        }
         Ok(Open { watch: Watch::open(&self.ranges, from), sequencer, from })
     }
 
@@ -186,12 +191,12 @@ impl Tail {
                 return;
             }
             Signal::Progress(revision) => open.sequencer.progress(revision).map(|()| Vec::new()),
-            Signal::Events { events, fragment, header } => {
+            Signal::Events { events, fragment } => {
                 if fragment {
                     context.count("watch message in fragments");
                 }
                 let events = events.into_iter().map(|(revision, change)| Event { revision, change }).collect();
-                open.sequencer.push(WatchMessage { events, fragment, header_revision: header })
+                open.sequencer.push(WatchMessage { events, fragment })
             }
         };
         let covered = open.sequencer.covered();

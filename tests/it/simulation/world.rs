@@ -300,6 +300,11 @@ impl World {
         if self.context.fails(6, "watch broken") {
             self.origins[origin].tail.break_watch();
         }
+        if self.context.fails(2, "origin compacted under a new watch") {
+            self.origins[origin].tail.break_watch();
+            self.origins[origin].tail.step(&self.origin, &mut self.context);
+            self.origin.compact(self.origins[origin].tail.covered.0.min(self.compact_max));
+        }
         if self.context.fails(4, "origin compacted") {
             let back = self.context.random.below(20) as u64;
             self.origin.compact(self.origin.revision.saturating_sub(back).min(self.compact_max));
