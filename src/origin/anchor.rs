@@ -6,6 +6,7 @@
 use super::session::{Session, SessionEnd};
 use super::ship::{Shipper, at_origin};
 use super::watch::TailState;
+use crate::admin::next_command;
 use crate::config::Limits;
 use crate::etcd::{Columns, Etcd, EtcdError, Kv};
 use crate::model::{
@@ -199,7 +200,7 @@ impl Copying {
         while shipment.is_some() {
             tokio::select! {
                 biased;
-                command = ship.commands.recv() => session.command(ship, command)?,
+                command = next_command(&mut ship.commands) => session.command(ship, command)?,
                 receipt = session.next_receipt() => session.take(ship, receipt).await?,
                 permit = outbound.reserve() => match permit {
                     Ok(permit) => if let Some(shipment) = shipment.take() { permit.send(shipment) },
@@ -215,7 +216,7 @@ impl Copying {
     async fn wait(&mut self, ship: &mut Shipper, session: &mut Session) -> Result<(), SessionEnd> {
         tokio::select! {
             biased;
-            command = ship.commands.recv() => session.command(ship, command),
+            command = next_command(&mut ship.commands) => session.command(ship, command),
             receipt = session.next_receipt() => session.take(ship, receipt).await,
             () = tokio::time::sleep(KEEP_ALIVE) => {
                 session.keep_alive(ship);
@@ -244,7 +245,7 @@ impl Copying {
             }
             let page = tokio::select! {
                 biased;
-                command = ship.commands.recv() => {
+                command = next_command(&mut ship.commands) => {
                     session.command(ship, command)?;
                     continue;
                 }

@@ -11,7 +11,7 @@ use super::shipped::{RESETS_MAX, Shipped};
 use super::spool::{Spool, SpoolEntry, SpoolError};
 use super::verify::Verifying;
 use super::watch::TailState;
-use crate::admin::LinkCommand;
+use crate::admin::{LinkCommand, next_command};
 use crate::etcd::Etcd;
 use crate::metrics;
 use crate::model::{ClusterId, Digest, Epoch, LinkState, Outcome, Position, Revision, Seq, Term, WholeRevision};
@@ -200,7 +200,7 @@ impl Session {
             let due = self.verification_due(ship);
             tokio::select! {
                 biased;
-                command = ship.commands.recv() => self.command(ship, command)?,
+                command = next_command(&mut ship.commands) => self.command(ship, command)?,
                 receipt = self.receipts.next() => self.take(ship, receipt).await?,
                 changed = ship.tail.changed() => {
                     if changed.is_err() {

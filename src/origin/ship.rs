@@ -13,7 +13,7 @@ use super::spool::Spool;
 use super::view::ShipView;
 use super::watch::{TailCommand, TailState, TailView};
 use super::{LinkEvent, OriginLink, anchor};
-use crate::admin::LinkCommand;
+use crate::admin::{LinkCommand, next_command};
 use crate::etcd::{Etcd, EtcdError};
 use crate::model::{Digest, Epoch, LinkState, LinkStatus, Position, Revision, Seq, Term, Waymark};
 use crate::retry::Backoff;
@@ -64,6 +64,7 @@ pub struct Shipper {
     /// The epoch of a position whose term was higher than ours, although we were elected: only the next epoch goes past it.
     pub(super) went_back: Option<Epoch>,
     pub(super) known_epoch: Epoch,
+    /// In this term: what was asked of this sidecar is not done weeks later, after others shipped.
     pub(super) resync: Option<Resync>,
     /// When both sides are compared next, unless somebody asks.
     pub(super) verify_due: Option<Instant>,
@@ -174,8 +175,7 @@ impl Shipper {
                     tracing::error!(link = %self.origin.send.link, %reason, "the link stops");
                     self.rest(LinkState::Stopped, reason);
                     self.heard.send_replace(Heard { at: None, stopped: true });
-                    let command = self.commands.recv().await;
-                    if !self.obey(command) {
+                    if !self.resync_asked().await {
                         return;
                     }
                     self.heard();
@@ -190,22 +190,19 @@ impl Shipper {
                     self.rest(LinkState::Connecting, format!("the origin has compacted up to {revision}"));
                     tokio::time::sleep(backoff.after_failure(rand::random())).await;
                 }
-                SessionEnd::Commanded(command) => {
-                    if !self.obey(command) {
-                        return;
-                    }
-                }
+                SessionEnd::Commanded(None) => return,
+                SessionEnd::Commanded(Some(command)) => _ = self.obey(command),
             }
         }
     }
 
-    /// Shows the reason and waits, unless a command comes first. False: the process ends.
+    /// Shows the reason and waits, unless a resync is asked for first. False: the process ends.
     async fn wait(&mut self, reason: String, wait: Duration) -> bool {
         self.log_wait(&reason);
         self.rest(LinkState::Connecting, reason);
         tokio::select! {
             biased;
-            command = self.commands.recv() => self.obey(command),
+            goes_on = self.resync_asked() => goes_on,
             () = tokio::time::sleep(wait) => true,
         }
     }
@@ -227,24 +224,37 @@ impl Shipper {
         });
     }
 
-    /// False: nobody can command any more, the process ends.
-    fn obey(&mut self, command: Option<LinkCommand>) -> bool {
-        match command {
-            Some(LinkCommand::Resync { allow_deletes, reply }) => {
-                self.resync = Some(Resync { allow_deletes });
-                let _ = reply.send(Ok(()));
-                true
+    /// Until an operator asks for a resync; what cannot be done now is declined meanwhile, and changes nothing. False: nobody can command
+    /// any more, the process ends. Cancel-safe.
+    async fn resync_asked(&mut self) -> bool {
+        while let Some(command) = next_command(&mut self.commands).await {
+            if self.obey(command) {
+                return true;
             }
-            Some(LinkCommand::Verify { reply } | LinkCommand::Repair { reply, .. }) => {
+        }
+        false
+    }
+
+    /// True if the command changes how the link goes on.
+    fn obey(&mut self, command: LinkCommand) -> bool {
+        match command {
+            LinkCommand::Resync { allow_deletes, reply } => {
+                // Who was not told that it will be done repeats the call, or thinks better of it.
+                let told = reply.send(Ok(())).is_ok();
+                if told {
+                    self.resync = Some(Resync { allow_deletes });
+                }
+                told
+            }
+            LinkCommand::Verify { reply } | LinkCommand::Repair { reply, .. } => {
                 let view = self.view.borrow();
                 let state = view.state.as_str();
                 let _ = reply.send(Err(format!(
                     "the link is {state} ({}): both sides can be compared once it follows",
                     view.reason
                 )));
-                true
+                false
             }
-            None => false,
         }
     }
 

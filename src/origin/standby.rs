@@ -8,7 +8,7 @@ use super::candidacy::{self, Chore, Tailing};
 use super::elect::{ElectView, Standing};
 use super::ship::Shipper;
 use super::watch::TailState;
-use crate::admin::LinkCommand;
+use crate::admin::{LinkCommand, next_command};
 use crate::etcd::{Columns, Etcd, EtcdError};
 use crate::model::{KeyRange, LINKS_PREFIX, LinkState, Revision, Term};
 use std::time::Duration;
@@ -41,7 +41,7 @@ impl Shipper {
                     changed.ok()?;
                     continue;
                 }
-                command = self.commands.recv() => {
+                command = next_command(&mut self.commands) => {
                     decline(command?, &view);
                     continue;
                 }

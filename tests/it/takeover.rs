@@ -111,6 +111,30 @@ async fn a_shipper_that_gets_sigterm_hands_the_link_over_at_once() {
     regions.judge(recorder, &traffic.stop().await, &before).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_resync_that_was_asked_for_in_an_earlier_term_is_not_done_when_its_sidecar_ships_again() {
+    let (mut regions, before) = following(RegionsOptions::default()).await;
+    let shipper = regions.shipper().await;
+    regions.cut_link();
+    let asked = regions.origin_sidecars[shipper].admin(&["resync", LINK, "--allow-deletes"]);
+    assert!(asked.status.success(), "{}", String::from_utf8_lossy(&asked.stderr));
+    let stands_by = |entry: &serde_json::Value| entry["role"] == "standby";
+    regions.origin_sidecars[shipper].wait_for(LINK, "the shipper to give way", stands_by).await;
+    regions.heal();
+    let revision = regions.origin[0].put("/app/by-the-other", "1").await;
+    let position = regions.wait_applied(revision).await;
+    regions.wait_standby(shipper).await;
+    let other = regions.shipper().await;
+    assert_ne!(other, shipper, "the link was healed too late: the first one ships again");
+    regions.origin_sidecars[other].stop().await;
+    let ships = |entry: &serde_json::Value| entry["role"] == "shipper" && entry["state"] == "following";
+    regions.origin_sidecars[shipper].wait_for(LINK, "the first one to ship again", ships).await;
+    let revision = regions.origin[0].put("/app/by-the-first", "1").await;
+    let after = regions.wait_applied(revision).await;
+    assert!(after.term > position.term);
+    assert_eq!(after.epoch, before.epoch, "a base copy that nobody waited for any more");
+}
+
 /// What ends the shipper while the link is down.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum End {
