@@ -78,7 +78,7 @@ pub(super) async fn copy(
     while !session.copy_ack.guard_passed {
         copying.wait(ship, session).await?;
     }
-    ship.resync = None;
+    (ship.resync, ship.copy_wanted) = (None, None);
     // From now on this is where the replica is: a standby whose spool began later begins it anew.
     session.publish(ship, epoch, anchor).await?;
     copying.sent = session.copy_ack.pages;

@@ -109,6 +109,8 @@ pub enum CopyReason {
     NotProvable,
     #[error("the base copy goes on where it was cut short")]
     GoesOn,
+    #[error("{differing} keys differ, more than a repair keeps by name")]
+    TooManyDiffer { differing: u64 },
     #[error("an operator asked for it")]
     Asked,
 }
@@ -226,6 +228,24 @@ pub fn went_back(replica: &ReplicaFacts, origin: &OriginFacts, ours: Term) -> St
         (_, ReplicaFacts::Answered { position: None, .. } | ReplicaFacts::Unreachable) => {
             StopReason::TermBelow { ours, seen: Term(0) }
         }
+    }
+}
+
+/// What a repair leads to that gave up on `differing` keys: a base copy where [`decide`] would go on, while the position still says
+/// `repairing`. It stops where [`decide`] does: nobody has looked at the origin since.
+pub fn copy_instead(decided: Resume, position: Option<&Position>, differing: u64) -> Resume {
+    match decided {
+        Resume::ShipFromSpool { .. } | Resume::WatchFrom { .. } | Resume::Repair { .. }
+            if position.is_some_and(|position| position.state == Phase::Repairing) =>
+        {
+            copy(position, CopyReason::TooManyDiffer { differing })
+        }
+        Resume::ShipFromSpool { .. }
+        | Resume::WatchFrom { .. }
+        | Resume::Repair { .. }
+        | Resume::Tail { .. }
+        | Resume::Copy { .. }
+        | Resume::Stop { .. } => decided,
     }
 }
 
@@ -567,6 +587,27 @@ mod tests {
         let ahead = ReplicaFacts::Answered { position: Some(Box::new(position())), received: Some(received) };
         assert_eq!(watched_from(&ahead, CarriedCheck::Same), Some((Revision(120), Digest([5; 16]))));
         assert_eq!(watched_from(&ReplicaFacts::Unreachable, CarriedCheck::Same), None);
+    }
+
+    #[test]
+    fn a_repair_that_gave_up_is_followed_by_a_base_copy_and_never_past_a_stop() {
+        let repairing = Position { state: Phase::Repairing, ..position() };
+        let instead = |spool, position: &Position, origin: &OriginFacts| {
+            copy_instead(decided(spool, &at(position.clone()), origin), Some(position), 7)
+        };
+        let copied = new_copy(4, CopyReason::TooManyDiffer { differing: 7 });
+        assert_eq!(instead(spool(50, 150), &repairing, &origin()), copied);
+        assert_eq!(instead(None, &repairing, &origin()), copied);
+        let compacted = OriginFacts { compacted: Revision(101), ..origin() };
+        assert_eq!(instead(None, &repairing, &compacted), copied);
+        let restored = OriginFacts { carried: CarriedCheck::Other, ..origin() };
+        let stop = Resume::Stop { reason: StopReason::CarriedDiffers { revision: Revision(90) } };
+        assert_eq!(instead(None, &repairing, &restored), stop);
+        let other = OriginFacts { ranges_digest: Digest([2; 16]), ..origin() };
+        assert_eq!(instead(None, &repairing, &other), new_copy(4, CopyReason::OtherRanges));
+        // The replica has become another since.
+        assert_eq!(instead(None, &position(), &origin()), Resume::WatchFrom { after: Revision(100) });
+        assert_eq!(copy_instead(Resume::Tail { after: Revision(9) }, None, 7), Resume::Tail { after: Revision(9) });
     }
 
     #[test]

@@ -467,7 +467,7 @@ fn end_of(ship: &mut Shipper, refusal: Refusal) -> SessionEnd {
         }
         Kind::PositionMoved | Kind::Gap | Kind::Closing | Kind::Unspecified => SessionEnd::HelloAgain(refusal.reason),
         Kind::Guard => {
-            ship.resync = None;
+            (ship.resync, ship.copy_wanted) = (None, None);
             SessionEnd::Stop(refusal.reason)
         }
         Kind::Conflict | Kind::Outside | Kind::TooLarge => SessionEnd::Stop(refusal.reason),

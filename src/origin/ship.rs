@@ -66,6 +66,8 @@ pub struct Shipper {
     pub(super) known_epoch: Epoch,
     /// In this term: what was asked of this sidecar is not done weeks later, after others shipped.
     pub(super) resync: Option<Resync>,
+    /// A repair gave up on so many differing keys. Not an operator's word: every stop of the resume table stands before it.
+    pub(super) copy_wanted: Option<u64>,
     /// When both sides are compared next, unless somebody asks.
     pub(super) verify_due: Option<Instant>,
     next_address: usize,
@@ -127,6 +129,7 @@ impl Shipper {
             went_back: None,
             known_epoch: Epoch(0),
             resync: None,
+            copy_wanted: None,
             verify_due: None,
             next_address: 0,
             opened: None,
@@ -397,6 +400,10 @@ impl Shipper {
         let spool = (usable && extent.covered > Revision(0)).then_some(spool);
         loop {
             let decided = resume::decide(spool.as_ref(), &replica, &origin);
+            let decided = match self.copy_wanted {
+                Some(differing) => resume::copy_instead(decided, position.as_deref(), differing),
+                None => decided,
+            };
             tracing::debug!(link = %self.origin.send.link, ?decided, "resume");
             match self.act(decided, resume::watched_from(&replica, origin.carried)).await {
                 Ok(Some(way)) => return Ok(way),

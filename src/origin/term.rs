@@ -36,7 +36,7 @@ impl Shipper {
             tracing::warn!(link = %self.origin.send.link, term = %self.term,
                 "a resync was asked for in an earlier term and is forgotten: ask again if it is still wanted");
         }
-        (self.resync, self.went_back) = (None, None);
+        (self.resync, self.copy_wanted, self.went_back) = (None, None, None);
     }
 
     /// The replica has said something.

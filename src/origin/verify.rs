@@ -9,7 +9,7 @@ use super::Clock;
 use super::compare::{Answer, Ask, Comparison, Failed, Mark, Pace, Shipped};
 use super::found::{Compared, MendStop, Mending};
 use super::session::{Session, SessionEnd};
-use super::ship::{Resync, Shipper};
+use super::ship::Shipper;
 use crate::admin::LinkCommand;
 use crate::etcd::{Columns, Etcd, EtcdError};
 use crate::model::{Change, DifferingRange, KeyRange, Outcome, PartsProgress, Revision, Seq, WholeRevision};
@@ -229,10 +229,10 @@ impl Session {
         ship: &mut Shipper,
         event: VerifyEvent,
     ) -> Result<Option<Shipment>, SessionEnd> {
-        if let VerifyEvent::Ended(Err(Failed::Stopped(MendStop::TooMany { differing }))) = &event
+        if let VerifyEvent::Ended(Err(Failed::Stopped(MendStop::TooMany { differing }))) = event
             && self.shipped.acked.repairing
         {
-            ship.resync.get_or_insert(Resync { allow_deletes: false });
+            ship.copy_wanted = Some(differing);
             return Err(SessionEnd::HelloAgain(format!("{differing} keys differ: a base copy brings them")));
         }
         Ok(self.shipment_for(ship, event))

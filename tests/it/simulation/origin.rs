@@ -577,6 +577,8 @@ fn name_of_copy(reason: &CopyReason) -> &'static str {
         CopyReason::Compacted { .. } => "compacted",
         CopyReason::NotProvable => "not provable",
         CopyReason::GoesOn => "goes on",
+        // What a comparison led to.
+        CopyReason::TooManyDiffer { .. } => "too many differ",
         CopyReason::Asked => "asked",
     }
 }
