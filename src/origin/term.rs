@@ -27,6 +27,8 @@ impl Shipper {
             }
             tracing::info!(link = %self.origin.send.link, %term, "this sidecar ships the link no more");
             self.opened = None;
+            // The session went with its term, and said nothing.
+            self.view.send_modify(|view| view.abandon_verification("another sidecar ships the link now: ask there"));
         }
     }
 

@@ -5,9 +5,11 @@
 use crate::bed::etcd::Etcd;
 use crate::bed::pair::{LINK, link_name};
 use crate::bed::regions::{Regions, RegionsOptions, TAKEOVER_LIMIT};
+use crate::bed::sidecar::ferry;
 use crate::bed::traffic::Acknowledged;
 use crate::bed::{PATIENCE, until};
 use crate::resume::{last, spool_end, write};
+use crate::verify::outcome_of;
 use etcd_ferry::model::{Position, Revision};
 use std::time::{Duration, Instant};
 
@@ -133,6 +135,24 @@ async fn a_resync_that_was_asked_for_in_an_earlier_term_is_not_done_when_its_sid
     let after = regions.wait_applied(revision).await;
     assert!(after.term > position.term);
     assert_eq!(after.epoch, before.epoch, "a base copy that nobody waited for any more");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_comparison_ends_with_a_reason_when_the_sidecar_that_was_asked_gives_way() {
+    let (regions, _) = following(RegionsOptions::default()).await;
+    let shipper = regions.shipper().await;
+    regions.replica_sidecars[0].pause();
+    let config = regions.origin_sidecars[shipper].config_path().to_str().unwrap().to_owned();
+    let asked = tokio::task::spawn_blocking(move || ferry(&["verify", LINK, "--json", "--config", &config]));
+    let runs = |entry: &serde_json::Value| !entry["verification"]["running"].is_null();
+    regions.origin_sidecars[shipper].wait_for(LINK, "a comparison that runs", runs).await;
+    let output = tokio::time::timeout(PATIENCE, asked).await.expect("the call ends").unwrap();
+    regions.replica_sidecars[0].resume();
+    let outcome = outcome_of(&output);
+    assert_eq!((output.status.code(), outcome["outcome"].as_str()), (Some(1), Some("failed")), "{outcome}");
+    assert!(outcome["detail"].as_str().unwrap().contains("another sidecar ships the link now"), "{outcome}");
+    let over = |entry: &serde_json::Value| entry["verification"]["running"].is_null();
+    regions.origin_sidecars[shipper].wait_for(LINK, "the comparison to be over", over).await;
 }
 
 /// What ends the shipper while the link is down.
