@@ -80,7 +80,7 @@ pub(super) async fn copy(
     }
     (ship.resync, ship.copy_wanted) = (None, None);
     // From now on this is where the replica is: a standby whose spool began later begins it anew.
-    session.publish(ship, epoch, anchor).await?;
+    session.publish(ship, epoch, anchor);
     copying.sent = session.copy_ack.pages;
     let reader = Reader::new(session, ship, ranges, cursor, anchor, Columns::KeysAndValues);
     copying.ship_pages(ship, session, reader, false).await?;

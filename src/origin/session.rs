@@ -4,7 +4,7 @@
 
 use super::LinkEvent;
 use super::compare::Answer;
-use super::heartbeat::{Movement, movement};
+use super::heartbeat::{Movement, Writes, movement};
 use super::sequence::OriginWaymark;
 use super::ship::{Greeted, Shipper};
 use super::shipped::{RESETS_MAX, Shipped};
@@ -90,6 +90,7 @@ pub struct Session {
     pub(super) silence_max: Duration,
     pub(super) waymark_at: Option<(Instant, Movement)>,
     pub(super) persisted_at: (Instant, Movement),
+    pub(super) writes: Writes,
     /// When the applied revision was published last by this stream, and the origin's movement then.
     pub(super) published_at: Option<(Instant, Movement)>,
     pub(super) last_receipt: Instant,
@@ -144,6 +145,7 @@ impl Session {
             silence_max: ship.silence_max(),
             waymark_at: None,
             persisted_at: (now, movement(ship)),
+            writes: Writes::default(),
             published_at: None,
             last_receipt: now,
             last_progress: now,
@@ -208,6 +210,7 @@ impl Session {
                     }
                     self.check_tail(ship)?;
                 }
+                written = self.writes.next() => self.written(ship, written)?,
                 permit = outbound.reserve(), if pending.is_some() && stream_open => match permit {
                     Ok(permit) => if let Some(shipment) = pending.take() {
                         permit.send(shipment);
@@ -218,7 +221,7 @@ impl Session {
                 },
                 _ = ticks.tick() => {
                     self.show_verification(ship);
-                    self.tick(ship, pending.is_none()).await?;
+                    self.tick(ship, pending.is_none())?;
                 }
                 event = self.verifying.next(due), if pending.is_none() => pending = self.verify_event(ship, event)?,
                 entries = read(&mut reading), if pending.is_none() && !self.verifying.is_reading() => {
