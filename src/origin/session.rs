@@ -255,6 +255,8 @@ impl Session {
 
     /// One frame of what was read; `None` if all of it came from the replica's own cluster.
     fn encode(&mut self, ship: &Shipper, entries: &[SpoolEntry]) -> Option<Shipment> {
+        // What does not fit is read again, after the last one that does.
+        let entries = FrameLimits::fit(entries);
         let last = entries.last()?;
         self.shipped.cursor = last.revision.revision;
         let ours = |e: &&SpoolEntry| !e.came_from.contains(&self.replica_cluster);
