@@ -4,7 +4,9 @@
 //! Always true: each key of the link's ranges is compared at one mark; a part whose revision was compacted is compared again at another;
 //! what is in flight is bounded, so that frames find room beside it.
 
-use super::found::{Compared, MendStop, Mending, cut_at, found_of, guard_deletes, list_message, part_message, subs_of};
+use super::found::{
+    Compared, MendStop, Mending, answer_bytes, cut_at, found_of, guard_deletes, list_message, part_message, subs_of,
+};
 use crate::etcd::{Columns, Etcd, EtcdError};
 use crate::model::{KeyRange, PartsProgress, Ranges, Revision};
 use crate::scan::{Scan, Sizes};
@@ -22,6 +24,8 @@ use tokio::time::Instant;
 const QUESTION_PARTS_MAX: usize = 32;
 /// Key lists of one question.
 const QUESTION_BYTES: usize = 64 << 10;
+/// About what an answer to them may hold: the origin's lists may be empty where the replica has thousands of keys.
+const ANSWER_BYTES: usize = 512 << 10;
 /// Open questions; fewer than the replica takes.
 const QUESTIONS_MAX: usize = 16;
 /// A mark is reached when what was shipped before it is applied, and a replica that catches up may take minutes.
@@ -336,11 +340,12 @@ impl Comparison {
 
     /// The origin's keys where the replica's sub-parts differ, of as many parts as one question takes.
     async fn ask_keys(&mut self, round: &mut Round) -> Result<(), Failed> {
-        let (mut lists, mut bytes, mut parts) = (Vec::new(), 0, 0);
-        while bytes < QUESTION_BYTES {
+        let (mut lists, mut bytes, mut answer, mut parts) = (Vec::new(), 0, 0, 0);
+        while bytes < QUESTION_BYTES && answer < ANSWER_BYTES {
             let Some((range, subs)) = round.differing.pop_front() else { break };
-            match self.narrow(&range, subs, round.mark.at).await {
+            match self.narrow(&range, subs.clone(), round.mark.at).await {
                 Ok(narrowed) => {
+                    answer += answer_bytes(&narrowed, &subs);
                     bytes += narrowed.iter().flat_map(|list| &list.keys).map(|(key, _)| key.len() + 10).sum::<usize>();
                     lists.extend(narrowed);
                     parts += 1;

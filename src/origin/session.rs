@@ -21,7 +21,7 @@ use crate::wire::replicate::refusal::Kind;
 use crate::wire::replicate::replicate_client::ReplicateClient;
 use crate::wire::replicate::{Ack, CopyAck, HelloReply, Receipt, Refusal, Shipment, receipt, shipment};
 use crate::wire::window::{Encoder, WindowLimits};
-use crate::wire::{self, LINK_METADATA, SESSION_METADATA};
+use crate::wire::{self, LINK_METADATA, RECEIPT_BYTES_MAX, SESSION_METADATA};
 use bytes::Bytes;
 use std::convert::Infallible;
 use std::fmt;
@@ -418,7 +418,7 @@ struct Receipts {
 impl Receipts {
     /// In a task of its own: the request goes out though nobody asks for receipts yet.
     fn open(channel: Channel, request: tonic::Request<ReceiverStream<Shipment>>) -> Self {
-        let mut client = ReplicateClient::new(channel);
+        let mut client = ReplicateClient::new(channel).max_decoding_message_size(RECEIPT_BYTES_MAX);
         let opening = tokio::spawn(async move {
             let opening = tokio::time::timeout(OPEN_DEADLINE, client.ship(request)).await;
             let answered = opening.map_err(|_| tonic::Status::deadline_exceeded("it was not opened in time"))?;

@@ -20,7 +20,7 @@ use crate::retry::Backoff;
 use crate::tls;
 use crate::wire::replicate::handshake_client::HandshakeClient;
 use crate::wire::replicate::{HelloReply, HelloRequest, Range};
-use crate::wire::{PROTOCOL_VERSION, digest};
+use crate::wire::{PROTOCOL_VERSION, RECEIPT_BYTES_MAX, digest};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -318,7 +318,7 @@ impl Shipper {
             node: self.origin.node.clone(),
             software: env!("CARGO_PKG_VERSION").to_owned(),
         };
-        let mut client = HandshakeClient::new(channel.clone());
+        let mut client = HandshakeClient::new(channel.clone()).max_decoding_message_size(RECEIPT_BYTES_MAX);
         let reply = match tokio::time::timeout(HELLO_DEADLINE, client.hello(hello)).await {
             Ok(Ok(reply)) => reply.into_inner(),
             Ok(Err(status)) => return Err(refused(&address, &status)),

@@ -3,6 +3,7 @@
 //! Always true: what crossed is told by the proxy's counters, what was written by the revisions of the keys; both sides end equal.
 
 use crate::bed::contents::{load, noise};
+use crate::bed::etcd::KeyMap;
 use crate::bed::pair::{LINK, Pair, PairOptions};
 use crate::bed::recording::Recorder;
 use crate::bed::traffic::{Traffic, TrafficOptions, Write, commit};
@@ -10,6 +11,7 @@ use crate::bed::{PATIENCE, until};
 use crate::repair::states;
 use crate::resume::spool_dir;
 use crate::verify::{assert_verified, following_with, over_app};
+use bytes::Bytes;
 use etcd_ferry::model::{Phase, Position, Revision};
 use serde_json::Value;
 use std::path::PathBuf;
@@ -146,14 +148,32 @@ async fn more_deletes_than_the_share_hold_a_link_that_comes_back_until_they_are_
     assert_eq!(pair.assert_equal().await, 71);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn seventy_thousand_long_keys_that_the_origin_has_no_more_are_told_of_in_bounded_answers() {
+    let long = "k".repeat(110);
+    let gone: KeyMap = (0..70_000).map(|n| (format!("/app/{long}{n:06}").into(), Bytes::new())).collect();
+    let mut pair = Box::pin(Pair::prepare(over_app())).await;
+    load(&pair.origin, &noise("/app/", 500, 10)).await;
+    load(&pair.origin, &gone).await;
+    pair.origin_sidecar.restart().await;
+    pair.replica_sidecar.restart().await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    lose_history(&mut pair, &[]).await;
+    let all = etcd_client::DeleteOptions::new().with_prefix();
+    pair.origin.kv().await.delete(format!("/app/{long}"), Some(all)).await.unwrap();
+    pair.origin.compact(pair.origin.head().await).await;
+    pair.origin_sidecar.restart().await;
+    let held = |entry: &Value| entry["reason"].as_str().is_some_and(|r| r.contains("delete 70000 of the 70500 keys"));
+    pair.origin_sidecar.wait_for(LINK, "all of them to be found", held).await;
+}
+
 /// A link that lost history, and more keys with it than a repair keeps by name; the origin as it was before any of it.
 async fn lost_more_than_a_repair_keeps() -> (Pair, PathBuf) {
     const KEYS: usize = 100_500;
     let mut pair = Box::pin(following_with(over_app(), 500, 10)).await;
     let snapshot = pair.origin.save_snapshot().await;
-    pair.origin_sidecar.stop().await;
-    load(&pair.origin, &noise("/app/lost/", KEYS, 10)).await;
     lose_history(&mut pair, &[Write::put("/app/new", "1")]).await;
+    load(&pair.origin, &noise("/app/lost/", KEYS, 10)).await;
     (pair, snapshot)
 }
 
