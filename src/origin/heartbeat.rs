@@ -7,7 +7,7 @@
 use super::candidacy::{self, Published};
 use super::elect::still_elected;
 use super::sequence::OriginWaymark;
-use super::session::{Session, SessionEnd};
+use super::session::{OPEN_DEADLINE, Session, SessionEnd};
 use super::ship::{Shipper, at_origin};
 use crate::etcd::{Compare, CompareOp, Etcd, EtcdError, Txn, TxnOp, TxnResponse, txn_revision};
 use crate::model::{Epoch, Revision};
@@ -39,6 +39,17 @@ impl Movement {
     }
 }
 
+/// How long a stream may say nothing. `open_for`: since when the replica has opened it; until then it may be waiting for the stream before
+/// to hand over.
+fn patience(open_for: Option<Duration>, silence_max: Duration) -> Duration {
+    if open_for.is_some() { silence_max } else { OPEN_DEADLINE }
+}
+
+/// How long nothing was said: that it was opened is a word too.
+fn silence(open_for: Option<Duration>, since_receipt: Duration) -> Duration {
+    open_for.map_or(since_receipt, |open_for| open_for.min(since_receipt))
+}
+
 impl Session {
     /// Once a second: deadlines, progress, what is to be written at the origin.
     pub(super) fn tick(&mut self, ship: &Shipper, drained: bool) -> Result<(), SessionEnd> {
@@ -64,9 +75,11 @@ impl Session {
     }
 
     pub(super) fn check_deadline(&self) -> Result<(), SessionEnd> {
-        if self.last_receipt.elapsed() > self.silence_max {
-            let silence = self.silence_max.as_secs();
-            return Err(SessionEnd::Wait(format!("the replica's sidecar said nothing for {silence} s")));
+        let open_for = self.receipts.opened_at.map(|at| at.elapsed());
+        let patience = patience(open_for, self.silence_max);
+        if silence(open_for, self.last_receipt.elapsed()) > patience {
+            let patience = patience.as_secs();
+            return Err(SessionEnd::Wait(format!("the replica's sidecar said nothing for {patience} s")));
         }
         Ok(())
     }
@@ -267,4 +280,20 @@ impl Shipper {
 pub(super) fn movement(ship: &Shipper) -> Movement {
     let tail = ship.tail.borrow();
     Movement { covered: tail.covered, ferry_only: tail.ferry_only }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_that_is_not_open_yet_has_the_time_that_opening_takes_and_an_open_one_its_own() {
+        let seconds = Duration::from_secs;
+        let short = SILENCE_WITH_OTHERS_MAX;
+        assert_eq!(patience(None, short), OPEN_DEADLINE);
+        assert_eq!(patience(Some(seconds(0)), short), short);
+        assert_eq!(silence(None, seconds(9)), seconds(9));
+        assert_eq!(silence(Some(seconds(1)), seconds(9)), seconds(1), "it was opened after eight");
+        assert_eq!(silence(Some(seconds(60)), seconds(2)), seconds(2));
+    }
 }

@@ -42,7 +42,8 @@ const OUTBOUND_MAX: usize = 4;
 /// Frames that are not durable yet; each costs 16 bytes here, and the replica's own bounds hold the stream back long before.
 const IN_FLIGHT_MAX: usize = 4096;
 const TICK: Duration = Duration::from_secs(1);
-const OPEN_DEADLINE: Duration = Duration::from_secs(15);
+/// Longer than the replica waits for the stream before to hand over.
+pub(super) const OPEN_DEADLINE: Duration = Duration::from_secs(15);
 
 /// Why a stream ended, as its planned reaction.
 #[derive(Debug)]
@@ -74,7 +75,7 @@ impl fmt::Display for SessionEnd {
 
 pub struct Session {
     pub(super) outbound: mpsc::Sender<Shipment>,
-    receipts: Receipts,
+    pub(super) receipts: Receipts,
     pub(super) reply: HelloReply,
     pub(super) etcd: Etcd,
     encoder: Encoder,
@@ -409,10 +410,11 @@ impl Session {
 }
 
 /// The stream's other direction. Its first word takes a round trip, and what is shipped does not wait for it.
-struct Receipts {
+pub(super) struct Receipts {
     opening: Option<AbortOnDropHandle<Result<Streaming<Receipt>, tonic::Status>>>,
     /// `None` until the replica has opened it, and where it refused to.
     stream: Option<Streaming<Receipt>>,
+    pub(super) opened_at: Option<Instant>,
 }
 
 impl Receipts {
@@ -424,7 +426,7 @@ impl Receipts {
             let answered = opening.map_err(|_| tonic::Status::deadline_exceeded("it was not opened in time"))?;
             Ok(answered?.into_inner())
         });
-        Self { opening: Some(AbortOnDropHandle::new(opening)), stream: None }
+        Self { opening: Some(AbortOnDropHandle::new(opening)), stream: None, opened_at: None }
     }
 
     fn are_open(&self) -> bool {
@@ -437,6 +439,7 @@ impl Receipts {
             let opened = opening.await;
             self.opening = None;
             self.stream = Some(opened.map_err(|e| tonic::Status::internal(e.to_string()))??);
+            self.opened_at = Some(Instant::now());
         }
         match &mut self.stream {
             Some(stream) => stream.message().await,
