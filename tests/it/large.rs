@@ -278,7 +278,7 @@ async fn a_restart_amid_the_parts_of_a_revision_goes_on_with_the_next_part() {
 /// 1.2 MB at 50 kB/s are on their way for longer than a stream may be silent.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_backlog_of_more_tiny_revisions_than_a_frame_takes_is_shipped_in_whole_frames() {
-    let limits = [("frame_bytes_max".to_owned(), 32 << 20)].into();
+    let limits = ["frame_bytes_max", "queue_bytes_max"].map(|limit| (limit.to_owned(), 32 << 20)).into();
     let (pair, before) = following(PairOptions { limits, ..PairOptions::default() }).await;
     pair.proxy.cut();
     let acknowledged = write(&pair.origin.access(), "/t/", FrameLimits::REVISIONS_MAX + 500, 1).await;
