@@ -11,7 +11,7 @@ use super::sequence::OriginWaymark;
 use super::session::{Session, SessionEnd};
 use super::spool::Spool;
 use super::view::ShipView;
-use super::watch::{TailCommand, TailState, TailView};
+use super::watch::{Begins, TailCommand, TailState, TailView};
 use super::{LinkEvent, OriginLink, anchor};
 use crate::admin::{LinkCommand, next_command};
 use crate::etcd::{Etcd, EtcdError};
@@ -21,6 +21,7 @@ use crate::tls;
 use crate::wire::replicate::handshake_client::HandshakeClient;
 use crate::wire::replicate::{HelloReply, HelloRequest, Range};
 use crate::wire::{PROTOCOL_VERSION, RECEIPT_BYTES_MAX, digest};
+use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -38,6 +39,9 @@ const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 const HELLO_DEADLINE: Duration = Duration::from_secs(15);
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A watch opens within milliseconds. Until it does, nothing is heard of the replica, so this is less than a shipper's patience.
+pub(super) const WATCH_OPENS_MAX: Duration = Duration::from_secs(4);
 
 /// An operator's wish for a new base copy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -510,28 +514,49 @@ impl Shipper {
     }
 
     async fn watch_from(&mut self, after: Revision, carried: Option<(Revision, Digest)>) -> Result<(), SessionEnd> {
-        match self.restart_tail(after, carried).await {
+        let opening = self.restart_tail(after, carried, Begins::GoesOn, WATCH_OPENS_MAX);
+        let opened = tokio::select! {
+            biased;
+            goes_on = self.resync_asked() => {
+                let asked = SessionEnd::HelloAgain("an operator asked for a base copy".to_owned());
+                return Err(if goes_on { asked } else { SessionEnd::Commanded(None) });
+            }
+            opened = opening => opened,
+        };
+        match opened {
             Ok(()) => Ok(()),
             Err(TailState::Lost { compacted }) => Err(SessionEnd::Compacted(compacted)),
             Err(TailState::OtherHistory { reason } | TailState::Stopped { reason }) => Err(SessionEnd::Stop(reason)),
-            Err(TailState::Idle | TailState::Running | TailState::SpoolFull | TailState::Connecting { .. }) => {
+            Err(TailState::Connecting { reason }) => Err(not_opened(&reason)),
+            Err(TailState::Idle | TailState::Running | TailState::SpoolFull) => {
                 Err(SessionEnd::Wait("the origin's watch did not open".to_owned()))
             }
         }
     }
 
-    /// Has the tail drop the spool and watch everything after `after`; returns once etcd has created the watch.
-    pub(super) async fn restart_tail(
-        &mut self,
+    /// Has the tail drop the spool and watch everything after `after`: `Ok` once etcd has created the watch. Where that takes longer than
+    /// `limit`, the tail goes on trying, and what keeps it from it is told.
+    pub(super) fn restart_tail(
+        &self,
         after: Revision,
         carried: Option<(Revision, Digest)>,
-    ) -> Result<(), TailState> {
+        begins: Begins,
+        limit: Duration,
+    ) -> impl Future<Output = Result<(), TailState>> + Send + use<> {
+        let (commands, tail) = (self.tail_commands.clone(), self.tail.clone());
         let (opened, waiting) = oneshot::channel();
         let gone = || TailState::Stopped { reason: "the tail has ended".to_owned() };
-        self.tail_commands.send(TailCommand::Restart { after, carried, opened }).await.map_err(|_| gone())?;
-        match waiting.await {
-            Ok(outcome) => outcome,
-            Err(_) => Err(gone()),
+        let opening = async move {
+            commands.send(TailCommand::Restart { after, carried, begins, opened }).await.map_err(|_| gone())?;
+            waiting.await.unwrap_or_else(|_| Err(gone()))
+        };
+        async move {
+            tokio::time::timeout(limit, opening).await.unwrap_or_else(|_| {
+                // Any other state is that of the watch before.
+                let state = tail.borrow().state.clone();
+                let silent = TailState::Connecting { reason: format!("no answer within {} s", limit.as_secs()) };
+                Err(if matches!(state, TailState::Connecting { .. }) { state } else { silent })
+            })
         }
     }
 
@@ -589,6 +614,10 @@ impl From<crate::wire::replicate::Waymark> for Waymark {
     fn from(waymark: crate::wire::replicate::Waymark) -> Self {
         Self { counter: waymark.counter, id: waymark.id }
     }
+}
+
+pub(super) fn not_opened(reason: &str) -> SessionEnd {
+    SessionEnd::Wait(format!("the origin's watch did not open: {reason}"))
 }
 
 pub(super) fn at_origin(error: &EtcdError) -> SessionEnd {

@@ -6,8 +6,8 @@
 use super::LinkEvent;
 use super::candidacy::{self, Chore, Tailing};
 use super::elect::{ElectView, Standing};
-use super::ship::Shipper;
-use super::watch::TailState;
+use super::ship::{Shipper, WATCH_OPENS_MAX};
+use super::watch::{Begins, TailState};
 use crate::admin::{LinkCommand, next_command};
 use crate::etcd::{Columns, Etcd, EtcdError};
 use crate::model::{KeyRange, LINKS_PREFIX, LinkState, Revision, Term};
@@ -110,7 +110,7 @@ impl Shipper {
         };
         tracing::info!(link = %self.origin.send.link, after = %from, "the standby's spool begins");
         // Should etcd compact past it before the watch stands, the tail says so, and the next look begins at the head.
-        let _ = self.restart_tail(from, None).await;
+        let _ = self.restart_tail(from, None, Begins::Afresh, WATCH_OPENS_MAX).await;
         Ok(())
     }
 
@@ -121,7 +121,7 @@ impl Shipper {
             return Ok(());
         }
         tracing::info!(link = %self.origin.send.link, %after, "the standby's spool begins anew, where the replica is");
-        let _ = self.restart_tail(after, None).await;
+        let _ = self.restart_tail(after, None, Begins::GoesOn, WATCH_OPENS_MAX).await;
         Ok(())
     }
 
