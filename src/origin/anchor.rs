@@ -101,7 +101,7 @@ pub(super) async fn copy(
         view.count("copied_keys_equal", ack.keys_equal);
         view.count("copied_keys_deleted", ack.keys_deleted);
     });
-    session.opened_epoch(ship, epoch, anchor);
+    session.opened_epoch(ship, epoch, anchor).await;
     Ok(anchor)
 }
 
@@ -132,7 +132,7 @@ pub(super) async fn open_repair(
     while !session.copy_ack.complete {
         opening.wait(ship, session).await?;
     }
-    session.opened_epoch(ship, epoch, anchor);
+    session.opened_epoch(ship, epoch, anchor).await;
     Ok(anchor)
 }
 

@@ -91,6 +91,8 @@ pub enum LinkEvent {
         applied: Revision,
         durable: Revision,
     },
+    /// The spool begins anew after this revision, where a base copy or a repair starts.
+    Anchored(Revision),
     /// What the sidecar that ships the link has published.
     Published(Revision),
 }
@@ -252,6 +254,7 @@ fn take(lag: &mut LagTracker, event: LinkEvent, link: &LinkName, now_ms: u64) {
             lag.applied(applied);
             lag.durable(durable);
         }
+        LinkEvent::Anchored(revision) => lag.anchored(revision, now_ms),
         LinkEvent::Published(revision) => lag.applied(revision),
     }
 }

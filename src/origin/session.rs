@@ -157,13 +157,14 @@ impl Session {
     }
 
     /// A base copy is over: seqs start afresh.
-    pub(super) fn opened_epoch(&mut self, ship: &mut Shipper, epoch: Epoch, anchor: Revision) {
+    pub(super) async fn opened_epoch(&mut self, ship: &mut Shipper, epoch: Epoch, anchor: Revision) {
         self.copying = false;
         self.epoch = epoch;
         self.shipped.open_epoch(anchor);
         self.timed = None;
         self.persisted_at = (Instant::now(), movement(ship));
         ship.learned_epoch(epoch);
+        let _ = ship.events.send(LinkEvent::Acked { applied: anchor, durable: anchor }).await;
     }
 
     /// Ships everything after `after`, as it comes, until something ends the stream.

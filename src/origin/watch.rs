@@ -195,13 +195,17 @@ impl Tail {
 
     /// Begins the spool anew, then watches; `opened` is told when the watch stands.
     async fn restart(&mut self, command: TailCommand, turn: &mut Turn) {
-        let TailCommand::Restart { after, carried, begins: _, opened } = command;
+        let TailCommand::Restart { after, carried, begins, opened } = command;
         self.seen = None;
         self.carried = carried;
         match self.spool.reset(after).await {
             Ok(()) => {
                 self.view.send_modify(|view| (view.covered, view.proven_from) = (after, None));
                 turn.opened = Some(opened);
+                if begins == Begins::Afresh {
+                    // From here: what arrives next is told after it.
+                    let _ = self.events.send(LinkEvent::Anchored(after)).await;
+                }
             }
             Err(e) => {
                 turn.opened = Some(opened);
