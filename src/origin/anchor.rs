@@ -3,8 +3,9 @@
 //! Always true: the watch covers everything after the anchor before the first page is read; pages are in key order and without holes;
 //! compaction changes the revision of the pages that follow, never their order.
 
+use super::decide::not_opened;
 use super::session::{Session, SessionEnd};
-use super::ship::{Shipper, at_origin, not_opened};
+use super::ship::{Shipper, at_origin};
 use super::watch::{Begins, TailState};
 use crate::admin::next_command;
 use crate::config::Limits;

@@ -29,12 +29,10 @@ const ANSWER_BYTES: usize = 512 << 10;
 /// Open questions; fewer than the replica takes.
 const QUESTIONS_MAX: usize = 16;
 /// A mark is reached when what was shipped before it is applied, and a replica that catches up may take minutes.
-const ANSWER_DEADLINE: Duration = Duration::from_secs(300);
+pub(super) const ANSWER_DEADLINE: Duration = Duration::from_secs(300);
 /// Marks in a row at which nothing could be compared, since one side was compacted or could not be read.
-const MARKS_IN_VAIN_MAX: u32 = 20;
-/// Keys of one repair: its values are read while frames wait.
-const REPAIR_KEYS: usize = 256;
-const MARK_PAUSE: Duration = Duration::from_millis(500);
+pub(super) const MARKS_IN_VAIN_MAX: u32 = 20;
+pub(super) const MARK_PAUSE: Duration = Duration::from_millis(500);
 /// Differing keys that are kept by name, with their bytes; beyond it they are only counted.
 pub(super) const FOUND_KEYS_MAX: usize = 100_000;
 const FOUND_BYTES_MAX: usize = 16 << 20;
@@ -197,49 +195,6 @@ impl Comparison {
             self.mend().await?;
         }
         Ok(self.compared)
-    }
-
-    /// Ships the keys that differ, as many at a time as one message takes.
-    async fn mend(&mut self) -> Result<(), Failed> {
-        let keys: Vec<Bytes> = self.compared.found.iter().map(|found| found.key.clone()).collect();
-        let (mut puts, mut deletes, mut in_vain) = (0, 0, 0);
-        let mut left = &keys[..];
-        loop {
-            let some = &left[..left.len().min(REPAIR_KEYS)];
-            let (reply, shipped) = oneshot::channel();
-            let ask = Ask::Repair { keys: some.to_vec(), last: some.len() == left.len(), reply };
-            self.asks.send(ask).await.map_err(|_| Failed::StreamEnded)?;
-            let shipped = match shipped.await.map_err(|_| Failed::StreamEnded)? {
-                Ok(shipped) => shipped,
-                Err(reason) if in_vain >= MARKS_IN_VAIN_MAX => return Err(Failed::NotMended(reason)),
-                Err(_) => {
-                    in_vain += 1;
-                    tokio::time::sleep(MARK_PAUSE).await;
-                    continue;
-                }
-            };
-            let repaired = self.repaired(shipped.repair).await?;
-            if !repaired.refused.is_empty() {
-                return Err(Failed::NotMended(format!("the replica does not take the repair: {}", repaired.refused)));
-            }
-            (puts, deletes) = (puts + repaired.puts, deletes + repaired.deletes);
-            left = &left[shipped.keys..];
-            if left.is_empty() {
-                break;
-            }
-        }
-        self.compared.mended = Some((puts, deletes));
-        Ok(())
-    }
-
-    async fn repaired(&mut self, repair: u64) -> Result<wire::Repaired, Failed> {
-        loop {
-            let answer = tokio::time::timeout(ANSWER_DEADLINE, self.answers.recv()).await;
-            match answer.map_err(|_| Failed::NoAnswer)?.ok_or(Failed::StreamEnded)? {
-                Answer::Repaired(repaired) if repaired.repair == repair => return Ok(repaired),
-                Answer::Repaired(_) | Answer::Parts(_) | Answer::Lists(_) | Answer::MarkFailed(_) => {}
-            }
-        }
     }
 
     async fn count(&self) -> Result<u64, Failed> {

@@ -5,11 +5,13 @@
 pub mod anchor;
 pub mod candidacy;
 mod compare;
+mod decide;
 pub mod elect;
 mod found;
 mod head;
 mod heartbeat;
 pub mod lag;
+mod mend;
 mod probe;
 pub mod reopen;
 pub mod resume;

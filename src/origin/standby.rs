@@ -5,8 +5,9 @@
 
 use super::LinkEvent;
 use super::candidacy::{self, Chore, Tailing};
+use super::decide::WATCH_OPENS_MAX;
 use super::elect::{ElectView, Standing};
-use super::ship::{Shipper, WATCH_OPENS_MAX};
+use super::ship::Shipper;
 use super::watch::{Begins, TailState};
 use crate::admin::{LinkCommand, next_command};
 use crate::etcd::{Columns, Etcd, EtcdError};
