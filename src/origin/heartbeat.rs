@@ -186,10 +186,10 @@ impl Session {
     }
 
     /// What became of a write at the origin. One that failed is no reason to end a stream: etcd may be without a leader, or without room, and
-    /// what is spooled is better shipped. The next one is due as if it had been written.
+    /// what is spooled is better shipped. It is due again as if it had been written, whether the origin moves or not.
     pub(super) fn written(&mut self, ship: &Shipper, written: Written) -> Result<(), SessionEnd> {
         let Written { write, movement, outcome } = written;
-        let at = Some((Instant::now(), movement));
+        let at = Some((Instant::now(), if outcome.is_ok() { movement } else { Movement::default() }));
         let (link, what) = (&ship.origin.send.link, write.as_str());
         match &write {
             Write::Waymark(_) => self.waymark_at = at,
@@ -202,14 +202,17 @@ impl Session {
                 return Err(SessionEnd::HelloAgain("another sidecar was elected".to_owned()));
             }
             (Err(error), _) => {
-                if !std::mem::replace(&mut self.writes.failed, true) {
+                if ship.view.borrow().unwritten.is_none() {
                     tracing::warn!(%link, %error, "{what} is not written at the origin; the stream goes on");
                 }
+                let unwritten = format!("{what} is not written at the origin: {error}");
+                ship.view.send_modify(|view| view.unwritten = Some(unwritten));
                 return Ok(());
             }
         }
-        if std::mem::take(&mut self.writes.failed) {
+        if ship.view.borrow().unwritten.is_some() {
             tracing::info!(%link, "{what} is written at the origin again");
+            ship.view.send_modify(|view| view.unwritten = None);
         }
         Ok(())
     }
@@ -243,8 +246,6 @@ pub(super) struct Written {
 #[derive(Default)]
 pub(super) struct Writes {
     under_way: Option<AbortOnDropHandle<Written>>,
-    /// The last one failed: what repeats is logged once.
-    failed: bool,
 }
 
 impl Writes {

@@ -373,6 +373,9 @@ impl Views<'_> {
             | TailState::Running
             | TailState::OtherHistory { .. } => {}
         }
+        if let Some(unwritten) = &self.ship.unwritten {
+            reasons.push(unwritten.clone());
+        }
         if self.spool.disk_full {
             reasons.push("the spool's disk takes no more: make room below data_dir".to_owned());
         }

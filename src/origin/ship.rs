@@ -211,7 +211,7 @@ impl Shipper {
             view.state = state;
             view.detail.clone_from(&reason);
             view.reason = reason;
-            view.copy = None;
+            (view.copy, view.unwritten) = (None, None);
         });
     }
 

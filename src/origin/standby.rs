@@ -68,7 +68,7 @@ impl Shipper {
             }
             ship.state = LinkState::Connecting;
             (ship.detail, ship.reason) = (detail, String::new());
-            (ship.copy, ship.copy_since) = (None, None);
+            (ship.copy, ship.copy_since, ship.unwritten) = (None, None, None);
             true
         });
     }

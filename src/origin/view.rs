@@ -23,6 +23,8 @@ pub struct ShipView {
     pub bytes_sent: u64,
     pub counts: BTreeMap<&'static str, u64>,
     pub copy: Option<CopyProgress>,
+    /// What the open stream could not write at the origin the last time, and why.
+    pub unwritten: Option<String>,
     pub verification: Verification,
     /// Once so many comparisons have ended, everyone who asked for one has an answer.
     pub runs_promised: u64,
@@ -46,6 +48,7 @@ impl Default for ShipView {
             bytes_sent: 0,
             counts: BTreeMap::new(),
             copy: None,
+            unwritten: None,
             verification: Verification::default(),
             runs_promised: 0,
             copy_since: None,

@@ -2,11 +2,12 @@
 //! Input: a pair whose origin's etcd stands still, takes no puts, or lets nobody watch. Output: passes or fails.
 //! Always true: a stream that goes on is told by the log, which says when one is given up.
 
-use crate::bed::pair::{Pair, PairOptions};
+use crate::bed::pair::{LINK, Pair, PairOptions};
 use crate::bed::{PATIENCE, until};
 use crate::resume::{following, last, second_waymark, wait_spooled, write};
 use etcd_client::{AlarmAction, AlarmType};
 use etcd_ferry::model::Revision;
+use serde_json::Value;
 use std::time::Duration;
 
 /// So often the log of the origin's sidecar holds these words.
@@ -67,7 +68,11 @@ async fn deletes_go_on_arriving_over_one_stream_while_the_origins_etcd_has_no_ro
     let (streams, waits) = (logged(&pair, FOLLOWS), logged(&pair, WAITS));
     pair.proxy.reset();
     logged_again(&pair, FOLLOWS, streams).await;
-    logged_again(&pair, "is not written at the origin; the stream goes on", 0).await;
+    let told = |entry: &Value| {
+        let reason = entry["reason"].as_str().unwrap_or_default();
+        entry["state"] == "following" && reason.contains("is not written at the origin") && reason.contains("NOSPACE")
+    };
+    pair.origin_sidecar.wait_for(LINK, "the reason beside following", told).await;
     for number in 0..3 {
         let deleted = client.delete(format!("/app/{number}"), None).await.unwrap();
         let revision = Revision(u64::try_from(deleted.header().unwrap().revision()).unwrap());
