@@ -300,7 +300,7 @@ impl Comparison {
             let Some((range, subs)) = round.differing.pop_front() else { break };
             match self.narrow(&range, subs.clone(), round.mark.at).await {
                 Ok(narrowed) => {
-                    answer += answer_bytes(&narrowed, &subs);
+                    answer = answer_bytes(&narrowed, &subs).saturating_add(answer);
                     bytes += narrowed.iter().flat_map(|list| &list.keys).map(|(key, _)| key.len() + 10).sum::<usize>();
                     lists.extend(narrowed);
                     parts += 1;

@@ -132,14 +132,12 @@ impl LagTracker {
 
     /// The spool begins anew after this revision, where a base copy or a repair starts; what comes next may be of a history with lower
     /// revisions. What was missing stays missing until the anchor is applied, whatever history it was in; nothing else of before holds.
-    pub fn anchored(&mut self, revision: Revision, now_ms: u64) {
-        let missing = self.behind(0, self.number_applied, now_ms);
+    pub fn anchored(&mut self, revision: Revision) {
         let since = self.since(0);
         self.arrivals.clear();
         self.heads.clear();
         (self.arrived, self.head, self.covered) = (revision, revision, revision);
         (self.applied, self.durable) = (Revision(0), Revision(0));
-        self.number_arrived = self.number_applied + missing.revisions;
         if let Some(at_ms) = since {
             self.arrivals.push_back(Arrival { revision_last: revision, at_ms, number_last: self.number_arrived });
         }
@@ -176,6 +174,7 @@ impl LagTracker {
         arrival.into_iter().chain(head).min()
     }
 
+    /// What is missing from this arrival on, after so many that are not.
     fn behind(&self, first_missing: usize, number: u64, now_ms: u64) -> Lag {
         let since = self.since(first_missing).unwrap_or(now_ms);
         Lag {
@@ -224,7 +223,7 @@ mod tests {
         tracker.durable(Revision(5_000_000));
         tracker.head(Revision(5_000_007), 3_000);
 
-        tracker.anchored(Revision(50), 10_000);
+        tracker.anchored(Revision(50));
 
         assert_eq!(tracker.lag(10_000), Lag { revisions: 1, uncovered: 0, seconds: 8.0 });
         assert_eq!(tracker.rpo(10_000).seconds, 8.0, "the copy is not there yet");
@@ -246,9 +245,9 @@ mod tests {
     fn an_anchor_where_nothing_is_missing_is_no_lag() {
         let mut tracker = arrived([(10, 1_000)]);
         tracker.applied(Revision(10));
-        tracker.anchored(Revision(30), 5_000);
+        tracker.anchored(Revision(30));
         assert_eq!(tracker.lag(9_000), Lag::default());
-        tracker.anchored(Revision(40), 9_000);
+        tracker.anchored(Revision(40));
         tracker.arrived(Revision(41), 9_500);
         assert_eq!(tracker.lag(10_000), Lag { revisions: 1, uncovered: 0, seconds: 0.5 });
     }
@@ -372,7 +371,7 @@ mod tests {
             tracker.applied(Revision(applied));
             tracker.head(Revision(head), 40_000);
             let before = tracker.lag(60_000);
-            tracker.anchored(Revision(anchor), 60_000);
+            tracker.anchored(Revision(anchor));
             prop_assert!(tracker.lag(60_000).seconds >= before.seconds && tracker.rpo(60_000).seconds >= before.seconds);
             prop_assert!(tracker.lag(60_000).revisions >= before.revisions);
             for n in 1..=after {

@@ -256,7 +256,7 @@ fn take(lag: &mut LagTracker, event: LinkEvent, link: &LinkName, now_ms: u64) {
             lag.applied(applied);
             lag.durable(durable);
         }
-        LinkEvent::Anchored(revision) => lag.anchored(revision, now_ms),
+        LinkEvent::Anchored(revision) => lag.anchored(revision),
         LinkEvent::Published(revision) => lag.applied(revision),
     }
 }
