@@ -31,6 +31,27 @@ pub enum LinkCommand {
     Repair { allow_deletes: bool, reply: oneshot::Sender<Result<u64, String>> },
 }
 
+impl LinkCommand {
+    /// Whoever asked has stopped waiting, and was told so.
+    fn is_abandoned(&self) -> bool {
+        match self {
+            LinkCommand::Resync { reply, .. } => reply.is_closed(),
+            LinkCommand::Verify { reply } | LinkCommand::Repair { reply, .. } => reply.is_closed(),
+        }
+    }
+}
+
+/// The next command that somebody still waits for: one that its caller was told to repeat is not carried out later, when nobody expects
+/// it any more. `None`: nobody can command. Cancel-safe.
+pub async fn next_command(commands: &mut mpsc::Receiver<LinkCommand>) -> Option<LinkCommand> {
+    loop {
+        let command = commands.recv().await?;
+        if !command.is_abandoned() {
+            return Some(command);
+        }
+    }
+}
+
 /// One link as admin knows it.
 #[derive(Debug, Clone)]
 pub struct LinkHandle {
@@ -98,6 +119,22 @@ impl Directory {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_command_that_nobody_waits_for_any_more_is_passed_over() {
+        let (sender, mut commands) = mpsc::channel(3);
+        let mut answers = Vec::new();
+        for allow_deletes in [true, true, false] {
+            let (reply, answer) = oneshot::channel();
+            sender.try_send(LinkCommand::Resync { allow_deletes, reply }).unwrap();
+            answers.push(answer);
+        }
+        answers.drain(..2);
+        drop(sender);
+        let command = next_command(&mut commands).await;
+        assert!(matches!(command, Some(LinkCommand::Resync { allow_deletes: false, .. })), "{command:?}");
+        assert!(next_command(&mut commands).await.is_none());
+    }
 
     #[test]
     fn a_link_whose_task_has_ended_is_shown_as_stopped() {

@@ -3,9 +3,11 @@
 //! Always true: the watch covers everything after the anchor before the first page is read; pages are in key order and without holes;
 //! compaction changes the revision of the pages that follow, never their order.
 
+use super::decide::not_opened;
 use super::session::{Session, SessionEnd};
 use super::ship::{Shipper, at_origin};
-use super::watch::TailState;
+use super::watch::{Begins, TailState};
+use crate::admin::next_command;
 use crate::config::Limits;
 use crate::etcd::{Columns, Etcd, EtcdError, Kv};
 use crate::model::{
@@ -29,6 +31,8 @@ const KEYS_ONLY_MAX: usize = 5_000;
 /// Once the pin was compacted so often, each page is read at a revision of its own.
 const PINS_MAX: u32 = 2;
 const KEEP_ALIVE: Duration = Duration::from_secs(1);
+/// A watch that does not open is told of by the tail; a stream that says no more than that is worth little.
+const ANCHOR_OPENS_MAX: Duration = Duration::from_secs(30);
 
 /// Copies, then waits until the replica has all pages. Returns the revision after which following starts.
 pub(super) async fn copy(
@@ -39,6 +43,7 @@ pub(super) async fn copy(
 ) -> Result<Revision, SessionEnd> {
     let position = Position::from_json(&session.reply.position).ok();
     let resuming = cursor.is_some();
+    session.copying = true;
     let anchor = match (&position, resuming) {
         (Some(position), true) => position.origin_revision,
         (_, _) => open_anchor(ship, session).await?,
@@ -65,7 +70,6 @@ pub(super) async fn copy(
     };
     let keys_done = keys_total.saturating_sub(count(&session.etcd, &pieces_from(&ranges, cursor.as_ref())).await?);
     let mut copying = Copying { progress: CopyProgress { keys_done, keys_total }, sent: 0, highest: anchor };
-    session.copying = true;
     // The replica may open the epoch though its answer is lost: the next hello must not claim an older one.
     ship.learned_epoch(epoch);
     copying.show(ship, session, "base copy: looking at what it would delete");
@@ -77,9 +81,9 @@ pub(super) async fn copy(
     while !session.copy_ack.guard_passed {
         copying.wait(ship, session).await?;
     }
-    ship.resync = None;
+    (ship.resync, ship.copy_wanted) = (None, None);
     // From now on this is where the replica is: a standby whose spool began later begins it anew.
-    session.publish(ship, epoch, anchor).await?;
+    session.publish(ship, epoch, anchor);
     copying.sent = session.copy_ack.pages;
     let reader = Reader::new(session, ship, ranges, cursor, anchor, Columns::KeysAndValues);
     copying.ship_pages(ship, session, reader, false).await?;
@@ -98,7 +102,7 @@ pub(super) async fn copy(
         view.count("copied_keys_equal", ack.keys_equal);
         view.count("copied_keys_deleted", ack.keys_deleted);
     });
-    session.opened_epoch(ship, epoch, anchor);
+    session.opened_epoch(ship, epoch, anchor).await;
     Ok(anchor)
 }
 
@@ -109,6 +113,7 @@ pub(super) async fn open_repair(
     session: &mut Session,
     epoch: Epoch,
 ) -> Result<Revision, SessionEnd> {
+    session.copying = true;
     let anchor = open_anchor(ship, session).await?;
     if session.waymark.present.counter == 0 {
         session.write_waymark(ship).await?;
@@ -123,29 +128,51 @@ pub(super) async fn open_repair(
         ..CopyBegin::default()
     };
     let mut opening = Copying { progress: CopyProgress::default(), sent: 0, highest: anchor };
-    session.copying = true;
     ship.learned_epoch(epoch);
     opening.send(ship, session, shipment::What::CopyBegin(begin)).await?;
     while !session.copy_ack.complete {
         opening.wait(ship, session).await?;
     }
-    session.opened_epoch(ship, epoch, anchor);
+    session.opened_epoch(ship, epoch, anchor).await;
     Ok(anchor)
 }
 
 /// Has the tail watch everything after the present head, and returns that head. Under heavy compaction the head may be
 /// compacted before the watch opens: then the next head is tried.
-async fn open_anchor(ship: &mut Shipper, session: &Session) -> Result<Revision, SessionEnd> {
+async fn open_anchor(ship: &mut Shipper, session: &mut Session) -> Result<Revision, SessionEnd> {
     const TRIES: u32 = 20;
     for _ in 0..TRIES {
         let look = session.etcd.look(&ship.origin.send.link.waymark_key()).await.map_err(|e| at_origin(&e))?;
-        match ship.restart_tail(look.head, None).await {
+        match restarted(ship, session, look.head).await? {
             Ok(()) => return Ok(look.head),
             Err(TailState::Lost { .. }) => {}
+            Err(TailState::Connecting { reason }) => return Err(not_opened(&reason)),
             Err(state) => return Err(SessionEnd::Wait(format!("the origin's watch did not open: {state:?}"))),
         }
     }
     Err(SessionEnd::Wait(format!("the origin was compacted past its head {TRIES} times before a watch could open")))
+}
+
+/// The tail restarted at an anchor, while receipts and commands are taken.
+async fn restarted(
+    ship: &mut Shipper,
+    session: &mut Session,
+    anchor: Revision,
+) -> Result<Result<(), TailState>, SessionEnd> {
+    let mut opening = std::pin::pin!(ship.restart_tail(anchor, None, Begins::Afresh, ANCHOR_OPENS_MAX));
+    let mut ticks = tokio::time::interval(KEEP_ALIVE);
+    loop {
+        tokio::select! {
+            biased;
+            command = next_command(&mut ship.commands) => session.command(ship, command)?,
+            receipt = session.next_receipt() => session.take(ship, receipt).await?,
+            opened = &mut opening => return Ok(opened),
+            _ = ticks.tick() => {
+                session.keep_alive(ship);
+                session.check_deadline()?;
+            }
+        }
+    }
 }
 
 /// What of the ranges is still to be copied.
@@ -199,7 +226,7 @@ impl Copying {
         while shipment.is_some() {
             tokio::select! {
                 biased;
-                command = ship.commands.recv() => session.command(ship, command)?,
+                command = next_command(&mut ship.commands) => session.command(ship, command)?,
                 receipt = session.next_receipt() => session.take(ship, receipt).await?,
                 permit = outbound.reserve() => match permit {
                     Ok(permit) => if let Some(shipment) = shipment.take() { permit.send(shipment) },
@@ -215,7 +242,7 @@ impl Copying {
     async fn wait(&mut self, ship: &mut Shipper, session: &mut Session) -> Result<(), SessionEnd> {
         tokio::select! {
             biased;
-            command = ship.commands.recv() => session.command(ship, command),
+            command = next_command(&mut ship.commands) => session.command(ship, command),
             receipt = session.next_receipt() => session.take(ship, receipt).await,
             () = tokio::time::sleep(KEEP_ALIVE) => {
                 session.keep_alive(ship);
@@ -244,7 +271,7 @@ impl Copying {
             }
             let page = tokio::select! {
                 biased;
-                command = ship.commands.recv() => {
+                command = next_command(&mut ship.commands) => {
                     session.command(ship, command)?;
                     continue;
                 }

@@ -4,7 +4,9 @@
 //! Always true: each key of the link's ranges is compared at one mark; a part whose revision was compacted is compared again at another;
 //! what is in flight is bounded, so that frames find room beside it.
 
-use super::found::{Compared, MendStop, Mending, cut_at, found_of, guard_deletes, list_message, part_message, subs_of};
+use super::found::{
+    Compared, MendStop, Mending, answer_bytes, cut_at, found_of, guard_deletes, list_message, part_message, subs_of,
+};
 use crate::etcd::{Columns, Etcd, EtcdError};
 use crate::model::{KeyRange, PartsProgress, Ranges, Revision};
 use crate::scan::{Scan, Sizes};
@@ -22,15 +24,15 @@ use tokio::time::Instant;
 const QUESTION_PARTS_MAX: usize = 32;
 /// Key lists of one question.
 const QUESTION_BYTES: usize = 64 << 10;
+/// About what an answer to them may hold: the origin's lists may be empty where the replica has thousands of keys.
+const ANSWER_BYTES: usize = 512 << 10;
 /// Open questions; fewer than the replica takes.
 const QUESTIONS_MAX: usize = 16;
 /// A mark is reached when what was shipped before it is applied, and a replica that catches up may take minutes.
-const ANSWER_DEADLINE: Duration = Duration::from_secs(300);
+pub(super) const ANSWER_DEADLINE: Duration = Duration::from_secs(300);
 /// Marks in a row at which nothing could be compared, since one side was compacted or could not be read.
-const MARKS_IN_VAIN_MAX: u32 = 20;
-/// Keys of one repair: its values are read while frames wait.
-const REPAIR_KEYS: usize = 256;
-const MARK_PAUSE: Duration = Duration::from_millis(500);
+pub(super) const MARKS_IN_VAIN_MAX: u32 = 20;
+pub(super) const MARK_PAUSE: Duration = Duration::from_millis(500);
 /// Differing keys that are kept by name, with their bytes; beyond it they are only counted.
 pub(super) const FOUND_KEYS_MAX: usize = 100_000;
 const FOUND_BYTES_MAX: usize = 16 << 20;
@@ -195,49 +197,6 @@ impl Comparison {
         Ok(self.compared)
     }
 
-    /// Ships the keys that differ, as many at a time as one message takes.
-    async fn mend(&mut self) -> Result<(), Failed> {
-        let keys: Vec<Bytes> = self.compared.found.iter().map(|found| found.key.clone()).collect();
-        let (mut puts, mut deletes, mut in_vain) = (0, 0, 0);
-        let mut left = &keys[..];
-        loop {
-            let some = &left[..left.len().min(REPAIR_KEYS)];
-            let (reply, shipped) = oneshot::channel();
-            let ask = Ask::Repair { keys: some.to_vec(), last: some.len() == left.len(), reply };
-            self.asks.send(ask).await.map_err(|_| Failed::StreamEnded)?;
-            let shipped = match shipped.await.map_err(|_| Failed::StreamEnded)? {
-                Ok(shipped) => shipped,
-                Err(reason) if in_vain >= MARKS_IN_VAIN_MAX => return Err(Failed::NotMended(reason)),
-                Err(_) => {
-                    in_vain += 1;
-                    tokio::time::sleep(MARK_PAUSE).await;
-                    continue;
-                }
-            };
-            let repaired = self.repaired(shipped.repair).await?;
-            if !repaired.refused.is_empty() {
-                return Err(Failed::NotMended(format!("the replica does not take the repair: {}", repaired.refused)));
-            }
-            (puts, deletes) = (puts + repaired.puts, deletes + repaired.deletes);
-            left = &left[shipped.keys..];
-            if left.is_empty() {
-                break;
-            }
-        }
-        self.compared.mended = Some((puts, deletes));
-        Ok(())
-    }
-
-    async fn repaired(&mut self, repair: u64) -> Result<wire::Repaired, Failed> {
-        loop {
-            let answer = tokio::time::timeout(ANSWER_DEADLINE, self.answers.recv()).await;
-            match answer.map_err(|_| Failed::NoAnswer)?.ok_or(Failed::StreamEnded)? {
-                Answer::Repaired(repaired) if repaired.repair == repair => return Ok(repaired),
-                Answer::Repaired(_) | Answer::Parts(_) | Answer::Lists(_) | Answer::MarkFailed(_) => {}
-            }
-        }
-    }
-
     async fn count(&self) -> Result<u64, Failed> {
         let mut keys = 0;
         for piece in self.ranges.pieces() {
@@ -336,11 +295,12 @@ impl Comparison {
 
     /// The origin's keys where the replica's sub-parts differ, of as many parts as one question takes.
     async fn ask_keys(&mut self, round: &mut Round) -> Result<(), Failed> {
-        let (mut lists, mut bytes, mut parts) = (Vec::new(), 0, 0);
-        while bytes < QUESTION_BYTES {
+        let (mut lists, mut bytes, mut answer, mut parts) = (Vec::new(), 0, 0, 0);
+        while bytes < QUESTION_BYTES && answer < ANSWER_BYTES {
             let Some((range, subs)) = round.differing.pop_front() else { break };
-            match self.narrow(&range, subs, round.mark.at).await {
+            match self.narrow(&range, subs.clone(), round.mark.at).await {
                 Ok(narrowed) => {
+                    answer = answer_bytes(&narrowed, &subs).saturating_add(answer);
                     bytes += narrowed.iter().flat_map(|list| &list.keys).map(|(key, _)| key.len() + 10).sum::<usize>();
                     lists.extend(narrowed);
                     parts += 1;

@@ -8,6 +8,9 @@ use crate::wire::parts::{Difference, DifferingKey, KeyList, Part, tile};
 use crate::wire::replicate as wire;
 use bytes::Bytes;
 
+/// What a key costs in an answer beside its own bytes: both values' digests, tags and lengths.
+const KEY_OVERHEAD: usize = 34;
+
 /// An operator's wish to have what differs mended.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Mending {
@@ -83,6 +86,25 @@ pub(super) fn subs_of(subs: Vec<wire::Part>, range: &KeyRange) -> Option<Vec<Par
     tile(&subs, range).then_some(subs)
 }
 
+/// About what the answer to a question with these lists may hold: each key of either side with both values. The replica's are known by
+/// their number in the sub-parts that it named, and taken to be as long as those parts' edges.
+pub(super) fn answer_bytes(lists: &[KeyList], subs: &[Part]) -> usize {
+    let inside = |sub: &&Part| {
+        let within = |list: &KeyList| list.range.from <= sub.range.from && !ends_before(&list.range, &sub.range);
+        lists.iter().any(within)
+    };
+    let replica = subs.iter().filter(inside).map(|sub| {
+        let key_bytes = sub.range.from.len().max(sub.range.to.len()) + KEY_OVERHEAD;
+        usize::try_from(sub.keys).unwrap_or(usize::MAX).saturating_mul(key_bytes)
+    });
+    let origin = lists.iter().flat_map(|list| &list.keys).map(|(key, _)| key.len() + KEY_OVERHEAD);
+    replica.chain(origin).fold(0, usize::saturating_add)
+}
+
+fn ends_before(one: &KeyRange, other: &KeyRange) -> bool {
+    !one.to.is_empty() && (other.to.is_empty() || one.to < other.to)
+}
+
 /// The range cut at edges that lie inside of it, in order; at least one.
 pub(super) fn cut_at(range: &KeyRange, edges: Vec<Bytes>) -> Option<Vec<KeyRange>> {
     let mut pieces = Vec::with_capacity(edges.len() + 1);
@@ -122,6 +144,25 @@ mod tests {
         for bad in [&[][..], &["b"], &["a"], &["m"], &["f", "d"], &["d", "d"]] {
             assert_eq!(cut(bad), None, "{bad:?}");
         }
+    }
+
+    #[test]
+    fn an_answer_is_as_large_as_what_either_side_holds_where_they_differ() {
+        let sub = |from, to, keys| Part { range: range(from, to), keys, digest: Digest::default() };
+        let subs = [sub("b", "d", 32), sub("d", "fff", 32), sub("fff", "m", 5)];
+        let list = |from, to, keys: &[&'static str]| KeyList {
+            range: range(from, to),
+            keys: keys.iter().map(|key| (Bytes::from(*key), 0)).collect(),
+        };
+        // The origin has nothing there, the replica has.
+        assert_eq!(answer_bytes(&[list("d", "fff", &[])], &subs), 32 * (3 + 34));
+        assert_eq!(answer_bytes(&[list("b", "fff", &["c"])], &subs), 32 * (1 + 34) + 32 * (3 + 34) + (1 + 34));
+        assert_eq!(answer_bytes(&[list("b", "d", &[]), list("fff", "m", &[])], &subs), 32 * 35 + 5 * 37);
+        assert_eq!(answer_bytes(&[], &subs), 0);
+        let to_the_end = [sub("b", "d", 2), sub("d", "", 3)];
+        assert_eq!(answer_bytes(&[list("d", "", &[])], &to_the_end), 3 * 35);
+        assert_eq!(answer_bytes(&[list("b", "d", &[])], &to_the_end), 2 * 35);
+        assert_eq!(answer_bytes(&[list("b", "", &[])], &[sub("b", "", u64::MAX)]), usize::MAX);
     }
 
     /// `deletes` keys that only the replica has, beside what both have.

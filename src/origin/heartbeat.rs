@@ -1,17 +1,20 @@
 //! Job: what an open stream says and writes once a second, whether frames flow or not: progress, waymark, applied; and whether it is dead.
 //! Input: ticks, the tail's and the head's views, the lag. Output: progress messages, waymarks at the origin, the end of a silent stream.
 //! Edge: part of the session, which owns all of it.
-//! Always true: the waymark is rewritten only once the position holds the present one; an idle link causes no writes of its own.
+//! Always true: the waymark is rewritten only once the position holds the present one; an idle link causes no writes of its own; no write at
+//! the origin holds the stream up, nor ends it but for a rival's sake.
 
 use super::candidacy::{self, Published};
 use super::elect::still_elected;
-use super::session::{Session, SessionEnd};
+use super::sequence::OriginWaymark;
+use super::session::{OPEN_DEADLINE, Session, SessionEnd};
 use super::ship::{Shipper, at_origin};
-use crate::etcd::{Compare, CompareOp, Txn, TxnOp, txn_revision};
+use crate::etcd::{Compare, CompareOp, Etcd, EtcdError, Txn, TxnOp, TxnResponse, txn_revision};
 use crate::model::{Epoch, Revision};
 use crate::wire::replicate::{Progress, Shipment, shipment};
 use std::time::Duration;
 use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
 
 const IDLE_PROGRESS: Duration = Duration::from_secs(5);
 /// The replica answers each progress; so long without any receipt means that the stream is dead.
@@ -36,15 +39,26 @@ impl Movement {
     }
 }
 
+/// How long a stream may say nothing. `open_for`: since when the replica has opened it; until then it may be waiting for the stream before
+/// to hand over.
+fn patience(open_for: Option<Duration>, silence_max: Duration) -> Duration {
+    if open_for.is_some() { silence_max } else { OPEN_DEADLINE }
+}
+
+/// How long nothing was said: that it was opened is a word too.
+fn silence(open_for: Option<Duration>, since_receipt: Duration) -> Duration {
+    open_for.map_or(since_receipt, |open_for| open_for.min(since_receipt))
+}
+
 impl Session {
-    /// Once a second: deadlines, progress, the waymark.
-    pub(super) async fn tick(&mut self, ship: &mut Shipper, drained: bool) -> Result<(), SessionEnd> {
+    /// Once a second: deadlines, progress, what is to be written at the origin.
+    pub(super) fn tick(&mut self, ship: &Shipper, drained: bool) -> Result<(), SessionEnd> {
         self.check_deadline()?;
         let extent = ship.spool.extent().borrow().clone();
         let spooled = extent.last.map(|(last, _)| last);
         let (through, shipped_all) = self.shipped.through(drained, spooled, extent.covered);
-        self.rewrite_waymark(ship).await?;
-        self.publish_applied(ship).await?;
+        self.rewrite_waymark(ship);
+        self.publish_applied(ship);
         let now = movement(ship);
         let idle_write = shipped_all
             && self.shipped.acked.following
@@ -61,9 +75,11 @@ impl Session {
     }
 
     pub(super) fn check_deadline(&self) -> Result<(), SessionEnd> {
-        if self.last_receipt.elapsed() > self.silence_max {
-            let silence = self.silence_max.as_secs();
-            return Err(SessionEnd::Wait(format!("the replica's sidecar said nothing for {silence} s")));
+        let open_for = self.receipts.opened_at.map(|at| at.elapsed());
+        let patience = patience(open_for, self.silence_max);
+        if silence(open_for, self.last_receipt.elapsed()) > patience {
+            let patience = patience.as_secs();
+            return Err(SessionEnd::Wait(format!("the replica's sidecar said nothing for {patience} s")));
         }
         Ok(())
     }
@@ -101,56 +117,63 @@ impl Session {
 
     /// The waymark is rewritten only once the position holds the present one, so that a position's is always the present
     /// or the previous one; and only if the origin moved by more than etcd-ferry's own work.
-    async fn rewrite_waymark(&mut self, ship: &Shipper) -> Result<(), SessionEnd> {
+    fn rewrite_waymark(&mut self, ship: &Shipper) {
         let now = movement(ship);
         let due = match self.waymark_at {
             None => true,
             Some((at, then)) => at.elapsed() >= IDLE_WRITE && now.by_others_since(then) > 0,
         };
-        if !due || !self.shipped.acked.following || self.shipped.acked.waymark != self.waymark.present {
-            return Ok(());
+        if due && self.shipped.acked.following && self.shipped.acked.waymark == self.waymark.present {
+            let next = self.waymark.next(rand::random());
+            let (txn, right) = self.waymark_txn(ship, &next);
+            self.writes.begin(Write::Waymark(next), now, self.etcd.clone(), txn, right);
         }
-        self.write_waymark(ship).await?;
-        self.waymark_at = Some((Instant::now(), movement(ship)));
-        Ok(())
     }
 
-    /// Writes the next waymark at the origin; a rival writer ends the stream.
+    /// Writes the next waymark at the origin, which a base copy waits for; a rival writer ends the stream.
     pub(super) async fn write_waymark(&mut self, ship: &Shipper) -> Result<(), SessionEnd> {
-        let key = ship.origin.send.link.waymark_key();
         let next = self.waymark.next(rand::random());
+        let (txn, right) = self.waymark_txn(ship, &next);
+        let response = self.etcd.txn(txn, &right).await.map_err(|e| at_origin(&e))?;
+        self.took_waymark(next, &response)
+    }
+
+    /// With the right that it needs.
+    fn waymark_txn(&self, ship: &Shipper, next: &OriginWaymark) -> (Txn, String) {
+        let key = ship.origin.send.link.waymark_key();
         let txn = Txn::new()
             .when([
                 Compare::mod_revision(key.to_vec(), CompareOp::Equal, self.waymark_revision.to_etcd()),
                 still_elected(&ship.origin.send.link, &ship.origin.node, self.term),
             ])
             .and_then([TxnOp::put(key.to_vec(), next.to_json(), None)]);
-        let right = format!("write {}", key.escape_ascii());
-        let response = self.etcd.txn(txn, &right).await.map_err(|e| at_origin(&e))?;
+        (txn, format!("write {}", key.escape_ascii()))
+    }
+
+    fn took_waymark(&mut self, next: OriginWaymark, response: &TxnResponse) -> Result<(), SessionEnd> {
         if !response.succeeded() {
             return Err(SessionEnd::HelloAgain("another sidecar wrote this link's waymark, or was elected".to_owned()));
         }
         self.waymark = next;
-        self.waymark_revision = txn_revision(&response);
+        self.waymark_revision = txn_revision(response);
         Ok(())
     }
 
     /// Tells the standbys how far the position is, so that they trim up to there: now and then, and never for our own work's sake.
-    pub(super) async fn publish_applied(&mut self, ship: &Shipper) -> Result<(), SessionEnd> {
-        if self.epoch == Epoch(0) || self.copying {
-            return Ok(());
+    fn publish_applied(&mut self, ship: &Shipper) {
+        if self.epoch != Epoch(0) && !self.copying {
+            self.publish(ship, self.epoch, self.shipped.acked.position_revision);
         }
-        self.publish(ship, self.epoch, self.shipped.acked.position_revision).await
     }
 
-    pub(super) async fn publish(&mut self, ship: &Shipper, epoch: Epoch, revision: Revision) -> Result<(), SessionEnd> {
+    pub(super) fn publish(&mut self, ship: &Shipper, epoch: Epoch, revision: Revision) {
         let (link, now) = (&ship.origin.send.link, Published { term: self.term, epoch, revision });
         let before = ship.elected.borrow().published;
         let since = self.published_at.map(|(at, _)| at.elapsed());
         let movement = movement(ship);
         let moved = self.published_at.is_none_or(|(_, then)| movement.by_others_since(then) > 0);
         if !candidacy::publishes(before, now, since, moved) {
-            return Ok(());
+            return;
         }
         let key = link.applied_key();
         let txn = Txn::new().when([still_elected(link, &ship.origin.node, self.term)]).and_then([TxnOp::put(
@@ -159,14 +182,92 @@ impl Session {
             None,
         )]);
         let right = format!("write {}", key.escape_ascii());
-        match self.etcd.txn(txn, &right).await {
-            Ok(response) if response.succeeded() => {}
-            Ok(_) => return Err(SessionEnd::HelloAgain("another sidecar was elected".to_owned())),
-            // Standbys hold more than they need until the next time; that is no reason to end a stream.
-            Err(error) => tracing::warn!(%link, %error, "the applied revision is not published"),
+        self.writes.begin(Write::Applied, movement, self.etcd.clone(), txn, right);
+    }
+
+    /// What became of a write at the origin. One that failed is no reason to end a stream: etcd may be without a leader, or without room, and
+    /// what is spooled is better shipped. It is due again as if it had been written, whether the origin moves or not.
+    pub(super) fn written(&mut self, ship: &Shipper, written: Written) -> Result<(), SessionEnd> {
+        let Written { write, movement, outcome } = written;
+        let at = Some((Instant::now(), if outcome.is_ok() { movement } else { Movement::default() }));
+        let (link, what) = (&ship.origin.send.link, write.as_str());
+        match &write {
+            Write::Waymark(_) => self.waymark_at = at,
+            Write::Applied => self.published_at = at,
         }
-        self.published_at = Some((Instant::now(), movement));
+        match (outcome, write) {
+            (Ok(response), Write::Waymark(next)) => self.took_waymark(next, &response)?,
+            (Ok(response), Write::Applied) if response.succeeded() => {}
+            (Ok(_), Write::Applied) => {
+                return Err(SessionEnd::HelloAgain("another sidecar was elected".to_owned()));
+            }
+            (Err(error), _) => {
+                if ship.view.borrow().unwritten.is_none() {
+                    tracing::warn!(%link, %error, "{what} is not written at the origin; the stream goes on");
+                }
+                let unwritten = format!("{what} is not written at the origin: {error}");
+                ship.view.send_modify(|view| view.unwritten = Some(unwritten));
+                return Ok(());
+            }
+        }
+        if ship.view.borrow().unwritten.is_some() {
+            tracing::info!(%link, "{what} is written at the origin again");
+            ship.view.send_modify(|view| view.unwritten = None);
+        }
         Ok(())
+    }
+}
+
+/// What a stream writes at the origin.
+#[derive(Debug, Clone, Copy)]
+enum Write {
+    Waymark(OriginWaymark),
+    Applied,
+}
+
+impl Write {
+    fn as_str(self) -> &'static str {
+        match self {
+            Write::Waymark(_) => "the waymark",
+            Write::Applied => "the applied revision",
+        }
+    }
+}
+
+/// A write at the origin that has ended.
+pub(super) struct Written {
+    write: Write,
+    /// The origin's when it began.
+    movement: Movement,
+    outcome: Result<TxnResponse, EtcdError>,
+}
+
+/// What a stream writes at the origin, beside the frames and receipts, which a slow etcd does not hold up: one write at a time.
+#[derive(Default)]
+pub(super) struct Writes {
+    under_way: Option<AbortOnDropHandle<Written>>,
+}
+
+impl Writes {
+    /// Nothing, while another one is under way: it is asked for again a second later.
+    fn begin(&mut self, write: Write, movement: Movement, etcd: Etcd, txn: Txn, right: String) {
+        if self.under_way.is_none() {
+            let writing = async move { Written { write, movement, outcome: etcd.txn(txn, &right).await } };
+            self.under_way = Some(AbortOnDropHandle::new(tokio::spawn(writing)));
+        }
+    }
+
+    /// The one that ends next. Cancel-safe.
+    pub(super) async fn next(&mut self) -> Written {
+        loop {
+            let Some(under_way) = &mut self.under_way else { return std::future::pending().await };
+            let ended = under_way.await;
+            self.under_way = None;
+            // It cannot panic; were it lost, it would be due again.
+            if let Ok(written) = ended {
+                return written;
+            }
+        }
     }
 }
 
@@ -180,4 +281,20 @@ impl Shipper {
 pub(super) fn movement(ship: &Shipper) -> Movement {
     let tail = ship.tail.borrow();
     Movement { covered: tail.covered, ferry_only: tail.ferry_only }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_that_is_not_open_yet_has_the_time_that_opening_takes_and_an_open_one_its_own() {
+        let seconds = Duration::from_secs;
+        let short = SILENCE_WITH_OTHERS_MAX;
+        assert_eq!(patience(None, short), OPEN_DEADLINE);
+        assert_eq!(patience(Some(seconds(0)), short), short);
+        assert_eq!(silence(None, seconds(9)), seconds(9));
+        assert_eq!(silence(Some(seconds(1)), seconds(9)), seconds(1), "it was opened after eight");
+        assert_eq!(silence(Some(seconds(60)), seconds(2)), seconds(2));
+    }
 }

@@ -130,6 +130,19 @@ impl LagTracker {
         self.applied(applied);
     }
 
+    /// The spool begins anew after this revision, where a base copy or a repair starts; what comes next may be of a history with lower
+    /// revisions. What was missing stays missing until the anchor is applied, whatever history it was in; nothing else of before holds.
+    pub fn anchored(&mut self, revision: Revision) {
+        let since = self.since(0);
+        self.arrivals.clear();
+        self.heads.clear();
+        (self.arrived, self.head, self.covered) = (revision, revision, revision);
+        (self.applied, self.durable) = (Revision(0), Revision(0));
+        if let Some(at_ms) = since {
+            self.arrivals.push_back(Arrival { revision_last: revision, at_ms, number_last: self.number_arrived });
+        }
+    }
+
     /// How old is, at `now_ms`, what an ack of `revision` would take off: one age for each arrival that is told apart. To be asked before
     /// [`Self::applied`].
     pub fn ages_through(&self, revision: Revision, now_ms: u64) -> impl Iterator<Item = f64> {
@@ -154,11 +167,16 @@ impl LagTracker {
         self.behind(safe, number.unwrap_or(self.number_applied), now_ms)
     }
 
-    /// Since the first missing arrival or the first uncovered head, whichever is older.
-    fn behind(&self, first_missing: usize, number: u64, now_ms: u64) -> Lag {
+    /// Of the first missing arrival or the first uncovered head, whichever is older.
+    fn since(&self, first_missing: usize) -> Option<u64> {
         let arrival = self.arrivals.get(first_missing).map(|arrival| arrival.at_ms);
         let head = self.heads.front().map(|head| head.first_seen_ms);
-        let since = arrival.into_iter().chain(head).min().unwrap_or(now_ms);
+        arrival.into_iter().chain(head).min()
+    }
+
+    /// What is missing from this arrival on, after so many that are not.
+    fn behind(&self, first_missing: usize, number: u64, now_ms: u64) -> Lag {
+        let since = self.since(first_missing).unwrap_or(now_ms);
         Lag {
             revisions: self.number_arrived - number,
             uncovered: self.head.0.saturating_sub(self.covered.0),
@@ -196,6 +214,42 @@ mod tests {
         assert_eq!((tracker.lag(7_000).revisions, tracker.lag(7_000).seconds), (2, 5.0));
         tracker.applied(Revision(20));
         assert_eq!(tracker.lag(9_000).revisions, 0);
+    }
+
+    #[test]
+    fn a_history_with_lower_revisions_is_measured_from_its_anchor_on_and_what_was_missing_until_then_is_not_hidden() {
+        let mut tracker = arrived([(4_999_990, 1_000), (5_000_000, 2_000)]);
+        tracker.applied(Revision(4_999_990));
+        tracker.durable(Revision(5_000_000));
+        tracker.head(Revision(5_000_007), 3_000);
+
+        tracker.anchored(Revision(50));
+
+        assert_eq!(tracker.lag(10_000), Lag { revisions: 1, uncovered: 0, seconds: 8.0 });
+        assert_eq!(tracker.rpo(10_000).seconds, 8.0, "the copy is not there yet");
+        tracker.arrived(Revision(51), 11_000);
+        tracker.covered(Revision(51));
+        assert_eq!((tracker.lag(12_000).revisions, tracker.lag(12_000).seconds), (2, 10.0));
+        tracker.applied(Revision(50));
+        tracker.durable(Revision(50));
+        assert_eq!(tracker.lag(12_000), Lag { revisions: 1, uncovered: 0, seconds: 1.0 });
+        assert_eq!(tracker.rpo(12_000), tracker.lag(12_000));
+        // A hello that says what was said before takes nothing back.
+        tracker.greeted(Revision(51), Revision(51), 13_000);
+        assert_eq!(tracker.lag(60_000), Lag::default());
+        tracker.head(Revision(53), 61_000);
+        assert_eq!((tracker.lag(62_000).uncovered, tracker.lag(62_000).seconds), (2, 1.0));
+    }
+
+    #[test]
+    fn an_anchor_where_nothing_is_missing_is_no_lag() {
+        let mut tracker = arrived([(10, 1_000)]);
+        tracker.applied(Revision(10));
+        tracker.anchored(Revision(30));
+        assert_eq!(tracker.lag(9_000), Lag::default());
+        tracker.anchored(Revision(40));
+        tracker.arrived(Revision(41), 9_500);
+        assert_eq!(tracker.lag(10_000), Lag { revisions: 1, uncovered: 0, seconds: 0.5 });
     }
 
     fn arrived(revisions: impl IntoIterator<Item = (u64, u64)>) -> LagTracker {
@@ -309,6 +363,25 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn an_anchor_hides_nothing_until_it_is_applied_and_nothing_that_comes_after_it(
+            count in 1_u64..3_000, applied in 0_u64..3_000, head in 0_u64..4_000, anchor in 0_u64..4_000, after in 0_u64..50,
+        ) {
+            let mut tracker = arrived((1..=count).map(|r| (r, r * 10)));
+            tracker.applied(Revision(applied));
+            tracker.head(Revision(head), 40_000);
+            let before = tracker.lag(60_000);
+            tracker.anchored(Revision(anchor));
+            prop_assert!(tracker.lag(60_000).seconds >= before.seconds && tracker.rpo(60_000).seconds >= before.seconds);
+            prop_assert!(tracker.lag(60_000).revisions >= before.revisions);
+            for n in 1..=after {
+                tracker.arrived(Revision(anchor + n), 60_000 + n);
+            }
+            tracker.applied(Revision(anchor));
+            prop_assert_eq!(tracker.lag(70_000).revisions, after);
+            prop_assert_eq!(tracker.lag(70_000).seconds, if after > 0 { 9.999 } else { 0.0 });
+        }
+
         #[test]
         fn lag_and_rpo_are_never_smaller_than_they_are(
             count in 1_u64..5_000, applied in 0_u64..5_000, durable in 0_u64..5_000,

@@ -5,11 +5,13 @@
 pub mod anchor;
 pub mod candidacy;
 mod compare;
+mod decide;
 pub mod elect;
 mod found;
 mod head;
 mod heartbeat;
 pub mod lag;
+mod mend;
 mod probe;
 pub mod reopen;
 pub mod resume;
@@ -91,6 +93,8 @@ pub enum LinkEvent {
         applied: Revision,
         durable: Revision,
     },
+    /// The spool begins anew after this revision, where a base copy or a repair starts.
+    Anchored(Revision),
     /// What the sidecar that ships the link has published.
     Published(Revision),
 }
@@ -252,6 +256,7 @@ fn take(lag: &mut LagTracker, event: LinkEvent, link: &LinkName, now_ms: u64) {
             lag.applied(applied);
             lag.durable(durable);
         }
+        LinkEvent::Anchored(revision) => lag.anchored(revision),
         LinkEvent::Published(revision) => lag.applied(revision),
     }
 }
@@ -367,6 +372,9 @@ impl Views<'_> {
             | TailState::Connecting { .. }
             | TailState::Running
             | TailState::OtherHistory { .. } => {}
+        }
+        if let Some(unwritten) = &self.ship.unwritten {
+            reasons.push(unwritten.clone());
         }
         if self.spool.disk_full {
             reasons.push("the spool's disk takes no more: make room below data_dir".to_owned());

@@ -4,14 +4,14 @@
 
 use super::LinkEvent;
 use super::compare::Answer;
-use super::heartbeat::{Movement, movement};
+use super::heartbeat::{Movement, Writes, movement};
 use super::sequence::OriginWaymark;
 use super::ship::{Greeted, Shipper};
 use super::shipped::{RESETS_MAX, Shipped};
 use super::spool::{Spool, SpoolEntry, SpoolError};
 use super::verify::Verifying;
 use super::watch::TailState;
-use crate::admin::LinkCommand;
+use crate::admin::{LinkCommand, next_command};
 use crate::etcd::Etcd;
 use crate::metrics;
 use crate::model::{ClusterId, Digest, Epoch, LinkState, Outcome, Position, Revision, Seq, Term, WholeRevision};
@@ -21,7 +21,7 @@ use crate::wire::replicate::refusal::Kind;
 use crate::wire::replicate::replicate_client::ReplicateClient;
 use crate::wire::replicate::{Ack, CopyAck, HelloReply, Receipt, Refusal, Shipment, receipt, shipment};
 use crate::wire::window::{Encoder, WindowLimits};
-use crate::wire::{self, LINK_METADATA, SESSION_METADATA};
+use crate::wire::{self, LINK_METADATA, RECEIPT_BYTES_MAX, SESSION_METADATA};
 use bytes::Bytes;
 use std::convert::Infallible;
 use std::fmt;
@@ -42,7 +42,8 @@ const OUTBOUND_MAX: usize = 4;
 /// Frames that are not durable yet; each costs 16 bytes here, and the replica's own bounds hold the stream back long before.
 const IN_FLIGHT_MAX: usize = 4096;
 const TICK: Duration = Duration::from_secs(1);
-const OPEN_DEADLINE: Duration = Duration::from_secs(15);
+/// Longer than the replica waits for the stream before to hand over.
+pub(super) const OPEN_DEADLINE: Duration = Duration::from_secs(15);
 
 /// Why a stream ended, as its planned reaction.
 #[derive(Debug)]
@@ -74,7 +75,7 @@ impl fmt::Display for SessionEnd {
 
 pub struct Session {
     pub(super) outbound: mpsc::Sender<Shipment>,
-    receipts: Receipts,
+    pub(super) receipts: Receipts,
     pub(super) reply: HelloReply,
     pub(super) etcd: Etcd,
     encoder: Encoder,
@@ -90,6 +91,7 @@ pub struct Session {
     pub(super) silence_max: Duration,
     pub(super) waymark_at: Option<(Instant, Movement)>,
     pub(super) persisted_at: (Instant, Movement),
+    pub(super) writes: Writes,
     /// When the applied revision was published last by this stream, and the origin's movement then.
     pub(super) published_at: Option<(Instant, Movement)>,
     pub(super) last_receipt: Instant,
@@ -144,6 +146,7 @@ impl Session {
             silence_max: ship.silence_max(),
             waymark_at: None,
             persisted_at: (now, movement(ship)),
+            writes: Writes::default(),
             published_at: None,
             last_receipt: now,
             last_progress: now,
@@ -154,13 +157,14 @@ impl Session {
     }
 
     /// A base copy is over: seqs start afresh.
-    pub(super) fn opened_epoch(&mut self, ship: &mut Shipper, epoch: Epoch, anchor: Revision) {
+    pub(super) async fn opened_epoch(&mut self, ship: &mut Shipper, epoch: Epoch, anchor: Revision) {
         self.copying = false;
         self.epoch = epoch;
         self.shipped.open_epoch(anchor);
         self.timed = None;
         self.persisted_at = (Instant::now(), movement(ship));
         ship.learned_epoch(epoch);
+        let _ = ship.events.send(LinkEvent::Acked { applied: anchor, durable: anchor }).await;
     }
 
     /// Ships everything after `after`, as it comes, until something ends the stream.
@@ -200,7 +204,7 @@ impl Session {
             let due = self.verification_due(ship);
             tokio::select! {
                 biased;
-                command = ship.commands.recv() => self.command(ship, command)?,
+                command = next_command(&mut ship.commands) => self.command(ship, command)?,
                 receipt = self.receipts.next() => self.take(ship, receipt).await?,
                 changed = ship.tail.changed() => {
                     if changed.is_err() {
@@ -208,6 +212,7 @@ impl Session {
                     }
                     self.check_tail(ship)?;
                 }
+                written = self.writes.next() => self.written(ship, written)?,
                 permit = outbound.reserve(), if pending.is_some() && stream_open => match permit {
                     Ok(permit) => if let Some(shipment) = pending.take() {
                         permit.send(shipment);
@@ -218,7 +223,7 @@ impl Session {
                 },
                 _ = ticks.tick() => {
                     self.show_verification(ship);
-                    self.tick(ship, pending.is_none()).await?;
+                    self.tick(ship, pending.is_none())?;
                 }
                 event = self.verifying.next(due), if pending.is_none() => pending = self.verify_event(ship, event)?,
                 entries = read(&mut reading), if pending.is_none() && !self.verifying.is_reading() => {
@@ -252,6 +257,8 @@ impl Session {
 
     /// One frame of what was read; `None` if all of it came from the replica's own cluster.
     fn encode(&mut self, ship: &Shipper, entries: &[SpoolEntry]) -> Option<Shipment> {
+        // What does not fit is read again, after the last one that does.
+        let entries = FrameLimits::fit(entries);
         let last = entries.last()?;
         self.shipped.cursor = last.revision.revision;
         let ours = |e: &&SpoolEntry| !e.came_from.contains(&self.replica_cluster);
@@ -404,22 +411,23 @@ impl Session {
 }
 
 /// The stream's other direction. Its first word takes a round trip, and what is shipped does not wait for it.
-struct Receipts {
+pub(super) struct Receipts {
     opening: Option<AbortOnDropHandle<Result<Streaming<Receipt>, tonic::Status>>>,
     /// `None` until the replica has opened it, and where it refused to.
     stream: Option<Streaming<Receipt>>,
+    pub(super) opened_at: Option<Instant>,
 }
 
 impl Receipts {
     /// In a task of its own: the request goes out though nobody asks for receipts yet.
     fn open(channel: Channel, request: tonic::Request<ReceiverStream<Shipment>>) -> Self {
-        let mut client = ReplicateClient::new(channel);
+        let mut client = ReplicateClient::new(channel).max_decoding_message_size(RECEIPT_BYTES_MAX);
         let opening = tokio::spawn(async move {
             let opening = tokio::time::timeout(OPEN_DEADLINE, client.ship(request)).await;
             let answered = opening.map_err(|_| tonic::Status::deadline_exceeded("it was not opened in time"))?;
             Ok(answered?.into_inner())
         });
-        Self { opening: Some(AbortOnDropHandle::new(opening)), stream: None }
+        Self { opening: Some(AbortOnDropHandle::new(opening)), stream: None, opened_at: None }
     }
 
     fn are_open(&self) -> bool {
@@ -432,6 +440,7 @@ impl Receipts {
             let opened = opening.await;
             self.opening = None;
             self.stream = Some(opened.map_err(|e| tonic::Status::internal(e.to_string()))??);
+            self.opened_at = Some(Instant::now());
         }
         match &mut self.stream {
             Some(stream) => stream.message().await,
@@ -475,7 +484,7 @@ fn end_of(ship: &mut Shipper, refusal: Refusal) -> SessionEnd {
         }
         Kind::PositionMoved | Kind::Gap | Kind::Closing | Kind::Unspecified => SessionEnd::HelloAgain(refusal.reason),
         Kind::Guard => {
-            ship.resync = None;
+            (ship.resync, ship.copy_wanted) = (None, None);
             SessionEnd::Stop(refusal.reason)
         }
         Kind::Conflict | Kind::Outside | Kind::TooLarge => SessionEnd::Stop(refusal.reason),

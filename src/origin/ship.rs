@@ -1,29 +1,28 @@
-//! Job: say hello to the replica's sidecar, decide where to resume, and ship revisions as frames.
+//! Job: say hello to the replica's sidecar, and run what is decided then, until something ends it; one stream after the other.
 //! Input: the spool, the tail's and the head's views, receipts, an operator's commands. Output: shipments, a `ShipView`, acknowledgements.
 //! Always true: seqs count on from what the replica has received; nothing is trimmed from the spool before it is applied;
 //! everything that ends a stream is a value of `Ended` with one planned reaction.
 
+use super::decide::Way;
 use super::elect::{ElectView, Heard};
 use super::head::HeadView;
-use super::probe::{Probed, probe};
-use super::resume::{self, CarriedCheck, OriginFacts, Received, ReplicaFacts, Resume, SpoolFacts};
 use super::sequence::OriginWaymark;
 use super::session::{Session, SessionEnd};
 use super::spool::Spool;
 use super::view::ShipView;
-use super::watch::{TailCommand, TailState, TailView};
+use super::watch::{TailCommand, TailView};
 use super::{LinkEvent, OriginLink, anchor};
-use crate::admin::LinkCommand;
+use crate::admin::{LinkCommand, next_command};
 use crate::etcd::{Etcd, EtcdError};
-use crate::model::{Digest, Epoch, LinkState, LinkStatus, Position, Revision, Seq, Term, Waymark};
+use crate::model::{Epoch, LinkState, LinkStatus, Revision, Term, Waymark};
 use crate::retry::Backoff;
 use crate::tls;
 use crate::wire::replicate::handshake_client::HandshakeClient;
 use crate::wire::replicate::{HelloReply, HelloRequest, Range};
-use crate::wire::{PROTOCOL_VERSION, digest};
+use crate::wire::{PROTOCOL_VERSION, RECEIPT_BYTES_MAX};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
@@ -48,7 +47,7 @@ pub struct Resync {
 pub struct Shipper {
     pub(super) origin: OriginLink,
     pub(super) spool: Arc<Spool>,
-    tail_commands: mpsc::Sender<TailCommand>,
+    pub(super) tail_commands: mpsc::Sender<TailCommand>,
     pub(super) tail: watch::Receiver<TailView>,
     pub(super) head: watch::Receiver<HeadView>,
     pub(super) commands: mpsc::Receiver<LinkCommand>,
@@ -64,7 +63,10 @@ pub struct Shipper {
     /// The epoch of a position whose term was higher than ours, although we were elected: only the next epoch goes past it.
     pub(super) went_back: Option<Epoch>,
     pub(super) known_epoch: Epoch,
+    /// In this term: what was asked of this sidecar is not done weeks later, after others shipped.
     pub(super) resync: Option<Resync>,
+    /// A repair gave up on so many differing keys. Not an operator's word: every stop of the resume table stands before it.
+    pub(super) copy_wanted: Option<u64>,
     /// When both sides are compared next, unless somebody asks.
     pub(super) verify_due: Option<Instant>,
     next_address: usize,
@@ -72,17 +74,6 @@ pub struct Shipper {
     pub(super) opened: Option<Instant>,
     /// The last reason that was logged: one that repeats is logged once.
     logged: String,
-}
-
-/// How the stream begins.
-enum Way {
-    Follow { after: Revision },
-    Copy { epoch: Epoch, cursor: Option<bytes::Bytes>, reason: String },
-    Repair { epoch: Epoch, reason: String },
-}
-
-fn no_way() -> SessionEnd {
-    SessionEnd::Wait("the replica did not answer".to_owned())
 }
 
 /// A hello that was answered, and what it led to.
@@ -126,6 +117,7 @@ impl Shipper {
             went_back: None,
             known_epoch: Epoch(0),
             resync: None,
+            copy_wanted: None,
             verify_due: None,
             next_address: 0,
             opened: None,
@@ -174,8 +166,7 @@ impl Shipper {
                     tracing::error!(link = %self.origin.send.link, %reason, "the link stops");
                     self.rest(LinkState::Stopped, reason);
                     self.heard.send_replace(Heard { at: None, stopped: true });
-                    let command = self.commands.recv().await;
-                    if !self.obey(command) {
+                    if !self.resync_asked().await {
                         return;
                     }
                     self.heard();
@@ -190,22 +181,19 @@ impl Shipper {
                     self.rest(LinkState::Connecting, format!("the origin has compacted up to {revision}"));
                     tokio::time::sleep(backoff.after_failure(rand::random())).await;
                 }
-                SessionEnd::Commanded(command) => {
-                    if !self.obey(command) {
-                        return;
-                    }
-                }
+                SessionEnd::Commanded(None) => return,
+                SessionEnd::Commanded(Some(command)) => _ = self.obey(command),
             }
         }
     }
 
-    /// Shows the reason and waits, unless a command comes first. False: the process ends.
+    /// Shows the reason and waits, unless a resync is asked for first. False: the process ends.
     async fn wait(&mut self, reason: String, wait: Duration) -> bool {
         self.log_wait(&reason);
         self.rest(LinkState::Connecting, reason);
         tokio::select! {
             biased;
-            command = self.commands.recv() => self.obey(command),
+            goes_on = self.resync_asked() => goes_on,
             () = tokio::time::sleep(wait) => true,
         }
     }
@@ -223,28 +211,41 @@ impl Shipper {
             view.state = state;
             view.detail.clone_from(&reason);
             view.reason = reason;
-            view.copy = None;
+            (view.copy, view.unwritten) = (None, None);
         });
     }
 
-    /// False: nobody can command any more, the process ends.
-    fn obey(&mut self, command: Option<LinkCommand>) -> bool {
-        match command {
-            Some(LinkCommand::Resync { allow_deletes, reply }) => {
-                self.resync = Some(Resync { allow_deletes });
-                let _ = reply.send(Ok(()));
-                true
+    /// Until an operator asks for a resync; what cannot be done now is declined meanwhile, and changes nothing. False: nobody can command
+    /// any more, the process ends. Cancel-safe.
+    pub(super) async fn resync_asked(&mut self) -> bool {
+        while let Some(command) = next_command(&mut self.commands).await {
+            if self.obey(command) {
+                return true;
             }
-            Some(LinkCommand::Verify { reply } | LinkCommand::Repair { reply, .. }) => {
+        }
+        false
+    }
+
+    /// True if the command changes how the link goes on.
+    fn obey(&mut self, command: LinkCommand) -> bool {
+        match command {
+            LinkCommand::Resync { allow_deletes, reply } => {
+                // Who was not told that it will be done repeats the call, or thinks better of it.
+                let told = reply.send(Ok(())).is_ok();
+                if told {
+                    self.resync = Some(Resync { allow_deletes });
+                }
+                told
+            }
+            LinkCommand::Verify { reply } | LinkCommand::Repair { reply, .. } => {
                 let view = self.view.borrow();
                 let state = view.state.as_str();
                 let _ = reply.send(Err(format!(
                     "the link is {state} ({}): both sides can be compared once it follows",
                     view.reason
                 )));
-                true
+                false
             }
-            None => false,
         }
     }
 
@@ -305,7 +306,7 @@ impl Shipper {
             node: self.origin.node.clone(),
             software: env!("CARGO_PKG_VERSION").to_owned(),
         };
-        let mut client = HandshakeClient::new(channel.clone());
+        let mut client = HandshakeClient::new(channel.clone()).max_decoding_message_size(RECEIPT_BYTES_MAX);
         let reply = match tokio::time::timeout(HELLO_DEADLINE, client.hello(hello)).await {
             Ok(Ok(reply)) => reply.into_inner(),
             Ok(Err(status)) => return Err(refused(&address, &status)),
@@ -344,178 +345,6 @@ impl Shipper {
             let reason = format!("{address} cannot be reached: {}", tls::explain(&e));
             if tls::connect::found_nobody(&e) { SessionEnd::Unreachable(reason) } else { SessionEnd::Wait(reason) }
         })
-    }
-
-    /// The resume table, with its facts gathered; a watch that is refused for compaction is a new fact.
-    async fn decide(&mut self, greeted: &Greeted) -> Result<Way, SessionEnd> {
-        let (replica, mut origin) = self.facts(greeted).await?;
-        let position = match &replica {
-            ReplicaFacts::Answered { position, .. } => position.clone(),
-            ReplicaFacts::Unreachable => None,
-        };
-        if let Some(position) = &position {
-            // Whatever is decided, a stop for one: this is how far the replica is.
-            self.view.send_modify(|view| {
-                (view.epoch, view.term) = (position.epoch, position.term);
-                (view.seq, view.applied_seq, view.durable_seq) = (position.seq, position.seq, position.seq);
-                view.applied_revision = position.origin_revision;
-            });
-        }
-        if self.resync.is_some() {
-            return self.act(resume::resync(position.as_deref()), None).await?.ok_or_else(no_way);
-        }
-        let same_origin = position.as_ref().is_some_and(|p| p.origin_cluster == origin.cluster);
-        let usable = match &self.tail.borrow().state {
-            TailState::OtherHistory { reason } if same_origin => return Err(SessionEnd::Stop(reason.clone())),
-            TailState::Lost { compacted } => {
-                origin.compacted = *compacted;
-                false
-            }
-            TailState::OtherHistory { .. } => false,
-            TailState::Idle
-            | TailState::Connecting { .. }
-            | TailState::Running
-            | TailState::SpoolFull
-            | TailState::Stopped { .. } => same_origin,
-        };
-        if let (ReplicaFacts::Answered { position: Some(position), received }, true) = (&replica, usable) {
-            let received = received.map_or(Revision(0), |received| received.revision);
-            self.let_tail_reach(position.origin_revision.max(received)).await;
-        }
-        let extent = self.spool.extent().borrow().clone();
-        let spool = SpoolFacts { base: extent.base, covered: extent.covered, last: extent.last };
-        let spool = (usable && !extent.damaged && extent.covered > Revision(0)).then_some(spool);
-        loop {
-            let decided = resume::decide(spool.as_ref(), &replica, &origin);
-            tracing::debug!(link = %self.origin.send.link, ?decided, "resume");
-            match self.act(decided, resume::watched_from(&replica, origin.carried)).await {
-                Ok(Some(way)) => return Ok(way),
-                Ok(None) => return Err(no_way()),
-                Err(SessionEnd::Compacted(compacted)) if compacted > origin.compacted => origin.compacted = compacted,
-                Err(end) => return Err(end),
-            }
-        }
-    }
-
-    /// What the replica answered and what the origin's etcd says, the carried revision compared.
-    pub(super) async fn facts(&self, greeted: &Greeted) -> Result<(ReplicaFacts, OriginFacts), SessionEnd> {
-        let reply = &greeted.reply;
-        let position = match &reply.position[..] {
-            [] => None,
-            json => Some(
-                Position::from_json(json)
-                    .map_err(|e| SessionEnd::Wait(format!("the replica's position cannot be read: {e}")))?,
-            ),
-        };
-        let digest = <[u8; 16]>::try_from(&reply.received_digest[..]).map(Digest).unwrap_or_default();
-        let received = Received { seq: Seq(reply.received_seq), revision: Revision(reply.received_revision), digest };
-        let ahead = position.as_ref().is_some_and(|p| received.seq > p.seq);
-        let link = &self.origin.send.link;
-        let look = greeted.etcd.look(&link.waymark_key()).await.map_err(|e| at_origin(&e))?;
-        let mut origin = OriginFacts {
-            cluster: look.cluster,
-            head: look.head,
-            ranges_digest: digest::of_ranges(&self.origin.send.ranges),
-            waymark: look.kv.as_ref().and_then(|kv| OriginWaymark::from_json(&kv.value)),
-            carried: CarriedCheck::Open,
-            compacted: Revision(0),
-        };
-        if let Some(position) = &position {
-            let carried = if ahead {
-                (received.revision, received.digest)
-            } else {
-                (position.carried_revision, position.carried_digest)
-            };
-            let same_place =
-                position.origin_cluster == origin.cluster && position.ranges_digest == origin.ranges_digest;
-            if same_place && carried.0 > Revision(0) && origin.head >= carried.0 {
-                origin.carried = self.check_carried(&greeted.etcd, carried).await?;
-            }
-        }
-        let replica = ReplicaFacts::Answered { position: position.map(Box::new), received: ahead.then_some(received) };
-        Ok((replica, origin))
-    }
-
-    /// Whether the carried revision is the origin's. Where the open watch has shown it, the spool tells; a short watch costs up to 0.1 s.
-    async fn check_carried(&self, etcd: &Etcd, carried: (Revision, Digest)) -> Result<CarriedCheck, SessionEnd> {
-        if self.tailed(carried.0).await == Some(carried.1) {
-            return Ok(CarriedCheck::Same);
-        }
-        let send = &self.origin.send;
-        let probed = probe(etcd, &send.ranges, &send.link, carried.0, &self.origin.limits).await;
-        Ok(match probed.map_err(|e| at_origin(&e))? {
-            Probed::Digest(found) if found == carried.1 => CarriedCheck::Same,
-            Probed::Digest(_) | Probed::Nothing => CarriedCheck::Other,
-            Probed::Compacted => CarriedCheck::Compacted,
-        })
-    }
-
-    /// What the spool holds of one revision in the history that the open watch shows.
-    async fn tailed(&self, at: Revision) -> Option<Digest> {
-        self.tail.borrow().proven_from.filter(|from| *from <= at)?;
-        let extent = self.spool.extent().borrow().clone();
-        let (last, digest) = extent.last?;
-        if last == at {
-            return Some(digest);
-        }
-        // Nothing would come of what the spool does not hold.
-        let held = extent.base < at && at < last;
-        let read = self.spool.read_after(Revision(at.0.saturating_sub(1)), 1);
-        let entries = if held { read.await.ok()? } else { return None };
-        entries.first().filter(|entry| entry.revision.revision == at).map(|entry| entry.digest)
-    }
-
-    /// Brings the tail to where the decision wants it. `carried`: what a new watch begins with.
-    async fn act(&mut self, decided: Resume, carried: Option<(Revision, Digest)>) -> Result<Option<Way>, SessionEnd> {
-        match decided {
-            Resume::Stop { reason } => Err(SessionEnd::Stop(reason.to_string())),
-            Resume::ShipFromSpool { after } => Ok(Some(Way::Follow { after })),
-            Resume::WatchFrom { after } => {
-                self.watch_from(after, carried).await?;
-                Ok(Some(Way::Follow { after }))
-            }
-            Resume::Copy { epoch, cursor: Some(at), reason } => {
-                if !at.spool_reaches {
-                    self.watch_from(at.after, carried).await?;
-                }
-                Ok(Some(Way::Copy { epoch, cursor: Some(at.cursor), reason: reason.to_string() }))
-            }
-            Resume::Copy { epoch, cursor: None, reason } => {
-                // Where the position was lost, its epoch may be used up.
-                let epoch = epoch.max(self.known_epoch.next());
-                Ok(Some(Way::Copy { epoch, cursor: None, reason: reason.to_string() }))
-            }
-            Resume::Repair { epoch, reason } => {
-                Ok(Some(Way::Repair { epoch: epoch.max(self.known_epoch.next()), reason: reason.to_string() }))
-            }
-            Resume::Tail { .. } => Ok(None),
-        }
-    }
-
-    async fn watch_from(&mut self, after: Revision, carried: Option<(Revision, Digest)>) -> Result<(), SessionEnd> {
-        match self.restart_tail(after, carried).await {
-            Ok(()) => Ok(()),
-            Err(TailState::Lost { compacted }) => Err(SessionEnd::Compacted(compacted)),
-            Err(TailState::OtherHistory { reason } | TailState::Stopped { reason }) => Err(SessionEnd::Stop(reason)),
-            Err(TailState::Idle | TailState::Running | TailState::SpoolFull | TailState::Connecting { .. }) => {
-                Err(SessionEnd::Wait("the origin's watch did not open".to_owned()))
-            }
-        }
-    }
-
-    /// Has the tail drop the spool and watch everything after `after`; returns once etcd has created the watch.
-    pub(super) async fn restart_tail(
-        &mut self,
-        after: Revision,
-        carried: Option<(Revision, Digest)>,
-    ) -> Result<(), TailState> {
-        let (opened, waiting) = oneshot::channel();
-        let gone = || TailState::Stopped { reason: "the tail has ended".to_owned() };
-        self.tail_commands.send(TailCommand::Restart { after, carried, opened }).await.map_err(|_| gone())?;
-        match waiting.await {
-            Ok(outcome) => outcome,
-            Err(_) => Err(gone()),
-        }
     }
 
     async fn follow(&mut self, greeted: Greeted, after: Revision) -> Result<std::convert::Infallible, SessionEnd> {

@@ -5,10 +5,11 @@
 
 use super::LinkEvent;
 use super::candidacy::{self, Chore, Tailing};
+use super::decide::WATCH_OPENS_MAX;
 use super::elect::{ElectView, Standing};
 use super::ship::Shipper;
-use super::watch::TailState;
-use crate::admin::LinkCommand;
+use super::watch::{Begins, TailState};
+use crate::admin::{LinkCommand, next_command};
 use crate::etcd::{Columns, Etcd, EtcdError};
 use crate::model::{KeyRange, LINKS_PREFIX, LinkState, Revision, Term};
 use std::time::Duration;
@@ -41,7 +42,7 @@ impl Shipper {
                     changed.ok()?;
                     continue;
                 }
-                command = self.commands.recv() => {
+                command = next_command(&mut self.commands) => {
                     decline(command?, &view);
                     continue;
                 }
@@ -67,7 +68,7 @@ impl Shipper {
             }
             ship.state = LinkState::Connecting;
             (ship.detail, ship.reason) = (detail, String::new());
-            (ship.copy, ship.copy_since) = (None, None);
+            (ship.copy, ship.copy_since, ship.unwritten) = (None, None, None);
             true
         });
     }
@@ -110,7 +111,7 @@ impl Shipper {
         };
         tracing::info!(link = %self.origin.send.link, after = %from, "the standby's spool begins");
         // Should etcd compact past it before the watch stands, the tail says so, and the next look begins at the head.
-        let _ = self.restart_tail(from, None).await;
+        let _ = self.restart_tail(from, None, Begins::Afresh, WATCH_OPENS_MAX).await;
         Ok(())
     }
 
@@ -121,7 +122,7 @@ impl Shipper {
             return Ok(());
         }
         tracing::info!(link = %self.origin.send.link, %after, "the standby's spool begins anew, where the replica is");
-        let _ = self.restart_tail(after, None).await;
+        let _ = self.restart_tail(after, None, Begins::GoesOn, WATCH_OPENS_MAX).await;
         Ok(())
     }
 

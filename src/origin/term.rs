@@ -17,6 +17,7 @@ impl Shipper {
         loop {
             let Some(term) = self.stand_by().await else { return };
             self.term = term;
+            self.forget_wishes();
             self.heard.send_replace(Heard::default());
             let mut elected = self.elected.clone();
             tokio::select! {
@@ -26,7 +27,18 @@ impl Shipper {
             }
             tracing::info!(link = %self.origin.send.link, %term, "this sidecar ships the link no more");
             self.opened = None;
+            // The session went with its term, and said nothing.
+            self.view.send_modify(|view| view.abandon_verification("another sidecar ships the link now: ask there"));
         }
+    }
+
+    /// A wish was for the link as it was in an earlier term. Whoever shipped since may have fulfilled it, and the origin may be another.
+    fn forget_wishes(&mut self) {
+        if self.resync.is_some() {
+            tracing::warn!(link = %self.origin.send.link, term = %self.term,
+                "a resync was asked for in an earlier term and is forgotten: ask again if it is still wanted");
+        }
+        (self.resync, self.copy_wanted, self.went_back) = (None, None, None);
     }
 
     /// The replica has said something.

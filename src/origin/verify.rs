@@ -9,7 +9,7 @@ use super::Clock;
 use super::compare::{Answer, Ask, Comparison, Failed, Mark, Pace, Shipped};
 use super::found::{Compared, MendStop, Mending};
 use super::session::{Session, SessionEnd};
-use super::ship::{Resync, Shipper};
+use super::ship::Shipper;
 use crate::admin::LinkCommand;
 use crate::etcd::{Columns, Etcd, EtcdError};
 use crate::model::{Change, DifferingRange, KeyRange, Outcome, PartsProgress, Revision, Seq, WholeRevision};
@@ -176,14 +176,17 @@ impl Session {
             return Err("the base copy is not over at the replica: ask again once the link follows".to_owned());
         }
         let runs = ship.view.borrow().verification.runs;
-        if self.verifying.running.as_ref().is_some_and(|running| running.asked) {
+        let promised = if self.verifying.running.as_ref().is_some_and(|running| running.asked) {
             let before = self.verifying.wanted.unwrap_or_default();
             self.verifying.wanted = Some(Wish { mending: wish.mending.or(before.mending) });
-            return Ok(runs + 2);
-        }
-        // One that was due began earlier, and goes slowly.
-        self.begin(ship, wish, true, 1.0);
-        Ok(runs + 1)
+            runs + 2
+        } else {
+            // One that was due began earlier, and goes slowly.
+            self.begin(ship, wish, true, 1.0);
+            runs + 1
+        };
+        ship.view.send_modify(|view| view.runs_promised = promised);
+        Ok(promised)
     }
 
     fn begin(&mut self, ship: &Shipper, wish: Wish, asked: bool, core_share: f64) {
@@ -229,10 +232,10 @@ impl Session {
         ship: &mut Shipper,
         event: VerifyEvent,
     ) -> Result<Option<Shipment>, SessionEnd> {
-        if let VerifyEvent::Ended(Err(Failed::Stopped(MendStop::TooMany { differing }))) = &event
+        if let VerifyEvent::Ended(Err(Failed::Stopped(MendStop::TooMany { differing }))) = event
             && self.shipped.acked.repairing
         {
-            ship.resync.get_or_insert(Resync { allow_deletes: false });
+            ship.copy_wanted = Some(differing);
             return Err(SessionEnd::HelloAgain(format!("{differing} keys differ: a base copy brings them")));
         }
         Ok(self.shipment_for(ship, event))
@@ -343,17 +346,9 @@ impl Session {
 
     /// The stream has ended, and with it what was asked for.
     pub(super) fn abandon_verification(&mut self, ship: &mut Shipper, reason: &str) {
-        let Some(running) = self.verifying.running.take() else { return };
-        let asked = u64::from(running.asked) + u64::from(self.verifying.wanted.take().is_some());
-        self.verifying.reading = None;
-        if asked > 0 {
-            failed_run(ship, &format!("the stream to the replica ended: {reason}"));
-        }
-        ship.view.send_modify(|view| {
-            view.verification.runs += asked;
-            view.verification.running = None;
-            view.count("verifications", asked);
-        });
+        (self.verifying.running, self.verifying.wanted, self.verifying.reading) = (None, None, None);
+        let reason = format!("the stream to the replica ended: {reason}");
+        ship.view.send_modify(|view| view.abandon_verification(&reason));
     }
 
     /// How far the one that runs is, for the view.

@@ -2,7 +2,7 @@
 //! Input: what the shipper and its session write. Output: a `ShipView`.
 //! Always true: only the shipper and what it runs write it; a count never falls.
 
-use crate::model::{CopyProgress, Epoch, LinkState, Revision, Seq, Term, Verification};
+use crate::model::{CopyProgress, Epoch, LinkState, Outcome, Revision, Seq, Term, Verification};
 use std::collections::BTreeMap;
 use tokio::time::Instant;
 
@@ -23,7 +23,11 @@ pub struct ShipView {
     pub bytes_sent: u64,
     pub counts: BTreeMap<&'static str, u64>,
     pub copy: Option<CopyProgress>,
+    /// What the open stream could not write at the origin the last time, and why.
+    pub unwritten: Option<String>,
     pub verification: Verification,
+    /// Once so many comparisons have ended, everyone who asked for one has an answer.
+    pub runs_promised: u64,
     /// Since when a base copy is wanted and not complete: all that it is to bring is behind since then.
     pub copy_since: Option<Instant>,
 }
@@ -44,7 +48,9 @@ impl Default for ShipView {
             bytes_sent: 0,
             counts: BTreeMap::new(),
             copy: None,
+            unwritten: None,
             verification: Verification::default(),
+            runs_promised: 0,
             copy_since: None,
         }
     }
@@ -53,5 +59,43 @@ impl Default for ShipView {
 impl ShipView {
     pub fn count(&mut self, name: &'static str, more: u64) {
         *self.counts.entry(name).or_default() += more;
+    }
+
+    /// The comparison that ran ended without an outcome. One that was asked for has failed: whoever asked waits for it.
+    pub fn abandon_verification(&mut self, reason: &str) {
+        self.verification.running = None;
+        let asked = self.runs_promised.saturating_sub(self.verification.runs);
+        if asked > 0 {
+            self.verification.runs += asked;
+            self.verification.outcome = Outcome::Failed;
+            reason.clone_into(&mut self.verification.detail);
+            self.count("verifications", asked);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::PartsProgress;
+
+    #[test]
+    fn comparisons_that_were_asked_for_have_failed_once_they_are_abandoned_and_others_only_end() {
+        let mut view = ShipView::default();
+        view.verification.runs = 3;
+        view.verification.outcome = Outcome::Equal;
+        view.verification.running = Some(PartsProgress::default());
+        view.abandon_verification("nobody asked");
+        assert_eq!((view.verification.running, view.verification.runs), (None, 3));
+        assert_eq!(view.verification.outcome, Outcome::Equal);
+
+        view.runs_promised = 5;
+        view.verification.running = Some(PartsProgress::default());
+        view.abandon_verification("it was deposed");
+        assert_eq!((view.verification.running, view.verification.runs), (None, 5));
+        assert_eq!((view.verification.outcome, &view.verification.detail[..]), (Outcome::Failed, "it was deposed"));
+        assert_eq!(view.counts["verifications"], 2);
+        view.abandon_verification("again");
+        assert_eq!((view.verification.runs, &view.verification.detail[..]), (5, "it was deposed"));
     }
 }

@@ -68,8 +68,28 @@ pub type Opened = oneshot::Sender<Result<(), TailState>>;
 /// What the shipper asks of the tail.
 pub enum TailCommand {
     /// Forget the spool and watch everything after `after`; `opened` is told once etcd has created the watch. `carried`: the watch begins
-    /// at this revision, to see that it and what follows up to `after` is what it was.
-    Restart { after: Revision, carried: Option<(Revision, Digest)>, opened: Opened },
+    /// at this revision, to see that it and what follows up to `after` is what it was. Not begun once nobody waits for `opened`.
+    Restart { after: Revision, carried: Option<(Revision, Digest)>, begins: Begins, opened: Opened },
+}
+
+/// What a spool that is begun anew is to its link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Begins {
+    /// It goes on in the history that was followed before.
+    GoesOn,
+    /// What came before is brought in another way, by a base copy for one, and may have been another history.
+    Afresh,
+}
+
+/// The next command that somebody still waits for: whoever gave up has decided anew since. Cancel-safe.
+async fn next_command(commands: &mut mpsc::Receiver<TailCommand>) -> Option<TailCommand> {
+    loop {
+        let command = commands.recv().await?;
+        let TailCommand::Restart { opened, .. } = &command;
+        if !opened.is_closed() {
+            return Some(command);
+        }
+    }
 }
 
 pub struct Tail {
@@ -159,10 +179,10 @@ impl Tail {
             let ended = match std::mem::replace(&mut turn.next, Next::Watch) {
                 Next::Watch => Box::pin(self.watch_once(&mut turn)).await,
                 Next::End => return,
-                Next::WaitForCommand => Ended::Command(self.commands.recv().await),
+                Next::WaitForCommand => Ended::Command(next_command(&mut self.commands).await),
                 Next::WaitForRoom => tokio::select! {
                     biased;
-                    command = self.commands.recv() => Ended::Command(command),
+                    command = next_command(&mut self.commands) => Ended::Command(command),
                     room = self.spool.room() => match room {
                         Ok(()) => continue,
                         Err(e) => Ended::Spool(e.to_string()),
@@ -174,13 +194,18 @@ impl Tail {
     }
 
     /// Begins the spool anew, then watches; `opened` is told when the watch stands.
-    async fn restart(&mut self, after: Revision, carried: Option<(Revision, Digest)>, opened: Opened, turn: &mut Turn) {
+    async fn restart(&mut self, command: TailCommand, turn: &mut Turn) {
+        let TailCommand::Restart { after, carried, begins, opened } = command;
         self.seen = None;
         self.carried = carried;
         match self.spool.reset(after).await {
             Ok(()) => {
                 self.view.send_modify(|view| (view.covered, view.proven_from) = (after, None));
                 turn.opened = Some(opened);
+                if begins == Begins::Afresh {
+                    // From here: what arrives next is told after it.
+                    let _ = self.events.send(LinkEvent::Anchored(after)).await;
+                }
             }
             Err(e) => {
                 turn.opened = Some(opened);
@@ -193,9 +218,7 @@ impl Tail {
     async fn go_on_after(&mut self, ended: Ended, turn: &mut Turn) {
         match ended {
             Ended::Command(None) => turn.next = Next::End,
-            Ended::Command(Some(TailCommand::Restart { after, carried, opened })) => {
-                self.restart(after, carried, opened, turn).await;
-            }
+            Ended::Command(Some(command)) => self.restart(command, turn).await,
             Ended::Compacted { from, compacted } => {
                 let covered = self.spool.extent().borrow().covered;
                 if reopen::goes_on_after_end(from, covered, compacted) {
@@ -317,7 +340,7 @@ impl Tail {
         loop {
             tokio::select! {
                 biased;
-                command = self.commands.recv() => return Ended::Command(command),
+                command = next_command(&mut self.commands) => return Ended::Command(command),
                 signal = open.watch.next() => {
                     silent_since = tokio::time::Instant::now();
                     match signal {

@@ -53,6 +53,11 @@ impl FrameLimits {
         Self { plain_bytes_max, revisions_max: Self::REVISIONS_MAX }
     }
 
+    /// As many of these as one frame takes: a frame's bytes may hold more revisions of a few bytes each than a decoder accepts.
+    pub fn fit<T>(revisions: &[T]) -> &[T] {
+        &revisions[..revisions.len().min(Self::REVISIONS_MAX)]
+    }
+
     /// A body may be half as large again as its keys and values, for tags and lengths, and a little more for small frames. Only a frame of
     /// many megabytes of the shortest keys would need more.
     fn body_bytes_max(&self) -> usize {
@@ -333,6 +338,18 @@ mod tests {
         let decoded = decode_standalone(&frame, &LIMITS).unwrap();
         assert_eq!((decoded.epoch, decoded.term, decoded.seq_first), (Epoch(3), Term(200), Seq(5)));
         assert_eq!(decoded.revisions, sample());
+    }
+
+    #[test]
+    fn a_frame_is_filled_with_no_more_tiny_revisions_than_a_decoder_accepts() {
+        let revision = |n| WholeRevision { revision: Revision(n), changes: vec![put("/a", "")] };
+        let backlog: Vec<WholeRevision> = (1..=FrameLimits::REVISIONS_MAX as u64 + 2).map(revision).collect();
+        assert_eq!(FrameLimits::fit(&backlog[..3]).len(), 3);
+        let limits = FrameLimits::new(32 << 20);
+        let all = standalone(Epoch(1), Term(0), Seq(1), &backlog);
+        assert!(matches!(decode_standalone(&all, &limits), Err(FrameError::TooManyRevisions { .. })));
+        let frame = standalone(Epoch(1), Term(0), Seq(1), FrameLimits::fit(&backlog));
+        assert_eq!(decode_standalone(&frame, &limits).unwrap().revisions.len(), FrameLimits::REVISIONS_MAX);
     }
 
     #[test]

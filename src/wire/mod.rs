@@ -30,6 +30,10 @@ pub const SESSION_METADATA: &str = "etcd-ferry-session";
 /// A hello is read before the peer's name is checked, so it is small.
 pub const HELLO_BYTES_MAX: usize = 64 << 10;
 
+/// What a sidecar reads of its peer in one message of a hello's answer or of receipts. An answer to a question about keys is far below it,
+/// unless keys have some ten thousand bytes each; what is larger ends the stream.
+pub const RECEIPT_BYTES_MAX: usize = 64 << 20;
+
 /// The lesser of our own limit and a peer's; a peer that names none leaves ours.
 pub fn lesser(ours: usize, theirs: u64) -> usize {
     match usize::try_from(theirs) {

@@ -7,6 +7,7 @@ use crate::bed::pair::{LINK, LINK_BACK, Pair, PairOptions, REPLICA_REGION, link_
 use crate::bed::sidecar::{Sidecar, make_certificates};
 use crate::bed::traffic::{Traffic, TrafficOptions};
 use crate::bed::{PATIENCE, until};
+use crate::resume::spool_dir;
 use bytes::Bytes;
 use etcd_client::{DeleteOptions, KvClient, Permission, PermissionType, RoleRevokePermissionOptions};
 use etcd_ferry::config::EtcdConfig;
@@ -201,6 +202,34 @@ async fn a_right_that_the_origins_user_lacks_is_named_and_granted_later_it_goes_
     assert_carries(&pair, "/app/a").await;
     let well = |entry: &serde_json::Value| entry["state"] == "following" && entry["reason"] == "";
     pair.origin_sidecar.wait_for(LINK, "the link to follow with nothing in its way", well).await;
+}
+
+#[tokio::test]
+async fn while_the_watch_may_not_be_opened_commands_are_answered_with_and_without_a_stream() {
+    let rights = rights_at_origin();
+    let mut pair = Box::pin(with_rights(&rights, &rights_at_replica(), &[])).await;
+    assert_carries(&pair, "/app/a").await;
+    pair.origin_sidecar.stop().await;
+    std::fs::remove_dir_all(spool_dir(&pair)).unwrap();
+    grant(&pair.origin, &(PermissionType::Read, app())).await;
+    grant(&pair.origin, &(PermissionType::Read, KeyRange::prefix(b"/etcd-ferry/v1/links/"))).await;
+    revoke(&pair.origin, &rights[0]).await;
+    pair.origin_sidecar.restart().await;
+    let words = "needs the right to read all of [/app/, /etcd-ferry/v1/links0), as one range";
+    wait_for_reason(&pair.origin_sidecar, LINK, words).await;
+    let logged = async |pair: &Pair, words: &str| {
+        until(words, PATIENCE, async || pair.origin_sidecar.log().contains(words).then_some(())).await;
+    };
+    logged(&pair, "the origin's watch did not open").await;
+    let asked = pair.origin_sidecar.admin(&["resync", LINK]);
+    assert!(asked.status.success(), "{}", String::from_utf8_lossy(&asked.stderr));
+    logged(&pair, "base copy link=config reason=an operator asked for it").await;
+    let asked = pair.origin_sidecar.admin(&["verify", LINK]);
+    let said = String::from_utf8_lossy(&asked.stderr).into_owned();
+    assert!(said.contains("the base copy is not over at the replica"), "{said}");
+    wait_for_reason(&pair.origin_sidecar, LINK, words).await;
+    grant(&pair.origin, &rights[0]).await;
+    assert_carries(&pair, "/app/b").await;
 }
 
 #[tokio::test]

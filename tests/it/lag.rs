@@ -5,10 +5,10 @@
 use crate::bed::etcd::EtcdOptions;
 use crate::bed::pair::{LINK, Pair, PairOptions};
 use crate::bed::traffic::{Acknowledged, Write, commit};
-use crate::bed::{LinkProxy, PATIENCE};
+use crate::bed::{LinkProxy, PATIENCE, until};
 use bytes::Bytes;
 use etcd_ferry::demo::proxy::Direction;
-use etcd_ferry::model::Revision;
+use etcd_ferry::model::{Phase, Position, Revision};
 use serde_json::Value;
 use std::time::Duration;
 
@@ -46,6 +46,38 @@ async fn an_idle_link_follows_the_head_that_others_move_and_has_no_lag() {
         let entry = sidecar.wait_for_within(LINK, &what, Duration::from_secs(15), |e| caught_up(e, head)).await;
         assert_eq!(entry["applied_seq"], 1, "one revision is the link's: {entry:#}");
     }
+}
+
+#[tokio::test]
+async fn after_the_origin_was_replaced_by_one_with_lower_revisions_lag_and_rpo_are_told_all_the_same() {
+    let pair = &mut Box::pin(Pair::start(loose())).await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    let mut revision = Revision(0);
+    for number in 0..300 {
+        revision = pair.origin.put("/app/a", format!("{number}")).await;
+    }
+    let before = pair.wait_applied(revision).await;
+    pair.origin_sidecar.pause();
+    pair.origin.replace().await;
+    let head = pair.origin.put("/app/a", "of another cluster").await;
+    assert!(head.0 < 100);
+    pair.origin_sidecar.resume();
+    let is_new = |p: &Position| p.epoch > before.epoch && p.state == Phase::Following;
+    until("the next epoch to be followed", PATIENCE, async || pair.position().await.filter(is_new)).await;
+    pair.origin_sidecar.wait_for(LINK, "no lag after the copy", |e| caught_up(e, head)).await;
+
+    pair.proxy.cut();
+    pair.origin.put("/app/b", "1").await;
+
+    let behind = |entry: &Value| {
+        let behind = |what: &str| entry[format!("{what}_seconds")].as_f64() > Some(1.0);
+        entry["lag_revisions"] == 1 && entry["rpo_revisions"] == 1 && behind("lag") && behind("rpo")
+    };
+    pair.origin_sidecar.wait_for(LINK, "lag while the link is cut", behind).await;
+    pair.proxy.heal();
+    let last = pair.origin.put("/app/c", "1").await;
+    pair.wait_applied(last).await;
+    pair.origin_sidecar.wait_for(LINK, "no lag once it has healed", |e| caught_up(e, last)).await;
 }
 
 /// A pair whose origin's sidecar reaches its etcd through a proxy, and the connection of the watch is the busiest of all.

@@ -6,12 +6,15 @@ use crate::bed::etcd::{Etcd, EtcdOptions};
 use crate::bed::pair::{LINK, Pair, PairOptions, link_name};
 use crate::bed::traffic::{Acknowledged, Write, commit};
 use crate::bed::{LinkProxy, PATIENCE, until};
+use crate::resume::{following, last, wait_spooled, write};
 use bytes::Bytes;
 use etcd_ferry::model::{Change, Ranges, Revision, Seq, WholeRevision};
 use etcd_ferry::replica::plan::{self, Extent, RequestLimits, Waiting};
+use etcd_ferry::wire::frame::FrameLimits;
 use rand::RngCore;
 use serde_json::Value;
 use std::sync::Arc;
+use std::time::Duration;
 
 const MIB: usize = 1 << 20;
 /// etcd's default, and the sidecar's.
@@ -273,6 +276,20 @@ async fn a_restart_amid_the_parts_of_a_revision_goes_on_with_the_next_part() {
 }
 
 /// 1.2 MB at 50 kB/s are on their way for longer than a stream may be silent.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backlog_of_more_tiny_revisions_than_a_frame_takes_is_shipped_in_whole_frames() {
+    let limits = ["frame_bytes_max", "queue_bytes_max"].map(|limit| (limit.to_owned(), 32 << 20)).into();
+    let (pair, before) = following(PairOptions { limits, ..PairOptions::default() }).await;
+    pair.proxy.cut();
+    let acknowledged = write(&pair.origin.access(), "/t/", FrameLimits::REVISIONS_MAX + 500, 1).await;
+    wait_spooled(&pair, last(&acknowledged)).await;
+    pair.proxy.heal();
+    let after = pair.wait_applied_within(last(&acknowledged), Duration::from_secs(60)).await;
+    assert_eq!(after.seq.0, before.seq.0 + acknowledged.len() as u64);
+    let entry = pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    assert!(entry["counts"]["resets"].is_null(), "a frame was refused: {entry}");
+}
+
 #[tokio::test]
 async fn a_value_that_is_half_a_minute_on_its_way_over_a_narrow_link_arrives_in_one_stream() {
     let pair = Box::pin(Pair::start(PairOptions { origin: loose(), replica: loose(), ..PairOptions::default() })).await;

@@ -3,6 +3,7 @@
 //! Always true: what crossed is told by the proxy's counters, what was written by the revisions of the keys; both sides end equal.
 
 use crate::bed::contents::{load, noise};
+use crate::bed::etcd::KeyMap;
 use crate::bed::pair::{LINK, Pair, PairOptions};
 use crate::bed::recording::Recorder;
 use crate::bed::traffic::{Traffic, TrafficOptions, Write, commit};
@@ -10,8 +11,11 @@ use crate::bed::{PATIENCE, until};
 use crate::repair::states;
 use crate::resume::spool_dir;
 use crate::verify::{assert_verified, following_with, over_app};
+use bytes::Bytes;
 use etcd_ferry::model::{Phase, Position, Revision};
 use serde_json::Value;
+use std::path::PathBuf;
+use std::time::Duration;
 
 /// Stops the origin's sidecar, has the origin written, and loses both the spool and the origin's history.
 async fn lose_history(pair: &mut Pair, writes: &[Write]) -> Revision {
@@ -142,6 +146,75 @@ async fn more_deletes_than_the_share_hold_a_link_that_comes_back_until_they_are_
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     followed_in(&pair, &before).await;
     assert_eq!(pair.assert_equal().await, 71);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn seventy_thousand_long_keys_that_the_origin_has_no_more_are_told_of_in_bounded_answers() {
+    let long = "k".repeat(110);
+    let gone: KeyMap = (0..70_000).map(|n| (format!("/app/{long}{n:06}").into(), Bytes::new())).collect();
+    let mut pair = Box::pin(Pair::prepare(over_app())).await;
+    load(&pair.origin, &noise("/app/", 500, 10)).await;
+    load(&pair.origin, &gone).await;
+    pair.origin_sidecar.restart().await;
+    pair.replica_sidecar.restart().await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    lose_history(&mut pair, &[]).await;
+    let all = etcd_client::DeleteOptions::new().with_prefix();
+    pair.origin.kv().await.delete(format!("/app/{long}"), Some(all)).await.unwrap();
+    pair.origin.compact(pair.origin.head().await).await;
+    pair.origin_sidecar.restart().await;
+    let held = |entry: &Value| entry["reason"].as_str().is_some_and(|r| r.contains("delete 70000 of the 70500 keys"));
+    pair.origin_sidecar.wait_for(LINK, "all of them to be found", held).await;
+}
+
+/// A link that lost history, and more keys with it than a repair keeps by name; the origin as it was before any of it.
+async fn lost_more_than_a_repair_keeps() -> (Pair, PathBuf) {
+    const KEYS: usize = 100_500;
+    let mut pair = Box::pin(following_with(over_app(), 500, 10)).await;
+    let snapshot = pair.origin.save_snapshot().await;
+    lose_history(&mut pair, &[Write::put("/app/new", "1")]).await;
+    load(&pair.origin, &noise("/app/lost/", KEYS, 10)).await;
+    (pair, snapshot)
+}
+
+const GAVE_UP: &str = "keys differ: a base copy brings them";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn more_differing_keys_than_a_repair_keeps_are_brought_by_a_base_copy_that_says_why() {
+    let (mut pair, _) = lost_more_than_a_repair_keeps().await;
+    let before = pair.position().await.unwrap();
+    pair.origin_sidecar.restart().await;
+    followed_in(&pair, &before).await;
+    assert_eq!(pair.assert_equal().await, 101_001);
+    let log = pair.origin_sidecar.log();
+    assert!(
+        log.contains("100501 keys differ, more than a repair keeps by name") && log.contains("base copy is complete")
+    );
+    assert!(!log.contains("an operator asked for it"), "nobody did");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_origin_that_was_restored_while_a_repair_gave_up_stops_the_link_before_any_base_copy() {
+    let (mut pair, snapshot) = lost_more_than_a_repair_keeps().await;
+    let before = pair.position().await.unwrap();
+    pair.origin_sidecar.restart().await;
+    let logged = async |pair: &Pair, words: &str| {
+        until(words, PATIENCE, async || pair.origin_sidecar.log().contains(words).then_some(())).await;
+    };
+    logged(&pair, "repair instead of a base copy").await;
+    // So that the hello after it takes some seconds.
+    pair.proxy.set_delay(Duration::from_secs(1));
+    logged(&pair, GAVE_UP).await;
+    pair.proxy.cut();
+    pair.origin_sidecar.pause();
+    pair.origin.restore_snapshot(&snapshot).await;
+    pair.proxy.set_delay(Duration::ZERO);
+    pair.proxy.heal();
+    pair.origin_sidecar.resume();
+    let entry = pair.origin_sidecar.wait_for_state(LINK, "stopped").await;
+    assert!(entry["reason"].as_str().is_some_and(|reason| reason.contains("restored")), "{entry}");
+    let after = pair.position().await.unwrap();
+    assert_eq!((after.epoch, after.state), (before.epoch.next(), Phase::Repairing), "old values were copied");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

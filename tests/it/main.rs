@@ -23,6 +23,7 @@ mod links;
 mod lost_history;
 mod memory;
 mod mutants_apply;
+mod origin_trouble;
 mod peers;
 mod power_cut;
 mod repair;

@@ -12,7 +12,7 @@ use etcd_ferry::config::{EtcdConfig, Limits};
 use etcd_ferry::model::{Digest, LinkName, Position, Revision};
 use etcd_ferry::origin::Clock;
 use etcd_ferry::origin::spool::Spool;
-use etcd_ferry::origin::watch::{Tail, TailCommand, TailState, TailView};
+use etcd_ferry::origin::watch::{Begins, Tail, TailCommand, TailState, TailView};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -335,7 +335,7 @@ async fn begin_after(etcd: &Etcd, dir: &Path, after: Revision) -> Result<(), Tai
     let stop = CancellationToken::new();
     let running = tokio::spawn(tail.run(stop.clone()));
     let (opened, waiting) = oneshot::channel();
-    assert!(commands.send(TailCommand::Restart { after, carried: None, opened }).await.is_ok());
+    assert!(commands.send(TailCommand::Restart { after, carried: None, begins: Begins::Afresh, opened }).await.is_ok());
     let outcome = tokio::time::timeout(PATIENCE, waiting).await.expect("an answer").unwrap();
     stop.cancel();
     running.await.unwrap();

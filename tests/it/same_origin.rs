@@ -122,6 +122,26 @@ async fn an_origin_whose_head_is_below_what_was_carried_stops_the_link() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stopped_link_declines_a_comparison_and_stays_as_it_is_until_a_resync() {
+    let (mut pair, before) = following(PairOptions::default()).await;
+    let snapshot = pair.origin.save_snapshot().await;
+    let lost = write(&pair.origin.access(), "/app/lost/", 50, 50).await;
+    pair.wait_applied(last(&lost)).await;
+    pair.origin.restore_snapshot(&snapshot).await;
+    stopped(&pair).await;
+    let stops = |pair: &Pair| pair.origin_sidecar.log().matches("the link stops").count();
+    let stops_before = stops(&pair);
+    for command in ["verify", "repair"] {
+        let output = pair.origin_sidecar.admin(&[command, LINK]);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(said.contains("the link is stopped") && said.contains("restored"), "{command}: {said}");
+    }
+    // A link that had said hello again would have stopped again before it took the next command.
+    resync(&pair, &before, Revision(0)).await;
+    assert_eq!(stops(&pair), stops_before);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_spool_of_the_lost_history_is_not_continued_with_the_new_one_though_the_replica_was_away() {
     let (mut pair, before) = following(PairOptions::default()).await;
     pair.proxy.cut();

@@ -5,9 +5,11 @@
 use crate::bed::etcd::Etcd;
 use crate::bed::pair::{LINK, link_name};
 use crate::bed::regions::{Regions, RegionsOptions, TAKEOVER_LIMIT};
+use crate::bed::sidecar::ferry;
 use crate::bed::traffic::Acknowledged;
 use crate::bed::{PATIENCE, until};
 use crate::resume::{last, spool_end, write};
+use crate::verify::outcome_of;
 use etcd_ferry::model::{Position, Revision};
 use std::time::{Duration, Instant};
 
@@ -109,6 +111,48 @@ async fn a_shipper_that_gets_sigterm_hands_the_link_over_at_once() {
     // The lease would have lasted for five seconds.
     assert!(stopped.elapsed() < Duration::from_secs(3), "{:?}", stopped.elapsed());
     regions.judge(recorder, &traffic.stop().await, &before).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_resync_that_was_asked_for_in_an_earlier_term_is_not_done_when_its_sidecar_ships_again() {
+    let (mut regions, before) = following(RegionsOptions::default()).await;
+    let shipper = regions.shipper().await;
+    regions.cut_link();
+    let asked = regions.origin_sidecars[shipper].admin(&["resync", LINK, "--allow-deletes"]);
+    assert!(asked.status.success(), "{}", String::from_utf8_lossy(&asked.stderr));
+    let stands_by = |entry: &serde_json::Value| entry["role"] == "standby";
+    regions.origin_sidecars[shipper].wait_for(LINK, "the shipper to give way", stands_by).await;
+    regions.heal();
+    let revision = regions.origin[0].put("/app/by-the-other", "1").await;
+    let position = regions.wait_applied(revision).await;
+    regions.wait_standby(shipper).await;
+    let other = regions.shipper().await;
+    assert_ne!(other, shipper, "the link was healed too late: the first one ships again");
+    regions.origin_sidecars[other].stop().await;
+    let ships = |entry: &serde_json::Value| entry["role"] == "shipper" && entry["state"] == "following";
+    regions.origin_sidecars[shipper].wait_for(LINK, "the first one to ship again", ships).await;
+    let revision = regions.origin[0].put("/app/by-the-first", "1").await;
+    let after = regions.wait_applied(revision).await;
+    assert!(after.term > position.term);
+    assert_eq!(after.epoch, before.epoch, "a base copy that nobody waited for any more");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_comparison_ends_with_a_reason_when_the_sidecar_that_was_asked_gives_way() {
+    let (regions, _) = following(RegionsOptions::default()).await;
+    let shipper = regions.shipper().await;
+    regions.replica_sidecars[0].pause();
+    let config = regions.origin_sidecars[shipper].config_path().to_str().unwrap().to_owned();
+    let asked = tokio::task::spawn_blocking(move || ferry(&["verify", LINK, "--json", "--config", &config]));
+    let runs = |entry: &serde_json::Value| !entry["verification"]["running"].is_null();
+    regions.origin_sidecars[shipper].wait_for(LINK, "a comparison that runs", runs).await;
+    let output = tokio::time::timeout(PATIENCE, asked).await.expect("the call ends").unwrap();
+    regions.replica_sidecars[0].resume();
+    let outcome = outcome_of(&output);
+    assert_eq!((output.status.code(), outcome["outcome"].as_str()), (Some(1), Some("failed")), "{outcome}");
+    assert!(outcome["detail"].as_str().unwrap().contains("another sidecar ships the link now"), "{outcome}");
+    let over = |entry: &serde_json::Value| entry["verification"]["running"].is_null();
+    regions.origin_sidecars[shipper].wait_for(LINK, "the comparison to be over", over).await;
 }
 
 /// What ends the shipper while the link is down.
@@ -244,6 +288,29 @@ async fn either_sidecar_of_the_replica_is_killed_or_paused_and_the_other_one_rec
         }
     }
     regions.judge(recorder, &traffic.stop().await, &before).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_that_takes_longer_to_open_than_an_open_one_may_be_silent_is_waited_for() {
+    let options = RegionsOptions { sidecars: (1, 2), ..RegionsOptions::default() };
+    let (regions, _) = following(options).await;
+    let sidecar = &regions.origin_sidecars[0];
+    let streams = || sidecar.log().matches("session: following link=").count();
+    let set_delay = |seconds| {
+        regions.peer_lines[0].iter().for_each(|line| line.set_delay(Duration::from_secs(seconds)));
+    };
+    let before = streams();
+    regions.cut_link();
+    sidecar.wait_for_state(LINK, "connecting").await;
+    set_delay(1);
+    regions.heal();
+    until("a stream that was asked for", PATIENCE, async || (streams() > before).then_some(())).await;
+    // The replica's word that it is open is not on its way yet: it takes two seconds more than an open stream may be silent.
+    set_delay(6);
+    sidecar.wait_for_state(LINK, "following").await;
+    set_delay(0);
+    assert_eq!(streams(), before + 1);
+    assert!(!sidecar.log().contains("said nothing for"), "a stream was given up");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

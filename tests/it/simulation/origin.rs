@@ -92,6 +92,11 @@ impl Origin {
         (self.session, self.known_epoch, self.resync, self.stopped) = (None, Epoch(0), None, None);
     }
 
+    /// Ships in a new term; a wish was for an earlier one.
+    pub fn elect(&mut self, term: Term) {
+        (self.term, self.session, self.resync) = (term, None, None);
+    }
+
     fn end(&mut self, end: End, context: &mut Context) {
         match end {
             End::Again(reason) => context.note(|| format!("{} says hello again: {reason}", self.name)),
@@ -572,6 +577,8 @@ fn name_of_copy(reason: &CopyReason) -> &'static str {
         CopyReason::Compacted { .. } => "compacted",
         CopyReason::NotProvable => "not provable",
         CopyReason::GoesOn => "goes on",
+        // What a comparison led to.
+        CopyReason::TooManyDiffer { .. } => "too many differ",
         CopyReason::Asked => "asked",
     }
 }

@@ -322,8 +322,7 @@ impl World {
         }
         if self.may.elections && self.context.fails(8, "election") {
             let highest = self.origins.iter().map(|origin| origin.term).max().unwrap_or_default();
-            self.origins[origin].term = Term(highest.0 + 1);
-            self.origins[origin].session = None;
+            self.origins[origin].elect(Term(highest.0 + 1));
         }
         if self.context.random.permille(40) && self.origins[origin].stopped.is_some() {
             self.resync(origin);

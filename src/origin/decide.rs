@@ -1,0 +1,234 @@
+//! Job: where a link goes on after a hello: gather the facts, ask the resume table, bring the tail to where it says.
+//! Input: a hello's answer, the origin's etcd, the views of the tail and the spool. Output: a `Way`, or why there is none.
+//! Edge: part of the shipper, which owns all of it.
+//! Always true: nothing begins but as the resume table says; a watch that is refused for compaction is a new fact, and asked about again.
+
+use super::probe::{Probed, probe};
+use super::resume::{self, CarriedCheck, OriginFacts, Received, ReplicaFacts, Resume, SpoolFacts};
+use super::sequence::OriginWaymark;
+use super::session::SessionEnd;
+use super::ship::{Greeted, Shipper, at_origin};
+use super::watch::{Begins, TailCommand, TailState};
+use crate::etcd::Etcd;
+use crate::model::{Digest, Epoch, Position, Revision, Seq};
+use crate::wire::digest;
+use std::future::Future;
+use std::time::Duration;
+use tokio::sync::oneshot;
+
+/// A watch opens within milliseconds. Until it does, nothing is heard of the replica, so this is less than a shipper's patience.
+pub(super) const WATCH_OPENS_MAX: Duration = Duration::from_secs(4);
+
+/// How the stream begins.
+pub(super) enum Way {
+    Follow { after: Revision },
+    Copy { epoch: Epoch, cursor: Option<bytes::Bytes>, reason: String },
+    Repair { epoch: Epoch, reason: String },
+}
+
+fn no_way() -> SessionEnd {
+    SessionEnd::Wait("the replica did not answer".to_owned())
+}
+
+impl Shipper {
+    /// The resume table, with its facts gathered; a watch that is refused for compaction is a new fact.
+    pub(super) async fn decide(&mut self, greeted: &Greeted) -> Result<Way, SessionEnd> {
+        let (replica, mut origin) = self.facts(greeted).await?;
+        let position = match &replica {
+            ReplicaFacts::Answered { position, .. } => position.clone(),
+            ReplicaFacts::Unreachable => None,
+        };
+        if let Some(position) = &position {
+            // Whatever is decided, a stop for one: this is how far the replica is.
+            self.view.send_modify(|view| {
+                (view.epoch, view.term) = (position.epoch, position.term);
+                (view.seq, view.applied_seq, view.durable_seq) = (position.seq, position.seq, position.seq);
+                view.applied_revision = position.origin_revision;
+            });
+        }
+        if self.resync.is_some() {
+            return self.act(resume::resync(position.as_deref()), None).await?.ok_or_else(no_way);
+        }
+        let same_origin = position.as_ref().is_some_and(|p| p.origin_cluster == origin.cluster);
+        let usable = match &self.tail.borrow().state {
+            TailState::OtherHistory { reason } if same_origin => return Err(SessionEnd::Stop(reason.clone())),
+            TailState::Lost { compacted } => {
+                origin.compacted = *compacted;
+                false
+            }
+            TailState::OtherHistory { .. } => false,
+            TailState::Idle
+            | TailState::Connecting { .. }
+            | TailState::Running
+            | TailState::SpoolFull
+            | TailState::Stopped { .. } => same_origin,
+        };
+        if let (ReplicaFacts::Answered { position: Some(position), received }, true) = (&replica, usable) {
+            let received = received.map_or(Revision(0), |received| received.revision);
+            self.let_tail_reach(position.origin_revision.max(received)).await;
+        }
+        let extent = self.spool.extent().borrow().clone();
+        let spool = SpoolFacts { base: extent.base, covered: extent.covered, last: extent.last };
+        let spool = (usable && !extent.damaged && extent.covered > Revision(0)).then_some(spool);
+        loop {
+            let decided = resume::decide(spool.as_ref(), &replica, &origin);
+            let decided = match self.copy_wanted {
+                Some(differing) => resume::copy_instead(decided, position.as_deref(), differing),
+                None => decided,
+            };
+            tracing::debug!(link = %self.origin.send.link, ?decided, "resume");
+            match self.act(decided, resume::watched_from(&replica, origin.carried)).await {
+                Ok(Some(way)) => return Ok(way),
+                Ok(None) => return Err(no_way()),
+                Err(SessionEnd::Compacted(compacted)) if compacted > origin.compacted => origin.compacted = compacted,
+                Err(end) => return Err(end),
+            }
+        }
+    }
+
+    /// What the replica answered and what the origin's etcd says, the carried revision compared.
+    pub(super) async fn facts(&self, greeted: &Greeted) -> Result<(ReplicaFacts, OriginFacts), SessionEnd> {
+        let reply = &greeted.reply;
+        let position = match &reply.position[..] {
+            [] => None,
+            json => Some(
+                Position::from_json(json)
+                    .map_err(|e| SessionEnd::Wait(format!("the replica's position cannot be read: {e}")))?,
+            ),
+        };
+        let digest = <[u8; 16]>::try_from(&reply.received_digest[..]).map(Digest).unwrap_or_default();
+        let received = Received { seq: Seq(reply.received_seq), revision: Revision(reply.received_revision), digest };
+        let ahead = position.as_ref().is_some_and(|p| received.seq > p.seq);
+        let link = &self.origin.send.link;
+        let look = greeted.etcd.look(&link.waymark_key()).await.map_err(|e| at_origin(&e))?;
+        let mut origin = OriginFacts {
+            cluster: look.cluster,
+            head: look.head,
+            ranges_digest: digest::of_ranges(&self.origin.send.ranges),
+            waymark: look.kv.as_ref().and_then(|kv| OriginWaymark::from_json(&kv.value)),
+            carried: CarriedCheck::Open,
+            compacted: Revision(0),
+        };
+        if let Some(position) = &position {
+            let carried = if ahead {
+                (received.revision, received.digest)
+            } else {
+                (position.carried_revision, position.carried_digest)
+            };
+            let same_place =
+                position.origin_cluster == origin.cluster && position.ranges_digest == origin.ranges_digest;
+            if same_place && carried.0 > Revision(0) && origin.head >= carried.0 {
+                origin.carried = self.check_carried(&greeted.etcd, carried).await?;
+            }
+        }
+        let replica = ReplicaFacts::Answered { position: position.map(Box::new), received: ahead.then_some(received) };
+        Ok((replica, origin))
+    }
+
+    /// Whether the carried revision is the origin's. Where the open watch has shown it, the spool tells; a short watch costs up to 0.1 s.
+    async fn check_carried(&self, etcd: &Etcd, carried: (Revision, Digest)) -> Result<CarriedCheck, SessionEnd> {
+        if self.tailed(carried.0).await == Some(carried.1) {
+            return Ok(CarriedCheck::Same);
+        }
+        let send = &self.origin.send;
+        let probed = probe(etcd, &send.ranges, &send.link, carried.0, &self.origin.limits).await;
+        Ok(match probed.map_err(|e| at_origin(&e))? {
+            Probed::Digest(found) if found == carried.1 => CarriedCheck::Same,
+            Probed::Digest(_) | Probed::Nothing => CarriedCheck::Other,
+            Probed::Compacted => CarriedCheck::Compacted,
+        })
+    }
+
+    /// What the spool holds of one revision in the history that the open watch shows.
+    async fn tailed(&self, at: Revision) -> Option<Digest> {
+        self.tail.borrow().proven_from.filter(|from| *from <= at)?;
+        let extent = self.spool.extent().borrow().clone();
+        let (last, digest) = extent.last?;
+        if last == at {
+            return Some(digest);
+        }
+        // Nothing would come of what the spool does not hold.
+        let held = extent.base < at && at < last;
+        let read = self.spool.read_after(Revision(at.0.saturating_sub(1)), 1);
+        let entries = if held { read.await.ok()? } else { return None };
+        entries.first().filter(|entry| entry.revision.revision == at).map(|entry| entry.digest)
+    }
+
+    /// Brings the tail to where the decision wants it. `carried`: what a new watch begins with.
+    async fn act(&mut self, decided: Resume, carried: Option<(Revision, Digest)>) -> Result<Option<Way>, SessionEnd> {
+        match decided {
+            Resume::Stop { reason } => Err(SessionEnd::Stop(reason.to_string())),
+            Resume::ShipFromSpool { after } => Ok(Some(Way::Follow { after })),
+            Resume::WatchFrom { after } => {
+                self.watch_from(after, carried).await?;
+                Ok(Some(Way::Follow { after }))
+            }
+            Resume::Copy { epoch, cursor: Some(at), reason } => {
+                if !at.spool_reaches {
+                    self.watch_from(at.after, carried).await?;
+                }
+                Ok(Some(Way::Copy { epoch, cursor: Some(at.cursor), reason: reason.to_string() }))
+            }
+            Resume::Copy { epoch, cursor: None, reason } => {
+                // Where the position was lost, its epoch may be used up.
+                let epoch = epoch.max(self.known_epoch.next());
+                Ok(Some(Way::Copy { epoch, cursor: None, reason: reason.to_string() }))
+            }
+            Resume::Repair { epoch, reason } => {
+                Ok(Some(Way::Repair { epoch: epoch.max(self.known_epoch.next()), reason: reason.to_string() }))
+            }
+            Resume::Tail { .. } => Ok(None),
+        }
+    }
+
+    async fn watch_from(&mut self, after: Revision, carried: Option<(Revision, Digest)>) -> Result<(), SessionEnd> {
+        let opening = self.restart_tail(after, carried, Begins::GoesOn, WATCH_OPENS_MAX);
+        let opened = tokio::select! {
+            biased;
+            goes_on = self.resync_asked() => {
+                let asked = SessionEnd::HelloAgain("an operator asked for a base copy".to_owned());
+                return Err(if goes_on { asked } else { SessionEnd::Commanded(None) });
+            }
+            opened = opening => opened,
+        };
+        match opened {
+            Ok(()) => Ok(()),
+            Err(TailState::Lost { compacted }) => Err(SessionEnd::Compacted(compacted)),
+            Err(TailState::OtherHistory { reason } | TailState::Stopped { reason }) => Err(SessionEnd::Stop(reason)),
+            Err(TailState::Connecting { reason }) => Err(not_opened(&reason)),
+            Err(TailState::Idle | TailState::Running | TailState::SpoolFull) => {
+                Err(SessionEnd::Wait("the origin's watch did not open".to_owned()))
+            }
+        }
+    }
+
+    /// Has the tail drop the spool and watch everything after `after`: `Ok` once etcd has created the watch. Where that takes longer than
+    /// `limit`, the tail goes on trying, and what keeps it from it is told.
+    pub(super) fn restart_tail(
+        &self,
+        after: Revision,
+        carried: Option<(Revision, Digest)>,
+        begins: Begins,
+        limit: Duration,
+    ) -> impl Future<Output = Result<(), TailState>> + Send + use<> {
+        let (commands, tail) = (self.tail_commands.clone(), self.tail.clone());
+        let (opened, waiting) = oneshot::channel();
+        let gone = || TailState::Stopped { reason: "the tail has ended".to_owned() };
+        let opening = async move {
+            commands.send(TailCommand::Restart { after, carried, begins, opened }).await.map_err(|_| gone())?;
+            waiting.await.unwrap_or_else(|_| Err(gone()))
+        };
+        async move {
+            tokio::time::timeout(limit, opening).await.unwrap_or_else(|_| {
+                // Any other state is that of the watch before.
+                let state = tail.borrow().state.clone();
+                let silent = TailState::Connecting { reason: format!("no answer within {} s", limit.as_secs()) };
+                Err(if matches!(state, TailState::Connecting { .. }) { state } else { silent })
+            })
+        }
+    }
+}
+
+pub(super) fn not_opened(reason: &str) -> SessionEnd {
+    SessionEnd::Wait(format!("the origin's watch did not open: {reason}"))
+}
