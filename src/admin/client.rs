@@ -428,7 +428,8 @@ mod tests {
              \"origin_revision\": 4000, \"head_revision\": 4002, \"applied_seq\": 118, \"durable_seq\": 119, \
              \"lag_revisions\": 2, \"lag_seconds\": 0.0421, \"rpo_revisions\": 1, \"rpo_seconds\": 0.0209, \
              \"bytes_raw\": 14000, \"bytes_sent\": 1000, \"counts\": { \"repeated\": 4, \"skipped\": 1 }, \
-             \"copy\": { \"keys_done\": 5, \"keys_total\": 9 }, \"verification\": null } ] }"
+             \"copy\": { \"keys_done\": 5, \"keys_total\": 9 }, \"verification\": null, \
+             \"foreign_writes\": null } ] }"
         );
     }
 

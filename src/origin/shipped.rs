@@ -26,6 +26,8 @@ pub struct Acked {
     pub following: bool,
     /// A repair is under way, or was cut short.
     pub repairing: bool,
+    /// Somebody else wrote at the replica, which wants that mended.
+    pub repair_wanted: bool,
 }
 
 /// One stream's account.
@@ -175,6 +177,7 @@ impl Shipped {
         acked.waymark = ack.waymark.map(Waymark::from).unwrap_or_default();
         acked.following = ack.following && !copying;
         acked.repairing = ack.repairing && !copying;
+        acked.repair_wanted = ack.repair_wanted && acked.following;
         acked.position_revision = acked.position_revision.max(Revision(ack.position_revision));
         let lag = acked.applied_revision > self.acked.applied_revision
             || acked.durable_revision > self.acked.durable_revision;
@@ -324,7 +327,13 @@ mod tests {
         let mut shipped = shipping();
         let repairing = Ack { following: false, repairing: true, ..ack(13, 13, 13, 106) };
         shipped.acknowledge(&repairing, false).unwrap();
-        assert!(shipped.acked.repairing);
+        assert!(shipped.acked.repairing && !shipped.acked.repair_wanted);
+        let wanted = Ack { repair_wanted: true, ..ack(13, 13, 13, 106) };
+        shipped.acknowledge(&wanted, false).unwrap();
+        assert!(shipped.acked.repair_wanted);
+        shipped.acknowledge(&Ack { following: false, ..wanted }, false).unwrap();
+        assert!(!shipped.acked.repair_wanted, "what a copy or a repair is to bring is no difference yet");
+        shipped.acknowledge(&repairing, false).unwrap();
         shipped.acknowledge(&repairing, true).unwrap();
         assert!(!shipped.acked.repairing);
     }

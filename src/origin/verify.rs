@@ -218,12 +218,14 @@ impl Session {
         self.show_verification(ship);
     }
 
-    /// When the next comparison begins by itself. A repair that was cut short goes on.
+    /// When the next comparison begins by itself. A repair that was cut short goes on, and one that the replica wants begins.
     pub(super) fn verification_due(&self, ship: &Shipper) -> Option<Instant> {
+        let repair = || self.verifying.ended_at.map_or_else(Instant::now, |at| at + REPAIR_PAUSE);
         if self.shipped.acked.repairing {
-            return Some(self.verifying.ended_at.map_or_else(Instant::now, |at| at + REPAIR_PAUSE));
+            return Some(repair());
         }
-        ship.verify_due
+        let wanted = self.shipped.acked.repair_wanted.then(repair);
+        wanted.into_iter().chain(ship.verify_due).min()
     }
 
     /// What a comparison needs; a shipment that is to be sent next, if it is one. `Err`: only a base copy helps.
@@ -279,6 +281,11 @@ impl Session {
             return ship.verified_now();
         }
         let hurry = std::mem::take(&mut self.verifying.hurry);
+        if self.shipped.acked.repair_wanted && !hurry && !self.has_link_back(ship) {
+            tracing::info!(link = %ship.origin.send.link, "somebody else wrote at the replica, which wants a repair");
+            let mending = Some(self.mending(ship, false));
+            return self.begin(ship, Wish { mending }, false, 1.0);
+        }
         let core_share = if hurry { 1.0 } else { ship.origin.send.verify_core_share_max };
         self.begin(ship, Wish::default(), false, core_share);
     }

@@ -9,6 +9,7 @@ use crate::config::ForeignWrites;
 use crate::etcd::{Etcd, EtcdError, WatchSignal, watch_right};
 use crate::model::{ForeignStatus, Ranges, Revision};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::watch;
@@ -148,6 +149,8 @@ impl Lookout {
         }
         let expected = self.expected();
         let account = self.account.clone().unwrap_or_default();
+        let wanted = self.end.config.foreign_writes == ForeignWrites::Repair && account.open.revisions > 0;
+        self.end.repair_wanted.store(wanted, Ordering::Relaxed);
         self.view.send_modify(|view| {
             (view.checked, view.keys_ever, view.open) = (account.checked, account.keys_ever, account.open);
             (view.expected, view.waiting) = (expected, waiting);

@@ -33,7 +33,7 @@ use journal::{Journal, JournalExtent};
 use lookout::{AccountFile, Lookout, LookoutView};
 use receive::{LinkEnd, RangesFile, Told};
 use std::path::PathBuf;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
@@ -124,6 +124,7 @@ impl ReplicaLink {
             hellos,
             told: told_sender,
             counters: receive::Counters::default(),
+            repair_wanted: AtomicBool::new(false),
             sends_back: self.sends_back,
             ranges,
             opened: std::sync::Mutex::default(),

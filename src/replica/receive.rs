@@ -20,7 +20,7 @@ use crate::wire::window::WindowLimits;
 use crate::wire::{self, LINK_METADATA, PROTOCOL_VERSION, SESSION_METADATA};
 use bytes::Bytes;
 use std::path::PathBuf;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -103,6 +103,8 @@ pub struct LinkEnd {
     pub hellos: watch::Sender<u64>,
     pub told: watch::Sender<Told>,
     pub counters: Counters,
+    /// Somebody else wrote here, and that is to be mended; set by the lookout.
+    pub repair_wanted: AtomicBool,
     /// Ranges of this process's own `[[send]]` links to the same peer.
     pub sends_back: Vec<Ranges>,
     pub ranges: RangesFile,

@@ -274,6 +274,7 @@ impl Stream {
             verified_revision: verified.origin_revision,
             verified_at_ms: verified.at_ms,
             repairing: position.is_some_and(|p| p.state == Phase::Repairing),
+            repair_wanted: self.end.repair_wanted.load(Ordering::Relaxed),
         }
     }
 

@@ -154,3 +154,21 @@ async fn writes_that_are_expected_are_not_told_by_configuration_nor_where_a_link
     let why = "a link back writes the same keys";
     assert_eq!((&expected["revisions"], &expected["expected"]), (&0.into(), &why.into()), "{expected}");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn where_the_replica_wants_it_the_origin_mends_what_others_wrote_and_proves_it() {
+    let mut pair = Box::pin(following_with(over_app(), 100, 100)).await;
+    pair.replica_sidecar.options.receive[0].foreign_writes = Some("repair".to_owned());
+    pair.replica_sidecar.write_config();
+    pair.replica_sidecar.restart().await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    looked_at(&pair.replica_sidecar, LINK, &pair.replica).await;
+    pair.replica.put("/app/000007", "by hand").await;
+    pair.replica.put("/app/new", "by hand").await;
+    pair.replica.kv().await.delete("/app/000008", None).await.unwrap();
+    pair.wait_equal().await;
+    let closed = told(&pair.replica_sidecar, 0, PATIENCE).await;
+    assert_eq!(closed["revisions"], 0);
+    let counted = pair.replica_sidecar.health().await.unwrap()["links"][0]["counts"]["foreign_keys"].clone();
+    assert_eq!(counted, 3);
+}
