@@ -3,12 +3,16 @@
 //! Always true: each call ends within its deadline, but for `Watch::next`, which waits for what comes; reads are linearizable unless they
 //! name a revision; a connection believes one cluster, in answers and on a watch alike; nothing retries by itself.
 
+mod error;
+mod watch;
+
 use crate::config::EtcdConfig;
-use crate::model::{Change, ClusterId, KeyRange, Revision};
+use crate::model::{ClusterId, KeyRange, Revision};
 use bytes::Bytes;
+use error::reaction;
 use etcd_client::{
     Certificate, Client, ConnectOptions, Error as ClientError, GetOptions, Identity, KvClient, PutOptions, TlsOptions,
-    WatchOptions, WatchRequestSender, WatchResponse, WatchResponseStream,
+    WatchOptions,
 };
 use std::future::Future;
 use std::sync::{Arc, OnceLock};
@@ -16,7 +20,9 @@ use std::time::Duration;
 use tokio::net::TcpStream;
 use tonic::Code;
 
+pub use error::{EtcdError, with_sources};
 pub use etcd_client::{Compare, CompareOp, DeleteOptions, Txn, TxnOp, TxnOpResponse, TxnResponse};
+pub use watch::{Watch, WatchSignal};
 
 /// etcd's own client gives an unanswered request this long; so do we.
 const CALL_DEADLINE: Duration = Duration::from_secs(10);
@@ -28,90 +34,6 @@ const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// A page holds at least one key, and a value may be as large as a request: far above etcd's default of 1.5 MiB.
 const READ_BYTES_MAX: usize = 256 << 20;
-
-/// Why etcd did not do what was asked. Each variant is one planned reaction.
-#[derive(Debug, thiserror::Error)]
-pub enum EtcdError {
-    #[error("etcd cannot be reached at {endpoints}: {reason}; {}", advice(.reason))]
-    Unreachable { endpoints: String, reason: String },
-    #[error("etcd has no leader: {0}")]
-    NoLeader(String),
-    #[error("etcd did not answer within {} s", CALL_DEADLINE.as_secs())]
-    TimedOut,
-    #[error("etcd is out of space (NOSPACE): compact and defragment it or raise its quota, then disarm the alarm")]
-    NoSpace,
-    #[error("etcd refused: {said}; its user needs the right to {right} (README, etcd rights)")]
-    Denied { right: String, said: String },
-    #[error("etcd no longer accepts the login: {0}")]
-    LoginLost(String),
-    #[error("revision is compacted")]
-    Compacted,
-    #[error("etcd's head is below the revision asked for")]
-    FutureRevision,
-    #[error("another cluster answers: it is {is}, and was {was} when this connection was made; connecting anew")]
-    OtherCluster { was: ClusterId, is: ClusterId },
-    #[error("the transaction has more operations than etcd's --max-txn-ops")]
-    TooManyOps,
-    #[error("the request is larger than etcd's --max-request-bytes")]
-    TooLarge,
-    #[error("an answer of etcd is larger than the limit of {limit_bytes} B")]
-    AnswerTooLarge { limit_bytes: usize },
-    #[error("[etcd] is not usable: {0}")]
-    Config(String),
-    #[error("etcd failed: {0}")]
-    Other(String),
-}
-
-impl EtcdError {
-    /// True if the request surely changed nothing. False leaves doubt: the caller must read before it goes on.
-    pub fn changed_nothing(&self) -> bool {
-        match self {
-            EtcdError::NoSpace
-            | EtcdError::Denied { .. }
-            | EtcdError::LoginLost(_)
-            | EtcdError::Compacted
-            | EtcdError::FutureRevision
-            | EtcdError::TooManyOps
-            | EtcdError::TooLarge
-            | EtcdError::Config(_) => true,
-            EtcdError::Unreachable { .. }
-            | EtcdError::NoLeader(_)
-            | EtcdError::TimedOut
-            | EtcdError::OtherCluster { .. }
-            | EtcdError::AnswerTooLarge { .. }
-            | EtcdError::Other(_) => false,
-        }
-    }
-
-    /// The same, with the right that was missing, if that is what it is about.
-    pub fn needing(self, right: impl FnOnce() -> String) -> Self {
-        if let EtcdError::Denied { said, .. } = self {
-            return EtcdError::Denied { right: right(), said };
-        }
-        self
-    }
-}
-
-/// What to do about a connection that does not come about, by what rustls and the HTTP/2 library say of it.
-fn advice(reason: &str) -> &'static str {
-    let rules: [(&[&str], &str); 4] = [
-        (
-            &["invalid peer certificate"],
-            "check [etcd] ca and endpoints: its certificate is not of that CA, not for that name, or out of its time",
-        ),
-        (&["CertificateRequired"], "it asks for a client certificate: set [etcd] cert and key"),
-        (
-            &["UnknownCA", "BadCertificate", "CertificateUnknown", "CertificateExpired", "DecryptError"],
-            "it refuses our client certificate: check [etcd] cert and key against its --trusted-ca-file",
-        ),
-        (
-            &["broken pipe", "frame with invalid size", "InvalidContentType", "http2 error"],
-            "check [etcd] endpoints: it is no etcd, or it speaks https:// where http:// is written, or the other way round",
-        ),
-    ];
-    let rule = rules.into_iter().find(|(words, _)| words.iter().any(|word| reason.contains(word)));
-    rule.map_or("check [etcd] endpoints and that etcd runs", |(_, advice)| advice)
-}
 
 /// The right to watch a range, as it has to be granted: etcd refuses a watch over what several rights cover only in part.
 pub fn watch_right(range: &KeyRange) -> String {
@@ -334,86 +256,6 @@ async fn listening(endpoints: &[String]) -> Vec<String> {
     if answering.is_empty() { endpoints.to_vec() } else { answering }
 }
 
-/// What a watch stream says, one message at a time.
-pub enum WatchSignal {
-    Created,
-    Events {
-        /// Each with its `mod_revision`, in the order in which etcd sent them.
-        events: Vec<(Revision, Change)>,
-        /// True if the last revision goes on in the next message.
-        fragment: bool,
-    },
-    /// Every event up to this revision has been sent.
-    Progress(Revision),
-    /// The watch began below this compacted revision, or fell behind it.
-    Compacted(Revision),
-    Canceled(String),
-}
-
-/// A watch stream. After an error or an end it gives nothing more: open another one.
-pub struct Watch {
-    requests: WatchRequestSender,
-    responses: WatchResponseStream,
-    message_bytes_max: usize,
-    endpoints: String,
-    /// Of its connection: balanced over several endpoints, the watch may have come to another one than the call before it.
-    cluster: Arc<OnceLock<ClusterId>>,
-}
-
-impl Watch {
-    /// The next message; cancel-safe. `Ok(None)`: etcd closed the stream.
-    pub async fn next(&mut self) -> Result<Option<WatchSignal>, EtcdError> {
-        match self.responses.message().await {
-            Ok(Some(response)) => {
-                if let Some(header) = &response.0.header {
-                    check_cluster(&self.cluster, ClusterId(header.cluster_id))?;
-                }
-                Ok(Some(signal_of(response)))
-            }
-            Ok(None) => Ok(None),
-            Err(e) => {
-                let error = reaction(&e, &self.endpoints);
-                if matches!(error, EtcdError::AnswerTooLarge { .. }) {
-                    return Err(EtcdError::AnswerTooLarge { limit_bytes: self.message_bytes_max });
-                }
-                Err(error)
-            }
-        }
-    }
-
-    /// Asks etcd how far this stream is; the answer comes as [`WatchSignal::Progress`].
-    pub async fn request_progress(&mut self) -> Result<(), EtcdError> {
-        let asked = tokio::time::timeout(CALL_DEADLINE, self.requests.request_progress()).await;
-        asked.map_err(|_| EtcdError::TimedOut)?.map_err(|e| reaction(&e, &self.endpoints))
-    }
-}
-
-fn signal_of(response: WatchResponse) -> WatchSignal {
-    let inner = response.0;
-    if inner.compact_revision > 0 {
-        return WatchSignal::Compacted(Revision::from_etcd(inner.compact_revision));
-    }
-    if inner.canceled || inner.watch_id < 0 && !inner.cancel_reason.is_empty() {
-        return WatchSignal::Canceled(inner.cancel_reason);
-    }
-    if inner.created {
-        return WatchSignal::Created;
-    }
-    if inner.events.is_empty() && !inner.fragment {
-        return WatchSignal::Progress(Revision::from_etcd(inner.header.map_or(0, |header| header.revision)));
-    }
-    let events = inner.events.into_iter().filter_map(|event| {
-        let kv = event.kv?;
-        let (key, revision) = (Bytes::from(kv.key), Revision::from_etcd(kv.mod_revision));
-        let change = match event.r#type {
-            0 => Change::Put { key, value: Bytes::from(kv.value) },
-            _ => Change::Delete { key },
-        };
-        Some((revision, change))
-    });
-    WatchSignal::Events { events: events.collect(), fragment: inner.fragment }
-}
-
 fn kv_of(kv: etcd_client::KeyValue) -> Kv {
     let create_revision = Revision::from_etcd(kv.create_revision());
     let mod_revision = Revision::from_etcd(kv.mod_revision());
@@ -463,112 +305,4 @@ fn connect_options(config: &EtcdConfig) -> Result<ConnectOptions, EtcdError> {
         options = options.with_tls(tls);
     }
     Ok(options)
-}
-
-/// One file, one place, where etcd's errors become ours. The texts are etcd's own (its api/v3rpc/rpctypes/error.go).
-fn reaction(error: &ClientError, endpoints: &str) -> EtcdError {
-    let unreachable = |reason: String| EtcdError::Unreachable { endpoints: endpoints.to_owned(), reason };
-    match error {
-        ClientError::GRpcStatus(status) => status_reaction(status, endpoints),
-        ClientError::TransportError(e) => unreachable(with_sources(e)),
-        ClientError::IoError(e) => unreachable(e.to_string()),
-        ClientError::InvalidArgs(e) | ClientError::EndpointError(e) => EtcdError::Config(e.clone()),
-        ClientError::InvalidUri(e) => EtcdError::Config(e.to_string()),
-        ClientError::InvalidMetadataValue(e) => EtcdError::Other(e.to_string()),
-        ClientError::WatchError(e)
-        | ClientError::LeaseKeepAliveError(e)
-        | ClientError::ElectError(e)
-        | ClientError::Internal(e) => EtcdError::Other(e.clone()),
-        ClientError::Utf8Error(e) => EtcdError::Other(e.to_string()),
-        ClientError::EndpointsNotManaged => EtcdError::Other(error.to_string()),
-    }
-}
-
-/// etcd's own words, and those of the gRPC library below it.
-const TOO_LARGE: [&str; 3] =
-    ["request is too large", "trying to send message larger than max", "received message larger than max"];
-
-fn denied(said: &str) -> EtcdError {
-    EtcdError::Denied { right: String::new(), said: said.to_owned() }
-}
-
-fn status_reaction(status: &tonic::Status, endpoints: &str) -> EtcdError {
-    let text = status.message();
-    let has = |needle: &str| text.contains(needle);
-    if has("mvcc: required revision has been compacted") {
-        EtcdError::Compacted
-    } else if has("mvcc: required revision is a future revision") {
-        EtcdError::FutureRevision
-    } else if has("too many operations in txn request") {
-        EtcdError::TooManyOps
-    } else if TOO_LARGE.iter().any(|words| has(words)) {
-        EtcdError::TooLarge
-    } else if has("decoded message length too large") || has("message length too large") {
-        EtcdError::AnswerTooLarge { limit_bytes: READ_BYTES_MAX }
-    } else if has("database space exceeded") {
-        EtcdError::NoSpace
-    } else if has("no leader") || has("leader changed") {
-        EtcdError::NoLeader(text.to_owned())
-    } else if has("permission denied") {
-        denied(text)
-    } else if has("user name is empty") {
-        EtcdError::LoginLost(format!("{text}: it asks for a user, see [etcd] username"))
-    } else if has("invalid auth token") || has("auth: revision in header is old") || has("authentication failed") {
-        EtcdError::LoginLost(text.to_owned())
-    } else if has("transport error") {
-        // The library's own words: no connection came about, or it broke.
-        EtcdError::Unreachable { endpoints: endpoints.to_owned(), reason: with_root_cause(status) }
-    } else {
-        match status.code() {
-            Code::Unavailable => {
-                EtcdError::Unreachable { endpoints: endpoints.to_owned(), reason: with_root_cause(status) }
-            }
-            Code::PermissionDenied => denied(text),
-            Code::Unauthenticated => EtcdError::LoginLost(text.to_owned()),
-            Code::DeadlineExceeded => EtcdError::TimedOut,
-            Code::Ok
-            | Code::Cancelled
-            | Code::Unknown
-            | Code::InvalidArgument
-            | Code::NotFound
-            | Code::AlreadyExists
-            | Code::ResourceExhausted
-            | Code::FailedPrecondition
-            | Code::Aborted
-            | Code::OutOfRange
-            | Code::Unimplemented
-            | Code::Internal
-            | Code::DataLoss => EtcdError::Other(with_root_cause(status)),
-        }
-    }
-}
-
-/// What a status says, and the deepest of its causes; the layers between are the gRPC library's own affair.
-fn with_root_cause(status: &tonic::Status) -> String {
-    let mut deepest = std::error::Error::source(status);
-    while let Some(below) = deepest.and_then(std::error::Error::source) {
-        deepest = Some(below);
-    }
-    let said = status.message();
-    let cause = deepest.map(ToString::to_string).filter(|cause| !said.contains(cause.as_str()));
-    match (said.is_empty(), cause) {
-        (false, Some(cause)) => format!("{said}: {cause}"),
-        (false, None) => said.to_owned(),
-        (true, cause) => cause.unwrap_or_else(|| status.code().description().to_owned()),
-    }
-}
-
-/// An error with the causes below it, without saying the same words twice.
-pub fn with_sources(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let words = cause.to_string();
-        if !text.contains(&words) {
-            text.push_str(": ");
-            text.push_str(&words);
-        }
-        source = cause.source();
-    }
-    text
 }

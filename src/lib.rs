@@ -7,10 +7,10 @@
 //! demo/              mod faults compare regions process load objects(p) ports proxy meter(p) report(p) show: two regions on one machine
 //! app.rs             bind everything, then run it; owns tasks and shutdown
 //! origin/            mod ship decide term standby session heartbeat shipped(p) verify compare mend found(p) anchor elect candidacy(p) resume(p) watch reopen(p) head probe view sequence(p) spool lag(p)
-//! replica/           mod receive stream verify admit(p) copy pages(p) mark apply commit position trouble txn next(p) plan(p) journal foreign(p) lookout dedupe(the only file that knows sled)
+//! replica/           mod receive stream shipments verify admit(p) copy pages(p) mark apply commit position trouble txn next(p) plan(p) journal foreign(p) lookout dedupe(the only file that knows sled)
 //! admin/             service http verification client
 //! scan.rs            a range whole, page by page, at one revision
-//! etcd.rs            the narrow typed door to etcd
+//! etcd.rs            the narrow typed door to etcd, with error and watch in etcd/
 //! tls/               mod (configurations) accept connect verify explain
 //! wire/              mod codec window(p) frame(p) body(p) cache(p) delta(p) digest(p) parts(p) varint(p) kubernetes_like (tests)
 //! segment/           mod open file writer (append-only files) feed (memory first, then files), under spool and journal

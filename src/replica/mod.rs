@@ -16,6 +16,7 @@ pub mod pages;
 pub mod plan;
 pub mod position;
 pub mod receive;
+mod shipments;
 pub mod stream;
 pub mod trouble;
 pub mod txn;

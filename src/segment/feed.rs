@@ -247,7 +247,9 @@ impl<T: FeedEntry> Feed<T> {
                 Err(error) => {
                     let mut state = lock(&self.shared.state);
                     state.check_readable(index, after, resets)?;
-                    if error.is_damage() && !state.held.damaged {
+                    // Of what may go a file may go while it is read.
+                    let needed = after >= state.trim_to;
+                    if error.is_damage() && needed && !state.held.damaged {
                         state.held.damaged = true;
                         self.shared.publish(&mut state);
                     }

@@ -270,7 +270,7 @@ fn run_length<T: FeedEntry>(entries: &[T]) -> usize {
 mod tests {
     use super::*;
     use crate::segment::feed::Feed;
-    use crate::segment::feed::tests::{Item, items, limits, private_dir, stepped};
+    use crate::segment::feed::tests::{Item, flip, items, limits, private_dir, segment_files, stepped};
 
     /// Does what the writer finds to do; says whether a sync was among it.
     fn step(writer: &mut Writer<Item>) -> bool {
@@ -348,5 +348,17 @@ mod tests {
         assert_eq!([let_go(21), let_go(99)], [false, true], "the first file's last entry, or more");
         settle(&mut writer);
         assert!(feed.extent().borrow().base >= 60);
+    }
+
+    #[tokio::test]
+    async fn damage_in_what_may_go_is_no_damage_of_the_feed() {
+        let dir = private_dir();
+        let (feed, mut writer) = stepped(dir.path(), limits(8 * 1024, 64 * 1024));
+        append(&feed, 1..=5).await;
+        settle(&mut writer);
+        segment_files(dir.path()).iter().for_each(|file| flip(file));
+        feed.trim(5);
+        assert!(feed.read_after(0, 1000).await.is_err());
+        assert!(!feed.extent().borrow().damaged);
     }
 }

@@ -342,13 +342,13 @@ async fn a_disk_error_stops_the_feed_and_whoever_waits_is_told() {
 }
 
 /// Flips a bit of the file's first record.
-fn flip(file: &Path) {
+pub(in crate::segment) fn flip(file: &Path) {
     let mut written = std::fs::read(file).unwrap();
     written[100] ^= 1;
     std::fs::write(file, written).unwrap();
 }
 
-fn segment_files(dir: &Path) -> Vec<PathBuf> {
+pub(in crate::segment) fn segment_files(dir: &Path) -> Vec<PathBuf> {
     let files = std::fs::read_dir(dir).unwrap().map(|file| file.unwrap().path());
     let mut files: Vec<PathBuf> = files.filter(|path| path.extension().is_some_and(|end| end == "segment")).collect();
     files.sort();

@@ -1,0 +1,201 @@
+//! Job: why etcd did not do what was asked, as one planned reaction each, with what to do about it.
+//! Input: errors of etcd's client, statuses in etcd's own words. Output: an `EtcdError`.
+//! No I/O: the only file that knows etcd's words.
+//! Always true: an error that leaves doubt about what etcd did is never taken for one that does not.
+
+use super::{CALL_DEADLINE, READ_BYTES_MAX};
+use crate::model::ClusterId;
+use etcd_client::Error as ClientError;
+use tonic::Code;
+
+/// Why etcd did not do what was asked. Each variant is one planned reaction.
+#[derive(Debug, thiserror::Error)]
+pub enum EtcdError {
+    #[error("etcd cannot be reached at {endpoints}: {reason}; {}", advice(.reason))]
+    Unreachable { endpoints: String, reason: String },
+    #[error("etcd has no leader: {0}")]
+    NoLeader(String),
+    #[error("etcd did not answer within {} s", CALL_DEADLINE.as_secs())]
+    TimedOut,
+    #[error("etcd is out of space (NOSPACE): compact and defragment it or raise its quota, then disarm the alarm")]
+    NoSpace,
+    #[error("etcd refused: {said}; its user needs the right to {right} (README, etcd rights)")]
+    Denied { right: String, said: String },
+    #[error("etcd no longer accepts the login: {0}")]
+    LoginLost(String),
+    #[error("revision is compacted")]
+    Compacted,
+    #[error("etcd's head is below the revision asked for")]
+    FutureRevision,
+    #[error("another cluster answers: it is {is}, and was {was} when this connection was made; connecting anew")]
+    OtherCluster { was: ClusterId, is: ClusterId },
+    #[error("the transaction has more operations than etcd's --max-txn-ops")]
+    TooManyOps,
+    #[error("the request is larger than etcd's --max-request-bytes")]
+    TooLarge,
+    #[error("an answer of etcd is larger than the limit of {limit_bytes} B")]
+    AnswerTooLarge { limit_bytes: usize },
+    #[error("[etcd] is not usable: {0}")]
+    Config(String),
+    #[error("etcd failed: {0}")]
+    Other(String),
+}
+
+impl EtcdError {
+    /// True if the request surely changed nothing. False leaves doubt: the caller must read before it goes on.
+    pub fn changed_nothing(&self) -> bool {
+        match self {
+            EtcdError::NoSpace
+            | EtcdError::Denied { .. }
+            | EtcdError::LoginLost(_)
+            | EtcdError::Compacted
+            | EtcdError::FutureRevision
+            | EtcdError::TooManyOps
+            | EtcdError::TooLarge
+            | EtcdError::Config(_) => true,
+            EtcdError::Unreachable { .. }
+            | EtcdError::NoLeader(_)
+            | EtcdError::TimedOut
+            | EtcdError::OtherCluster { .. }
+            | EtcdError::AnswerTooLarge { .. }
+            | EtcdError::Other(_) => false,
+        }
+    }
+
+    /// The same, with the right that was missing, if that is what it is about.
+    pub fn needing(self, right: impl FnOnce() -> String) -> Self {
+        if let EtcdError::Denied { said, .. } = self {
+            return EtcdError::Denied { right: right(), said };
+        }
+        self
+    }
+}
+
+/// What to do about a connection that does not come about, by what rustls and the HTTP/2 library say of it.
+fn advice(reason: &str) -> &'static str {
+    let rules: [(&[&str], &str); 4] = [
+        (
+            &["invalid peer certificate"],
+            "check [etcd] ca and endpoints: its certificate is not of that CA, not for that name, or out of its time",
+        ),
+        (&["CertificateRequired"], "it asks for a client certificate: set [etcd] cert and key"),
+        (
+            &["UnknownCA", "BadCertificate", "CertificateUnknown", "CertificateExpired", "DecryptError"],
+            "it refuses our client certificate: check [etcd] cert and key against its --trusted-ca-file",
+        ),
+        (
+            &["broken pipe", "frame with invalid size", "InvalidContentType", "http2 error"],
+            "check [etcd] endpoints: it is no etcd, or it speaks https:// where http:// is written, or the other way round",
+        ),
+    ];
+    let rule = rules.into_iter().find(|(words, _)| words.iter().any(|word| reason.contains(word)));
+    rule.map_or("check [etcd] endpoints and that etcd runs", |(_, advice)| advice)
+}
+
+/// One file, one place, where etcd's errors become ours. The texts are etcd's own (its api/v3rpc/rpctypes/error.go).
+pub(super) fn reaction(error: &ClientError, endpoints: &str) -> EtcdError {
+    let unreachable = |reason: String| EtcdError::Unreachable { endpoints: endpoints.to_owned(), reason };
+    match error {
+        ClientError::GRpcStatus(status) => status_reaction(status, endpoints),
+        ClientError::TransportError(e) => unreachable(with_sources(e)),
+        ClientError::IoError(e) => unreachable(e.to_string()),
+        ClientError::InvalidArgs(e) | ClientError::EndpointError(e) => EtcdError::Config(e.clone()),
+        ClientError::InvalidUri(e) => EtcdError::Config(e.to_string()),
+        ClientError::InvalidMetadataValue(e) => EtcdError::Other(e.to_string()),
+        ClientError::WatchError(e)
+        | ClientError::LeaseKeepAliveError(e)
+        | ClientError::ElectError(e)
+        | ClientError::Internal(e) => EtcdError::Other(e.clone()),
+        ClientError::Utf8Error(e) => EtcdError::Other(e.to_string()),
+        ClientError::EndpointsNotManaged => EtcdError::Other(error.to_string()),
+    }
+}
+
+/// etcd's own words, and those of the gRPC library below it.
+const TOO_LARGE: [&str; 3] =
+    ["request is too large", "trying to send message larger than max", "received message larger than max"];
+
+fn denied(said: &str) -> EtcdError {
+    EtcdError::Denied { right: String::new(), said: said.to_owned() }
+}
+
+fn status_reaction(status: &tonic::Status, endpoints: &str) -> EtcdError {
+    let text = status.message();
+    let has = |needle: &str| text.contains(needle);
+    if has("mvcc: required revision has been compacted") {
+        EtcdError::Compacted
+    } else if has("mvcc: required revision is a future revision") {
+        EtcdError::FutureRevision
+    } else if has("too many operations in txn request") {
+        EtcdError::TooManyOps
+    } else if TOO_LARGE.iter().any(|words| has(words)) {
+        EtcdError::TooLarge
+    } else if has("decoded message length too large") || has("message length too large") {
+        EtcdError::AnswerTooLarge { limit_bytes: READ_BYTES_MAX }
+    } else if has("database space exceeded") {
+        EtcdError::NoSpace
+    } else if has("no leader") || has("leader changed") {
+        EtcdError::NoLeader(text.to_owned())
+    } else if has("permission denied") {
+        denied(text)
+    } else if has("user name is empty") {
+        EtcdError::LoginLost(format!("{text}: it asks for a user, see [etcd] username"))
+    } else if has("invalid auth token") || has("auth: revision in header is old") || has("authentication failed") {
+        EtcdError::LoginLost(text.to_owned())
+    } else if has("transport error") {
+        // The library's own words: no connection came about, or it broke.
+        EtcdError::Unreachable { endpoints: endpoints.to_owned(), reason: with_root_cause(status) }
+    } else {
+        match status.code() {
+            Code::Unavailable => {
+                EtcdError::Unreachable { endpoints: endpoints.to_owned(), reason: with_root_cause(status) }
+            }
+            Code::PermissionDenied => denied(text),
+            Code::Unauthenticated => EtcdError::LoginLost(text.to_owned()),
+            Code::DeadlineExceeded => EtcdError::TimedOut,
+            Code::Ok
+            | Code::Cancelled
+            | Code::Unknown
+            | Code::InvalidArgument
+            | Code::NotFound
+            | Code::AlreadyExists
+            | Code::ResourceExhausted
+            | Code::FailedPrecondition
+            | Code::Aborted
+            | Code::OutOfRange
+            | Code::Unimplemented
+            | Code::Internal
+            | Code::DataLoss => EtcdError::Other(with_root_cause(status)),
+        }
+    }
+}
+
+/// What a status says, and the deepest of its causes; the layers between are the gRPC library's own affair.
+fn with_root_cause(status: &tonic::Status) -> String {
+    let mut deepest = std::error::Error::source(status);
+    while let Some(below) = deepest.and_then(std::error::Error::source) {
+        deepest = Some(below);
+    }
+    let said = status.message();
+    let cause = deepest.map(ToString::to_string).filter(|cause| !said.contains(cause.as_str()));
+    match (said.is_empty(), cause) {
+        (false, Some(cause)) => format!("{said}: {cause}"),
+        (false, None) => said.to_owned(),
+        (true, cause) => cause.unwrap_or_else(|| status.code().description().to_owned()),
+    }
+}
+
+/// An error with the causes below it, without saying the same words twice.
+pub fn with_sources(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let words = cause.to_string();
+        if !text.contains(&words) {
+            text.push_str(": ");
+            text.push_str(&words);
+        }
+        source = cause.source();
+    }
+    text
+}
