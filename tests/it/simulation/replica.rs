@@ -250,6 +250,11 @@ impl Replica {
         }
     }
 
+    /// A transaction is on its way whose guard fails where somebody writes into the range that it deletes.
+    pub fn deletes_a_range(&self) -> bool {
+        self.in_flight.as_ref().is_some_and(|in_flight| !in_flight.settled.tree.guards.is_empty())
+    }
+
     fn plan(&mut self, in_flight: usize) {
         let part = if in_flight == 0 { self.position().map_or(0, |p| p.part) } else { 0 };
         let Some(ranges) = &self.ranges else { return };

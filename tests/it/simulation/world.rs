@@ -317,7 +317,7 @@ impl World {
             self.write_foreign(what);
         }
         // Where a range is about to be deleted.
-        if self.may.foreign && self.context.has_pending() && self.context.fails(25, "foreign write") {
+        if self.may.foreign && self.replicas[replica].deletes_a_range() && self.context.fails(300, "foreign write") {
             self.write_foreign(1);
         }
         if self.may.elections && self.context.fails(8, "election") {
