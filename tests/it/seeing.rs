@@ -38,7 +38,7 @@ const FIELDS: [&str; 18] = [
 ];
 /// Beside the fields that every reader may count on: who ships the link, what was counted, how far a base copy is, and what is known of both
 /// sides being equal.
-const MORE_FIELDS: [&str; 5] = ["role", "shipper", "counts", "copy", "verification"];
+const MORE_FIELDS: [&str; 6] = ["role", "shipper", "counts", "copy", "verification", "foreign_writes"];
 
 /// The one link of `status --json`, with its fields checked.
 fn status(sidecar: &Sidecar, side: &str, peer_region: &str) -> Value {
@@ -210,11 +210,11 @@ async fn full_health_names_every_stage_and_etcd_with_its_version_also_while_etcd
         let stages = entry["stages"].as_array().unwrap().iter();
         stages.map(|s| (s["stage"].as_str().unwrap().to_owned(), s["ok"] == true)).collect()
     };
-    let well = |names: [&str; 3]| names.map(|name| (name.to_owned(), true)).to_vec();
+    let well = |names: &[&str]| names.iter().map(|name| ((*name).to_owned(), true)).collect::<Vec<_>>();
     let origin = pair.origin_sidecar.health().await.unwrap();
-    assert_eq!(stages(&origin["links"][0]), well(["watch", "spool", "ship"]));
+    assert_eq!(stages(&origin["links"][0]), well(&["watch", "spool", "ship"]));
     let replica = pair.replica_sidecar.wait_for_state(LINK, "following").await;
-    assert_eq!(stages(&replica), well(["receive", "journal", "apply"]));
+    assert_eq!(stages(&replica), well(&["receive", "journal", "apply", "lookout"]));
     let version = pair.origin.client().await.status().await.unwrap().version().to_owned();
     let known = async || {
         let health = pair.origin_sidecar.health().await?;
