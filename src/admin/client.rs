@@ -318,11 +318,14 @@ fn foreign_lines(foreign: &ForeignWrites) -> Vec<String> {
     let mut lines = Vec::new();
     if *revisions > 0 {
         let more = if *keys > first_keys.len() as u64 { ", ..." } else { "" };
-        lines.push(format!(
-            "somebody else wrote {} here, in revisions {first_revision} to {last_revision}: {}{more}; `repair` at the origin mends them",
-            counted(*keys),
-            first_keys.join(", ")
-        ));
+        let at = if first_revision == last_revision {
+            format!("revision {first_revision}")
+        } else {
+            format!("revisions {first_revision} to {last_revision}")
+        };
+        let (count, names) = (counted(*keys), first_keys.join(", "));
+        lines
+            .push(format!("somebody else wrote {count} here, in {at}: {names}{more}; `repair` at the origin mends it"));
     }
     if !trouble.is_empty() {
         lines.push(format!("foreign writes cannot be looked for: {trouble}"));

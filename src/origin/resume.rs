@@ -197,11 +197,13 @@ pub fn decide(spool: Option<&SpoolFacts>, replica: &ReplicaFacts, origin: &Origi
     }
 }
 
-/// The last carried revision, where the origin was found to show it whole: a watch that begins anew starts at it, inclusive, and sees
-/// that nothing of the link lies between it and where the replica is.
+/// The last carried revision: a watch that begins anew starts at it, inclusive, where the origin shows it whole, and sees that it is the same
+/// and that nothing of the link lies between it and where the replica is. One that is compacted may be shown again: by an origin that is
+/// restored while it is watched.
 pub fn watched_from(replica: &ReplicaFacts, check: CarriedCheck) -> Option<(Revision, Digest)> {
+    let known = matches!(check, CarriedCheck::Same | CarriedCheck::Compacted);
     match replica {
-        ReplicaFacts::Answered { position: Some(position), received } if check == CarriedCheck::Same => {
+        ReplicaFacts::Answered { position: Some(position), received } if known => {
             Some(carried(position, received.as_ref()))
         }
         ReplicaFacts::Answered { .. } | ReplicaFacts::Unreachable => None,
