@@ -83,6 +83,9 @@ async fn a_foreign_write_is_told_after_a_restart_whether_it_came_before_it_or_me
     looked_at(&pair.replica_sidecar, LINK, &pair.replica).await;
     pair.replica.put("/app/before", "by hand").await;
     told(&pair.replica_sidecar, 1, TOLD_WITHIN).await;
+    // The position moves past it: what was told of it is known from the file alone.
+    let moved = pair.origin.put("/app/000001", "of the origin").await;
+    pair.wait_applied(moved).await;
     pair.replica_sidecar.kill();
     pair.replica.put("/app/meanwhile", "by hand").await;
     // Between two foreign writes lies one of the link, from a journal or a stream of the next process.
