@@ -14,6 +14,7 @@ use crate::model::{
     Change, CopyProgress, Epoch, KeyRange, LinkState, Position, Ranges, Revision, Seq, Term, WholeRevision,
 };
 use crate::wire;
+use crate::wire::parts::after_key;
 use crate::wire::replicate::{CopyBegin, CopyEnd, Page, Shipment, shipment};
 use bytes::Bytes;
 use std::collections::VecDeque;
@@ -434,14 +435,6 @@ struct Read {
     kvs: Vec<Kv>,
     revision: Revision,
     more: bool,
-}
-
-/// The least key above `key`.
-fn after_key(key: &Bytes) -> Bytes {
-    let mut next = Vec::with_capacity(key.len() + 1);
-    next.extend_from_slice(key);
-    next.push(0);
-    Bytes::from(next)
 }
 
 /// Cuts what one read gave into pages of at most `bytes_max` (a page holds one key at least), without holes between them.
