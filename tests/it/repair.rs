@@ -68,7 +68,7 @@ async fn ten_of_a_hundred_thousand_keys_are_mended_with_under_200_kb_in_three_ro
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_repair_has_its_place_between_the_revisions_of_traffic_that_goes_on() {
-    let pair = Box::pin(following_with(over_app(), 3_000, 100)).await;
+    let pair = Box::pin(following_with(over_app(), 4_000, 100)).await;
     let options = |writes| TrafficOptions {
         prefix: "/app/traffic/".to_owned(),
         rate_per_writer: Some(80),
