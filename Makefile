@@ -18,9 +18,12 @@ test: install
 # lists all.
 mutants: install
 	cargo test --test mutants -- $(ARGS)
-# The simulation over more seeds than `make test` runs. A seed that fails is printed, and run again by: SEED=n cargo test --test it simulation
+
+# More of what `make test` does a little of. SEEDS=n: the simulation alone, over so many seeds; one that fails is printed, and run again by
+# SEED=n cargo test --test it simulation. MINUTES=n: real processes under faults alone, for so long. Neither: both, 100,000 seeds and 30 minutes.
 soak: install
-	SEEDS=$(or $(SEEDS),100000) cargo test --test it simulation -- --nocapture
+	$(if $(MINUTES),,SEEDS=$(or $(SEEDS),100000) cargo test --test it simulation -- --nocapture)
+	$(if $(SEEDS),,MINUTES=$(or $(MINUTES),30) cargo test --test it soak -- --nocapture)
 
 # Beside etcdctl make-mirror, on real etcds; about 35 minutes, or less of everything with ARGS=--quick. Fails if a bound is not kept. The small
 # pieces: cargo bench --bench encode --bench segment
