@@ -9,7 +9,7 @@ use crate::metrics;
 use crate::model::{LinkStatus, Ranges, Side};
 use crate::origin::OriginLink;
 use crate::replica::receive::Receiver;
-use crate::replica::{ReplicaLink, ReplicaTask};
+use crate::replica::{self, ReplicaLink, ReplicaTask};
 use crate::tls::{self, accept};
 use crate::wire::HELLO_BYTES_MAX;
 use crate::wire::replicate::handshake_server::HandshakeServer;
@@ -190,6 +190,14 @@ impl App {
                 Ok(())
             }
         });
+        if let Some(compact) = config.compact {
+            let compactor = replica::compactor(config.etcd.clone(), compact, replicas.iter().map(|(task, _)| task));
+            let stop = stop.clone();
+            tasks.spawn(async move {
+                Box::pin(compactor.run(stop)).await;
+                Ok(())
+            });
+        }
         for (replica, status) in replicas {
             let (link, stop) = (status.borrow().link.clone(), stop.clone());
             tasks.spawn(async move { replica.run(status, stop).await.with_context(|| format!("link {link}")) });

@@ -83,6 +83,8 @@ pub struct Config {
     pub node: String,
     pub data_dir: PathBuf,
     pub etcd: EtcdConfig,
+    /// `None`: this sidecar compacts nothing.
+    pub compact: Option<CompactConfig>,
     pub listen: ListenConfig,
     pub tls: TlsConfig,
     pub send: Vec<SendConfig>,
@@ -100,6 +102,14 @@ pub struct EtcdConfig {
     pub key: Option<PathBuf>,
     pub username: Option<String>,
     pub password_file: Option<PathBuf>,
+}
+
+/// Compaction of the replica's etcd by age.
+#[derive(Debug, Clone, Copy)]
+pub struct CompactConfig {
+    /// What is younger stays.
+    pub after: Duration,
+    pub defragment: bool,
 }
 
 #[derive(Debug, Clone)]

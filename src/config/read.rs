@@ -132,6 +132,15 @@ impl<'t> Section<'t> {
         value.as_integer()
     }
 
+    pub(super) fn flag_if_present(&mut self, key: &'static str) -> Option<bool> {
+        let value = self.value(key)?;
+        let flag = value.as_bool();
+        if flag.is_none() {
+            self.wrong_type(self.field(key), "true or false", value);
+        }
+        flag
+    }
+
     /// A number, with or without a fraction.
     pub(super) fn number_if_present(&mut self, key: &'static str) -> Option<f64> {
         let value = self.value(key)?;

@@ -3,8 +3,10 @@
 //! Always true: the link's task alone writes the link's status; what the journal holds is applied whether or not the origin is there.
 
 pub mod admit;
+pub mod age;
 pub mod apply;
 pub mod commit;
+pub mod compact;
 pub mod copy;
 pub mod dedupe;
 pub mod foreign;
@@ -22,12 +24,13 @@ pub mod trouble;
 pub mod txn;
 mod verify;
 
-use crate::config::{EtcdConfig, Limits, ReceiveConfig};
+use crate::config::{CompactConfig, EtcdConfig, Limits, ReceiveConfig};
 use crate::model::{
     CopyProgress, Digest, Epoch, LinkState, LinkStatus, Phase, Ranges, Revision, Seq, Side, StageStatus, Term,
 };
 use admit::Admit;
 use apply::{Applier, ApplierParts, ApplyView};
+use compact::{Compactor, Reads};
 use dedupe::Dedupe;
 use foreign::OwnRevisions;
 use journal::{Journal, JournalExtent};
@@ -138,6 +141,11 @@ impl ReplicaLink {
 }
 
 impl ReplicaTask {
+    /// Which of the replica's revisions this link still reads at, from now on.
+    fn reads(&self) -> Reads {
+        Reads { end: self.end.clone(), told: self.told.clone(), seen: self.seen.clone() }
+    }
+
     /// Runs until `stop`, then flushes journal and dedupe log.
     pub async fn run(self, status: watch::Sender<LinkStatus>, stop: CancellationToken) -> Result<(), ReplicaError> {
         let Self { end, applier, view, told, lookout, seen } = self;
@@ -180,6 +188,15 @@ impl ReplicaTask {
         }
         Ok(())
     }
+}
+
+/// Compacts the etcd that these links are applied to.
+pub fn compactor<'a>(
+    etcd: EtcdConfig,
+    config: CompactConfig,
+    links: impl Iterator<Item = &'a ReplicaTask>,
+) -> Compactor {
+    Compactor { etcd, config, reads: links.map(ReplicaTask::reads).collect() }
 }
 
 /// What the dedupe log remembers of the newest epoch: the digests of the seqs that end it without a gap.

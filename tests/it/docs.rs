@@ -152,7 +152,7 @@ fn defaults(config: &Config) -> BTreeMap<String, String> {
     let verify_interval = verify_interval.expect("on by default");
     assert_eq!(*ranges, Ranges::new(&[], &[]));
     assert_eq!(config.log.format, LogFormat::Text);
-    assert!(config.receive[0].ranges.is_none() && config.tls.admins.is_empty());
+    assert!(config.receive[0].ranges.is_none() && config.tls.admins.is_empty() && config.compact.is_none());
     for (key, value) in [
         ("send[].deletes_share_max", deletes_share_max.to_string()),
         ("send[].verify_interval_seconds", verify_interval.as_secs().to_string()),
@@ -161,6 +161,8 @@ fn defaults(config: &Config) -> BTreeMap<String, String> {
         ("send[].exclude", "none".to_owned()),
         ("receive[].prefixes", "what the first hello says".to_owned()),
         ("receive[].foreign_writes", format!("{:?}", ForeignWrites::default()).to_lowercase()),
+        ("etcd.compact_after_seconds", "0".to_owned()),
+        ("etcd.defragment", "false".to_owned()),
         ("tls.admins", "nobody".to_owned()),
         ("log.format", "text".to_owned()),
         ("log.level", config.log.level.clone()),

@@ -203,6 +203,24 @@ fn prefixes_and_excludes_have_their_rules() {
 }
 
 #[test]
+fn a_replica_is_compacted_by_age_only_where_that_is_asked_for() {
+    let with = |lines: &str| Config::from_toml(&SOUND.replace("listen =", &format!("{lines}\nlisten =")));
+    assert!(with("").unwrap().compact.is_none());
+    let compact = with("etcd.compact_after_seconds = 3600\netcd.defragment = true").unwrap().compact.unwrap();
+    assert_eq!((compact.after, compact.defragment), (Duration::from_secs(3_600), true));
+    assert!(with("etcd.compact_after_seconds = 0").unwrap().compact.is_none());
+    let wrong = ["etcd.compact_after_seconds = -1", "etcd.defragment = true", "etcd.defragment = 1"];
+    for (lines, field) in wrong.into_iter().zip(["etcd.compact_after_seconds", "etcd.defragment", "etcd.defragment"]) {
+        let Faults(faults) = with(lines).unwrap_err();
+        assert_eq!(faults.iter().map(|f| &f.field[..]).collect::<Vec<_>>(), [field], "{lines}: {faults:?}");
+    }
+    let origin_alone = SOUND.split_once("[[receive]]").unwrap().0;
+    let text = origin_alone.replace("listen =", "etcd.compact_after_seconds = 60\nlisten =");
+    let Faults(faults) = Config::from_toml(&text).unwrap_err();
+    assert_eq!(faults[0].field, "etcd.compact_after_seconds", "{faults:?}");
+}
+
+#[test]
 fn links_are_unique_on_each_side_and_receive_disjoint_ranges() {
     let again = "link = \"config\"\npeer = \"a.example\"\nprefixes = [\"/a/\"]";
     let text = format!("{SOUND}prefixes = [\"/a/b/\"]\n[[receive]]\n{again}");

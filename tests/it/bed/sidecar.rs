@@ -85,6 +85,9 @@ pub struct SidecarOptions {
     pub etcd: Access,
     /// What it dials to reach its etcd; empty: `etcd.url` alone.
     pub endpoints: Vec<String>,
+    /// Not in the file if `None`.
+    pub compact_after_seconds: Option<u64>,
+    pub defragment: Option<bool>,
     pub ports: Ports,
     /// As `make_certificates` left it.
     pub certs: PathBuf,
@@ -101,6 +104,8 @@ impl SidecarOptions {
             region: region.to_owned(),
             node: format!("{region}-a"),
             endpoints: Vec::new(),
+            compact_after_seconds: None,
+            defragment: None,
             etcd,
             ports,
             certs: certs.to_owned(),
@@ -143,6 +148,10 @@ struct EtcdTable<'a> {
     username: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     password_file: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    compact_after_seconds: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    defragment: Option<bool>,
 }
 
 #[derive(Serialize)]
@@ -218,6 +227,8 @@ impl Sidecar {
                 key: pair.map(|tls| tls.key.as_path()),
                 username: options.etcd.user.as_ref().map(|(name, _)| name.as_str()),
                 password_file,
+                compact_after_seconds: options.compact_after_seconds,
+                defragment: options.defragment,
             },
             listen: ListenTable { peer: options.ports.peer, admin: options.ports.admin, http: options.ports.http },
             tls: TlsTable {
