@@ -6,8 +6,8 @@
 use super::files::NamedFiles;
 use super::read::Section;
 use super::{
-    Config, EtcdConfig, Faults, ForeignWrites, Limits, ListenConfig, LogConfig, LogFormat, ReceiveConfig, SendConfig,
-    TlsConfig,
+    Config, EtcdConfig, Faults, ForeignWrites, Limits, ListenConfig, LogConfig, LogFormat, OnPoison, ReceiveConfig,
+    SendConfig, TlsConfig,
 };
 use crate::certs::{REGION_RULE, SAN_RULE, is_region_name, is_san};
 use crate::model::{FERRY_PREFIX, LinkName, Ranges};
@@ -195,7 +195,15 @@ fn receive(s: &mut Section<'_>) -> Option<ReceiveConfig> {
             ForeignWrites::Report
         }
     };
-    Some(ReceiveConfig { link: link?, peer: peer?, ranges, foreign_writes })
+    let on_poison = match s.text_if_present("on_poison", "stop").as_deref() {
+        None | Some("stop") => OnPoison::Stop,
+        Some("quarantine") => OnPoison::Quarantine,
+        Some(other) => {
+            s.fault("on_poison", format!("must be \"stop\" or \"quarantine\" (found {other:?})"));
+            OnPoison::Stop
+        }
+    };
+    Some(ReceiveConfig { link: link?, peer: peer?, ranges, foreign_writes, on_poison })
 }
 
 fn link(s: &mut Section<'_>) -> Option<LinkName> {

@@ -148,6 +148,7 @@ pub struct ReceiveConfig {
     /// What the origin may touch; `None`: what its first hello says.
     pub ranges: Option<Ranges>,
     pub foreign_writes: ForeignWrites,
+    pub on_poison: OnPoison,
 }
 
 /// What becomes of others' writes at the replica, under the link's prefixes.
@@ -160,6 +161,16 @@ pub enum ForeignWrites {
     Repair,
     /// They are nobody's concern.
     Expect,
+}
+
+/// What becomes of a revision that the replica's etcd refuses whenever it is tried.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum OnPoison {
+    /// The link does not go past it.
+    #[default]
+    Stop,
+    /// The link goes on without it, and says so.
+    Quarantine,
 }
 
 /// Every bound of the process; each is a key of `[limits]` with the default given here.

@@ -163,7 +163,8 @@ impl Applier {
     /// The first position of an epoch, and the journal that goes with it.
     async fn open_with(&mut self, first: Position) -> Result<(), StepError> {
         let epoch = first.epoch;
-        self.commit_step(first, TxnTree { guards: Vec::new(), success: Vec::new() }, 0).await?;
+        self.commit_step(first, self.forget_quarantine(), 0).await?;
+        self.quarantine_is_over();
         if let Err(e) = self.journal.reset(epoch, Seq(0)).await {
             return Err(StepError::Etcd(EtcdError::Other(format!("the journal cannot be started afresh: {e}"))));
         }

@@ -24,6 +24,22 @@ pub fn after_settled(position: &Position, settled: &Settled, carried: (Revision,
     next
 }
 
+/// The position that goes on without the revision that comes next.
+pub fn after_skipped(position: &Position, seq: Seq, carried: (Revision, Digest)) -> Position {
+    let mut next = Position { seq, origin_revision: carried.0, ..position.clone() };
+    (next.part, next.part_digest) = (0, None);
+    (next.carried_revision, next.carried_digest) = carried;
+    next.skipped.push(seq);
+    next
+}
+
+/// The position that does not say any more that it went on without a revision.
+pub fn without_skipped(position: &Position, seq: Seq) -> Position {
+    let mut next = position.clone();
+    next.skipped.retain(|skipped| *skipped != seq);
+    next
+}
+
 /// How many of the waiting revisions a settled transaction brings in as wholes.
 pub fn revisions_done(settled: &Settled) -> usize {
     match settled.extent {
@@ -251,6 +267,20 @@ mod tests {
         let last = settled(Extent::Part { from: 5, to: 9, of: 9 });
         assert_eq!(after_settled(&begun, &last, carried), next);
         assert_eq!([settled(Extent::Whole), part, last].map(|s| revisions_done(&s)), [2, 0, 2]);
+    }
+
+    #[test]
+    fn a_skipped_revision_counts_as_carried_and_stays_named_until_it_is_taken_out() {
+        let carried = (Revision(120), Digest([1; 16]));
+        let partly = Position { part: 7, skipped: vec![Seq(3)], ..position() };
+        let next = after_skipped(&partly, Seq(41), carried);
+        assert_eq!((next.seq, next.origin_revision, next.part), (Seq(41), Revision(120), 0));
+        assert_eq!((next.carried_revision, next.carried_digest), carried);
+        assert_eq!(next.skipped, [Seq(3), Seq(41)]);
+        let further = after_settled(&next, &settled(Extent::Whole), carried);
+        assert_eq!(further.skipped, [Seq(3), Seq(41)], "what comes after it leaves them there");
+        assert_eq!(without_skipped(&further, Seq(3)).skipped, [Seq(41)]);
+        assert_eq!(without_skipped(&further, Seq(9)), further);
     }
 
     #[test]

@@ -5,7 +5,7 @@
 
 use crate::bed::pair::{LINK, Pair, PairOptions};
 use crate::bed::traffic::{Write, commit};
-use etcd_ferry::config::{Config, Fault, Faults, ForeignWrites, LogFormat, SendConfig};
+use etcd_ferry::config::{Config, Fault, Faults, ForeignWrites, LogFormat, OnPoison, SendConfig};
 use etcd_ferry::metrics::{self, Metric};
 use etcd_ferry::model::Ranges;
 use std::collections::{BTreeMap, BTreeSet};
@@ -161,6 +161,7 @@ fn defaults(config: &Config) -> BTreeMap<String, String> {
         ("send[].exclude", "none".to_owned()),
         ("receive[].prefixes", "what the first hello says".to_owned()),
         ("receive[].foreign_writes", format!("{:?}", ForeignWrites::default()).to_lowercase()),
+        ("receive[].on_poison", format!("{:?}", OnPoison::default()).to_lowercase()),
         ("tls.admins", "nobody".to_owned()),
         ("log.format", "text".to_owned()),
         ("log.level", config.log.level.clone()),

@@ -26,6 +26,7 @@ mod mutants_apply;
 mod origin_trouble;
 mod peers;
 mod power_cut;
+mod quarantine;
 mod repair;
 mod replica_trouble;
 mod resume;

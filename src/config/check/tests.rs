@@ -75,6 +75,19 @@ fn others_writes_are_told_unless_they_are_to_be_mended_or_expected() {
 }
 
 #[test]
+fn what_is_refused_whenever_it_is_tried_stops_a_link_unless_it_is_to_be_quarantined() {
+    let given = |line: &str| Config::from_toml(&format!("{SOUND}{line}")).map(|config| config.receive[0].on_poison);
+    assert_eq!(given("").unwrap(), OnPoison::Stop);
+    for (word, taken) in [("stop", OnPoison::Stop), ("quarantine", OnPoison::Quarantine)] {
+        assert_eq!(given(&format!("on_poison = \"{word}\"")).unwrap(), taken);
+    }
+    for wrong in ["\"skip\"", "\"\"", "true"] {
+        let Faults(faults) = given(&format!("on_poison = {wrong}")).unwrap_err();
+        assert_eq!(faults.iter().map(|f| &f.field[..]).collect::<Vec<_>>(), ["receive[0].on_poison"], "{wrong}");
+    }
+}
+
+#[test]
 fn what_is_given_is_taken() {
     let text = SOUND.replace(
         "[[receive]]",

@@ -75,6 +75,8 @@ pub struct ReceiveLink {
     pub prefixes: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub foreign_writes: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub on_poison: Option<String>,
 }
 
 #[derive(Debug, Clone)]
