@@ -91,6 +91,14 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Let the revision that is held back for its deletes through, once. Ask the sidecar at the link's replica
+    #[command(after_help = "Example: etcd-ferry allow config --config /etc/etcd-ferry/cn-hangzhou.toml")]
+    Allow {
+        /// The link
+        link: String,
+        #[command(flatten)]
+        sidecar: Sidecar,
+    },
     /// The revisions that a link's replica refused and goes on without. Ask the sidecar at the link's replica
     Quarantine {
         #[command(subcommand)]
@@ -222,6 +230,7 @@ fn main() -> ExitCode {
         Command::Resync { link, sidecar, allow_deletes } => resync(&sidecar, &link, allow_deletes),
         Command::Verify { link, sidecar, json } => verify(&sidecar, &link, json),
         Command::Repair { link, sidecar, allow_deletes, json } => repair(&sidecar, &link, allow_deletes, json),
+        Command::Allow { link, sidecar } => allow(&sidecar, &link),
         Command::Quarantine { command } => quarantine(command),
         Command::Demo { keep, seconds, json } => demo(keep, seconds, json),
         Command::Certs { command: CertsCommand::Dev { out, regions } } => certs_dev(&out, &regions),
@@ -308,6 +317,17 @@ fn repair(sidecar: &Sidecar, link: &str, allow_deletes: bool, json: bool) -> Res
     let outcome = runtime()?.block_on(verification::repair(&connection, link, allow_deletes, show_progress))?;
     told(link, &outcome, json)?;
     ended(sidecar, link, &outcome)
+}
+
+fn allow(sidecar: &Sidecar, link: &str) -> Result<(), Failure> {
+    let allowed = runtime()?.block_on(client::allow(&sidecar.connection()?, link))?;
+    let many = format!("{} of {} keys", allowed.deletes, allowed.keys);
+    let what = if allowed.minute {
+        format!("with it {many} are deleted within a minute")
+    } else {
+        format!("it deletes {many}")
+    };
+    say(&format!("link {link}: revision {} (seq {}) goes through; {what}", allowed.origin_revision, allowed.seq))
 }
 
 fn quarantine(command: QuarantineCommand) -> Result<(), Failure> {

@@ -66,7 +66,7 @@ const COUNTERS: [(&str, &str); 2] = [
     (SENT_BYTES_TOTAL, "Frames and pages carried, after encoding."),
 ];
 /// The `counts` of a link's status; each becomes `etcd_ferry_<count>_total`, on the sides that are named here.
-const COUNTS: [(&str, &str); 19] = [
+const COUNTS: [(&str, &str); 20] = [
     ("revisions", "Revisions shipped (origin)."),
     ("skipped", "Revisions not shipped, since they came from the cluster that the link ships to (origin)."),
     ("transactions", "Transactions that brought the position forward (both)."),
@@ -85,6 +85,7 @@ const COUNTS: [(&str, &str); 19] = [
     ("verifications", "Comparisons of both sides that have ended, whatever their outcome (origin)."),
     ("foreign_keys", "Keys under the link's prefixes that somebody else wrote at the replica (replica)."),
     ("quarantined", "Revisions that the replica gave up and went on without (replica)."),
+    ("held_back", "Revisions that were held back for their deletes (replica)."),
     ("mended_keys", "Keys that repairs put or deleted at the replica (origin)."),
 ];
 /// Seconds from half a millisecond (a local etcd) to an outage.

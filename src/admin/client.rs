@@ -4,7 +4,7 @@
 //! Always true: an answer or an error that says what to do comes within ten seconds; nothing printed holds a control character.
 
 use super::proto::admin_client::AdminClient;
-use super::proto::{Copy, ForeignWrites, Link, ResyncRequest, StatusReply, StatusRequest};
+use super::proto::{AllowReply, AllowRequest, Copy, ForeignWrites, Link, ResyncRequest, StatusReply, StatusRequest};
 use super::quarantine::{QuarantinedJson, note};
 use super::verification::{VerificationJson, counted, verification_lines};
 use crate::tls::connect::{ConnectError, PeerConnector, endpoint};
@@ -60,6 +60,12 @@ pub async fn status(connection: &Connection) -> Result<StatusReply, ClientError>
 pub async fn resync(connection: &Connection, link: &str, allow_deletes: bool) -> Result<(), ClientError> {
     let request = ResyncRequest { link: link.to_owned(), allow_deletes };
     ask(connection, async |mut client| client.resync(request).await).await.map(|_| ())
+}
+
+/// Lets what is held back for its deletes through, once; to be asked of the sidecar at the link's replica.
+pub async fn allow(connection: &Connection, link: &str) -> Result<AllowReply, ClientError> {
+    let request = AllowRequest { link: link.to_owned() };
+    ask(connection, async |mut client| client.allow(request).await).await
 }
 
 /// A channel to the admin port, for any of its services.

@@ -9,7 +9,7 @@ pub mod quarantine;
 pub mod service;
 pub mod verification;
 
-use crate::model::{LinkName, LinkState, LinkStatus, Mended, Record, Seq, Side};
+use crate::model::{HeldBack, LinkName, LinkState, LinkStatus, Mended, Record, Seq, Side};
 use serde::Serialize;
 use std::net::SocketAddr;
 use std::time::Instant;
@@ -41,6 +41,8 @@ pub enum ReplicaCommand {
     Retry { seq: Seq, reply: oneshot::Sender<Result<Mended, String>> },
     /// Forget it: its keys stay as they are.
     Discard { seq: Seq, reply: oneshot::Sender<Result<(), String>> },
+    /// Let what is held back for its deletes through, once.
+    Allow { reply: oneshot::Sender<Result<HeldBack, String>> },
 }
 
 /// What is asked by a channel, with somebody who waits for the answer.
@@ -64,6 +66,7 @@ impl Command for ReplicaCommand {
             ReplicaCommand::Show { reply, .. } => reply.is_closed(),
             ReplicaCommand::Retry { reply, .. } => reply.is_closed(),
             ReplicaCommand::Discard { reply, .. } => reply.is_closed(),
+            ReplicaCommand::Allow { reply } => reply.is_closed(),
         }
     }
 }

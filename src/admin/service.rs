@@ -5,9 +5,9 @@
 
 use super::proto::admin_server::{self, Admin, AdminServer};
 use super::proto::{
-    Copy, DifferingRange, DiscardQuarantinedReply, ForeignWrites, Link, Quarantined, QuarantinedKey,
-    QuarantinedRequest, QuarantinedRevision, RepairRequest, ResyncReply, ResyncRequest, RetryQuarantinedReply,
-    StatusReply, StatusRequest, Verification, VerifyRequest,
+    AllowReply, AllowRequest, Copy, DifferingRange, DiscardQuarantinedReply, ForeignWrites, Link, Quarantined,
+    QuarantinedKey, QuarantinedRequest, QuarantinedRevision, RepairRequest, ResyncReply, ResyncRequest,
+    RetryQuarantinedReply, StatusReply, StatusRequest, Verification, VerifyRequest,
 };
 use super::{Directory, LinkCommand, LinkHandle, ReplicaCommand};
 use crate::config::TlsConfig;
@@ -345,6 +345,17 @@ impl Admin for Service {
         let build = |seq, reply| ReplicaCommand::Discard { seq, reply };
         self.quarantined(&request, "DiscardQuarantined", build).await?;
         Ok(Response::new(DiscardQuarantinedReply {}))
+    }
+
+    async fn allow(&self, request: Request<AllowRequest>) -> Result<Response<AllowReply>, Status> {
+        let link = &request.get_ref().link;
+        let outcome = match commands(&self.directory.links, link, |handle| handle.replica_commands.clone()) {
+            Ok((commands, _)) => command(&commands, link, |reply| ReplicaCommand::Allow { reply }).await,
+            Err(refusal) => Err(refusal),
+        };
+        audit(&request, "Allow", link, &outcome.as_ref().map(|_| ()).map_err(Clone::clone));
+        let model::HeldBack { seq, revision, deletes, keys, minute, allowed: _ } = outcome?;
+        Ok(Response::new(AllowReply { seq: seq.0, origin_revision: revision.0, deletes, keys, minute }))
     }
 
     async fn resync(&self, request: Request<ResyncRequest>) -> Result<Response<ResyncReply>, Status> {

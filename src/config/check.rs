@@ -6,8 +6,8 @@
 use super::files::NamedFiles;
 use super::read::Section;
 use super::{
-    Config, EtcdConfig, Faults, ForeignWrites, Limits, ListenConfig, LogConfig, LogFormat, OnPoison, ReceiveConfig,
-    SendConfig, TlsConfig,
+    Config, DeleteShares, EtcdConfig, Faults, ForeignWrites, Limits, ListenConfig, LogConfig, LogFormat, OnPoison,
+    ReceiveConfig, SendConfig, TlsConfig,
 };
 use crate::certs::{REGION_RULE, SAN_RULE, is_region_name, is_san};
 use crate::model::{FERRY_PREFIX, LinkName, Ranges};
@@ -203,7 +203,15 @@ fn receive(s: &mut Section<'_>) -> Option<ReceiveConfig> {
             OnPoison::Stop
         }
     };
-    Some(ReceiveConfig { link: link?, peer: peer?, ranges, foreign_writes, on_poison })
+    let [revision, minute] = ["revision_deletes_share_max", "minute_deletes_share_max"].map(|key| {
+        let share = s.number_if_present(key)?;
+        if !(0.0..=1.0).contains(&share) {
+            s.fault(key, "must be from 0 (hold every delete) to 1; leave it out to hold none");
+        }
+        Some(share)
+    });
+    let delete_shares = DeleteShares { revision, minute };
+    Some(ReceiveConfig { link: link?, peer: peer?, ranges, foreign_writes, on_poison, delete_shares })
 }
 
 fn link(s: &mut Section<'_>) -> Option<LinkName> {

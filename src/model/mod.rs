@@ -325,6 +325,35 @@ pub struct Position {
     /// Seqs of this epoch that the link went on without, since the replica's etcd refuses them: they are in quarantine.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub skipped: Vec<Seq>,
+    /// The next revision deletes so much that a person has to allow it; it goes with that revision.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held_back: Option<HeldBack>,
+}
+
+/// A revision that is not applied until a person allows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeldBack {
+    pub seq: Seq,
+    /// Of the origin.
+    pub revision: Revision,
+    /// Of this revision; or, where `minute` says so, with those of the minute before it.
+    pub deletes: u64,
+    /// Of so many keys that the replica holds, or held a minute before.
+    pub keys: u64,
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub minute: bool,
+    /// A person said so: it goes through, once.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub allowed: bool,
+}
+
+impl HeldBack {
+    /// The longest that it makes the position's JSON: its names, four numbers of 20 digits, two words.
+    pub const BYTES_MAX: usize = 180;
+}
+
+fn is_false(flag: &bool) -> bool {
+    !flag
 }
 
 fn is_zero(n: &u64) -> bool {
@@ -400,6 +429,7 @@ mod tests {
             part: 0,
             part_digest: None,
             skipped: Vec::new(),
+            held_back: None,
         }
     }
 
@@ -411,6 +441,25 @@ mod tests {
         }
         let part = Position { part: 7, part_digest: Some(Digest([3; 16])), skipped: vec![Seq(4)], ..position(None) };
         assert_eq!(Position::from_json(&part.to_json()).unwrap(), part);
+    }
+
+    #[test]
+    fn what_is_held_back_is_read_as_it_was_written_and_never_takes_more_than_is_counted() {
+        let most = HeldBack {
+            seq: Seq(u64::MAX),
+            revision: Revision(u64::MAX),
+            deletes: u64::MAX,
+            keys: u64::MAX,
+            minute: true,
+            allowed: true,
+        };
+        let plain = position(None);
+        let held = Position { held_back: Some(most), ..plain.clone() };
+        assert!(held.to_json().len() - plain.to_json().len() <= HeldBack::BYTES_MAX);
+        assert_eq!(Position::from_json(&held.to_json()).unwrap(), held);
+        let short = HeldBack { minute: false, allowed: false, ..most };
+        let held = Position { held_back: Some(short), ..plain };
+        assert_eq!(Position::from_json(&held.to_json()).unwrap(), held);
     }
 
     /// They lie in etcds, written by other versions.

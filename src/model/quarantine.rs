@@ -208,6 +208,7 @@ mod tests {
             part: 0,
             part_digest: None,
             skipped: skipped.iter().copied().map(Seq).collect(),
+            held_back: None,
         }
     }
 

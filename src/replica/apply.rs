@@ -3,6 +3,7 @@
 //! Always true: changes and position commit together or not at all; after any doubt the position is read again before anything else;
 //! an `Applied` is made here alone, from a committed transaction or from a position that was read.
 
+use super::breaker::Breaker;
 use super::commit::{Committed, InFlight, answer_of};
 use super::dedupe::Dedupe;
 use super::foreign::OwnRevisions;
@@ -15,10 +16,10 @@ use super::position::{Held, HelloAnswer, HelloFacts, HelloRefused};
 use super::quarantine::Retrying;
 use super::receive::Told;
 use crate::admin::{ReplicaCommand, next_command};
-use crate::config::{EtcdConfig, Limits, OnPoison};
+use crate::config::{DeleteShares, EtcdConfig, Limits, OnPoison};
 use crate::etcd::{Columns, Etcd, EtcdError};
 use crate::model::{
-    Digest, Epoch, LinkName, Position, Quarantine, Ranges, Revision, Seq, Term, Waymark, skipped_bytes,
+    Digest, Epoch, HeldBack, LinkName, Position, Quarantine, Ranges, Revision, Seq, Term, Waymark, skipped_bytes,
 };
 use crate::retry::Backoff;
 use crate::segment::feed::FeedError;
@@ -34,8 +35,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// The longest JSON of a position without a cursor and without skipped seqs: its names, ten numbers of 20 digits, three digests, one
-/// cluster id.
+/// The longest JSON of a position without a cursor, skipped seqs and what is held back: its names, ten numbers of 20 digits, three digests,
+/// one cluster id.
 const POSITION_BYTES_MAX: usize = 700;
 /// A range read before a guarded range delete; its keys are held in memory for a moment.
 const RUN_KEYS_MAX: usize = 200_000;
@@ -44,9 +45,11 @@ const GUARD_FAILURES_MAX: u32 = 2;
 /// A committed transaction may take so long to answer while the process stops.
 const STOP_DEADLINE: Duration = Duration::from_secs(3);
 
-/// What a position with so many skipped seqs takes, without a cursor.
-pub(super) fn position_bytes_max(skipped: usize) -> usize {
-    POSITION_BYTES_MAX + skipped_bytes(skipped)
+/// What this position, and each that follows it before the next one is skipped or held back, takes without a cursor.
+pub(super) fn position_bytes_max(position: Option<&Position>) -> usize {
+    let skipped = position.map_or(0, |position| position.skipped.len());
+    let held_back = position.and_then(|position| position.held_back).map_or(0, |_| HeldBack::BYTES_MAX);
+    POSITION_BYTES_MAX + skipped_bytes(skipped) + held_back
 }
 
 /// Proof that the replica's etcd holds everything up to `seq`.
@@ -105,6 +108,8 @@ pub struct ApplyView {
     pub quarantine: Arc<Quarantine>,
     /// Revisions that were quarantined since the sidecar started.
     pub quarantined_ever: u64,
+    /// Revisions that were held back for their deletes since then.
+    pub held_back_ever: u64,
     /// What a retry asks of the origin; the session that it asks.
     pub wanted: Option<(u64, KeysWanted)>,
     /// What ended the stream; the session that it concerns.
@@ -152,6 +157,9 @@ pub struct Applier {
     /// As the position has it.
     pub(super) quarantine: Arc<Quarantine>,
     pub(super) retrying: Option<Retrying>,
+    pub(super) breaker: Breaker,
+    /// What waits up to this seq may be applied, whatever it deletes.
+    pub(super) cleared: Seq,
     /// The last question to the origin about keys.
     pub(super) wanted: u64,
     /// The last hello knew of a link back over the same ranges.
@@ -180,6 +188,8 @@ pub struct Applier {
     /// Set by what only an operator can cure; a new hello clears it.
     pub(super) stopped: bool,
     pub(super) session: u64,
+    /// What the breaker's clock counts from.
+    pub(super) began: Instant,
     /// What the present session's sender may write with: a position above it is another sender's. `None`: there was no hello yet, or it is of
     /// another origin than the position, whose terms say nothing.
     pub(super) claim: Option<(Epoch, Term)>,
@@ -202,6 +212,7 @@ pub struct ApplierParts {
     /// The revisions that the applier makes, for whoever looks out for others'.
     pub own: Arc<Mutex<OwnRevisions>>,
     pub on_poison: OnPoison,
+    pub delete_shares: DeleteShares,
     /// What an earlier process was refused.
     pub trial: Trial,
     /// What an operator asks.
@@ -219,7 +230,7 @@ impl Applier {
             bytes_max: parts.limits.request_bytes_max,
             bytes_refused: None,
             position_key_bytes: parts.link.position_key().len(),
-            position_value_bytes_max: position_bytes_max(0),
+            position_value_bytes_max: position_bytes_max(None),
         };
         Self {
             link: parts.link,
@@ -235,6 +246,8 @@ impl Applier {
             trial: parts.trial,
             quarantine: Arc::default(),
             retrying: None,
+            breaker: Breaker::new(parts.delete_shares),
+            cleared: Seq(0),
             wanted: 0,
             link_back: false,
             told: parts.told,
@@ -255,6 +268,7 @@ impl Applier {
             retry_at: Some(Instant::now()),
             stopped: false,
             session: 0,
+            began: Instant::now(),
             claim: None,
             hello_taken: 0,
             hello_waiting: parts.hello_waiting,
@@ -343,6 +357,9 @@ impl Applier {
                 return;
             }
         }
+        if !self.clear_deletes().await {
+            return;
+        }
         if self.in_flight.is_none() {
             // More came while the last transaction was on its way.
             let waiting = self.waiting.len();
@@ -355,7 +372,8 @@ impl Applier {
                 return self.persist_idle().await;
             };
             let mark = self.marks.front().map(|mark| mark.after);
-            let next = plan::up_to(self.waiting.iter().skip(in_flight).map(|(w, _)| w), mark);
+            let cleared = self.waiting.iter().map(|(w, _)| w).take_while(|w| w.seq <= self.cleared);
+            let next = plan::up_to(cleared.skip(in_flight), mark);
             match plan::plan(next.take(self.trial.revisions_max()), begun, ranges, &self.limits) {
                 Ok(planned) => self.planned = planned,
                 Err(e) => return Box::pin(self.refuse_plan(&e)).await,
@@ -420,8 +438,11 @@ impl Applier {
 
     async fn operate(&mut self, command: ReplicaCommand) {
         self.settle_in_flight().await;
-        if let Some((seq, reply)) = self.replica_command(command) {
-            let _ = reply.send(self.discard(seq).await);
+        match command {
+            ReplicaCommand::Show { seq, reply } => _ = reply.send(self.recorded(seq).cloned()),
+            ReplicaCommand::Retry { seq, reply } => self.begin_retry(seq, reply),
+            ReplicaCommand::Discard { seq, reply } => _ = reply.send(self.discard(seq).await),
+            ReplicaCommand::Allow { reply } => _ = reply.send(self.allow().await),
         }
     }
 

@@ -126,6 +126,7 @@ impl Applier {
         let held = self.held.as_ref().map_or(Revision(0), |h| h.mod_revision);
         match answered(response.succeeded(), found, held) {
             Answered::Committed => {
+                self.knows(&next);
                 self.expected = Some(next.clone());
                 let revision = txn_revision(response);
                 lock(&self.own).note(revision);

@@ -59,7 +59,7 @@ impl Applier {
     /// Does one step; what etcd refuses for now is tried again until a new session takes the link.
     pub(super) async fn copy_step(&mut self, step: CopyStep) {
         loop {
-            let error = match self.try_step(&step).await {
+            let error = match Box::pin(self.try_step(&step)).await {
                 Ok(()) => {
                     self.backoff.succeeded();
                     self.view.send_modify(|view| view.waiting.clear());
@@ -108,7 +108,7 @@ impl Applier {
         }
         match step {
             CopyStep::Begin(begin) => self.begin_copy(begin.clone()).await,
-            CopyStep::Keys { range, keys, last } => self.count_keys(range, keys, *last).await,
+            CopyStep::Keys { range, keys, last } => Box::pin(self.count_keys(range, keys, *last)).await,
             CopyStep::Page { range, revision, kvs } => Box::pin(self.copy_page(range, *revision, kvs)).await,
             CopyStep::End { anchor_revision } => self.end_copy(*anchor_revision).await,
         }

@@ -4,10 +4,12 @@
 
 pub mod admit;
 pub mod apply;
+pub mod breaker;
 pub mod commit;
 pub mod copy;
 pub mod dedupe;
 pub mod foreign;
+mod hold;
 pub mod journal;
 pub mod lookout;
 pub mod mark;
@@ -116,6 +118,7 @@ impl ReplicaLink {
             dedupe: dedupe.clone(),
             own: own.clone(),
             on_poison: self.receive.on_poison,
+            delete_shares: self.receive.delete_shares,
             trial: failed_before(&journal, remembered.failed),
             operator: self.commands,
             told: told.clone(),
@@ -278,6 +281,7 @@ impl Views<'_> {
             ("in_parts", self.view.in_parts),
             ("foreign_keys", self.seen.keys_ever),
             ("quarantined", self.view.quarantined_ever),
+            ("held_back", self.view.held_back_ever),
         ];
         status.counts = counts.into_iter().collect();
         let copying = position.is_some_and(|p| p.state == Phase::Copying && p.cursor.is_some());

@@ -19,6 +19,7 @@ pub fn after_settled(position: &Position, settled: &Settled, carried: (Revision,
             next.origin_revision = carried.0;
             (next.carried_revision, next.carried_digest) = carried;
             (next.part, next.part_digest) = (0, None);
+            next.held_back = next.held_back.filter(|held| held.seq > settled.seq);
         }
     }
     next
@@ -26,7 +27,8 @@ pub fn after_settled(position: &Position, settled: &Settled, carried: (Revision,
 
 /// The position that goes on without the revision that comes next.
 pub fn after_skipped(position: &Position, seq: Seq, carried: (Revision, Digest)) -> Position {
-    let mut next = Position { seq, origin_revision: carried.0, ..position.clone() };
+    let held_back = position.held_back.filter(|held| held.seq > seq);
+    let mut next = Position { seq, origin_revision: carried.0, held_back, ..position.clone() };
     (next.part, next.part_digest) = (0, None);
     (next.carried_revision, next.carried_digest) = carried;
     next.skipped.push(seq);
@@ -213,6 +215,7 @@ pub fn align(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::HeldBack;
     use crate::replica::plan::TxnTree;
 
     const DIGEST: Digest = Digest([9; 16]);
@@ -235,6 +238,7 @@ mod tests {
             part: 0,
             part_digest: None,
             skipped: Vec::new(),
+            held_back: None,
         }
     }
 
@@ -281,6 +285,20 @@ mod tests {
         assert_eq!(further.skipped, [Seq(3), Seq(41)], "what comes after it leaves them there");
         assert_eq!(without_skipped(&further, Seq(3)).skipped, [Seq(41)]);
         assert_eq!(without_skipped(&further, Seq(9)), further);
+    }
+
+    #[test]
+    fn what_was_held_back_goes_with_its_revision_and_not_before() {
+        let held =
+            HeldBack { seq: Seq(42), revision: Revision(120), deletes: 9, keys: 10, minute: false, allowed: true };
+        let (position, carried) = (Position { held_back: Some(held), ..position() }, (Revision(120), DIGEST));
+        let before = Settled { seq: Seq(41), ..settled(Extent::Whole) };
+        assert_eq!(after_settled(&position, &before, carried).held_back, Some(held));
+        let part = settled(Extent::Part { from: 0, to: 5, of: 9 });
+        assert_eq!(after_settled(&position, &part, carried).held_back, Some(held));
+        assert_eq!(after_settled(&position, &settled(Extent::Whole), carried).held_back, None);
+        assert_eq!(after_skipped(&position, Seq(41), carried).held_back, Some(held));
+        assert_eq!(after_skipped(&position, Seq(42), carried).held_back, None);
     }
 
     #[test]

@@ -90,6 +90,9 @@ impl Applier {
         self.planned = None;
         self.read_quarantine(position.as_ref()).await?;
         self.align(position.as_ref()).await;
+        if let Some(position) = &position {
+            self.knows(position);
+        }
         self.expected.clone_from(&position);
         self.held = Some(Held::now(position, mod_revision));
         Ok(look.cluster)
@@ -155,6 +158,8 @@ impl Applier {
         self.waiting_bytes = 0;
         self.planned = None;
         self.trial = Trial::default();
+        self.cleared = seq;
+        self.breaker.forget_after(seq);
         self.end_retry(Err("the position moved meanwhile: ask again".to_owned()));
         self.marks.clear();
         self.read_through = seq;

@@ -10,7 +10,6 @@ use super::mark::Mend;
 use super::next;
 use super::plan::{Node, Op, PlanError, TxnTree};
 use super::poison::{SeqState, Verdict};
-use crate::admin::ReplicaCommand;
 use crate::config::OnPoison;
 use crate::etcd::EtcdError;
 use crate::model::{Digest, GivenUp, Mended, Phase, Position, Quarantine, Record, SKIPPED_MAX, Seq};
@@ -72,7 +71,6 @@ impl Applier {
 
     fn show_quarantine(&mut self, quarantine: Quarantine) {
         self.quarantine = Arc::new(quarantine);
-        self.limits.position_value_bytes_max = super::apply::position_bytes_max(self.quarantine.entries.len());
         let shown = self.quarantine.clone();
         self.view.send_modify(|view| view.quarantine = shown);
     }
@@ -181,23 +179,6 @@ impl Applier {
         self.retry_at = Some(Instant::now());
     }
 
-    pub(super) fn replica_command(
-        &mut self,
-        command: ReplicaCommand,
-    ) -> Option<(Seq, oneshot::Sender<Result<(), String>>)> {
-        match command {
-            ReplicaCommand::Show { seq, reply } => {
-                let _ = reply.send(self.recorded(seq).cloned());
-                None
-            }
-            ReplicaCommand::Retry { seq, reply } => {
-                self.begin_retry(seq, reply);
-                None
-            }
-            ReplicaCommand::Discard { seq, reply } => Some((seq, reply)),
-        }
-    }
-
     /// Takes a seq out of the quarantine; its keys stay as they are.
     pub(super) async fn discard(&mut self, seq: Seq) -> Result<(), String> {
         self.known(seq)?;
@@ -217,7 +198,7 @@ impl Applier {
         })
     }
 
-    fn recorded(&self, seq: Seq) -> Result<&Record, String> {
+    pub(super) fn recorded(&self, seq: Seq) -> Result<&Record, String> {
         self.known(seq)?.ok_or_else(|| {
             format!(
                 "the record of seq {seq} is gone, so nobody knows its keys: run `etcd-ferry repair {}` at the origin's sidecar, then \
@@ -253,7 +234,7 @@ impl Applier {
         }
     }
 
-    fn begin_retry(&mut self, seq: Seq, reply: oneshot::Sender<Result<Mended, String>>) {
+    pub(super) fn begin_retry(&mut self, seq: Seq, reply: oneshot::Sender<Result<Mended, String>>) {
         let keys = match self.may_retry(seq) {
             Ok(record) => record.keys().cloned().collect(),
             Err(reason) => {

@@ -5,6 +5,7 @@ mod admin;
 mod bank;
 mod bed;
 mod both_ways;
+mod breaker;
 mod config;
 mod copy;
 mod damage;

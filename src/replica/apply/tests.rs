@@ -19,6 +19,7 @@ async fn applier(dir: &std::path::Path) -> Applier {
         dedupe: Arc::new(dedupe),
         own: Arc::default(),
         on_poison: OnPoison::Stop,
+        delete_shares: DeleteShares::default(),
         trial: Trial::default(),
         operator: mpsc::channel(1).1,
         told: watch::channel(Told::default()).1,
