@@ -115,6 +115,7 @@ impl App {
                 side: Side::Origin,
                 status: watching,
                 commands: Some(commands),
+                replica_commands: None,
             });
             // What a [[receive]] without prefixes will bring, the peer knows: it tells in its answer to the hello.
             let overlaps = |ranges: &Option<Ranges>| ranges.as_ref().is_some_and(|r| r.overlaps(&send.ranges));
@@ -134,11 +135,13 @@ impl App {
         for receive in &config.receive {
             let (status, watching) =
                 watch::channel(LinkStatus::new(receive.link.clone(), Side::Replica, receive.peer.clone()));
+            let (commands, incoming) = mpsc::channel(1);
             links.push(LinkHandle {
                 link: receive.link.clone(),
                 side: Side::Replica,
                 status: watching,
                 commands: None,
+                replica_commands: Some(commands),
             });
             let replica = ReplicaLink {
                 etcd: config.etcd.clone(),
@@ -146,6 +149,7 @@ impl App {
                 dir: config.data_dir.join("replica").join(receive.link.as_str()),
                 sends_back: config.send.iter().filter(|s| s.peer == receive.peer).map(|s| s.ranges.clone()).collect(),
                 receive: receive.clone(),
+                commands: incoming,
             };
             let (end, task) = replica.open().await.with_context(|| format!("link {}", receive.link))?;
             ends.push(end);

@@ -6,8 +6,8 @@
 use super::files::NamedFiles;
 use super::read::Section;
 use super::{
-    CompactConfig, Config, EtcdConfig, Faults, ForeignWrites, Limits, ListenConfig, LogConfig, LogFormat,
-    ReceiveConfig, SendConfig, TlsConfig,
+    CompactConfig, Config, DeleteShares, EtcdConfig, Faults, ForeignWrites, Limits, ListenConfig, LogConfig, LogFormat,
+    OnPoison, ReceiveConfig, SendConfig, TlsConfig,
 };
 use crate::certs::{REGION_RULE, SAN_RULE, is_region_name, is_san};
 use crate::model::{FERRY_PREFIX, LinkName, Ranges};
@@ -220,7 +220,23 @@ fn receive(s: &mut Section<'_>) -> Option<ReceiveConfig> {
             ForeignWrites::Report
         }
     };
-    Some(ReceiveConfig { link: link?, peer: peer?, ranges, foreign_writes })
+    let on_poison = match s.text_if_present("on_poison", "stop").as_deref() {
+        None | Some("stop") => OnPoison::Stop,
+        Some("quarantine") => OnPoison::Quarantine,
+        Some(other) => {
+            s.fault("on_poison", format!("must be \"stop\" or \"quarantine\" (found {other:?})"));
+            OnPoison::Stop
+        }
+    };
+    let [revision, minute] = ["revision_deletes_share_max", "minute_deletes_share_max"].map(|key| {
+        let share = s.number_if_present(key)?;
+        if !(0.0..=1.0).contains(&share) {
+            s.fault(key, "must be from 0 (hold every delete) to 1; leave it out to hold none");
+        }
+        Some(share)
+    });
+    let delete_shares = DeleteShares { revision, minute };
+    Some(ReceiveConfig { link: link?, peer: peer?, ranges, foreign_writes, on_poison, delete_shares })
 }
 
 fn link(s: &mut Section<'_>) -> Option<LinkName> {

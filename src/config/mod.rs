@@ -158,6 +158,8 @@ pub struct ReceiveConfig {
     /// What the origin may touch; `None`: what its first hello says.
     pub ranges: Option<Ranges>,
     pub foreign_writes: ForeignWrites,
+    pub on_poison: OnPoison,
+    pub delete_shares: DeleteShares,
 }
 
 /// What becomes of others' writes at the replica, under the link's prefixes.
@@ -170,6 +172,25 @@ pub enum ForeignWrites {
     Repair,
     /// They are nobody's concern.
     Expect,
+}
+
+/// What a link may delete at the replica, while it follows, before a person is asked: shares (0 to 1) of the keys that it holds there.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct DeleteShares {
+    /// In one revision; `None`: any.
+    pub revision: Option<f64>,
+    /// Within a minute; `None`: any.
+    pub minute: Option<f64>,
+}
+
+/// What becomes of a revision that the replica's etcd refuses whenever it is tried.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum OnPoison {
+    /// The link does not go past it.
+    #[default]
+    Stop,
+    /// The link goes on without it, and says so.
+    Quarantine,
 }
 
 /// Every bound of the process; each is a key of `[limits]` with the default given here.

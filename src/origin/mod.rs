@@ -304,6 +304,7 @@ impl Views<'_> {
         status.counts.insert("elections", self.elect.won);
         status.copy = ship.copy;
         status.verification.clone_from(&ship.verification);
+        status.quarantined_revisions = ship.quarantined;
         status.stages = vec![
             StageStatus {
                 stage: "watch",

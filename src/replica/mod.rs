@@ -5,18 +5,22 @@
 pub mod admit;
 pub mod age;
 pub mod apply;
+pub mod breaker;
 pub mod commit;
 pub mod compact;
 pub mod copy;
 pub mod dedupe;
 pub mod foreign;
+mod hold;
 pub mod journal;
 pub mod lookout;
 pub mod mark;
 pub mod next;
 pub mod pages;
 pub mod plan;
+pub mod poison;
 pub mod position;
+mod quarantine;
 pub mod receive;
 mod shipments;
 pub mod stream;
@@ -24,9 +28,11 @@ pub mod trouble;
 pub mod txn;
 mod verify;
 
+use crate::admin::ReplicaCommand;
 use crate::config::{CompactConfig, EtcdConfig, Limits, ReceiveConfig};
 use crate::model::{
-    CopyProgress, Digest, Epoch, LinkState, LinkStatus, Phase, Ranges, Revision, Seq, Side, StageStatus, Term,
+    CopyProgress, Digest, Epoch, LinkState, LinkStatus, Phase, QuarantinedStatus, Ranges, Revision, Seq, Side,
+    StageStatus, Term,
 };
 use admit::Admit;
 use apply::{Applier, ApplierParts, ApplyView};
@@ -35,6 +41,7 @@ use dedupe::Dedupe;
 use foreign::OwnRevisions;
 use journal::{Journal, JournalExtent};
 use lookout::{AccountFile, Lookout, LookoutView};
+use poison::Trial;
 use receive::{LinkEnd, RangesFile, Told};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -71,6 +78,8 @@ pub struct ReplicaLink {
     pub dir: PathBuf,
     /// Ranges of this process's own `[[send]]` links to the same peer.
     pub sends_back: Vec<Ranges>,
+    /// What an operator asks of it.
+    pub commands: mpsc::Receiver<ReplicaCommand>,
 }
 
 /// A replica link whose disks are open; [`ReplicaTask::run`] runs it.
@@ -111,6 +120,11 @@ impl ReplicaLink {
             journal: journal.clone(),
             dedupe: dedupe.clone(),
             own: own.clone(),
+            on_poison: self.receive.on_poison,
+            delete_shares: self.receive.delete_shares,
+            trial: failed_before(&journal, remembered.failed),
+            operator: self.commands,
+            told: told.clone(),
             hello_waiting,
             commands: incoming,
             view: view_sender,
@@ -216,6 +230,13 @@ fn remembered_by(recent: &[(Epoch, Seq, Digest)]) -> Admit {
     Admit::new(epoch, Term(0), last, digests.into_iter().rev())
 }
 
+/// The revision that an earlier process was refused, if the journal still holds it as its first.
+fn failed_before(journal: &Journal, failed: Option<(Epoch, Seq, u32)>) -> Trial {
+    let extent = journal.extent().borrow().clone();
+    let failed = failed.filter(|(epoch, seq, _)| *epoch == extent.epoch && *seq > extent.base);
+    failed.map_or_else(Trial::default, |(_, seq, refusals)| Trial::remembered(seq, refusals))
+}
+
 /// Notes what the journal holds beyond the dedupe log's last entry: the log is synced later than the journal, and may be new.
 async fn note_again(journal: &Journal, dedupe: &Dedupe, recent: &[(Epoch, Seq, Digest)]) -> Result<(), ReplicaError> {
     let extent = journal.extent().borrow().clone();
@@ -276,6 +297,8 @@ impl Views<'_> {
             ("conflicts", self.view.conflicts),
             ("in_parts", self.view.in_parts),
             ("foreign_keys", self.seen.keys_ever),
+            ("quarantined", self.view.quarantined_ever),
+            ("held_back", self.view.held_back_ever),
         ];
         status.counts = counts.into_iter().collect();
         let copying = position.is_some_and(|p| p.state == Phase::Copying && p.cursor.is_some());
@@ -287,6 +310,9 @@ impl Views<'_> {
         status.verification.verified_revision = Revision(verified.origin_revision);
         status.verification.verified_at_ms = verified.at_ms;
         status.verification.differing_keys = verified.differing_keys;
+        status.verification.expected_keys = verified.expected_keys;
+        status.quarantined = QuarantinedStatus::all(&self.view.quarantine);
+        status.quarantined_revisions = status.quarantined.len() as u64;
         status.foreign_writes = (self.seen.checked > Revision(0)).then(|| self.seen.status());
         status.stages = vec![
             StageStatus { stage: "receive", ok: self.told.connected, detail: self.receive_detail(), queue_bytes: 0 },
@@ -299,11 +325,7 @@ impl Views<'_> {
             StageStatus {
                 stage: "apply",
                 ok: self.view.waiting.is_empty(),
-                detail: if self.view.waiting.is_empty() {
-                    format!("applied up to seq {applied}")
-                } else {
-                    self.view.waiting.clone()
-                },
+                detail: self.apply_detail(applied, same_epoch),
                 queue_bytes: 0,
             },
             StageStatus {
@@ -318,6 +340,9 @@ impl Views<'_> {
     fn state(&self) -> LinkState {
         if self.view.stopped {
             return LinkState::Stopped;
+        }
+        if self.view.held {
+            return LinkState::Held;
         }
         match &self.view.position {
             Some(position) if self.told.connected => match position.state {
@@ -348,6 +373,22 @@ impl Views<'_> {
             reasons.push("the journal's disk takes no more: make room below data_dir".to_owned());
         }
         reasons.join("; ")
+    }
+
+    /// How many of the revisions that were received are where in their life.
+    fn apply_detail(&self, applied: Seq, same_epoch: bool) -> String {
+        let end = if same_epoch { self.extent.end.max(applied) } else { applied };
+        let applying = self.view.applying.min(end.0 - applied.0);
+        let pending = end.0 - applied.0 - applying;
+        let mut detail = format!("applied up to seq {applied}; {pending} pending, {applying} applying");
+        let quarantined = self.view.quarantine.entries.len();
+        if quarantined > 0 {
+            detail.push_str(&format!(", {quarantined} in quarantine"));
+        }
+        if !self.view.waiting.is_empty() {
+            detail = [&detail, &self.view.waiting[..]].join("; ");
+        }
+        detail
     }
 
     fn receive_detail(&self) -> String {

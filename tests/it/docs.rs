@@ -5,7 +5,7 @@
 
 use crate::bed::pair::{LINK, Pair, PairOptions};
 use crate::bed::traffic::{Write, commit};
-use etcd_ferry::config::{Config, Fault, Faults, ForeignWrites, LogFormat, SendConfig};
+use etcd_ferry::config::{Config, Fault, Faults, ForeignWrites, LogFormat, OnPoison, SendConfig};
 use etcd_ferry::metrics::{self, Metric};
 use etcd_ferry::model::Ranges;
 use std::collections::{BTreeMap, BTreeSet};
@@ -163,6 +163,7 @@ fn defaults(config: &Config) -> BTreeMap<String, String> {
         ("receive[].foreign_writes", format!("{:?}", ForeignWrites::default()).to_lowercase()),
         ("etcd.compact_after_seconds", "0".to_owned()),
         ("etcd.defragment", "false".to_owned()),
+        ("receive[].on_poison", format!("{:?}", OnPoison::default()).to_lowercase()),
         ("tls.admins", "nobody".to_owned()),
         ("log.format", "text".to_owned()),
         ("log.level", config.log.level.clone()),

@@ -75,6 +75,34 @@ fn others_writes_are_told_unless_they_are_to_be_mended_or_expected() {
 }
 
 #[test]
+fn what_is_refused_whenever_it_is_tried_stops_a_link_unless_it_is_to_be_quarantined() {
+    let given = |line: &str| Config::from_toml(&format!("{SOUND}{line}")).map(|config| config.receive[0].on_poison);
+    assert_eq!(given("").unwrap(), OnPoison::Stop);
+    for (word, taken) in [("stop", OnPoison::Stop), ("quarantine", OnPoison::Quarantine)] {
+        assert_eq!(given(&format!("on_poison = \"{word}\"")).unwrap(), taken);
+    }
+    for wrong in ["\"skip\"", "\"\"", "true"] {
+        let Faults(faults) = given(&format!("on_poison = {wrong}")).unwrap_err();
+        assert_eq!(faults.iter().map(|f| &f.field[..]).collect::<Vec<_>>(), ["receive[0].on_poison"], "{wrong}");
+    }
+}
+
+#[test]
+fn deletes_are_not_held_back_unless_a_share_from_0_to_1_is_given() {
+    let given = |line: &str| Config::from_toml(&format!("{SOUND}{line}")).map(|config| config.receive[0].delete_shares);
+    assert_eq!(given("").unwrap(), DeleteShares { revision: None, minute: None });
+    let both = given("revision_deletes_share_max = 0.25\nminute_deletes_share_max = 1").unwrap();
+    assert_eq!(both, DeleteShares { revision: Some(0.25), minute: Some(1.0) });
+    for key in ["revision_deletes_share_max", "minute_deletes_share_max"] {
+        for wrong in ["-0.1", "1.1", "nan", "\"0.1\""] {
+            let Faults(faults) = given(&format!("{key} = {wrong}")).unwrap_err();
+            let fields: Vec<&str> = faults.iter().map(|f| &f.field[..]).collect();
+            assert_eq!(fields, [format!("receive[0].{key}")], "{wrong}");
+        }
+    }
+}
+
+#[test]
 fn what_is_given_is_taken() {
     let text = SOUND.replace(
         "[[receive]]",

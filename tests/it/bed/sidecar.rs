@@ -75,6 +75,12 @@ pub struct ReceiveLink {
     pub prefixes: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub foreign_writes: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub on_poison: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub revision_deletes_share_max: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub minute_deletes_share_max: Option<f64>,
 }
 
 #[derive(Debug, Clone)]
