@@ -74,14 +74,16 @@ impl Compactor {
         };
         ages.saw(now, etcd.look(&first.end.config.link.position_key()).await?.head);
         let read_at: Vec<Revision> = self.reads.iter().flat_map(Reads::read_at).collect();
-        let Some(through) = ages.due(now, &read_at) else { return Ok(()) };
-        match etcd.compact(through).await {
-            // Another sidecar of this cluster, or an operator, was first.
-            Ok(()) | Err(EtcdError::Compacted) => {}
-            Err(e) => return Err(e),
+        if let Some(through) = ages.due(now, &read_at) {
+            match etcd.compact(through).await {
+                // Another sidecar of this cluster, or an operator, was first.
+                Ok(()) | Err(EtcdError::Compacted) => {}
+                Err(e) => return Err(e),
+            }
+            ages.compacted(through);
+            tracing::info!(%through, "the replica's etcd is compacted by age");
         }
-        ages.compacted(through);
-        tracing::info!(%through, "the replica's etcd is compacted by age");
+        // Whether or not it was compacted now: etcd frees what a compaction lets go of a while after it has answered.
         if self.config.defragment { Box::pin(self.defragment()).await } else { Ok(()) }
     }
 
