@@ -118,7 +118,7 @@ impl Shipper {
             let same_place =
                 position.origin_cluster == origin.cluster && position.ranges_digest == origin.ranges_digest;
             if same_place && carried.0 > Revision(0) && origin.head >= carried.0 {
-                self.tell_tail(carried, position.origin_revision.max(carried.0)).await;
+                self.tell_tail(carried, position.origin_revision.max(carried.0));
                 origin.carried = self.check_carried(&greeted.etcd, carried).await?;
             }
         }
@@ -127,12 +127,12 @@ impl Shipper {
     }
 
     /// Told before the comparison: a watch that opens after it begins with what was compared.
-    async fn tell_tail(&self, carried: (Revision, Digest), reached: Revision) {
+    fn tell_tail(&self, carried: (Revision, Digest), reached: Revision) {
         let extent = self.spool.extent().borrow().clone();
         let spool = SpoolFacts { base: extent.base, covered: extent.covered, last: extent.last };
         if resume::begins_with(&spool, carried.0, reached) {
-            // A tail that has ended is found so when it is to watch.
-            let _ = self.tail_commands.send(TailCommand::Carried(carried)).await;
+            // Where a command waits already, it is a restart, which brings this along, or the same word of an earlier hello.
+            let _ = self.tail_commands.try_send(TailCommand::Carried(carried));
         }
     }
 

@@ -58,7 +58,7 @@ impl Compactor {
                     connected = None;
                     let said = e.to_string();
                     if said != trouble {
-                        tracing::warn!(error = %said, "the replica's etcd could not be compacted by age; it is tried again");
+                        tracing::warn!(error = %said, "the replica's etcd could not be compacted or defragmented by age; it is tried again");
                         trouble = said;
                     }
                 }
