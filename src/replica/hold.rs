@@ -31,6 +31,10 @@ impl Applier {
             self.still_held(&held);
             return false;
         }
+        if self.ranges.is_none() {
+            // Nobody knows what to count, and nothing is applied before a hello tells.
+            return true;
+        }
         while let Some((seq, whole)) = self.next_uncleared() {
             if let Some(held) = position.held_back.filter(|held| seq >= held.seq) {
                 if held.allowed && seq == held.seq {

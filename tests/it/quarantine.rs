@@ -316,6 +316,7 @@ async fn what_was_discarded_differs_until_a_repair_mends_it() {
     put_large(&pair).await;
     pair.wait_applied(pair.origin.put("/app/after", "1").await).await;
     assert_done(&pair.replica_sidecar.admin(&["quarantine", "discard", LINK, "1"]));
+    assert_eq!(pair.position().await.unwrap().skipped, []);
     list(&pair.replica_sidecar, 0).await;
     widen(&mut pair).await;
     let (_, outcome) = verify(&pair);
