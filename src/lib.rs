@@ -10,7 +10,7 @@
 //! replica/           mod receive stream shipments verify admit(p) copy pages(p) mark apply commit position trouble txn next(p) plan(p) journal foreign(p) lookout dedupe(the only file that knows sled)
 //! admin/             service http verification client
 //! scan.rs            a range whole, page by page, at one revision
-//! etcd/              mod error watch: the narrow typed door to etcd
+//! etcd/              mod gate version(p) error watch: the narrow typed door to etcd
 //! tls/               mod (configurations) accept connect verify explain
 //! wire/              mod codec window(p) frame(p) body(p) cache(p) delta(p) digest(p) parts(p) varint(p) kubernetes_like (tests)
 //! segment/           mod open file writer (append-only files) feed (memory first, then files), under spool and journal

@@ -4,7 +4,7 @@
 //! Always true: an answer or an error that says what to do comes within ten seconds; nothing printed holds a control character.
 
 use super::proto::admin_client::AdminClient;
-use super::proto::{Copy, ForeignWrites, Link, ResyncRequest, StatusReply, StatusRequest};
+use super::proto::{Copy, EtcdMember, ForeignWrites, Link, ResyncRequest, StatusReply, StatusRequest};
 use super::verification::{VerificationJson, counted, verification_lines};
 use crate::tls::connect::{ConnectError, PeerConnector, endpoint};
 use crate::tls::{self, TlsError, explain};
@@ -139,6 +139,17 @@ struct StatusJson<'a> {
     node: &'a str,
     version: &'a str,
     links: Vec<LinkJson<'a>>,
+    etcd: Vec<MemberJson<'a>>,
+}
+
+#[derive(Serialize)]
+struct MemberJson<'a> {
+    endpoint: &'a str,
+    ok: bool,
+    version: &'a str,
+    leader: bool,
+    verdict: &'a str,
+    detail: &'a str,
 }
 
 #[derive(Serialize)]
@@ -194,9 +205,15 @@ pub fn status_json(reply: &StatusReply) -> String {
         node: &reply.node,
         version: &reply.version,
         links: reply.links.iter().map(link_json).collect(),
+        etcd: reply.etcd.iter().map(member_json).collect(),
     };
     // Strings, numbers and lists of them: serde_json has no way to fail on these.
     serde_json::to_string_pretty(&status).unwrap_or_default()
+}
+
+fn member_json(member: &EtcdMember) -> MemberJson<'_> {
+    let EtcdMember { endpoint, ok, version, leader, verdict, detail } = member;
+    MemberJson { endpoint, ok: *ok, version, leader: *leader, verdict, detail }
 }
 
 fn link_json(link: &Link) -> LinkJson<'_> {
@@ -246,7 +263,8 @@ pub fn status_table(reply: &StatusReply, width: Option<usize>) -> String {
     }
     text.push('\n');
     text.push_str(&aligned(&reply.links));
-    let notes: String = reply.links.iter().map(|link| notes(link, width)).collect();
+    let links = reply.links.iter().map(|link| notes(link, width));
+    let notes: String = links.chain(reply.etcd.iter().map(member_note)).collect();
     if !notes.is_empty() {
         text.push('\n');
         text.push_str(&notes);
@@ -311,6 +329,15 @@ fn notes(link: &Link, width: Option<usize>) -> String {
         text.push_str(&line(&format!("{who}: {said}")));
     }
     text
+}
+
+/// Of a member whose version is no good; that one is down is said by the links that miss it.
+fn member_note(member: &EtcdMember) -> String {
+    let EtcdMember { endpoint, version, verdict, detail, .. } = member;
+    match &verdict[..] {
+        "" | "fine" => String::new(),
+        _ => line(&format!("etcd {version} at {endpoint} ({verdict}): {detail}")),
+    }
 }
 
 fn foreign_lines(foreign: &ForeignWrites) -> Vec<String> {
@@ -410,9 +437,20 @@ mod tests {
         }
     }
 
+    fn member(version: &str, verdict: &str, detail: &str) -> EtcdMember {
+        EtcdMember {
+            endpoint: "http://127.0.0.1:2379".to_owned(),
+            ok: true,
+            version: version.to_owned(),
+            leader: true,
+            verdict: verdict.to_owned(),
+            detail: detail.to_owned(),
+        }
+    }
+
     fn reply(links: Vec<Link>) -> StatusReply {
         let (region, node) = ("us-east-1".to_owned(), "us-east-1-a".to_owned());
-        StatusReply { region, node, version: "0.1.0".to_owned(), links }
+        StatusReply { region, node, version: "0.1.0".to_owned(), links, etcd: Vec::new() }
     }
 
     #[test]
@@ -421,7 +459,9 @@ mod tests {
         link.counts = [("skipped".to_owned(), 1), ("repeated".to_owned(), 4)].into();
         link.copy = Some(Copy { keys_done: 5, keys_total: 9 });
         (link.role, link.shipper) = ("shipper".to_owned(), "us-east-1-a".to_owned());
-        let json = status_json(&reply(vec![link]));
+        let mut reply = reply(vec![link]);
+        reply.etcd.push(member("3.5.1", "refused", "upgrade it"));
+        let json = status_json(&reply);
         let one_line: String = json.lines().map(str::trim_start).collect::<Vec<_>>().join(" ");
         assert_eq!(
             one_line,
@@ -432,7 +472,8 @@ mod tests {
              \"lag_revisions\": 2, \"lag_seconds\": 0.0421, \"rpo_revisions\": 1, \"rpo_seconds\": 0.0209, \
              \"bytes_raw\": 14000, \"bytes_sent\": 1000, \"counts\": { \"repeated\": 4, \"skipped\": 1 }, \
              \"copy\": { \"keys_done\": 5, \"keys_total\": 9 }, \"verification\": null, \
-             \"foreign_writes\": null } ] }"
+             \"foreign_writes\": null } ], \"etcd\": [ { \"endpoint\": \"http://127.0.0.1:2379\", \"ok\": true, \
+             \"version\": \"3.5.1\", \"leader\": true, \"verdict\": \"refused\", \"detail\": \"upgrade it\" } ] }"
         );
     }
 
@@ -456,6 +497,16 @@ mod tests {
              orders-of-the-shop (replica): the origin was restored: run `etcd-ferry resync`\n"
         );
         assert!(status_table(&reply(Vec::new()), None).ends_with("no links are configured\n"));
+    }
+
+    #[test]
+    fn a_member_of_a_version_that_is_no_good_stands_below_the_table_and_any_other_does_not() {
+        let mut reply = reply(vec![link()]);
+        reply.etcd =
+            vec![member("3.5.30", "fine", ""), member("", "", "no answer"), member("3.5.16", "warned", "upgrade it")];
+        let table = status_table(&reply, None);
+        let below = table.rsplit("\n\n").next();
+        assert_eq!(below, Some("etcd 3.5.16 at http://127.0.0.1:2379 (warned): upgrade it\n"), "{table}");
     }
 
     #[test]

@@ -5,8 +5,8 @@
 
 use super::proto::admin_server::{self, Admin, AdminServer};
 use super::proto::{
-    Copy, DifferingRange, ForeignWrites, Link, RepairRequest, ResyncReply, ResyncRequest, StatusReply, StatusRequest,
-    Verification, VerifyRequest,
+    Copy, DifferingRange, EtcdMember, ForeignWrites, Link, RepairRequest, ResyncReply, ResyncRequest, StatusReply,
+    StatusRequest, Verification, VerifyRequest,
 };
 use super::{Directory, LinkCommand, LinkHandle};
 use crate::config::TlsConfig;
@@ -297,6 +297,7 @@ impl Admin for Service {
             node: node.clone(),
             version: version.clone(),
             links: self.directory.snapshots().into_iter().map(link_message).collect(),
+            etcd: self.directory.etcd.borrow().iter().cloned().map(member_message).collect(),
         }))
     }
 
@@ -415,6 +416,11 @@ fn link_message(status: LinkStatus) -> Link {
         verification: Some(verification_message(verification)),
         foreign_writes: foreign_writes.map(foreign_message),
     }
+}
+
+fn member_message(member: model::EtcdHealth) -> EtcdMember {
+    let model::EtcdHealth { endpoint, ok, version, leader, verdict, detail } = member;
+    EtcdMember { endpoint, ok, version, leader, verdict: verdict.to_owned(), detail }
 }
 
 fn foreign_message(foreign: model::ForeignStatus) -> ForeignWrites {

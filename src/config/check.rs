@@ -76,6 +76,8 @@ fn etcd(s: &mut Section<'_>) -> Option<EtcdConfig> {
     let username = s.text_if_present("username", "etcd-ferry");
     let password_file = s.path_if_present("password_file", "/etc/etcd-ferry/etcd-password");
 
+    let allow_corrupting_versions = s.switch_if_present("allow_corrupting_versions").unwrap_or(false);
+
     if let Some(endpoints) = &endpoints {
         let https = endpoints.iter().filter(|e| e.starts_with("https:")).count();
         if https != 0 && https != endpoints.len() {
@@ -92,7 +94,8 @@ fn etcd(s: &mut Section<'_>) -> Option<EtcdConfig> {
     }
     together(s, "cert", cert.1.is_some(), "key", key.1.is_some());
     together(s, "username", username.is_some(), "password_file", password_file.is_some());
-    Some(EtcdConfig { endpoints: endpoints?, ca: ca.1, cert: cert.1, key: key.1, username, password_file })
+    let (ca, cert, key) = (ca.1, cert.1, key.1);
+    Some(EtcdConfig { endpoints: endpoints?, ca, cert, key, username, password_file, allow_corrupting_versions })
 }
 
 fn together(s: &mut Section<'_>, a: &str, a_given: bool, b: &str, b_given: bool) {

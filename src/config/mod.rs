@@ -91,7 +91,7 @@ pub struct Config {
     pub log: LogConfig,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct EtcdConfig {
     /// `http://` or `https://` URLs, all of one kind.
     pub endpoints: Vec<String>,
@@ -100,6 +100,8 @@ pub struct EtcdConfig {
     pub key: Option<PathBuf>,
     pub username: Option<String>,
     pub password_file: Option<PathBuf>,
+    /// Links also go through members whose version is known to corrupt data.
+    pub allow_corrupting_versions: bool,
 }
 
 #[derive(Debug, Clone)]

@@ -132,6 +132,14 @@ impl<'t> Section<'t> {
         value.as_integer()
     }
 
+    pub(super) fn switch_if_present(&mut self, key: &'static str) -> Option<bool> {
+        let value = self.value(key)?;
+        if !value.is_bool() {
+            self.wrong_type(self.field(key), "true or false", value);
+        }
+        value.as_bool()
+    }
+
     /// A number, with or without a fraction.
     pub(super) fn number_if_present(&mut self, key: &'static str) -> Option<f64> {
         let value = self.value(key)?;
@@ -237,18 +245,20 @@ mod tests {
 
     #[test]
     fn a_value_of_another_type_is_named() {
-        let table = parse("text = 1\nlist = ['a', 2]\ntables = [3]\ntable = 4").unwrap();
+        let table = parse("text = 1\nlist = ['a', 2]\ntables = [3]\ntable = 4\nswitch = 'yes'").unwrap();
         let mut root = Section::root(&table);
         root.text("text", "y");
         assert_eq!(root.texts("list").unwrap().len(), 1);
         root.tables("tables", |_| Some(()));
         root.table("table", None, |_| Some(()));
+        assert_eq!(root.switch_if_present("switch"), None);
         let faults: Vec<String> = root.finish().iter().map(|f| format!("{}: {}", f.field, f.rule)).collect();
         let expected = [
             "text: must be a string, not an integer",
             "list[1]: must be a string, not an integer",
             "tables[0]: must be a table, [[tables]], not an integer",
             "table: must be a table, [table], not an integer",
+            "switch: must be true or false, not a string",
         ];
         assert_eq!(faults, expected);
     }

@@ -8,7 +8,7 @@ mod status;
 
 pub use ranges::{KeyRange, Ranges};
 pub use status::{
-    CopyProgress, DifferingRange, ForeignStatus, LinkState, LinkStatus, Outcome, PartsProgress, Role, Side,
+    CopyProgress, DifferingRange, EtcdHealth, ForeignStatus, LinkState, LinkStatus, Outcome, PartsProgress, Role, Side,
     StageStatus, Verification,
 };
 

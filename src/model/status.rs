@@ -230,6 +230,23 @@ pub struct StageStatus {
     pub queue_bytes: u64,
 }
 
+/// One member of the cluster beside a sidecar, as last asked.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct EtcdHealth {
+    /// As configured.
+    pub endpoint: String,
+    /// It answered when it was asked last.
+    pub ok: bool,
+    /// As the member says it (`3.5.30`), or said it last; empty: not known, since it has not answered yet or the user is not root.
+    pub version: String,
+    /// True if this member leads its cluster.
+    pub leader: bool,
+    /// Of its version: `fine`, `warned`, `refused`, or `allowed` where the configuration lets a refused one through; empty: not known.
+    pub verdict: &'static str,
+    /// What is wrong with it or with its version, and what to do, or why its version is not known; empty when all is well.
+    pub detail: String,
+}
+
 impl LinkStatus {
     pub fn new(link: LinkName, side: Side, peer: String) -> Self {
         Self {

@@ -27,7 +27,8 @@ mod view;
 pub mod watch;
 
 use crate::admin::LinkCommand;
-use crate::config::{EtcdConfig, Limits, SendConfig};
+use crate::config::{Limits, SendConfig};
+use crate::etcd::gate::Gate;
 use crate::metrics;
 use crate::model::{Epoch, LinkName, LinkState, LinkStatus, Revision, Role, Seq, Side, StageStatus};
 use crate::wire::digest;
@@ -111,7 +112,7 @@ pub enum OriginError {
 /// Everything that one origin link needs.
 pub struct OriginLink {
     pub send: SendConfig,
-    pub etcd: EtcdConfig,
+    pub etcd: Arc<Gate>,
     pub limits: Limits,
     /// The link's own folder below `data_dir`.
     pub dir: PathBuf,

@@ -279,7 +279,7 @@ impl Shipper {
         let addresses = &self.origin.send.to;
         let address = addresses[self.next_address % addresses.len()].clone();
         self.next_address += 1;
-        let etcd = Etcd::connect(&self.origin.etcd).await.map_err(|e| at_origin(&e))?;
+        let etcd = self.origin.etcd.connect().await.map_err(|e| at_origin(&e))?;
         let look = etcd.look(&self.origin.send.link.waymark_key()).await.map_err(|e| at_origin(&e))?;
         let waymark_revision = look.kv.as_ref().map_or(Revision(0), |kv| kv.mod_revision);
         let waymark = look.kv.as_ref().and_then(|kv| OriginWaymark::from_json(&kv.value)).unwrap_or_default();

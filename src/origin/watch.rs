@@ -9,7 +9,8 @@ use super::reopen::{self, Spooled};
 use super::sequence::{Event, OriginWaymark, SequenceError, Sequenced, Sequencer, WatchMessage};
 use super::spool::{Spool, SpoolEntry};
 use super::{Clock, LinkEvent};
-use crate::config::{EtcdConfig, Limits};
+use crate::config::Limits;
+use crate::etcd::gate::Gate;
 use crate::etcd::{Etcd, EtcdError, Look, Watch, WatchSignal, watch_right};
 use crate::model::{ClusterId, Digest, LinkName, Ranges, Revision};
 use crate::retry::Backoff;
@@ -94,7 +95,7 @@ async fn next_command(commands: &mut mpsc::Receiver<TailCommand>) -> Option<Tail
 
 pub struct Tail {
     pub link: LinkName,
-    pub etcd: EtcdConfig,
+    pub etcd: Arc<Gate>,
     pub ranges: Ranges,
     pub limits: Limits,
     pub spool: Arc<Spool>,
@@ -307,7 +308,7 @@ impl Tail {
     /// again, or after it where etcd no longer shows it whole.
     async fn open(&mut self, after_covered: bool, message_bytes_max: usize) -> Result<OpenWatch, Ended> {
         let extent = self.spool.extent().borrow().clone();
-        let etcd = Etcd::connect(&self.etcd).await?;
+        let etcd = self.etcd.connect().await?;
         let look = etcd.look(&self.link.waymark_key()).await?;
         if look.head < extent.covered {
             let reason = format!(

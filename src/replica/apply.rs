@@ -11,7 +11,8 @@ use super::mark::Mark;
 use super::next::{self, Idle};
 use super::plan::{self, Plan, PlanError, RequestLimits, RunFacts, TxnTree, Waiting};
 use super::position::{Held, HelloAnswer, HelloFacts, HelloRefused};
-use crate::config::{EtcdConfig, Limits};
+use crate::config::Limits;
+use crate::etcd::gate::Gate;
 use crate::etcd::{Columns, Etcd, EtcdError};
 use crate::model::{Digest, Epoch, LinkName, Position, Ranges, Revision, Seq, Term, Waymark};
 use crate::retry::Backoff;
@@ -118,7 +119,7 @@ pub enum ApplyCommand {
 
 pub struct Applier {
     pub(super) link: LinkName,
-    etcd_config: EtcdConfig,
+    gate: Arc<Gate>,
     pub(super) etcd: Option<Etcd>,
     pub(super) limits: RequestLimits,
     queue_bytes_max: usize,
@@ -162,7 +163,7 @@ pub struct Applier {
 /// What an applier is made of.
 pub struct ApplierParts {
     pub link: LinkName,
-    pub etcd: EtcdConfig,
+    pub etcd: Arc<Gate>,
     pub limits: Limits,
     pub ranges: Option<Ranges>,
     pub journal: Arc<Journal>,
@@ -185,7 +186,7 @@ impl Applier {
         };
         Self {
             link: parts.link,
-            etcd_config: parts.etcd,
+            gate: parts.etcd,
             etcd: None,
             limits,
             queue_bytes_max: parts.limits.queue_bytes_max,
@@ -358,7 +359,7 @@ impl Applier {
         if let Some(etcd) = &self.etcd {
             return Ok(etcd.clone());
         }
-        let etcd = Etcd::connect(&self.etcd_config).await?;
+        let etcd = self.gate.connect().await?;
         self.etcd = Some(etcd.clone());
         Ok(etcd)
     }

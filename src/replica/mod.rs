@@ -22,7 +22,8 @@ pub mod trouble;
 pub mod txn;
 mod verify;
 
-use crate::config::{EtcdConfig, Limits, ReceiveConfig};
+use crate::config::{Limits, ReceiveConfig};
+use crate::etcd::gate::Gate;
 use crate::model::{
     CopyProgress, Digest, Epoch, LinkState, LinkStatus, Phase, Ranges, Revision, Seq, Side, StageStatus, Term,
 };
@@ -62,7 +63,7 @@ pub enum ReplicaError {
 /// Everything that one replica link needs.
 pub struct ReplicaLink {
     pub receive: ReceiveConfig,
-    pub etcd: EtcdConfig,
+    pub etcd: Arc<Gate>,
     pub limits: Limits,
     /// The link's own folder below `data_dir`.
     pub dir: PathBuf,

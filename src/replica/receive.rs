@@ -9,7 +9,8 @@ use super::dedupe::Dedupe;
 use super::journal::Journal;
 use super::position::{HelloAnswer, HelloFacts, HelloRefused};
 use super::stream::Stream;
-use crate::config::{EtcdConfig, Limits, ReceiveConfig};
+use crate::config::{Limits, ReceiveConfig};
+use crate::etcd::gate::Gate;
 use crate::model::{ClusterId, Epoch, KeyRange, LinkName, Ranges, Revision, Seq, Term};
 use crate::tls::accept::PeerConnectInfo;
 use crate::wire::frame::FrameLimits;
@@ -91,7 +92,7 @@ pub struct Counters {
 /// What the services know of one link.
 pub struct LinkEnd {
     pub config: ReceiveConfig,
-    pub etcd: EtcdConfig,
+    pub etcd: Arc<Gate>,
     pub limits: Limits,
     pub commands: mpsc::Sender<ApplyCommand>,
     pub view: watch::Receiver<ApplyView>,

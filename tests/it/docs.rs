@@ -161,6 +161,7 @@ fn defaults(config: &Config) -> BTreeMap<String, String> {
         ("send[].exclude", "none".to_owned()),
         ("receive[].prefixes", "what the first hello says".to_owned()),
         ("receive[].foreign_writes", format!("{:?}", ForeignWrites::default()).to_lowercase()),
+        ("etcd.allow_corrupting_versions", config.etcd.allow_corrupting_versions.to_string()),
         ("tls.admins", "nobody".to_owned()),
         ("log.format", "text".to_owned()),
         ("log.level", config.log.level.clone()),

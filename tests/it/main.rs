@@ -38,3 +38,4 @@ mod takeover;
 mod tidy;
 mod trust;
 mod verify;
+mod versions;

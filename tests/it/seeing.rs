@@ -15,7 +15,7 @@ use std::fs;
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 
-const TOP: [&str; 4] = ["region", "node", "version", "links"];
+const TOP: [&str; 5] = ["region", "node", "version", "links", "etcd"];
 const FIELDS: [&str; 18] = [
     "link",
     "side",

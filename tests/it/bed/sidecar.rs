@@ -93,6 +93,8 @@ pub struct SidecarOptions {
     /// Keys of `[limits]`.
     pub limits: BTreeMap<String, u64>,
     pub log_level: String,
+    /// Of `[etcd]`.
+    pub allow_corrupting_versions: bool,
 }
 
 impl SidecarOptions {
@@ -108,6 +110,7 @@ impl SidecarOptions {
             receive: Vec::new(),
             limits: BTreeMap::new(),
             log_level: "info,etcd_ferry=debug".to_owned(),
+            allow_corrupting_versions: false,
         }
     }
 }
@@ -143,6 +146,8 @@ struct EtcdTable<'a> {
     username: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     password_file: Option<PathBuf>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    allow_corrupting_versions: bool,
 }
 
 #[derive(Serialize)]
@@ -218,6 +223,7 @@ impl Sidecar {
                 key: pair.map(|tls| tls.key.as_path()),
                 username: options.etcd.user.as_ref().map(|(name, _)| name.as_str()),
                 password_file,
+                allow_corrupting_versions: options.allow_corrupting_versions,
             },
             listen: ListenTable { peer: options.ports.peer, admin: options.ports.admin, http: options.ports.http },
             tls: TlsTable {
