@@ -63,7 +63,7 @@ impl Gate {
     /// A connection to the cluster, unless one of its members is of a version that corrupts. It takes no calls any more once such a member is
     /// met: below it, a connection that broke is made anew without a word.
     pub async fn connect(&self) -> Result<Etcd, EtcdError> {
-        let ((), etcd) = tokio::join!(self.ask(Who::Anyone), Etcd::connect(&self.config));
+        let ((), etcd) = tokio::join!(Box::pin(self.ask(Who::Anyone)), Box::pin(Etcd::connect(&self.config)));
         match self.refusal.borrow().clone() {
             Some(refusal) => Err(EtcdError::VersionRefused(refusal)),
             None => etcd.map(|etcd| etcd.behind(self.refusal.subscribe())),
@@ -120,7 +120,7 @@ impl Gate {
 
     async fn ask_one(&self, before: &EtcdHealth, who: Who) -> EtcdHealth {
         let endpoint = before.endpoint.clone();
-        match tokio::time::timeout(ASK_MAX, self.version_of(&endpoint, who)).await {
+        match tokio::time::timeout(ASK_MAX, Box::pin(self.version_of(&endpoint, who))).await {
             Ok(Ok(member)) => self.health(endpoint, member),
             // What a login has shown stands until the next one.
             Ok(Err(EtcdError::Denied { .. } | EtcdError::LoginLost(_)))
