@@ -64,7 +64,7 @@ const COUNTERS: [(&str, &str); 2] = [
     (SENT_BYTES_TOTAL, "Frames and pages carried, after encoding."),
 ];
 /// The `counts` of a link's status; each becomes `etcd_ferry_<count>_total`, on the sides that are named here.
-const COUNTS: [(&str, &str); 18] = [
+const COUNTS: [(&str, &str); 19] = [
     ("revisions", "Revisions shipped (origin)."),
     ("skipped", "Revisions not shipped, since they came from the cluster that the link ships to (origin)."),
     ("transactions", "Transactions that brought the position forward (both)."),
@@ -80,6 +80,7 @@ const COUNTS: [(&str, &str); 18] = [
     ("copied_keys_written", "Keys that completed base copies wrote (origin)."),
     ("copied_keys_equal", "Keys that completed base copies found equal already (origin)."),
     ("copied_keys_deleted", "Keys that completed base copies deleted (origin)."),
+    ("other_histories", "Times that the link went on by itself with an origin that was restored or replaced (origin)."),
     ("verifications", "Comparisons of both sides that have ended, whatever their outcome (origin)."),
     ("foreign_keys", "Keys under the link's prefixes that somebody else wrote at the replica (replica)."),
     ("mended_keys", "Keys that repairs put or deleted at the replica (origin)."),

@@ -6,8 +6,8 @@
 use super::files::NamedFiles;
 use super::read::Section;
 use super::{
-    Config, EtcdConfig, Faults, ForeignWrites, Limits, ListenConfig, LogConfig, LogFormat, ReceiveConfig, SendConfig,
-    TlsConfig,
+    Config, EtcdConfig, Faults, ForeignWrites, Limits, ListenConfig, LogConfig, LogFormat, OtherHistory, ReceiveConfig,
+    SendConfig, TlsConfig,
 };
 use crate::certs::{REGION_RULE, SAN_RULE, is_region_name, is_san};
 use crate::model::{FERRY_PREFIX, LinkName, Ranges};
@@ -161,6 +161,14 @@ fn send(s: &mut Section<'_>) -> Option<SendConfig> {
     if !(0.0..=1.0).contains(&share) {
         s.fault("deletes_share_max", "must be from 0 (delete nothing unasked) to 1 (no guard)");
     }
+    let other_history = match s.text_if_present("other_history", "stop").as_deref() {
+        None | Some("stop") => OtherHistory::Stop,
+        Some("resync") => OtherHistory::Resync,
+        Some(other) => {
+            s.fault("other_history", format!("must be \"stop\" or \"resync\" (found {other:?})"));
+            OtherHistory::Stop
+        }
+    };
     let interval = limit(s, "verify_interval_seconds", VERIFY_INTERVAL_SECONDS, 0, VERIFY_INTERVAL_SECONDS_MAX);
     let verify_interval = (interval > 0).then_some(Duration::from_secs(interval));
     let verify_core_share_max = s.number_if_present("verify_core_share_max").unwrap_or(VERIFY_CORE_SHARE_MAX);
@@ -180,6 +188,7 @@ fn send(s: &mut Section<'_>) -> Option<SendConfig> {
         prefixes,
         exclude,
         deletes_share_max: share,
+        other_history,
         verify_interval,
         verify_core_share_max,
     })

@@ -136,6 +136,7 @@ pub struct SendConfig {
     pub exclude: Vec<Bytes>,
     /// The largest share (0 to 1) of the replica's keys that a base copy may delete unasked. 0.1.
     pub deletes_share_max: f64,
+    pub other_history: OtherHistory,
     /// Both sides are compared so often by themselves; `None`: only when somebody asks. 15 minutes.
     pub verify_interval: Option<Duration>,
     /// The share of a core that such a comparison takes at each side. 0.05.
@@ -150,6 +151,16 @@ pub struct ReceiveConfig {
     /// What the origin may touch; `None`: what its first hello says.
     pub ranges: Option<Ranges>,
     pub foreign_writes: ForeignWrites,
+}
+
+/// What becomes of a link whose origin has another history than the one that was carried: it was restored, or replaced by another cluster.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum OtherHistory {
+    /// The link stops, until an operator asks for a resync.
+    #[default]
+    Stop,
+    /// The next epoch opens by itself, and what differs is found by digests and mended.
+    Resync,
 }
 
 /// What becomes of others' writes at the replica, under the link's prefixes.

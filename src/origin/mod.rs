@@ -10,6 +10,7 @@ pub mod elect;
 mod found;
 mod head;
 mod heartbeat;
+pub mod history;
 pub mod lag;
 mod mend;
 mod probe;

@@ -54,6 +54,8 @@ pub enum SessionEnd {
     Unreachable(String),
     /// Only an operator can decide how to go on.
     Stop(String),
+    /// The same, unless the link's policy says to go on with the origin as it is.
+    OtherHistory(String),
     HelloAgain(String),
     Commanded(Option<LinkCommand>),
     /// The watch that was to be opened starts at a compacted revision.
@@ -66,6 +68,7 @@ impl fmt::Display for SessionEnd {
             SessionEnd::Wait(reason)
             | SessionEnd::Unreachable(reason)
             | SessionEnd::Stop(reason)
+            | SessionEnd::OtherHistory(reason)
             | SessionEnd::HelloAgain(reason) => f.write_str(reason),
             SessionEnd::Commanded(_) => f.write_str("an operator asked for something else"),
             SessionEnd::Compacted(revision) => write!(f, "the origin has compacted up to {revision}"),
@@ -162,6 +165,7 @@ impl Session {
         self.epoch = epoch;
         self.shipped.open_epoch(anchor);
         self.timed = None;
+        ship.other_history.goes_on = false;
         self.persisted_at = (Instant::now(), movement(ship));
         ship.learned_epoch(epoch);
         let _ = ship.events.send(LinkEvent::Acked { applied: anchor, durable: anchor }).await;
@@ -249,7 +253,7 @@ impl Session {
             TailState::Lost { compacted } => {
                 Err(SessionEnd::HelloAgain(format!("the origin has compacted up to {compacted}, past the spool's end")))
             }
-            TailState::OtherHistory { reason } => Err(SessionEnd::Stop(reason.clone())),
+            TailState::OtherHistory { reason } => Err(SessionEnd::OtherHistory(reason.clone())),
             TailState::Stopped { reason } => Err(SessionEnd::Stop(reason.clone())),
             TailState::Idle | TailState::Connecting { .. } | TailState::Running | TailState::SpoolFull => Ok(()),
         }
@@ -484,7 +488,7 @@ fn end_of(ship: &mut Shipper, refusal: Refusal) -> SessionEnd {
         }
         Kind::PositionMoved | Kind::Gap | Kind::Closing | Kind::Unspecified => SessionEnd::HelloAgain(refusal.reason),
         Kind::Guard => {
-            (ship.resync, ship.copy_wanted) = (None, None);
+            (ship.resync, ship.copy_wanted, ship.other_history.goes_on) = (None, None, false);
             SessionEnd::Stop(refusal.reason)
         }
         Kind::Conflict | Kind::Outside | Kind::TooLarge => SessionEnd::Stop(refusal.reason),

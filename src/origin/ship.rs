@@ -6,6 +6,7 @@
 use super::decide::Way;
 use super::elect::{ElectView, Heard};
 use super::head::HeadView;
+use super::history::{self, Follows};
 use super::sequence::OriginWaymark;
 use super::session::{Session, SessionEnd};
 use super::spool::Spool;
@@ -67,6 +68,8 @@ pub struct Shipper {
     pub(super) resync: Option<Resync>,
     /// A repair gave up on so many differing keys. Not an operator's word: every stop of the resume table stands before it.
     pub(super) copy_wanted: Option<u64>,
+    /// What the link's policy made of an origin with another history.
+    pub(super) other_history: OtherHistoryMet,
     /// When both sides are compared next, unless somebody asks.
     pub(super) verify_due: Option<Instant>,
     next_address: usize,
@@ -74,6 +77,15 @@ pub struct Shipper {
     pub(super) opened: Option<Instant>,
     /// The last reason that was logged: one that repeats is logged once.
     logged: String,
+}
+
+/// Another history than the one that was carried, met at the origin.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct OtherHistoryMet {
+    /// The next epoch is to open with it.
+    pub goes_on: bool,
+    /// When that was last decided.
+    pub at: Option<Instant>,
 }
 
 /// A hello that was answered, and what it led to.
@@ -118,6 +130,7 @@ impl Shipper {
             known_epoch: Epoch(0),
             resync: None,
             copy_wanted: None,
+            other_history: OtherHistoryMet::default(),
             verify_due: None,
             next_address: 0,
             opened: None,
@@ -162,15 +175,18 @@ impl Shipper {
                     }
                 }
                 SessionEnd::Stop(reason) => {
-                    let reason = reason.replace("resync LINK", &format!("resync {}", self.origin.send.link));
-                    tracing::error!(link = %self.origin.send.link, %reason, "the link stops");
-                    self.rest(LinkState::Stopped, reason);
-                    self.heard.send_replace(Heard { at: None, stopped: true });
-                    if !self.resync_asked().await {
+                    if !self.stopped(&reason).await {
                         return;
                     }
-                    self.heard();
                 }
+                SessionEnd::OtherHistory(reason) => match self.other_history(&reason) {
+                    Ok(()) => tokio::time::sleep(backoff.after_failure(rand::random())).await,
+                    Err(reason) => {
+                        if !self.stopped(&reason).await {
+                            return;
+                        }
+                    }
+                },
                 SessionEnd::HelloAgain(reason) => {
                     tracing::info!(link = %self.origin.send.link, %reason, "saying hello again");
                     self.rest(LinkState::Connecting, reason);
@@ -184,6 +200,36 @@ impl Shipper {
                 SessionEnd::Commanded(None) => return,
                 SessionEnd::Commanded(Some(command)) => _ = self.obey(command),
             }
+        }
+    }
+
+    /// Waits for an operator. False: the process ends.
+    async fn stopped(&mut self, reason: &str) -> bool {
+        let reason = reason.replace("resync LINK", &format!("resync {}", self.origin.send.link));
+        tracing::error!(link = %self.origin.send.link, %reason, "the link stops");
+        self.rest(LinkState::Stopped, reason);
+        self.heard.send_replace(Heard { at: None, stopped: true });
+        let goes_on = self.resync_asked().await;
+        self.heard();
+        goes_on
+    }
+
+    /// What the policy makes of another history at the origin; `Err`: the link stops, with this reason.
+    fn other_history(&mut self, reason: &str) -> Result<(), String> {
+        let since = self.other_history.at.map(|at| at.elapsed());
+        match history::follows(self.origin.send.other_history, since) {
+            Follows::Resync => {
+                tracing::warn!(link = %self.origin.send.link, %reason, "the origin has another history, and the link goes on with it in a new epoch, as other_history says");
+                self.other_history = OtherHistoryMet { goes_on: true, at: Some(Instant::now()) };
+                self.view.send_modify(|view| view.count("other_histories", 1));
+                self.rest(
+                    LinkState::Connecting,
+                    "the origin has another history: the next epoch opens with it".to_owned(),
+                );
+                Ok(())
+            }
+            Follows::Stop => Err(reason.to_owned()),
+            Follows::StopAgain => Err(format!("{reason}; {}", history::told_again())),
         }
     }
 

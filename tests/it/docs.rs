@@ -5,7 +5,7 @@
 
 use crate::bed::pair::{LINK, Pair, PairOptions};
 use crate::bed::traffic::{Write, commit};
-use etcd_ferry::config::{Config, Fault, Faults, ForeignWrites, LogFormat, SendConfig};
+use etcd_ferry::config::{Config, Fault, Faults, ForeignWrites, LogFormat, OtherHistory, SendConfig};
 use etcd_ferry::metrics::{self, Metric};
 use etcd_ferry::model::Ranges;
 use std::collections::{BTreeMap, BTreeSet};
@@ -155,6 +155,7 @@ fn defaults(config: &Config) -> BTreeMap<String, String> {
     assert!(config.receive[0].ranges.is_none() && config.tls.admins.is_empty());
     for (key, value) in [
         ("send[].deletes_share_max", deletes_share_max.to_string()),
+        ("send[].other_history", format!("{:?}", OtherHistory::default()).to_lowercase()),
         ("send[].verify_interval_seconds", verify_interval.as_secs().to_string()),
         ("send[].verify_core_share_max", verify_core_share_max.to_string()),
         ("send[].prefixes", "the whole keyspace".to_owned()),

@@ -24,6 +24,7 @@ mod lost_history;
 mod memory;
 mod mutants_apply;
 mod origin_trouble;
+mod other_history;
 mod peers;
 mod power_cut;
 mod repair;

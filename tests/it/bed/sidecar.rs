@@ -65,6 +65,8 @@ pub struct SendLink {
     pub deletes_share_max: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verify_interval_seconds: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub other_history: Option<String>,
 }
 
 #[derive(Debug, Clone, Default, Serialize)]

@@ -572,7 +572,6 @@ pub fn name_of(decided: &Resume) -> String {
 fn name_of_copy(reason: &CopyReason) -> &'static str {
     match reason {
         CopyReason::NoPosition => "no position",
-        CopyReason::OtherCluster { .. } => "other cluster",
         CopyReason::OtherRanges => "other ranges",
         CopyReason::Compacted { .. } => "compacted",
         CopyReason::NotProvable => "not provable",
@@ -580,11 +579,14 @@ fn name_of_copy(reason: &CopyReason) -> &'static str {
         // What a comparison led to.
         CopyReason::TooManyDiffer { .. } => "too many differ",
         CopyReason::Asked => "asked",
+        // Its policy is the default here.
+        CopyReason::OtherHistory => "other history",
     }
 }
 
 fn name_of_stop(reason: &StopReason) -> &'static str {
     match reason {
+        StopReason::OtherCluster { .. } => "other cluster",
         StopReason::HeadBelow { .. } => "head below",
         StopReason::WaymarkMissing { .. } => "waymark missing",
         StopReason::WaymarkOlder { .. } => "waymark older",
