@@ -6,8 +6,8 @@
 //! main.rs            the command line: parse, call, print, exit code
 //! demo/              mod faults compare regions process load objects(p) ports proxy meter(p) report(p) show: two regions on one machine
 //! app.rs             bind everything, then run it; owns tasks and shutdown
-//! origin/            mod ship decide term standby session heartbeat shipped(p) verify compare mend found(p) anchor elect candidacy(p) resume(p) history(p) watch reopen(p) head probe view sequence(p) spool lag(p)
-//! replica/           mod receive stream shipments verify admit(p) copy pages(p) mark apply commit position trouble txn next(p) plan(p) journal foreign(p) lookout dedupe(the only file that knows sled)
+//! origin/            mod ship decide term standby session heartbeat stall shipped(p) verify compare mend found(p) anchor elect candidacy(p) resume(p) history(p) watch reopen(p) head probe view sequence(p) spool lag(p)
+//! replica/           mod receive stream shipments verify admit(p) copy pages(p) mark apply commit position trouble txn next(p) stall plan(p) journal foreign(p) lookout dedupe(the only file that knows sled)
 //! admin/             service http verification client
 //! scan.rs            a range whole, page by page, at one revision
 //! etcd/              mod gate version(p) error watch: the narrow typed door to etcd
@@ -17,7 +17,7 @@
 //! config/            mod check(p) read(p) files: raw to checked, all faults at once
 //! certs/             mod identity load issue(the only file that knows rcgen)
 //! retry.rs(p) metrics.rs
-//! model/             mod(p) ranges(p) status(p)
+//! model/             mod(p) ranges(p) status(p) stall(p)
 //! ```
 
 pub mod admin;

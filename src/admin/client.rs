@@ -172,6 +172,7 @@ struct LinkJson<'a> {
     lag_seconds: f64,
     rpo_revisions: u64,
     rpo_seconds: f64,
+    stalled_seconds: f64,
     bytes_raw: u64,
     bytes_sent: u64,
     counts: BTreeMap<&'a str, u64>,
@@ -236,6 +237,7 @@ fn link_json(link: &Link) -> LinkJson<'_> {
         lag_seconds: link.lag_seconds,
         rpo_revisions: link.rpo_revisions,
         rpo_seconds: link.rpo_seconds,
+        stalled_seconds: link.stalled_seconds,
         bytes_raw: link.bytes_raw,
         bytes_sent: link.bytes_sent,
         counts: link.counts.iter().map(|(name, count)| (name.as_str(), *count)).collect(),
@@ -469,7 +471,7 @@ mod tests {
              \"link\": \"config\", \"side\": \"origin\", \"state\": \"following\", \
              \"role\": \"shipper\", \"shipper\": \"us-east-1-a\", \"reason\": \"\", \"peer\": \"spiffe://etcd-ferry.dev/region/cn-hangzhou\", \"epoch\": 2, \"term\": 0, \"seq\": 120, \
              \"origin_revision\": 4000, \"head_revision\": 4002, \"applied_seq\": 118, \"durable_seq\": 119, \
-             \"lag_revisions\": 2, \"lag_seconds\": 0.0421, \"rpo_revisions\": 1, \"rpo_seconds\": 0.0209, \
+             \"lag_revisions\": 2, \"lag_seconds\": 0.0421, \"rpo_revisions\": 1, \"rpo_seconds\": 0.0209, \"stalled_seconds\": 0.0, \
              \"bytes_raw\": 14000, \"bytes_sent\": 1000, \"counts\": { \"repeated\": 4, \"skipped\": 1 }, \
              \"copy\": { \"keys_done\": 5, \"keys_total\": 9 }, \"verification\": null, \
              \"foreign_writes\": null } ], \"etcd\": [ { \"endpoint\": \"http://127.0.0.1:2379\", \"ok\": true, \

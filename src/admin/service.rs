@@ -382,6 +382,7 @@ fn link_message(status: LinkStatus) -> Link {
         lag_seconds,
         rpo_revisions,
         rpo_seconds,
+        stalled_seconds,
         bytes_raw,
         bytes_sent,
         counts,
@@ -409,6 +410,7 @@ fn link_message(status: LinkStatus) -> Link {
         lag_seconds,
         rpo_revisions,
         rpo_seconds,
+        stalled_seconds,
         bytes_raw,
         bytes_sent,
         counts: counts.into_iter().map(|(name, count)| (name.to_owned(), count)).collect(),
@@ -448,6 +450,7 @@ fn health(status: &LinkStatus) -> ServingStatus {
         | LinkState::Repairing
         | LinkState::SpoolFull
         | LinkState::Paused
+        | LinkState::Stalled
         | LinkState::Stopped => ServingStatus::NotServing,
     }
 }

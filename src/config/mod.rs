@@ -200,6 +200,8 @@ pub struct Limits {
     pub page_keys_max: usize,
     /// Bytes of one page of a base copy. 1 MiB.
     pub page_bytes_max: usize,
+    /// So long without progress is a stall. 30 s.
+    pub stall_seconds: u64,
 }
 
 impl Default for Limits {
@@ -216,6 +218,7 @@ impl Default for Limits {
             request_bytes_max: 1_572_864,
             page_keys_max: 1000,
             page_bytes_max: 1 << 20,
+            stall_seconds: 30,
         }
     }
 }

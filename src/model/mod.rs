@@ -4,6 +4,7 @@
 //! Always true: a `WholeRevision` holds each key once, in key order.
 
 mod ranges;
+pub mod stall;
 mod status;
 
 pub use ranges::{KeyRange, Ranges};

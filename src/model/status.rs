@@ -55,17 +55,28 @@ pub enum LinkState {
     Following,
     SpoolFull,
     Paused,
+    /// Under way, and without progress for longer than configured.
+    Stalled,
     Stopped,
 }
 
 impl LinkState {
-    pub const ALL: [LinkState; 7] = [
+    /// A stream is open: the link is to make progress.
+    pub fn is_under_way(self) -> bool {
+        match self {
+            LinkState::Copying | LinkState::Repairing | LinkState::Following | LinkState::Stalled => true,
+            LinkState::Connecting | LinkState::SpoolFull | LinkState::Paused | LinkState::Stopped => false,
+        }
+    }
+
+    pub const ALL: [LinkState; 8] = [
         LinkState::Connecting,
         LinkState::Copying,
         LinkState::Repairing,
         LinkState::Following,
         LinkState::SpoolFull,
         LinkState::Paused,
+        LinkState::Stalled,
         LinkState::Stopped,
     ];
 
@@ -77,6 +88,7 @@ impl LinkState {
             LinkState::Following => "following",
             LinkState::SpoolFull => "spool_full",
             LinkState::Paused => "paused",
+            LinkState::Stalled => "stalled",
             LinkState::Stopped => "stopped",
         }
     }
@@ -110,6 +122,8 @@ pub struct LinkStatus {
     pub lag_seconds: f64,
     pub rpo_revisions: u64,
     pub rpo_seconds: f64,
+    /// For how long the link has made no progress though there is some to make; 0 while it does.
+    pub stalled_seconds: f64,
     /// Keys and values carried, before encoding.
     pub bytes_raw: u64,
     /// Frames and pages, after encoding.
@@ -268,6 +282,7 @@ impl LinkStatus {
             lag_seconds: 0.0,
             rpo_revisions: 0,
             rpo_seconds: 0.0,
+            stalled_seconds: 0.0,
             bytes_raw: 0,
             bytes_sent: 0,
             counts: BTreeMap::new(),

@@ -44,7 +44,7 @@ impl Shipper {
             self.view.send_modify(|view| {
                 (view.epoch, view.term) = (position.epoch, position.term);
                 (view.seq, view.applied_seq, view.durable_seq) = (position.seq, position.seq, position.seq);
-                view.applied_revision = position.origin_revision;
+                (view.received_seq, view.applied_revision) = (position.seq, position.origin_revision);
             });
         }
         if self.resync.is_some() {

@@ -21,6 +21,7 @@ pub mod session;
 pub mod ship;
 pub mod shipped;
 pub mod spool;
+mod stall;
 mod standby;
 mod term;
 mod verify;
@@ -31,6 +32,7 @@ use crate::admin::LinkCommand;
 use crate::config::{Limits, SendConfig};
 use crate::etcd::gate::Gate;
 use crate::metrics;
+use crate::model::stall::{Stalled, Verdict, Watchdog};
 use crate::model::{Epoch, LinkName, LinkState, LinkStatus, Revision, Role, Seq, Side, StageStatus};
 use crate::wire::digest;
 use elect::{ElectView, Election, Heard, Standing};
@@ -38,6 +40,7 @@ use head::HeadView;
 use lag::LagTracker;
 use ship::Shipper;
 use spool::{Spool, SpoolExtent};
+use stall::Help;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -143,7 +146,9 @@ impl OriginLink {
             lag.arrived_several(arrived.revision_last, arrived.at_ms, arrived.count);
         }
         lag.covered(spool.extent().borrow().covered);
+        let mut dog = Watchdog::new(self.limits.stall_seconds.saturating_mul(1_000));
         let mut stages = self.start(&spool, clock, status.subscribe(), commands, &stop);
+        let mut stalls = 0;
         let mut ticks = tokio::time::interval(STATUS_INTERVAL);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -163,8 +168,9 @@ impl OriginLink {
                     let (tail, head, ship) = (stages.tail.borrow(), stages.head.borrow(), stages.ship.borrow());
                     let elect = stages.elect.borrow();
                     let node = &stages.node;
-                    let views = Views { node, tail: &tail, head: &head, ship: &ship, elect: &elect, spool: &extent };
-                    status.send_modify(|status| views.write(status, &lag, clock.now_ms()));
+                    let mut views = Views { node, tail: &tail, head: &head, ship: &ship, elect: &elect, spool: &extent, stalled: None };
+                    views.watch(&mut dog, &mut stalls, &stages.help, &link, clock.now_ms());
+                    status.send_modify(|status| views.write(status, &lag, stalls, clock.now_ms()));
                 }
             }
         }
@@ -191,6 +197,8 @@ impl OriginLink {
         let unseen = TailView { state: TailState::Idle, covered, proven_from: None, ferry_only: 0 };
         let (tail_sender, tail) = watch_channel::channel(unseen);
         let (tail_commands, tail_incoming) = mpsc::channel(1);
+        let (reopen, reopening) = watch_channel::channel(());
+        let (hello_again, saying_hello) = watch_channel::channel(());
         let (ship_sender, ship) = watch_channel::channel(ShipView::default());
         let mut tasks = JoinSet::new();
         let watching = Tail {
@@ -201,6 +209,7 @@ impl OriginLink {
             spool: spool.clone(),
             commands: tail_incoming,
             head: head.clone(),
+            reopen: reopening,
             view: tail_sender,
             events: events.clone(),
             clock,
@@ -226,9 +235,11 @@ impl OriginLink {
             status,
             elect.clone(),
             heard,
+            saying_hello,
         );
         tasks.spawn(shipper.run(stop.clone()));
-        Stages { node, tasks, events: incoming, tail, head, elect, ship }
+        let help = Helps { reopen, hello_again };
+        Stages { node, tasks, events: incoming, tail, head, elect, ship, help }
     }
 }
 
@@ -241,6 +252,13 @@ struct Stages {
     head: watch_channel::Receiver<HeadView>,
     elect: watch_channel::Receiver<ElectView>,
     ship: watch_channel::Receiver<ShipView>,
+    help: Helps,
+}
+
+/// What may help a stage that stands still.
+struct Helps {
+    reopen: watch_channel::Sender<()>,
+    hello_again: watch_channel::Sender<()>,
 }
 
 fn take(lag: &mut LagTracker, event: LinkEvent, link: &LinkName, now_ms: u64) {
@@ -271,14 +289,39 @@ struct Views<'a> {
     elect: &'a ElectView,
     ship: &'a ShipView,
     spool: &'a SpoolExtent,
+    /// Where the link stands still.
+    stalled: Option<Stalled>,
 }
 
 impl Views<'_> {
-    fn write(&self, status: &mut LinkStatus, lag: &LagTracker, now_ms: u64) {
+    /// Looks whether the link stands still; says so once, and has done what may help. `stalls` counts.
+    fn watch(&mut self, dog: &mut Watchdog, stalls: &mut u64, helps: &Helps, link: &LinkName, now_ms: u64) {
+        let state = self.state();
+        if !state.is_under_way() && !(state == LinkState::Connecting && dog.is_stalled()) {
+            return dog.forget();
+        }
+        let Verdict { stalled, begins, react } = dog.look(&stall::seen(self), now_ms);
+        self.stalled = stalled;
+        let Some(stalled) = stalled else { return };
+        if begins {
+            *stalls += 1;
+            tracing::warn!(%link, reason = %stall::reason(self, stalled), "the link stands still");
+        }
+        if react {
+            match stall::help(self, stalled) {
+                Help::ReopenWatch => _ = helps.reopen.send_replace(()),
+                Help::HelloAgain => _ = helps.hello_again.send_replace(()),
+                Help::Nothing => {}
+            }
+        }
+    }
+
+    fn write(&self, status: &mut LinkStatus, lag: &LagTracker, stalls: u64, now_ms: u64) {
         let ship = self.ship;
         debug_assert!(status.side == Side::Origin);
         status.state = self.state();
         status.reason = self.reason();
+        status.stalled_seconds = self.stalled.map_or(0.0, |stalled| stalled.for_ms as f64 / 1_000.0);
         status.epoch = ship.epoch;
         status.term = self.elect.standing.term().unwrap_or(ship.term);
         (status.role, status.shipper) = match &self.elect.standing {
@@ -304,6 +347,7 @@ impl Views<'_> {
         status.bytes_sent = ship.bytes_sent;
         status.counts.clone_from(&ship.counts);
         status.counts.insert("elections", self.elect.won);
+        status.counts.insert("stalls", stalls);
         status.copy = ship.copy;
         status.verification.clone_from(&ship.verification);
         status.stages = vec![
@@ -334,6 +378,9 @@ impl Views<'_> {
     }
 
     fn state(&self) -> LinkState {
+        if self.stalled.is_some() {
+            return LinkState::Stalled;
+        }
         match self.tail.state {
             TailState::Running if matches!(self.elect.standing, Standing::Standby { .. }) => LinkState::Following,
             TailState::SpoolFull if self.ship.state != LinkState::Stopped => LinkState::SpoolFull,
@@ -348,7 +395,7 @@ impl Views<'_> {
     }
 
     fn reason(&self) -> String {
-        let mut reasons = Vec::new();
+        let mut reasons: Vec<String> = self.stalled.iter().map(|stalled| stall::reason(self, *stalled)).collect();
         match &self.elect.standing {
             Standing::Unknown { reason } | Standing::Standby { reason, .. } if !reason.is_empty() => {
                 reasons.push(reason.clone());

@@ -23,6 +23,7 @@ use crate::wire::replicate::{Ack, CopyAck, HelloReply, Receipt, Refusal, Shipmen
 use crate::wire::window::{Encoder, WindowLimits};
 use crate::wire::{self, LINK_METADATA, RECEIPT_BYTES_MAX, SESSION_METADATA};
 use bytes::Bytes;
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::fmt;
 use std::future::Future;
@@ -87,6 +88,8 @@ pub struct Session {
     pub(super) shipped: Shipped,
     /// A frame whose round trip is being measured, one at a time.
     timed: Option<(Seq, Instant)>,
+    /// The bytes of each frame that is not received yet, by its last seq; fewer than [`IN_FLIGHT_MAX`].
+    unreceived: VecDeque<(Seq, u64)>,
     replica_cluster: ClusterId,
     frame_bytes_max: usize,
     pub(super) waymark: OriginWaymark,
@@ -143,6 +146,7 @@ impl Session {
             term: ship.term,
             shipped,
             timed: None,
+            unreceived: VecDeque::new(),
             frame_bytes_max,
             waymark,
             waymark_revision,
@@ -165,7 +169,10 @@ impl Session {
         self.epoch = epoch;
         self.shipped.open_epoch(anchor);
         self.timed = None;
-        ship.other_history.goes_on = false;
+        self.unreceived.clear();
+        if ship.other_history.opened() {
+            ship.view.send_modify(|view| view.count("other_histories", 1));
+        }
         self.persisted_at = (Instant::now(), movement(ship));
         ship.learned_epoch(epoch);
         let _ = ship.events.send(LinkEvent::Acked { applied: anchor, durable: anchor }).await;
@@ -188,6 +195,7 @@ impl Session {
         // What was applied while no stream was open makes room too.
         ship.spool.trim(self.shipped.acked.position_revision);
         tracing::info!(link = %ship.origin.send.link, epoch = %self.epoch, seq = %self.shipped.seq, after = %after, "following");
+        ship.hello_again.mark_unchanged();
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut pending: Option<Shipment> = None;
@@ -215,6 +223,9 @@ impl Session {
                         return Err(SessionEnd::Wait("the tail has ended".to_owned()));
                     }
                     self.check_tail(ship)?;
+                }
+                Ok(()) = ship.hello_again.changed() => {
+                    return Err(SessionEnd::Wait("the stream stood still: another hello may help".to_owned()));
                 }
                 written = self.writes.next() => self.written(ship, written)?,
                 permit = outbound.reserve(), if pending.is_some() && stream_open => match permit {
@@ -279,11 +290,13 @@ impl Session {
             };
             self.shipped.frame(revisions.len() as u64, last.revision);
             self.timed.get_or_insert((self.shipped.seq, Instant::now()));
+            self.unreceived.push_back((self.shipped.seq, frame.len() as u64));
             frame
         });
         let raw: u64 = revisions.iter().map(|r| r.bytes() as u64).sum();
         ship.view.send_modify(|view| {
             view.seq = self.shipped.seq;
+            view.unreceived_bytes = self.unreceived_bytes();
             view.bytes_raw += raw;
             view.bytes_sent += frame.as_ref().map_or(0, |f: &Bytes| f.len() as u64);
             view.count("revisions", revisions.len() as u64);
@@ -303,6 +316,7 @@ impl Session {
             Ok(Some(receipt)) => {
                 ship.opened.get_or_insert(self.last_receipt);
                 ship.heard();
+                ship.view.send_modify(|view| view.receipts += 1);
                 receipt
             }
             Ok(None) => return Err(SessionEnd::HelloAgain("the replica's sidecar closed the stream".to_owned())),
@@ -321,6 +335,7 @@ impl Session {
             Some(receipt::What::Reset(reset)) => self.reset(ship, Seq(reset.after_seq), &reset.reason),
             Some(receipt::What::Refusal(refusal)) => Err(end_of(ship, refusal)),
             Some(receipt::What::CopyAck(ack)) => {
+                ship.view.send_modify(|view| view.copy_acks += 1);
                 self.copy_ack = ack;
                 Ok(())
             }
@@ -350,7 +365,10 @@ impl Session {
         if let Some((_, shipped)) = self.timed.take_if(|(seq, _)| *seq <= Seq(ack.received_seq)) {
             metrics::observe_round_trip(&ship.origin.send.link, shipped.elapsed().as_secs_f64());
         }
+        self.unreceived.retain(|(seq, _)| *seq > Seq(ack.received_seq));
         ship.view.send_modify(|view| {
+            view.received_seq = Seq(ack.received_seq).min(self.shipped.seq);
+            view.unreceived_bytes = self.unreceived_bytes();
             view.counts.insert("repeated", ack.repeated);
             view.counts.insert("transactions", ack.transactions);
             view.counts.insert("conflicts", ack.conflicts);
@@ -367,6 +385,10 @@ impl Session {
             let _ = ship.events.send(event).await;
         }
         Ok(())
+    }
+
+    fn unreceived_bytes(&self) -> u64 {
+        self.unreceived.iter().map(|(_, bytes)| bytes).sum()
     }
 
     fn show(&self, ship: &Shipper, well: bool) {
@@ -409,6 +431,7 @@ impl Session {
         tracing::warn!(link = %ship.origin.send.link, %reason, seq = %after, "the replica asks for a fresh window");
         ship.view.send_modify(|view| view.count("resets", 1));
         self.encoder.restart();
+        self.unreceived.retain(|(seq, _)| *seq <= after);
         self.timed = None;
         Ok(())
     }

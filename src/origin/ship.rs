@@ -57,6 +57,8 @@ pub struct Shipper {
     pub(super) status: watch::Receiver<LinkStatus>,
     pub(super) elected: watch::Receiver<ElectView>,
     pub(super) heard: watch::Sender<Heard>,
+    /// Changes when the open stream stands still and another hello may help.
+    pub(super) hello_again: watch::Receiver<()>,
     /// Of this sidecar's election.
     pub(super) term: Term,
     /// Another sidecar shipped before this one was elected.
@@ -84,8 +86,19 @@ pub struct Shipper {
 pub(super) struct OtherHistoryMet {
     /// The next epoch is to open with it.
     pub goes_on: bool,
-    /// When that was last decided.
+    /// When it last did.
     pub at: Option<Instant>,
+}
+
+impl OtherHistoryMet {
+    /// An epoch was opened; true if it was with another history, by the link's policy.
+    pub fn opened(&mut self) -> bool {
+        let goes_on = std::mem::take(&mut self.goes_on);
+        if goes_on {
+            self.at = Some(Instant::now());
+        }
+        goes_on
+    }
 }
 
 /// A hello that was answered, and what it led to.
@@ -111,6 +124,7 @@ impl Shipper {
         status: watch::Receiver<LinkStatus>,
         elected: watch::Receiver<ElectView>,
         heard: watch::Sender<Heard>,
+        hello_again: watch::Receiver<()>,
     ) -> Self {
         let mut shipper = Self {
             origin,
@@ -124,6 +138,7 @@ impl Shipper {
             status,
             elected,
             heard,
+            hello_again,
             term: Term(0),
             took_over: false,
             went_back: None,
@@ -220,8 +235,7 @@ impl Shipper {
         match history::follows(self.origin.send.other_history, since) {
             Follows::Resync => {
                 tracing::warn!(link = %self.origin.send.link, %reason, "the origin has another history, and the link goes on with it in a new epoch, as other_history says");
-                self.other_history = OtherHistoryMet { goes_on: true, at: Some(Instant::now()) };
-                self.view.send_modify(|view| view.count("other_histories", 1));
+                self.other_history.goes_on = true;
                 self.rest(
                     LinkState::Connecting,
                     "the origin has another history: the next epoch opens with it".to_owned(),

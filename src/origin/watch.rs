@@ -101,6 +101,8 @@ pub struct Tail {
     pub spool: Arc<Spool>,
     pub commands: mpsc::Receiver<TailCommand>,
     pub head: watch::Receiver<HeadView>,
+    /// Changes when the open watch stands still and another one may help.
+    pub reopen: watch::Receiver<()>,
     pub view: watch::Sender<TailView>,
     pub events: mpsc::Sender<LinkEvent>,
     pub clock: Clock,
@@ -115,6 +117,7 @@ enum Ended {
     Command(Option<TailCommand>),
     Trouble(EtcdError),
     Silent,
+    StoodStill,
     Closed,
     Canceled(String),
     Compacted { from: Revision, compacted: Revision },
@@ -245,6 +248,7 @@ impl Tail {
                 let reason = format!("the watch shows nothing of the head for {} s", SILENCE_MAX.as_secs());
                 self.pause(reason, turn).await;
             }
+            Ended::StoodStill => self.pause("the watch stood still".to_owned(), turn).await,
             Ended::Closed => self.pause("etcd closed the watch".to_owned(), turn).await,
             Ended::Canceled(reason) => {
                 let error = EtcdError::Denied { right: watch_right(&self.ranges.covering()), said: reason };
@@ -338,6 +342,7 @@ impl Tail {
     async fn follow(&mut self, open: &mut OpenWatch, turn: &mut Turn) -> Ended {
         let mut silent_since = tokio::time::Instant::now();
         let mut head_open = true;
+        self.reopen.mark_unchanged();
         loop {
             tokio::select! {
                 biased;
@@ -364,6 +369,7 @@ impl Tail {
                         Err(e) => return Ended::Trouble(e),
                     }
                 }
+                Ok(()) = self.reopen.changed() => return Ended::StoodStill,
                 // Told at each read of the head, whether it moved or not.
                 read = self.head.changed(), if head_open => {
                     head_open = read.is_ok();

@@ -81,6 +81,8 @@ impl Told {
 #[derive(Debug, Default)]
 pub struct Counters {
     pub frames: AtomicU64,
+    /// All that was taken off streams, frames among them.
+    pub shipments: AtomicU64,
     pub repeated: AtomicU64,
     pub resets: AtomicU64,
     pub damaged: AtomicU64,
@@ -100,6 +102,8 @@ pub struct LinkEnd {
     pub dedupe: Arc<Dedupe>,
     /// The last session whose hello was answered: every other stream of the link ends.
     pub latest_session: watch::Sender<u64>,
+    /// Changes when applying stands still and another hello may help: the open stream ends.
+    pub hello_again: watch::Sender<()>,
     /// The last hello that came; each takes the next number.
     pub hellos: watch::Sender<u64>,
     pub told: watch::Sender<Told>,

@@ -35,6 +35,7 @@ mod seeing;
 mod sidecar_kills;
 mod simulation;
 mod spool_full;
+mod stalls;
 mod takeover;
 mod tidy;
 mod trust;

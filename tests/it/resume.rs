@@ -326,6 +326,7 @@ async fn begin_after(etcd: &Etcd, dir: &Path, after: Revision) -> Result<(), Tai
         spool: Arc::new(spool),
         commands: incoming,
         head,
+        reopen: watch::channel(()).1,
         view,
         events,
         clock: Clock::new(),

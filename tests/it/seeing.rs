@@ -16,7 +16,7 @@ use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 
 const TOP: [&str; 5] = ["region", "node", "version", "links", "etcd"];
-const FIELDS: [&str; 18] = [
+const FIELDS: [&str; 19] = [
     "link",
     "side",
     "state",
@@ -33,6 +33,7 @@ const FIELDS: [&str; 18] = [
     "lag_seconds",
     "rpo_revisions",
     "rpo_seconds",
+    "stalled_seconds",
     "bytes_raw",
     "bytes_sent",
 ];
