@@ -14,6 +14,7 @@ pub const LAG_SECONDS: &str = "etcd_ferry_lag_seconds";
 pub const LAG_REVISIONS: &str = "etcd_ferry_lag_revisions";
 pub const RPO_SECONDS: &str = "etcd_ferry_rpo_seconds";
 pub const RPO_REVISIONS: &str = "etcd_ferry_rpo_revisions";
+pub const CANARY_SECONDS: &str = "etcd_ferry_canary_seconds";
 pub const STALLED_SECONDS: &str = "etcd_ferry_stalled_seconds";
 pub const EPOCH: &str = "etcd_ferry_epoch";
 pub const TERM: &str = "etcd_ferry_term";
@@ -36,7 +37,7 @@ pub const ROUND_TRIP_SECONDS: &str = "etcd_ferry_round_trip_seconds";
 pub const APPLY_SECONDS: &str = "etcd_ferry_apply_seconds";
 pub const BATCH_REVISIONS: &str = "etcd_ferry_batch_revisions";
 
-const GAUGES: [(&str, &str); 20] = [
+const GAUGES: [(&str, &str); 21] = [
     (LINK_STATE, "1 for the state that the link is in, else 0."),
     (LAG_SECONDS, "Since when the oldest origin revision that is not applied has been in etcd."),
     (LAG_REVISIONS, "Origin revisions that are not applied at the replica."),
@@ -45,6 +46,10 @@ const GAUGES: [(&str, &str); 20] = [
     (
         STALLED_SECONDS,
         "For how long the link has made no progress though there is some to make; 0 unless it is stalled.",
+    ),
+    (
+        CANARY_SECONDS,
+        "From the last canary's write to the word that it is applied, or so far if that is longer; 0 where canaries are off (origin).",
     ),
     (EPOCH, "The unbroken run of seqs that the link is in."),
     (TERM, "The term of the shipper's election."),
@@ -186,7 +191,7 @@ pub fn record_link(status: &LinkStatus) {
         labels.push(Label::new("state", state.as_str()));
         gauge!(LINK_STATE, labels).set(if state == status.state { 1.0 } else { 0.0 });
     }
-    let copy = status.copy.unwrap_or_default();
+    let (copy, canary) = (status.copy.unwrap_or_default(), status.canary.unwrap_or_default());
     let queue_bytes: u64 = status.stages.iter().map(|stage| stage.queue_bytes).sum();
     for (name, value) in [
         (LAG_SECONDS, status.lag_seconds),
@@ -194,6 +199,7 @@ pub fn record_link(status: &LinkStatus) {
         (RPO_SECONDS, status.rpo_seconds),
         (RPO_REVISIONS, status.rpo_revisions as f64),
         (STALLED_SECONDS, status.stalled_seconds),
+        (CANARY_SECONDS, canary.seconds.max(canary.waiting_seconds)),
         (EPOCH, status.epoch.0 as f64),
         (TERM, status.term.0 as f64),
         (SHIPPER, if status.role == Some(Role::Shipper) { 1.0 } else { 0.0 }),

@@ -4,7 +4,7 @@
 //! Always true: an answer or an error that says what to do comes within ten seconds; nothing printed holds a control character.
 
 use super::proto::admin_client::AdminClient;
-use super::proto::{Copy, EtcdMember, ForeignWrites, Link, ResyncRequest, StatusReply, StatusRequest};
+use super::proto::{Canary, Copy, EtcdMember, ForeignWrites, Link, ResyncRequest, StatusReply, StatusRequest};
 use super::verification::{VerificationJson, counted, verification_lines};
 use crate::tls::connect::{ConnectError, PeerConnector, endpoint};
 use crate::tls::{self, TlsError, explain};
@@ -177,6 +177,7 @@ struct LinkJson<'a> {
     bytes_sent: u64,
     counts: BTreeMap<&'a str, u64>,
     copy: Option<CopyJson>,
+    canary: Option<CanaryJson>,
     verification: Option<VerificationJson<'a>>,
     foreign_writes: Option<ForeignJson<'a>>,
 }
@@ -191,6 +192,12 @@ struct ForeignJson<'a> {
     first_keys: &'a [String],
     expected: &'a str,
     trouble: &'a str,
+}
+
+#[derive(Serialize)]
+struct CanaryJson {
+    seconds: f64,
+    waiting_seconds: f64,
 }
 
 #[derive(Serialize)]
@@ -242,6 +249,7 @@ fn link_json(link: &Link) -> LinkJson<'_> {
         bytes_sent: link.bytes_sent,
         counts: link.counts.iter().map(|(name, count)| (name.as_str(), *count)).collect(),
         copy: link.copy.as_ref().map(|copy| CopyJson { keys_done: copy.keys_done, keys_total: copy.keys_total }),
+        canary: link.canary.map(|Canary { seconds, waiting_seconds }| CanaryJson { seconds, waiting_seconds }),
         verification: link.verification.as_ref().map(VerificationJson::of),
         foreign_writes: link.foreign_writes.as_ref().map(|foreign| ForeignJson {
             checked_revision: foreign.checked_revision,
@@ -324,6 +332,9 @@ fn notes(link: &Link, width: Option<usize>) -> String {
         let columns = width.map(|columns| columns.saturating_sub(who.len() + 2));
         text.push_str(&line(&format!("{who}: {}", progress(copy, columns))));
     }
+    if let Some(canary) = &link.canary {
+        text.push_str(&line(&format!("{who}: {}", canary_words(canary))));
+    }
     for said in link.verification.iter().flat_map(verification_lines) {
         text.push_str(&line(&format!("{who}: {said}")));
     }
@@ -331,6 +342,14 @@ fn notes(link: &Link, width: Option<usize>) -> String {
         text.push_str(&line(&format!("{who}: {said}")));
     }
     text
+}
+
+fn canary_words(canary: &Canary) -> String {
+    let Canary { seconds, waiting_seconds } = *canary;
+    if waiting_seconds > seconds.max(1.0) {
+        return format!("a canary has been on its way to the replica for {}", duration(waiting_seconds));
+    }
+    format!("the last canary was applied {} after its write", duration(seconds))
 }
 
 /// Of a member whose version is no good; that one is down is said by the links that miss it.
@@ -460,6 +479,7 @@ mod tests {
         let mut link = link();
         link.counts = [("skipped".to_owned(), 1), ("repeated".to_owned(), 4)].into();
         link.copy = Some(Copy { keys_done: 5, keys_total: 9 });
+        link.canary = Some(Canary { seconds: 0.08, waiting_seconds: 0.0 });
         (link.role, link.shipper) = ("shipper".to_owned(), "us-east-1-a".to_owned());
         let mut reply = reply(vec![link]);
         reply.etcd.push(member("3.5.1", "refused", "upgrade it"));
@@ -473,7 +493,7 @@ mod tests {
              \"origin_revision\": 4000, \"head_revision\": 4002, \"applied_seq\": 118, \"durable_seq\": 119, \
              \"lag_revisions\": 2, \"lag_seconds\": 0.0421, \"rpo_revisions\": 1, \"rpo_seconds\": 0.0209, \"stalled_seconds\": 0.0, \
              \"bytes_raw\": 14000, \"bytes_sent\": 1000, \"counts\": { \"repeated\": 4, \"skipped\": 1 }, \
-             \"copy\": { \"keys_done\": 5, \"keys_total\": 9 }, \"verification\": null, \
+             \"copy\": { \"keys_done\": 5, \"keys_total\": 9 }, \"canary\": { \"seconds\": 0.08, \"waiting_seconds\": 0.0 }, \"verification\": null, \
              \"foreign_writes\": null } ], \"etcd\": [ { \"endpoint\": \"http://127.0.0.1:2379\", \"ok\": true, \
              \"version\": \"3.5.1\", \"leader\": true, \"verdict\": \"refused\", \"detail\": \"upgrade it\" } ] }"
         );
@@ -509,6 +529,15 @@ mod tests {
         let table = status_table(&reply, None);
         let below = table.rsplit("\n\n").next();
         assert_eq!(below, Some("etcd 3.5.16 at http://127.0.0.1:2379 (warned): upgrade it\n"), "{table}");
+    }
+
+    #[test]
+    fn a_canary_is_told_by_the_time_that_it_took_unless_one_has_been_on_its_way_for_longer() {
+        let words = |seconds, waiting_seconds| canary_words(&Canary { seconds, waiting_seconds });
+        assert_eq!(words(0.044, 0.02), "the last canary was applied 44 ms after its write");
+        assert_eq!(words(0.044, 0.9), "the last canary was applied 44 ms after its write");
+        assert_eq!(words(0.044, 12.0), "a canary has been on its way to the replica for 12.0 s");
+        assert_eq!(words(0.0, 61.0), "a canary has been on its way to the replica for 1 min 1 s");
     }
 
     #[test]

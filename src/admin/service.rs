@@ -5,8 +5,8 @@
 
 use super::proto::admin_server::{self, Admin, AdminServer};
 use super::proto::{
-    Copy, DifferingRange, EtcdMember, ForeignWrites, Link, RepairRequest, ResyncReply, ResyncRequest, StatusReply,
-    StatusRequest, Verification, VerifyRequest,
+    Canary, Copy, DifferingRange, EtcdMember, ForeignWrites, Link, RepairRequest, ResyncReply, ResyncRequest,
+    StatusReply, StatusRequest, Verification, VerifyRequest,
 };
 use super::{Directory, LinkCommand, LinkHandle};
 use crate::config::TlsConfig;
@@ -387,6 +387,7 @@ fn link_message(status: LinkStatus) -> Link {
         bytes_sent,
         counts,
         copy,
+        canary,
         verification,
         foreign_writes,
         stages: _,
@@ -415,6 +416,7 @@ fn link_message(status: LinkStatus) -> Link {
         bytes_sent,
         counts: counts.into_iter().map(|(name, count)| (name.to_owned(), count)).collect(),
         copy: copy.map(|copy| Copy { keys_done: copy.keys_done, keys_total: copy.keys_total }),
+        canary: canary.map(|canary| Canary { seconds: canary.seconds, waiting_seconds: canary.waiting_seconds }),
         verification: Some(verification_message(verification)),
         foreign_writes: foreign_writes.map(foreign_message),
     }

@@ -23,6 +23,9 @@ const DELETES_SHARE_MAX: f64 = 0.1;
 const VERIFY_INTERVAL_SECONDS: u64 = 900;
 const VERIFY_INTERVAL_SECONDS_MAX: u64 = 7 * 86_400;
 const VERIFY_CORE_SHARE_MAX: f64 = 0.05;
+/// Off, unless configured: each canary is a revision at both ends, and an idle link makes none.
+const CANARY_INTERVAL_SECONDS: u64 = 0;
+const CANARY_INTERVAL_SECONDS_MAX: u64 = 3_600;
 
 /// Also says what of it names files, as far as that could be read.
 pub(super) fn config(table: &Table) -> (Result<Config, Faults>, NamedFiles) {
@@ -175,6 +178,8 @@ fn send(s: &mut Section<'_>) -> Option<SendConfig> {
     if !(0.001..=1.0).contains(&verify_core_share_max) {
         s.fault("verify_core_share_max", "must be from 0.001 to 1 (a whole core)");
     }
+    let canary = limit(s, "canary_interval_seconds", CANARY_INTERVAL_SECONDS, 0, CANARY_INTERVAL_SECONDS_MAX);
+    let canary_interval = (canary > 0).then_some(Duration::from_secs(canary));
     let prefixes = prefixes.unwrap_or_default();
     let ranges = Ranges::new(&prefixes, &exclude);
     if ranges.pieces().is_empty() && !exclude.is_empty() {
@@ -191,6 +196,7 @@ fn send(s: &mut Section<'_>) -> Option<SendConfig> {
         other_history,
         verify_interval,
         verify_core_share_max,
+        canary_interval,
     })
 }
 

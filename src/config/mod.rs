@@ -141,6 +141,8 @@ pub struct SendConfig {
     pub verify_interval: Option<Duration>,
     /// The share of a core that such a comparison takes at each side. 0.05.
     pub verify_core_share_max: f64,
+    /// A canary is written so often; `None`, the default: never.
+    pub canary_interval: Option<Duration>,
 }
 
 /// This cluster is the replica of the link.

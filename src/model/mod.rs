@@ -9,8 +9,8 @@ mod status;
 
 pub use ranges::{KeyRange, Ranges};
 pub use status::{
-    CopyProgress, DifferingRange, EtcdHealth, ForeignStatus, LinkState, LinkStatus, Outcome, PartsProgress, Role, Side,
-    StageStatus, Verification,
+    CanaryStatus, CopyProgress, DifferingRange, EtcdHealth, ForeignStatus, LinkState, LinkStatus, Outcome,
+    PartsProgress, Role, Side, StageStatus, Verification,
 };
 
 use bytes::Bytes;
@@ -249,6 +249,11 @@ impl LinkName {
     /// In the origin's etcd: up to where the shipper's spool is applied at the replica, for the standbys.
     pub fn applied_key(&self) -> Bytes {
         Bytes::from(format!("/etcd-ferry/v1/links/{}/applied", self.0))
+    }
+
+    /// Of the shipper's canaries, in the origin's etcd.
+    pub fn canary_key(&self) -> Bytes {
+        Bytes::from(format!("/etcd-ferry/v1/links/{}/canary", self.0))
     }
 
     /// The key of this link's waymark in the origin's etcd.

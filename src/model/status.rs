@@ -132,10 +132,21 @@ pub struct LinkStatus {
     pub counts: BTreeMap<&'static str, u64>,
     /// The base copy while it runs: keys done, keys in all (0: not known).
     pub copy: Option<CopyProgress>,
+    /// At the sidecar that ships the link, where canaries are on and one was written.
+    pub canary: Option<CanaryStatus>,
     pub verification: Verification,
     /// At a replica, once it was looked.
     pub foreign_writes: Option<ForeignStatus>,
     pub stages: Vec<StageStatus>,
+}
+
+/// How long a revision takes from its write at the origin to the word that it is applied at the replica.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct CanaryStatus {
+    /// The last one took so long; 0: none has come through yet.
+    pub seconds: f64,
+    /// The present one has been on its way for so long; 0: none is.
+    pub waiting_seconds: f64,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
@@ -287,6 +298,7 @@ impl LinkStatus {
             bytes_sent: 0,
             counts: BTreeMap::new(),
             copy: None,
+            canary: None,
             verification: Verification::default(),
             foreign_writes: None,
             stages: Vec::new(),

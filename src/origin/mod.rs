@@ -3,6 +3,7 @@
 //! Always true: the link's task alone writes the link's status; a stage that ends ends the link.
 
 pub mod anchor;
+pub mod canary;
 pub mod candidacy;
 mod compare;
 mod decide;
@@ -33,7 +34,7 @@ use crate::config::{Limits, SendConfig};
 use crate::etcd::gate::Gate;
 use crate::metrics;
 use crate::model::stall::{Stalled, Verdict, Watchdog};
-use crate::model::{Epoch, LinkName, LinkState, LinkStatus, Revision, Role, Seq, Side, StageStatus};
+use crate::model::{CanaryStatus, Epoch, LinkName, LinkState, LinkStatus, Revision, Role, Seq, Side, StageStatus};
 use crate::wire::digest;
 use elect::{ElectView, Election, Heard, Standing};
 use head::HeadView;
@@ -349,6 +350,7 @@ impl Views<'_> {
         status.counts.insert("elections", self.elect.won);
         status.counts.insert("stalls", stalls);
         status.copy = ship.copy;
+        status.canary = self.canary();
         status.verification.clone_from(&ship.verification);
         status.stages = vec![
             StageStatus {
@@ -365,6 +367,16 @@ impl Views<'_> {
             },
             StageStatus { stage: "ship", ok: ship.reason.is_empty(), detail: ship.detail.clone(), queue_bytes: 0 },
         ];
+    }
+
+    /// Of a canary that is off, or that no stream has written yet, there is nothing to be told.
+    fn canary(&self) -> Option<CanaryStatus> {
+        let (took, since) = self.ship.canary;
+        let waiting = since.map_or(Duration::ZERO, |since| since.elapsed());
+        (took.is_some() || since.is_some()).then(|| CanaryStatus {
+            seconds: took.unwrap_or_default().as_secs_f64(),
+            waiting_seconds: waiting.as_secs_f64(),
+        })
     }
 
     /// Lag is measured where the link is shipped: what a standby knows of the replica may be ten seconds old.

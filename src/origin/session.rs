@@ -98,6 +98,8 @@ pub struct Session {
     pub(super) waymark_at: Option<(Instant, Movement)>,
     pub(super) persisted_at: (Instant, Movement),
     pub(super) writes: Writes,
+    /// Of the last canary that this stream wrote.
+    pub(super) canary_revision: Option<Revision>,
     /// When the applied revision was published last by this stream, and the origin's movement then.
     pub(super) published_at: Option<(Instant, Movement)>,
     pub(super) last_receipt: Instant,
@@ -154,6 +156,7 @@ impl Session {
             waymark_at: None,
             persisted_at: (now, movement(ship)),
             writes: Writes::default(),
+            canary_revision: None,
             published_at: None,
             last_receipt: now,
             last_progress: now,
@@ -376,6 +379,7 @@ impl Session {
         });
         self.learn_verified(ship, Revision(ack.verified_revision), ack.verified_at_ms);
         self.show(ship, ack.waiting.is_empty());
+        self.show_canary(ship);
         if let Some(through) = moved.trim {
             ship.spool.trim(through);
         }

@@ -3,6 +3,7 @@
 //! Always true: seqs count on from what the replica has received; nothing is trimmed from the spool before it is applied;
 //! everything that ends a stream is a value of `Ended` with one planned reaction.
 
+use super::canary::Canary;
 use super::decide::Way;
 use super::elect::{ElectView, Heard};
 use super::head::HeadView;
@@ -75,6 +76,9 @@ pub struct Shipper {
     /// When both sides are compared next, unless somebody asks.
     pub(super) verify_due: Option<Instant>,
     next_address: usize,
+    pub(super) canary: Canary,
+    /// What its times are since.
+    pub(super) clock: Instant,
     /// When the present stream's first receipt came, or the last one's.
     pub(super) opened: Option<Instant>,
     /// The last reason that was logged: one that repeats is logged once.
@@ -148,6 +152,8 @@ impl Shipper {
             other_history: OtherHistoryMet::default(),
             verify_due: None,
             next_address: 0,
+            canary: Canary::default(),
+            clock: Instant::now(),
             opened: None,
             logged: String::new(),
         };

@@ -3,6 +3,7 @@
 //! Edge: part of the shipper, which owns all of it.
 //! Always true: nothing is shipped but under a term that was won; that the history went back is said only of a term that was read again.
 
+use super::canary::Canary;
 use super::candidacy::{self, Fencing};
 use super::elect::{self, Heard, Standing};
 use super::resume::{self, ReplicaFacts};
@@ -40,6 +41,9 @@ impl Shipper {
         }
         (self.resync, self.copy_wanted, self.went_back) = (None, None, None);
         self.other_history.goes_on = false;
+        // Another shipper's are its own.
+        self.canary = Canary::default();
+        self.view.send_modify(|view| view.canary = (None, None));
     }
 
     /// The replica has said something.

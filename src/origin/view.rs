@@ -4,6 +4,7 @@
 
 use crate::model::{CopyProgress, Epoch, LinkState, Outcome, Revision, Seq, Term, Verification};
 use std::collections::BTreeMap;
+use std::time::Duration;
 use tokio::time::Instant;
 
 /// What `status` says of shipping.
@@ -29,6 +30,8 @@ pub struct ShipView {
     pub bytes_sent: u64,
     pub counts: BTreeMap<&'static str, u64>,
     pub copy: Option<CopyProgress>,
+    /// How long the last canary took; since when one has been on its way.
+    pub canary: (Option<Duration>, Option<Instant>),
     /// What the open stream could not write at the origin the last time, and why.
     pub unwritten: Option<String>,
     pub verification: Verification,
@@ -58,6 +61,7 @@ impl Default for ShipView {
             bytes_sent: 0,
             counts: BTreeMap::new(),
             copy: None,
+            canary: (None, None),
             unwritten: None,
             verification: Verification::default(),
             runs_promised: 0,

@@ -445,7 +445,7 @@ impl Tail {
         let at_ms = self.clock.now_ms();
         let ferry_only = whole.iter().filter(|w| w.ferry_only).count() as u64;
         let entries: Vec<SpoolEntry> =
-            whole.into_iter().filter(|w| !w.whole.changes.is_empty()).map(|w| entry_of(w, at_ms)).collect();
+            whole.into_iter().filter(|w| w.is_of_the_link()).map(|w| entry_of(w, at_ms)).collect();
         if let Some(last) = entries.last().map(|e| e.revision.revision) {
             let revisions: Vec<Revision> = entries.iter().map(|e| e.revision.revision).collect();
             match self.spool.append(entries).await {

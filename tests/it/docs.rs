@@ -149,6 +149,7 @@ fn defaults(config: &Config) -> BTreeMap<String, String> {
         .map(|(key, value)| (format!("limits.{key}"), value.to_owned()))
         .collect();
     let SendConfig { deletes_share_max, ranges, verify_interval, verify_core_share_max, .. } = &config.send[0];
+    let canary_interval_seconds = config.send[0].canary_interval.map_or(0, |interval| interval.as_secs());
     let verify_interval = verify_interval.expect("on by default");
     assert_eq!(*ranges, Ranges::new(&[], &[]));
     assert_eq!(config.log.format, LogFormat::Text);
@@ -158,6 +159,7 @@ fn defaults(config: &Config) -> BTreeMap<String, String> {
         ("send[].other_history", format!("{:?}", OtherHistory::default()).to_lowercase()),
         ("send[].verify_interval_seconds", verify_interval.as_secs().to_string()),
         ("send[].verify_core_share_max", verify_core_share_max.to_string()),
+        ("send[].canary_interval_seconds", canary_interval_seconds.to_string()),
         ("send[].prefixes", "the whole keyspace".to_owned()),
         ("send[].exclude", "none".to_owned()),
         ("receive[].prefixes", "what the first hello says".to_owned()),

@@ -5,6 +5,7 @@ mod admin;
 mod bank;
 mod bed;
 mod both_ways;
+mod canary;
 mod config;
 mod copy;
 mod damage;

@@ -39,7 +39,7 @@ const FIELDS: [&str; 19] = [
 ];
 /// Beside the fields that every reader may count on: who ships the link, what was counted, how far a base copy is, and what is known of both
 /// sides being equal.
-const MORE_FIELDS: [&str; 6] = ["role", "shipper", "counts", "copy", "verification", "foreign_writes"];
+const MORE_FIELDS: [&str; 7] = ["role", "shipper", "counts", "copy", "canary", "verification", "foreign_writes"];
 
 /// The one link of `status --json`, with its fields checked.
 fn status(sidecar: &Sidecar, side: &str, peer_region: &str) -> Value {

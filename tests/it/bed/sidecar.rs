@@ -67,6 +67,8 @@ pub struct SendLink {
     pub verify_interval_seconds: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub other_history: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub canary_interval_seconds: Option<u64>,
 }
 
 #[derive(Debug, Clone, Default, Serialize)]

@@ -55,6 +55,7 @@ pub struct Session {
     pub shipped: Shipped,
     waymark: OriginWaymark,
     waymark_revision: Revision,
+    canary_revision: Option<Revision>,
     copy_ack: CopyAck,
     pub copying: Option<Copy>,
 }
@@ -232,7 +233,7 @@ impl Origin {
         let events = etcd.written_at(carried.0.0).iter().map(event).collect();
         let message = WatchMessage { events, fragment: false };
         let whole = sequencer.push(message).expect("one revision is in order");
-        let found = whole.first().filter(|found| !found.whole.changes.is_empty());
+        let found = whole.first().filter(|found| found.is_of_the_link());
         match found.map(|found| digest::of_revision(&found.whole)) {
             Some(digest) if digest == carried.1 => CarriedCheck::Same,
             Some(_) | None => CarriedCheck::Other,
@@ -298,6 +299,7 @@ impl Origin {
             shipped: Shipped::open(answer.position.as_ref(), received, answer.durable),
             waymark,
             waymark_revision,
+            canary_revision: None,
             copy_ack: CopyAck::default(),
             copying: None,
         })
@@ -429,6 +431,10 @@ impl Origin {
         if due && acked.following && acked.waymark == session.waymark.present {
             session.write_waymark(&self.link, etcd, context)?;
         }
+        let sings = context.random.percent(if context.faults { 15 } else { 2 }) && self.writes_waymarks;
+        if sings && acked.following {
+            session.write_canary(&self.link, etcd, context)?;
+        }
         let spooled = self.tail.spool.last.map(|(last, _)| last);
         let (through, shipped_all) = session.shipped.through(true, spooled, Revision(self.tail.spool.covered));
         let persist = shipped_all && acked.following && context.random.percent(30);
@@ -538,6 +544,23 @@ impl Origin {
 impl Session {
     fn follow(&mut self, after: Revision) {
         self.shipped.follow(after);
+    }
+
+    /// As the product does: only on the history that the last waymark and the last canary are of.
+    fn write_canary(&mut self, link: &LinkName, etcd: &mut Etcd, context: &mut Context) -> Result<(), End> {
+        let modified = |etcd: &Etcd, key: &bytes::Bytes| etcd.get(key).map_or(Revision(0), |(_, modified)| modified);
+        let key = link.canary_key();
+        let last = modified(etcd, &key);
+        if modified(etcd, &link.waymark_key()) != self.waymark_revision
+            || self.canary_revision.is_some_and(|canary| canary != last)
+        {
+            return Err(End::Again("the origin is not what it was".to_owned()));
+        }
+        self.canary_revision = etcd.write(vec![Change::Put { key, value: "{}".into() }]);
+        let written = etcd.written_at(etcd.revision).to_vec();
+        context.judge.origin_wrote(etcd.head(), &written, etcd.state());
+        context.count("canary written");
+        Ok(())
     }
 
     fn write_waymark(&mut self, link: &LinkName, etcd: &mut Etcd, context: &mut Context) -> Result<(), End> {

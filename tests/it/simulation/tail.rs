@@ -222,8 +222,7 @@ impl Tail {
     }
 
     fn spool_all(&mut self, whole: Vec<Sequenced>, covered: Revision, context: &mut Context) {
-        let entries: Vec<SpoolEntry> =
-            whole.into_iter().filter(|w| !w.whole.changes.is_empty()).map(entry_of).collect();
+        let entries: Vec<SpoolEntry> = whole.into_iter().filter(|w| w.is_of_the_link()).map(entry_of).collect();
         if !entries.is_empty() {
             if self.spool.is_full() {
                 context.count("spool full");
