@@ -353,8 +353,8 @@ fn limits(s: &mut Section<'_>) -> Option<Limits> {
         request_bytes_max: limit(s, "request_bytes_max", d.request_bytes_max, 64 * KIB, 256 * MIB),
         page_keys_max: limit(s, "page_keys_max", d.page_keys_max, 1, 100_000),
         page_bytes_max: limit(s, "page_bytes_max", d.page_bytes_max, 4 * KIB, 64 * MIB),
-        // Below it, what the two sides say to each other every few seconds would be a stall.
-        stall_seconds: limit(s, "stall_seconds", d.stall_seconds, 8, 86_400),
+        // A call of etcd may take 10 s, and then says why it failed.
+        stall_seconds: limit(s, "stall_seconds", d.stall_seconds, 12, 86_400),
     };
     relations(s, &limits);
     Some(limits)

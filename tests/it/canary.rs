@@ -1,10 +1,11 @@
 //! Job: the canary: it is carried as a revision of its own, measured by the origin's clock, and seen by nobody who should not.
-//! Input: pairs with canaries each second, a slow line, a cut one, a link back, a spool that is lost. Output: passes or fails.
+//! Input: pairs with canaries each second, a slow line, a frozen one, a link back, a spool that is lost. Output: passes or fails.
 //! Always true: a canary changes no key at the replica but the position; histories are told by recordings of both ends.
 
 use crate::bed::pair::{LINK, LINK_BACK, Pair, PairOptions, link_name};
 use crate::bed::{PATIENCE, until};
 use crate::resume::spool_dir;
+use etcd_ferry::demo::proxy::Direction;
 use etcd_ferry::model::Position;
 use serde_json::Value;
 use std::time::Duration;
@@ -79,19 +80,19 @@ async fn a_canary_is_carried_as_an_empty_revision_and_nobody_takes_it_for_more()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_canary_tells_a_slow_line_and_ages_while_the_link_is_cut() {
+async fn a_canary_tells_a_slow_line_and_ages_while_nothing_comes_back() {
     let pair = with_canaries(over_app()).await;
     pair.proxy.set_delay(Duration::from_millis(300));
     let slow = |entry: &Value| entry["canary"]["seconds"].as_f64() >= Some(0.6);
     let entry = pair.origin_sidecar.wait_for(LINK, "a canary of a round trip of 600 ms", slow).await;
     assert_eq!(entry["lag_revisions"].as_u64().map(|lag| lag <= 1), Some(true), "{entry:#}");
-    pair.proxy.cut();
+    pair.proxy.freeze(Direction::FromTarget);
     let ages = |entry: &Value| entry["canary"]["waiting_seconds"].as_f64() > Some(2.0);
     pair.origin_sidecar.wait_for(LINK, "a canary on its way for 2 s", ages).await;
-    pair.proxy.set_delay(Duration::ZERO);
     pair.proxy.heal();
+    pair.proxy.set_delay(Duration::ZERO);
     let through = |entry: &Value| entry["canary"]["seconds"].as_f64() > Some(2.0);
-    pair.origin_sidecar.wait_for(LINK, "the canary that was cut off to come through", through).await;
+    pair.origin_sidecar.wait_for(LINK, "the canary that was held up to come through", through).await;
     let well =
         |entry: &Value| entry["canary"]["seconds"].as_f64().is_some_and(|seconds| seconds > 0.0 && seconds < 2.0);
     pair.origin_sidecar.wait_for(LINK, "the next one", well).await;

@@ -97,7 +97,7 @@ const OUTCOMES: [&str; 16] = [
     "watch from the position",
     "tail",
     "copy: no position",
-    "copy: other cluster",
+    "stop: other cluster",
     "copy: other ranges",
     "copy: compacted",
     "repair: compacted",
