@@ -4,7 +4,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 # An etcd that .ci/install unpacked goes before the distribution's own, which may be too old.
 export PATH := $(CURDIR)/target/etcd/bin:$(PATH)
 
-.PHONY: demo test soak mutants bench build lint install clean
+.PHONY: demo test soak fuzz matrix mutants bench build lint install clean
 
 # Two regions on this machine for about 30 seconds. ARGS is passed on, for example: make demo ARGS=--keep
 demo: build
@@ -14,13 +14,40 @@ demo: build
 test: install
 	cargo test $(ARGS)
 
+# Every test with real processes again, with another etcd at one side: each of Debian's older ones as the origin and as the replica of ours.
+matrix: install
+	@.ci/install bookworm target/etcd/bookworm
+	@.ci/install trixie target/etcd/trixie
+	@for old in bookworm trixie; do \
+	  for side in ORIGIN REPLICA; do \
+	    echo "matrix: $$(target/etcd/$$old/etcd --version | head -n 1) as the $$side"; \
+	    env ETCD_FERRY_$${side}_ETCD=$(CURDIR)/target/etcd/$$old cargo test --test it $(ARGS) || exit 1; \
+	  done; \
+	done
+
+# Feeds every decoder with what nobody would send, SECONDS for each target. Needs nightly Rust; cargo-fuzz is installed if it is missing.
+FUZZ_TARGETS := frame delta hello position segment config
+fuzz: install
+	@cargo +nightly --version >/dev/null || { echo "fuzz: nightly Rust is missing: rustup toolchain install nightly" >&2; exit 1; }
+	@cargo fuzz --version >/dev/null 2>&1 || cargo install --locked cargo-fuzz
+	@for target in $(FUZZ_TARGETS); do \
+	  mkdir -p fuzz/corpus/$$target; \
+	  cargo +nightly fuzz run $$target fuzz/corpus/$$target fuzz/seeds -- \
+	    -max_total_time=$(or $(SECONDS),30) -max_len=8192 -timeout=10 -rss_limit_mb=1024 -malloc_limit_mb=256 -print_final_stats=1 || exit 1; \
+	done
+
 # Breaks the product on purpose, fault by fault, and fails if the tests miss one. ARGS="--only SAN" runs those that name it, ARGS=--list
 # lists all.
 mutants: install
 	cargo test --test mutants -- $(ARGS)
-# The simulation over more seeds than `make test` runs. A seed that fails is printed, and run again by: SEED=n cargo test --test it simulation
+
+# More of what `make test` does a little of. SEEDS=n: the simulation alone, over so many seeds; one that fails is printed, and run again by
+# SEED=n cargo test --test it simulation. MINUTES=n: real processes under faults alone, for so long. Neither: both, 100,000 seeds and 30 minutes,
+# after every decoder was fuzzed.
 soak: install
-	SEEDS=$(or $(SEEDS),100000) cargo test --test it simulation -- --nocapture
+	$(if $(MINUTES)$(SEEDS),,$(MAKE) --no-print-directory fuzz)
+	$(if $(MINUTES),,SEEDS=$(or $(SEEDS),100000) cargo test --test it simulation -- --nocapture)
+	$(if $(SEEDS),,MINUTES=$(or $(MINUTES),30) cargo test --test it soak -- --nocapture)
 
 # Beside etcdctl make-mirror, on real etcds; about 35 minutes, or less of everything with ARGS=--quick. Fails if a bound is not kept. The small
 # pieces: cargo bench --bench encode --bench segment

@@ -5,7 +5,7 @@
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use etcd_ferry::demo::objects;
 use etcd_ferry::model::{Change, Digest, Epoch, LinkName, Ranges, Revision, Seq, Term, WholeRevision};
-use etcd_ferry::replica::plan::{RequestLimits, Waiting, plan};
+use etcd_ferry::replica::plan::{Begun, RequestLimits, Waiting, plan};
 use etcd_ferry::wire::digest;
 use etcd_ferry::wire::frame::FrameLimits;
 use etcd_ferry::wire::window::{Decoder, Encoder, WindowLimits};
@@ -112,7 +112,8 @@ fn plans(c: &mut Criterion) {
             b.iter_batched(
                 || waiting.clone(),
                 |waiting| {
-                    let plan = plan(&waiting, 0, &ranges, &limits).expect("it fits").expect("something waits");
+                    let plan =
+                        plan(&waiting, Begun::default(), &ranges, &limits).expect("it fits").expect("something waits");
                     plan.settle(&[], &limits).expect("it fits")
                 },
                 BatchSize::SmallInput,

@@ -1,5 +1,5 @@
 //! Job: `make bench`: etcd-ferry beside `etcdctl make-mirror`, on real etcds, the same work for both, each on fresh clusters.
-//! Input: `--quick`, `--only WORK`, `--out DIR`. Output: a table, `result.json` and `lag.svg`; exit 0 if every bound is kept.
+//! Input: `--quick`, `--only WORK`, `--out DIR`. Output: a table, `result.json` and `lag.svg`; exit 0 if every bound that is judged is kept.
 //! Always true: ratios are what is judged, since machines differ; after each work both sides are compared byte for byte.
 
 #![allow(clippy::unwrap_used, reason = "a benchmark that cannot go on says why and ends")]
@@ -11,6 +11,8 @@ mod arrivals;
 mod bed;
 mod load;
 mod picture;
+mod proxy_cost;
+mod rates;
 mod report;
 mod rig;
 mod works;
@@ -19,12 +21,14 @@ use clap::Parser;
 use report::Report;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::LazyLock;
+use std::time::Instant;
 use works::Scale;
 
 #[derive(Parser)]
 #[command(about = "etcd-ferry beside etcdctl make-mirror, on real etcds")]
 struct Arguments {
-    /// Shorter works, under 3 minutes in all.
+    /// Shorter works, under 3 minutes in all; what depends on their size is shown, and not judged.
     #[arg(long)]
     quick: bool,
     /// Only works whose name contains this.
@@ -36,6 +40,13 @@ struct Arguments {
     /// Given by cargo.
     #[arg(long, hide = true)]
     bench: bool,
+}
+
+/// Says what is done now, and how long it has been.
+fn say(what: &str) {
+    static BEGAN: LazyLock<Instant> = LazyLock::new(Instant::now);
+    let seconds = BEGAN.elapsed().as_secs();
+    println!("[{}:{:02}] {what} ...", seconds / 60, seconds % 60);
 }
 
 #[tokio::main(flavor = "multi_thread", worker_threads = 2)]

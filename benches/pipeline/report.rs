@@ -4,8 +4,9 @@
 //! Always true: a row that has a bound says whether it is kept; nothing is rounded before it is judged.
 
 use crate::arrivals::Lag;
+use crate::proxy_cost::ProxyCost;
 use crate::rig::{Line, System, tool};
-use crate::works::{ProxyCost, Scale};
+use crate::works::Scale;
 use serde::Serialize;
 use std::process::Command;
 
@@ -49,6 +50,8 @@ pub struct Row {
     pub make_mirror: Option<f64>,
     pub etcd_ferry: Option<f64>,
     pub bound: Bound,
+    /// The work is as large as the bound is meant for.
+    pub judged: bool,
 }
 
 impl Row {
@@ -60,14 +63,19 @@ impl Row {
         figures: (Option<f64>, Option<f64>),
         bound: Bound,
     ) -> Self {
-        Self { work: work.into(), line, unit, make_mirror: figures.0, etcd_ferry: figures.1, bound }
+        Self { work: work.into(), line, unit, make_mirror: figures.0, etcd_ferry: figures.1, bound, judged: true }
     }
 
-    /// `None`: nothing is asked. A figure that is missing keeps no bound.
+    pub fn judged_if(self, judged: bool) -> Self {
+        Self { judged, ..self }
+    }
+
+    /// `None`: nothing is asked, or of a larger work. A figure that is missing keeps no bound.
     pub fn kept(&self) -> Option<bool> {
         let ferry = self.etcd_ferry.unwrap_or(f64::NAN);
         let mirror = self.make_mirror.unwrap_or(f64::NAN);
         match self.bound {
+            _ if !self.judged => None,
             Bound::None => None,
             Bound::AtMost { times, plus } => Some(ferry <= mirror * times + plus),
             Bound::AtLeast { times } => Some(ferry >= mirror * times),
@@ -159,7 +167,12 @@ impl Report {
     }
 
     fn words(row: &Row) -> [String; 7] {
-        let kept = row.kept().map_or("", |kept| if kept { "kept" } else { "NOT KEPT" });
+        let kept = match row.kept() {
+            Some(true) => "kept",
+            Some(false) => "NOT KEPT",
+            None if row.judged => "",
+            None => "judged by a full run",
+        };
         [
             row.work.clone(),
             row.line.name().to_owned(),

@@ -310,6 +310,9 @@ pub struct Position {
     /// While a revision larger than a request is applied in parts: how many of its changes are in.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub part: u64,
+    /// The digest of that revision: no other may go on where it was left.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub part_digest: Option<Digest>,
     /// Seqs that an operator chose to go on without.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub skipped: Vec<Seq>,
@@ -369,6 +372,7 @@ mod tests {
             anchor_revision: Revision(70),
             cursor,
             part: 0,
+            part_digest: None,
             skipped: Vec::new(),
         }
     }
@@ -379,7 +383,7 @@ mod tests {
             let position = position(cursor);
             assert_eq!(Position::from_json(&position.to_json()).unwrap(), position);
         }
-        let part = Position { part: 7, skipped: vec![Seq(4)], ..position(None) };
+        let part = Position { part: 7, part_digest: Some(Digest([3; 16])), skipped: vec![Seq(4)], ..position(None) };
         assert_eq!(Position::from_json(&part.to_json()).unwrap(), part);
     }
 

@@ -123,11 +123,22 @@ impl Shipper {
             let same_place =
                 position.origin_cluster == origin.cluster && position.ranges_digest == origin.ranges_digest;
             if same_place && carried.0 > Revision(0) && origin.head >= carried.0 {
+                self.tell_tail(carried, position.origin_revision.max(carried.0)).await;
                 origin.carried = self.check_carried(&greeted.etcd, carried).await?;
             }
         }
         let replica = ReplicaFacts::Answered { position: position.map(Box::new), received: ahead.then_some(received) };
         Ok((replica, origin))
+    }
+
+    /// Told before the comparison: a watch that opens after it begins with what was compared.
+    async fn tell_tail(&self, carried: (Revision, Digest), reached: Revision) {
+        let extent = self.spool.extent().borrow().clone();
+        let spool = SpoolFacts { base: extent.base, covered: extent.covered, last: extent.last };
+        if resume::begins_with(&spool, carried.0, reached) {
+            // A tail that has ended is found so when it is to watch.
+            let _ = self.tail_commands.send(TailCommand::Carried(carried)).await;
+        }
     }
 
     /// Whether the carried revision is the origin's. Where the open watch has shown it, the spool tells; a short watch costs up to 0.1 s.

@@ -76,6 +76,7 @@ mod tests {
             anchor_revision: Revision(10),
             cursor: None,
             part: 0,
+            part_digest: None,
             skipped: Vec::new(),
         }
     }
@@ -103,9 +104,12 @@ mod tests {
 
     #[test]
     fn what_it_holds_in_part_or_of_other_ranges_is_copied_anew() {
-        let copied = |position: Option<&Position>, ranges| match by_digests(position, ranges) {
-            Resume::Copy { epoch, cursor: None, reason: CopyReason::OtherHistory } => epoch,
-            other => panic!("{other:?}"),
+        let copied = |position: Option<&Position>, ranges| {
+            let decided = by_digests(position, ranges);
+            let Resume::Copy { epoch, cursor: None, reason: CopyReason::OtherHistory } = decided else {
+                panic!("{decided:?}")
+            };
+            epoch
         };
         let cut_short = Position { cursor: Some("k".into()), ..position(Phase::Copying) };
         assert_eq!(copied(Some(&cut_short), RANGES), Epoch(4));

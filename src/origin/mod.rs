@@ -298,7 +298,8 @@ impl Views<'_> {
     /// Looks whether the link stands still; says so once, and has done what may help. `stalls` counts.
     fn watch(&mut self, dog: &mut Watchdog, stalls: &mut u64, helps: &Helps, link: &LinkName, now_ms: u64) {
         let state = self.state();
-        if !state.is_under_way() && !(state == LinkState::Connecting && dog.is_stalled()) {
+        let looks = state.is_under_way() || state == LinkState::Connecting && dog.is_stalled();
+        if !looks {
             return dog.forget();
         }
         let Verdict { stalled, begins, react } = dog.look(&stall::seen(self), now_ms);
@@ -310,8 +311,8 @@ impl Views<'_> {
         }
         if react {
             match stall::help(self, stalled) {
-                Help::ReopenWatch => _ = helps.reopen.send_replace(()),
-                Help::HelloAgain => _ = helps.hello_again.send_replace(()),
+                Help::ReopenWatch => helps.reopen.send_replace(()),
+                Help::HelloAgain => helps.hello_again.send_replace(()),
                 Help::Nothing => {}
             }
         }

@@ -215,6 +215,12 @@ pub fn watched_from(replica: &ReplicaFacts, check: CarriedCheck) -> Option<(Revi
     }
 }
 
+/// Whether watches are to begin with the replica's last carried revision from now on: the spool, as a new process finds it that trimmed all
+/// it had, holds no revision of its own, and reaches back to where the replica is.
+pub fn begins_with(spool: &SpoolFacts, carried: Revision, reached: Revision) -> bool {
+    spool.last.is_none() && carried <= spool.base && spool.base <= reached && reached <= spool.covered
+}
+
 fn carried(position: &Position, received: Option<&Received>) -> (Revision, Digest) {
     received.map_or((position.carried_revision, position.carried_digest), |r| (r.revision, r.digest))
 }

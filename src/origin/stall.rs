@@ -67,7 +67,12 @@ pub(super) fn reason(views: &Views<'_>, stalled: Stalled) -> String {
             TailState::Connecting { .. } => {
                 format!("no watch at the origin's etcd has stayed open for {seconds} s: look at that etcd")
             }
-            _ => format!(
+            TailState::Idle
+            | TailState::Running
+            | TailState::SpoolFull
+            | TailState::Lost { .. }
+            | TailState::OtherHistory { .. }
+            | TailState::Stopped { .. } => format!(
                 "the origin's watch has shown nothing for {seconds} s, and is at revision {}, though etcd's head is at {}: it is opened anew; look at \
                  the member of etcd that it is connected to",
                 views.tail.covered, views.head.revision

@@ -71,6 +71,8 @@ pub enum TailCommand {
     /// Forget the spool and watch everything after `after`; `opened` is told once etcd has created the watch. `carried`: the watch begins
     /// at this revision, to see that it and what follows up to `after` is what it was. Not begun once nobody waits for `opened`.
     Restart { after: Revision, carried: Option<(Revision, Digest)>, begins: Begins, opened: Opened },
+    /// The replica's last carried revision: where the spool holds none of its own, watches begin with it from now on, the open one too.
+    Carried((Revision, Digest)),
 }
 
 /// What a spool that is begun anew is to its link.
@@ -86,9 +88,9 @@ pub enum Begins {
 async fn next_command(commands: &mut mpsc::Receiver<TailCommand>) -> Option<TailCommand> {
     loop {
         let command = commands.recv().await?;
-        let TailCommand::Restart { opened, .. } = &command;
-        if !opened.is_closed() {
-            return Some(command);
+        match &command {
+            TailCommand::Restart { opened, .. } if opened.is_closed() => {}
+            TailCommand::Restart { .. } | TailCommand::Carried(_) => return Some(command),
         }
     }
 }
@@ -183,23 +185,45 @@ impl Tail {
             let ended = match std::mem::replace(&mut turn.next, Next::Watch) {
                 Next::Watch => Box::pin(self.watch_once(&mut turn)).await,
                 Next::End => return,
-                Next::WaitForCommand => Ended::Command(next_command(&mut self.commands).await),
-                Next::WaitForRoom => tokio::select! {
-                    biased;
-                    command = next_command(&mut self.commands) => Ended::Command(command),
-                    room = self.spool.room() => match room {
-                        Ok(()) => continue,
-                        Err(e) => Ended::Spool(e.to_string()),
-                    },
-                },
+                Next::WaitForCommand => Ended::Command(self.next_restart().await),
+                Next::WaitForRoom => {
+                    let spool = self.spool.clone();
+                    tokio::select! {
+                        biased;
+                        command = self.next_restart() => Ended::Command(command),
+                        room = spool.room() => match room {
+                            Ok(()) => continue,
+                            Err(e) => Ended::Spool(e.to_string()),
+                        },
+                    }
+                }
             };
             self.go_on_after(ended, &mut turn).await;
         }
     }
 
+    /// The next command that makes a tail watch that does not. Cancel-safe.
+    async fn next_restart(&mut self) -> Option<TailCommand> {
+        loop {
+            match next_command(&mut self.commands).await {
+                Some(TailCommand::Carried(carried)) => _ = self.remember(carried),
+                command => return command,
+            }
+        }
+    }
+
+    /// True if the next watch begins otherwise than the last one did.
+    fn remember(&mut self, carried: (Revision, Digest)) -> bool {
+        let new = self.spool.extent().borrow().last.is_none() && self.carried.is_none();
+        if new {
+            self.carried = Some(carried);
+        }
+        new
+    }
+
     /// Begins the spool anew, then watches; `opened` is told when the watch stands.
     async fn restart(&mut self, command: TailCommand, turn: &mut Turn) {
-        let TailCommand::Restart { after, carried, begins, opened } = command;
+        let TailCommand::Restart { after, carried, begins, opened } = command else { return };
         self.seen = None;
         self.carried = carried;
         match self.spool.reset(after).await {
@@ -346,7 +370,10 @@ impl Tail {
         loop {
             tokio::select! {
                 biased;
-                command = next_command(&mut self.commands) => return Ended::Command(command),
+                command = next_command(&mut self.commands) => match command {
+                    Some(TailCommand::Carried(carried)) if !self.remember(carried) => {}
+                    command => return Ended::Command(command),
+                },
                 signal = open.watch.next() => {
                     silent_since = tokio::time::Instant::now();
                     match signal {

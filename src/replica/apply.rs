@@ -9,7 +9,7 @@ use super::foreign::OwnRevisions;
 use super::journal::{Journal, JournalEntry, JournalError};
 use super::mark::Mark;
 use super::next::{self, Idle};
-use super::plan::{self, Plan, PlanError, RequestLimits, RunFacts, TxnTree, Waiting};
+use super::plan::{self, Begun, Plan, PlanError, RequestLimits, RunFacts, TxnTree, Waiting};
 use super::position::{Held, HelloAnswer, HelloFacts, HelloRefused};
 use crate::config::Limits;
 use crate::etcd::gate::Gate;
@@ -29,7 +29,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// The longest JSON of a position without a cursor: its names, nine numbers of 20 digits, two digests, one cluster id.
+/// The longest JSON of a position without a cursor: its names, ten numbers of 20 digits, three digests, one cluster id.
 const POSITION_BYTES_MAX: usize = 700;
 /// A range read before a guarded range delete; its keys are held in memory for a moment.
 const RUN_KEYS_MAX: usize = 200_000;
@@ -304,13 +304,13 @@ impl Applier {
         }
         if self.planned.is_none() {
             let in_flight = self.in_flight.as_ref().map_or(0, |f| f.load.revisions);
-            let part = if in_flight == 0 { self.part() } else { 0 };
+            let begun = if in_flight == 0 { self.begun() } else { Begun::default() };
             let (Some(ranges), true) = (&self.ranges, self.waiting.len() > in_flight) else {
                 return self.persist_idle().await;
             };
             let mark = self.marks.front().map(|mark| mark.after);
             let next = plan::up_to(self.waiting.iter().skip(in_flight).map(|(w, _)| w), mark);
-            match plan::plan(next, part, ranges, &self.limits) {
+            match plan::plan(next, begun, ranges, &self.limits) {
                 Ok(planned) => self.planned = planned,
                 Err(e) => return self.refuse_plan(&e),
             }
@@ -322,8 +322,8 @@ impl Applier {
         }
     }
 
-    fn part(&self) -> u64 {
-        self.held.as_ref().and_then(|h| h.position.as_ref()).map_or(0, |p| p.part)
+    fn begun(&self) -> Begun {
+        Begun::of(self.held.as_ref().and_then(|h| h.position.as_ref()))
     }
 
     /// Asks the replica about the plan's runs, and sends the transaction.

@@ -240,7 +240,8 @@ impl Views<'_> {
     /// Looks whether the link stands still; says so once, and ends the stream where another hello may help. `stalls` counts.
     fn watch(&mut self, dog: &mut Watchdog, stalls: &mut u64, uptime: Duration) {
         let state = self.state();
-        if !state.is_under_way() && !(state == LinkState::Connecting && dog.is_stalled()) {
+        let looks = state.is_under_way() || state == LinkState::Connecting && dog.is_stalled();
+        if !looks {
             return dog.forget();
         }
         let now_ms = u64::try_from(uptime.as_millis()).unwrap_or(u64::MAX);

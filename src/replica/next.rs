@@ -13,12 +13,12 @@ use bytes::Bytes;
 pub fn after_settled(position: &Position, settled: &Settled, carried: (Revision, Digest)) -> Position {
     let mut next = position.clone();
     match settled.extent {
-        Extent::Part { to, of, .. } if to < of => next.part = to,
+        Extent::Part { to, of, .. } if to < of => (next.part, next.part_digest) = (to, Some(carried.1)),
         Extent::Part { .. } | Extent::Whole => {
             next.seq = settled.seq;
             next.origin_revision = carried.0;
             (next.carried_revision, next.carried_digest) = carried;
-            next.part = 0;
+            (next.part, next.part_digest) = (0, None);
         }
     }
     next
@@ -32,9 +32,13 @@ pub fn revisions_done(settled: &Settled) -> usize {
     }
 }
 
-/// What every position gets before it is written: the origin's waymark, and `following` once a base copy's last page is passed.
+/// What every position gets before it is written: the origin's waymark, and `following` once a base copy's last page is passed. In one epoch
+/// the waymark only grows: an older one is a late word of another sender, or that of an origin that was restored meanwhile, which the next
+/// hello must be able to tell.
 pub fn to_write(mut next: Position, waymark: Waymark) -> Position {
-    next.waymark = waymark;
+    if waymark.counter > next.waymark.counter {
+        next.waymark = waymark;
+    }
     if next.state == Phase::Copying && next.cursor.is_none() && next.origin_revision >= next.anchor_revision {
         next.state = Phase::Following;
     }
@@ -213,6 +217,7 @@ mod tests {
             anchor_revision: Revision(50),
             cursor: None,
             part: 0,
+            part_digest: None,
             skipped: Vec::new(),
         }
     }
@@ -237,12 +242,14 @@ mod tests {
     fn whole_revisions_move_seq_and_revisions_and_a_part_moves_only_the_part() {
         let carried = (Revision(120), Digest([1; 16]));
         let next = after_settled(&Position { part: 7, ..position() }, &settled(Extent::Whole), carried);
-        assert_eq!((next.seq, next.origin_revision, next.part), (Seq(42), Revision(120), 0));
+        assert_eq!((next.seq, next.origin_revision), (Seq(42), Revision(120)));
+        assert_eq!((next.part, next.part_digest), (0, None));
         assert_eq!((next.carried_revision, next.carried_digest), carried);
         let part = settled(Extent::Part { from: 2, to: 5, of: 9 });
-        assert_eq!(after_settled(&position(), &part, carried), Position { part: 5, ..position() });
+        let begun = Position { part: 5, part_digest: Some(carried.1), ..position() };
+        assert_eq!(after_settled(&position(), &part, carried), begun);
         let last = settled(Extent::Part { from: 5, to: 9, of: 9 });
-        assert_eq!(after_settled(&Position { part: 5, ..position() }, &last, carried), Position { part: 0, ..next });
+        assert_eq!(after_settled(&begun, &last, carried), next);
         assert_eq!([settled(Extent::Whole), part, last].map(|s| revisions_done(&s)), [2, 0, 2]);
     }
 
@@ -254,8 +261,16 @@ mod tests {
         let passed = Position { origin_revision: Revision(110), ..copying };
         assert_eq!(state(Position { cursor: Some(Bytes::from_static(b"/k")), ..passed.clone() }), Phase::Copying);
         assert_eq!(state(passed), Phase::Following);
+    }
+
+    #[test]
+    fn a_position_gets_a_newer_waymark_and_never_an_older_one() {
         let waymark = Waymark { counter: 3, id: 4 };
         assert_eq!(to_write(position(), waymark).waymark, waymark);
+        let newer = Position { waymark, ..position() };
+        for late in [Waymark { counter: 2, id: 9 }, Waymark { counter: 3, id: 9 }] {
+            assert_eq!(to_write(newer.clone(), late).waymark, waymark);
+        }
     }
 
     #[test]

@@ -60,6 +60,7 @@ impl Begin {
             anchor_revision: self.anchor,
             cursor,
             part: 0,
+            part_digest: None,
             skipped: Vec::new(),
         }
     }

@@ -140,7 +140,7 @@ fn value_bytes_largest(key: &str) -> usize {
     let fits = |bytes: usize| {
         let changes = vec![Change::Put { key: Bytes::from(key.to_owned()), value: value.slice(..bytes) }];
         let waiting = Waiting { seq: Seq(1), revision: Arc::new(WholeRevision { revision: Revision(1), changes }) };
-        plan::plan([&waiting], 0, &Ranges::new(&[], &[]), &limits)
+        plan::plan([&waiting], plan::Begun::default(), &Ranges::new(&[], &[]), &limits)
             .is_ok_and(|plan| plan.is_some_and(|plan| plan.extent == Extent::Whole))
     };
     let (mut fitting, mut refused) = (0, REQUEST_BYTES_DEFAULT);

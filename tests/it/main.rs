@@ -35,6 +35,7 @@ mod same_origin;
 mod seeing;
 mod sidecar_kills;
 mod simulation;
+mod soak;
 mod spool_full;
 mod stalls;
 mod takeover;

@@ -25,6 +25,7 @@ fn position() -> Position {
         anchor_revision: Revision(10),
         cursor: None,
         part: 0,
+        part_digest: None,
         skipped: Vec::new(),
     }
 }
@@ -318,4 +319,18 @@ fn a_repair_that_gave_up_is_followed_by_a_base_copy_and_never_past_a_stop() {
 fn an_operators_resync_is_a_base_copy_past_every_stop() {
     assert_eq!(resync(Some(&position())), new_copy(4, CopyReason::Asked));
     assert_eq!(resync(None), new_copy(1, CopyReason::Asked));
+}
+
+#[test]
+fn watches_begin_with_what_was_carried_where_an_empty_spool_reaches_back_to_the_replica() {
+    let empty = |base, covered| SpoolFacts { base: Revision(base), covered: Revision(covered), last: None };
+    let begins = |spool: SpoolFacts| begins_with(&spool, Revision(90), Revision(100));
+    for (base, covered) in [(90, 100), (95, 100), (100, 100), (100, 150)] {
+        assert!(begins(empty(base, covered)), "{base}..{covered}");
+    }
+    // One of another history, one that starts after the position, one that ends before it.
+    for (base, covered) in [(89, 150), (101, 150), (90, 99)] {
+        assert!(!begins(empty(base, covered)), "{base}..{covered}");
+    }
+    assert!(!begins(spool(95, 150).unwrap()), "it begins with its own last revision");
 }

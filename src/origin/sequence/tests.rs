@@ -49,6 +49,7 @@ fn position(origin_cluster: ClusterId) -> String {
         anchor_revision: Revision(1),
         cursor: None,
         part: 0,
+        part_digest: None,
         skipped: Vec::new(),
     };
     String::from_utf8(position.to_json()).unwrap()

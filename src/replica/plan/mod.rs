@@ -20,7 +20,8 @@ pub use request::{Answered, Condition, Request, answered};
 pub use runs::{DeleteRun, RUN_KEYS_MIN, RunFacts, Settled};
 pub use size::{LimitRefusal, RequestLimits};
 
-use crate::model::{Change, KeyRange, Ranges, Revision, Seq, WholeRevision};
+use crate::model::{Change, Digest, KeyRange, Position, Ranges, Revision, Seq, WholeRevision};
+use crate::wire::digest;
 use crate::wire::replicate::refusal::Kind;
 use bytes::Bytes;
 use size::Load;
@@ -149,6 +150,11 @@ pub enum PlanError {
     OutOfOrder { expected: Seq, got: Seq },
     #[error("the position says that {part} changes of revision {revision} are in, and it has only {changes}")]
     PartBeyond { revision: Revision, part: u64, changes: u64 },
+    #[error(
+        "{part} changes of another revision are in where revision {revision} comes: the origin's history was replaced while that one was \
+         applied in parts"
+    )]
+    PartOfAnother { revision: Revision, part: u64 },
     #[error("the replica's limits shrank after the plan was made: plan again")]
     LimitsShrank,
     #[error("a transaction would write a key twice")]
@@ -171,18 +177,32 @@ impl PlanError {
             PlanError::TooLarge { .. } => PlanReaction::Stop(Kind::TooLarge),
             // What was sent is no revision, or not the one of which a part is in.
             PlanError::Malformed { .. } | PlanError::Overlap => PlanReaction::Stop(Kind::Outside),
-            PlanError::PartBeyond { .. } => PlanReaction::Stop(Kind::Conflict),
+            PlanError::PartBeyond { .. } | PlanError::PartOfAnother { .. } => PlanReaction::Stop(Kind::Conflict),
             PlanError::OutOfOrder { .. } => PlanReaction::HelloAgain,
             PlanError::LimitsShrank => PlanReaction::PlanAgain,
         }
     }
 }
 
-/// Plans the next transaction: the first revision alone while only one waits, else as many as fit together. `part` is the
-/// position's: so many changes of the first revision are in already. `None` if nothing waits.
+/// What the position says of a revision that is applied in parts: so many of its changes are in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Begun {
+    pub part: u64,
+    /// Of that revision.
+    pub digest: Option<Digest>,
+}
+
+impl Begun {
+    pub fn of(position: Option<&Position>) -> Self {
+        position.map_or_else(Self::default, |position| Self { part: position.part, digest: position.part_digest })
+    }
+}
+
+/// Plans the next transaction: the first revision alone while only one waits, else as many as fit together. `begun`: what of the first
+/// revision is in already. `None` if nothing waits.
 pub fn plan<'a>(
     waiting: impl IntoIterator<Item = &'a Waiting>,
-    part: u64,
+    begun: Begun,
     ranges: &Ranges,
     limits: &RequestLimits,
 ) -> Result<Option<Plan>, PlanError> {
@@ -190,8 +210,11 @@ pub fn plan<'a>(
     let Some(first) = waiting.next() else { return Ok(None) };
     check_revision(&first.revision)?;
     let ops: Vec<Op> = first.revision.changes.iter().map(Op::of).collect();
-    if part > 0 {
-        return plan_part(first, ops, part, limits).map(Some);
+    if begun.part > 0 {
+        if begun.digest.is_some_and(|digest| digest != digest::of_revision(&first.revision)) {
+            return Err(PlanError::PartOfAnother { revision: first.revision.revision, part: begun.part });
+        }
+        return plan_part(first, ops, begun.part, limits).map(Some);
     }
     let load = Load::of(&ops);
     if !limits.may_fit(&load) {

@@ -80,6 +80,7 @@ mod tests {
             anchor_revision: Revision(1),
             cursor: None,
             part: 0,
+            part_digest: None,
             skipped: Vec::new(),
         }
     }

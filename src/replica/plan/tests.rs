@@ -11,6 +11,8 @@ use crate::model::FERRY_PREFIX;
 use proptest::prelude::*;
 use prost::Message;
 
+const NOTHING: Begun = Begun { part: 0, digest: None };
+
 fn etcd_defaults() -> RequestLimits {
     RequestLimits {
         ops_max: 128,
@@ -59,9 +61,9 @@ fn apply(plan: Plan, model: &mut ModelEtcd, limits: &RequestLimits) -> Settled {
 fn what_waits_is_never_merged_across_a_mark() {
     for (count, mark) in (1..8_u64).flat_map(|count| (0..=count).map(move |mark| (count, mark))) {
         let all = waiting((0..count).map(|n| vec![put(format!("k{}", n % 3), format!("{n}"))]).collect());
-        let planned = plan(up_to(all.iter(), Some(Seq(mark))), 0, &everything(), &etcd_defaults()).unwrap();
+        let planned = plan(up_to(all.iter(), Some(Seq(mark))), NOTHING, &everything(), &etcd_defaults()).unwrap();
         assert_eq!(planned.map_or(Seq(0), |plan| plan.seq), Seq(mark), "a mark after {mark} of {count}");
-        let beyond = plan(all.iter(), 0, &everything(), &etcd_defaults()).unwrap().unwrap();
+        let beyond = plan(all.iter(), NOTHING, &everything(), &etcd_defaults()).unwrap().unwrap();
         assert_eq!(beyond.seq, Seq(count), "all of them fit in one");
     }
 }
@@ -74,6 +76,10 @@ fn read_facts(plan: &Plan, model: &ModelEtcd) -> Vec<RunFacts> {
     plan.runs.iter().map(read).collect()
 }
 
+fn begun_with(waiting: &Waiting, part: u64) -> Begun {
+    Begun { part, digest: Some(digest::of_revision(&waiting.revision)) }
+}
+
 /// Everything that waits, transaction by transaction; returns them.
 fn apply_all(
     waiting: &[Waiting],
@@ -81,14 +87,14 @@ fn apply_all(
     ranges: &Ranges,
     limits: &RequestLimits,
 ) -> Result<Vec<Settled>, PlanError> {
-    let (mut done, mut part, mut sent) = (0, 0, Vec::new());
-    while let Some(planned) = plan(&waiting[done..], part, ranges, limits)? {
+    let (mut done, mut begun, mut sent) = (0, NOTHING, Vec::new());
+    while let Some(planned) = plan(&waiting[done..], begun, ranges, limits)? {
         let settled = apply(planned, model, limits);
         match settled.extent {
-            Extent::Part { to, of, .. } if to < of => part = to,
+            Extent::Part { to, of, .. } if to < of => begun = begun_with(&waiting[done], to),
             Extent::Part { .. } | Extent::Whole => {
                 done += settled.revisions;
-                part = 0;
+                begun = NOTHING;
             }
         }
         sent.push(settled);
@@ -109,16 +115,16 @@ fn one_by_one(waiting: &[Waiting], mut map: BTreeMap<Bytes, Bytes>) -> BTreeMap<
 #[test]
 fn while_only_one_waits_it_is_planned_alone_and_nothing_waiting_is_no_plan() {
     let one = waiting(vec![vec![put("/a", "1"), delete("/b")]]);
-    let planned = plan(&one, 0, &everything(), &etcd_defaults()).unwrap().unwrap();
+    let planned = plan(&one, NOTHING, &everything(), &etcd_defaults()).unwrap().unwrap();
     assert_eq!((planned.revisions, planned.seq, planned.revision), (1, Seq(1), Revision(101)));
     assert_eq!(planned.extent, Extent::Whole);
-    assert_eq!(plan(&[], 0, &everything(), &etcd_defaults()), Ok(None));
+    assert_eq!(plan(&[], NOTHING, &everything(), &etcd_defaults()), Ok(None));
 }
 
 #[test]
 fn the_last_write_of_a_key_wins_when_revisions_are_merged() {
     let several = waiting(vec![vec![put("/a", "1"), put("/b", "1")], vec![delete("/a")], vec![put("/b", "3")]]);
-    let planned = plan(&several, 0, &everything(), &etcd_defaults()).unwrap().unwrap();
+    let planned = plan(&several, NOTHING, &everything(), &etcd_defaults()).unwrap().unwrap();
     assert_eq!((planned.revisions, planned.seq, planned.revision), (3, Seq(3), Revision(103)));
     let b = Op::Put { key: "/b".into(), value: "3".into() };
     assert_eq!(planned.ops, vec![Op::Delete { key: "/a".into() }, b]);
@@ -127,15 +133,18 @@ fn the_last_write_of_a_key_wins_when_revisions_are_merged() {
 #[test]
 fn a_plan_has_room_until_the_next_revision_does_not_fit() {
     let limits = etcd_defaults();
-    let planned = |waiting: &[Waiting], part| plan(waiting, part, &everything(), &limits).unwrap().unwrap();
+    let planned = |waiting: &[Waiting], begun| plan(waiting, begun, &everything(), &limits).unwrap().unwrap();
     let small = waiting(vec![vec![put("a", "1")], vec![put("b", "2")]]);
-    let (one, two) = (planned(&small[..1], 0), planned(&small, 0));
+    let (one, two) = (planned(&small[..1], NOTHING), planned(&small, NOTHING));
     assert_eq!([one.has_room(1), one.has_room(2), two.has_room(2), two.has_room(3)], [false, true, false, true]);
     let large = waiting((0..3).map(|n| vec![put(format!("k{n}"), vec![7; 700_000])]).collect());
-    let full = planned(&large, 0);
+    let full = planned(&large, NOTHING);
     assert_eq!((full.revisions, full.has_room(3)), (2, false));
     let halves = waiting(vec![(0..3).map(|n| put(format!("k{n}"), vec![7; 700_000])).collect(), vec![put("z", "")]]);
-    assert!(!planned(&halves, 0).has_room(2) && !planned(&halves, 1).has_room(2), "a part stays alone");
+    assert!(
+        !planned(&halves, NOTHING).has_room(2) && !planned(&halves, begun_with(&halves[0], 1)).has_room(2),
+        "a part stays alone"
+    );
 }
 
 #[test]
@@ -160,7 +169,7 @@ fn a_key_that_only_the_replica_holds_survives_a_long_delete_around_it() {
 fn a_key_put_after_the_read_fails_the_guard_and_nothing_is_deleted() {
     let limits = etcd_defaults();
     let mut model = ModelEtcd::new(&limits, content("/p/", 100));
-    let planned = plan(&waiting(vec![deletes("/p/", 100)]), 0, &everything(), &limits).unwrap().unwrap();
+    let planned = plan(&waiting(vec![deletes("/p/", 100)]), NOTHING, &everything(), &limits).unwrap().unwrap();
     let facts = read_facts(&planned, &model);
     model.put("/p/000050x".into(), "mine".into());
     let before = model.content();
@@ -189,7 +198,7 @@ fn a_run_of_deletes_never_crosses_the_edge_of_the_links_ranges_nor_a_put() {
     let ranges = Ranges::new(&["/a/".into(), "/b/".into()], &["/a/x/".into()]);
     let run = |prefix: &str| deletes(prefix, RUN_KEYS_MIN);
     let changes = [run("/a/c/"), run("/a/z/"), run("/b/"), vec![put("/b/1", "kept")], run("/b/2")].concat();
-    let planned = plan(&waiting(vec![changes]), 0, &ranges, &etcd_defaults()).unwrap().unwrap();
+    let planned = plan(&waiting(vec![changes]), NOTHING, &ranges, &etcd_defaults()).unwrap().unwrap();
     assert_eq!(planned.runs.len(), 4, "{:?}", planned.runs);
     let excluded = KeyRange::prefix(b"/a/x/");
     assert!(planned.runs.iter().all(|run| !run.range.overlaps(&excluded) && !run.range.contains(b"/b/1")));
@@ -199,14 +208,15 @@ fn a_run_of_deletes_never_crosses_the_edge_of_the_links_ranges_nor_a_put() {
             .iter()
             .any(|piece| piece.contains(&run.range.from) && (run.range.to <= piece.to)))
     );
-    let short = plan(&waiting(vec![deletes("/a/", RUN_KEYS_MIN - 1)]), 0, &ranges, &etcd_defaults()).unwrap().unwrap();
+    let short =
+        plan(&waiting(vec![deletes("/a/", RUN_KEYS_MIN - 1)]), NOTHING, &ranges, &etcd_defaults()).unwrap().unwrap();
     assert_eq!(short.runs, vec![]);
 }
 
 #[test]
 fn deletes_around_the_ferrys_own_keys_are_two_runs() {
     let changes = [deletes("/etcd-ferrx", 64), deletes("/etcd-ferrz", 64)].concat();
-    let planned = plan(&waiting(vec![changes]), 0, &everything(), &etcd_defaults()).unwrap().unwrap();
+    let planned = plan(&waiting(vec![changes]), NOTHING, &everything(), &etcd_defaults()).unwrap().unwrap();
     assert_eq!(planned.runs.len(), 2);
     assert!(planned.runs.iter().all(|run| !run.range.overlaps(&KeyRange::prefix(FERRY_PREFIX))));
 }
@@ -243,10 +253,10 @@ fn fourteen_thousand_tiny_puts_are_one_transaction() {
 #[test]
 fn merging_stops_before_one_transaction_holds_up_the_replica_and_a_single_revision_stays_whole() {
     let several = waiting((0..17_000).map(|i| vec![put(format!("/{i:05}"), "")]).collect());
-    let planned = plan(&several, 0, &everything(), &etcd_defaults()).unwrap().unwrap();
+    let planned = plan(&several, NOTHING, &everything(), &etcd_defaults()).unwrap().unwrap();
     assert_eq!((planned.revisions, planned.ops.len()), (MERGED_OPS_MAX, MERGED_OPS_MAX));
     let one = waiting(vec![(0..17_000).map(|i| put(format!("/{i:05}"), "")).collect()]);
-    let planned = plan(&one, 0, &everything(), &etcd_defaults()).unwrap().unwrap();
+    let planned = plan(&one, NOTHING, &everything(), &etcd_defaults()).unwrap().unwrap();
     assert_eq!((planned.extent, planned.ops.len()), (Extent::Whole, 17_000));
 }
 
@@ -261,23 +271,37 @@ fn a_revision_of_three_mebibytes_goes_in_parts_as_full_as_fit_and_resumes_at_its
     assert!(sent[0].request_bytes > limits.bytes_max - 2_048, "{}", sent[0].request_bytes);
     assert_eq!(model.content(), one_by_one(&revisions, BTreeMap::new()));
     let Extent::Part { to, of, .. } = sent[0].extent else { panic!("{:?}", sent[0].extent) };
-    let resumed = plan(&revisions, to, &everything(), &limits).unwrap().unwrap();
+    let resumed = plan(&revisions, begun_with(&revisions[0], to), &everything(), &limits).unwrap().unwrap();
     assert!(matches!(resumed.extent, Extent::Part { from, of: same, .. } if (from, same) == (to, of)));
-    let beyond = plan(&revisions, of, &everything(), &limits);
+    let beyond = plan(&revisions, begun_with(&revisions[0], of), &everything(), &limits);
     assert!(matches!(beyond, Err(PlanError::PartBeyond { part: 3_072, changes: 3_072, .. })));
+}
+
+#[test]
+fn a_part_is_followed_by_the_rest_of_its_own_revision_and_of_no_other() {
+    let limits = etcd_defaults();
+    let of = |value: u8| waiting(vec![(0..3_072).map(|i| put(format!("/k/{i:05}"), vec![value; 1_024])).collect()]);
+    let (one, another) = (of(1), of(2));
+    let next = |revisions: &[Waiting], begun| plan(revisions, begun, &everything(), &limits);
+    let begun = begun_with(&one[0], 1_000);
+    assert!(matches!(next(&one, begun).unwrap().unwrap().extent, Extent::Part { from: 1_000, .. }));
+    let refused = Err(PlanError::PartOfAnother { revision: another[0].revision.revision, part: 1_000 });
+    assert_eq!(next(&another, begun), refused);
+    // A position of the version that did not note it yet.
+    assert!(next(&another, Begun { digest: None, ..begun }).is_ok());
 }
 
 #[test]
 fn the_largest_value_fits_to_within_a_few_bytes_and_one_byte_more_is_an_error_before_anything_is_applied() {
     let limits = etcd_defaults();
-    let fits = |value: usize| plan(&waiting(vec![vec![put("/key", vec![0; value])]]), 0, &everything(), &limits);
+    let fits = |value: usize| plan(&waiting(vec![vec![put("/key", vec![0; value])]]), NOTHING, &everything(), &limits);
     let largest = (1_570_000..1_573_000).rev().find(|value| fits(*value).is_ok()).unwrap();
     let settled = fits(largest).unwrap().unwrap().settle(&[], &limits).unwrap();
     let position_key = Bytes::from(vec![b'k'; limits.position_key_bytes]);
     let sent = encoded_bytes(request(&settled.tree, &position_key, i64::MAX, limits.position_value_bytes_max));
     assert!(limits.bytes_max - 16 <= sent && sent <= limits.bytes_max, "{sent}");
     let small_and_large = waiting(vec![vec![put("/a", "1"), put("/key", vec![0; largest + 1])]]);
-    let error = plan(&small_and_large, 0, &everything(), &limits).unwrap_err();
+    let error = plan(&small_and_large, NOTHING, &everything(), &limits).unwrap_err();
     assert!(matches!(error, PlanError::TooLarge { key_bytes: 4, request_bytes_max: 1_572_864, .. }), "{error}");
     assert!(error.to_string().contains("--max-request-bytes"), "{error}");
 }
@@ -341,17 +365,17 @@ fn a_refusal_halves_the_operations_or_takes_a_tenth_off_the_bytes_until_nothing_
 fn what_cannot_be_made_smaller_is_tried_below_the_smallest_request_that_was_refused() {
     let learned = etcd_defaults().learned(LimitRefusal::TooLarge { sent_bytes: 1_000_000 }).unwrap();
     let large = waiting(vec![vec![put("/a".to_owned(), vec![0; 950_000])]]);
-    let settled = plan(&large, 0, &everything(), &learned).unwrap().unwrap().settle(&[], &learned).unwrap();
+    let settled = plan(&large, NOTHING, &everything(), &learned).unwrap().unwrap().settle(&[], &learned).unwrap();
     assert_eq!(settled.extent, Extent::Whole);
     let refused = learned.learned(LimitRefusal::TooLarge { sent_bytes: settled.request_bytes }).unwrap();
     assert_eq!(refused.bytes_max, learned.bytes_max, "nothing that was known to fit became smaller");
-    assert!(matches!(plan(&large, 0, &everything(), &refused), Err(PlanError::TooLarge { .. })));
+    assert!(matches!(plan(&large, NOTHING, &everything(), &refused), Err(PlanError::TooLarge { .. })));
 }
 
 #[test]
 fn a_plan_of_several_revisions_that_shrunken_limits_no_longer_take_asks_to_be_planned_again() {
     let several = waiting((0..100).map(|i| vec![put(format!("/{i:03}"), vec![0; 100])]).collect());
-    let planned = plan(&several, 0, &everything(), &etcd_defaults()).unwrap().unwrap();
+    let planned = plan(&several, NOTHING, &everything(), &etcd_defaults()).unwrap().unwrap();
     let shrunk = RequestLimits { bytes_max: 5_000, ..etcd_defaults() };
     assert_eq!(planned.settle(&[], &shrunk), Err(PlanError::LimitsShrank));
 }
@@ -359,7 +383,7 @@ fn a_plan_of_several_revisions_that_shrunken_limits_no_longer_take_asks_to_be_pl
 #[test]
 fn revisions_that_no_origin_can_have_sent_are_errors() {
     let limits = etcd_defaults();
-    let planned = |revisions| plan(&waiting(revisions), 0, &everything(), &limits).unwrap_err();
+    let planned = |revisions| plan(&waiting(revisions), NOTHING, &everything(), &limits).unwrap_err();
     let twice = vec![put("/a", "1"), delete("/a")];
     assert!(matches!(planned(vec![twice.clone()]), PlanError::Malformed { revision: Revision(101), .. }));
     assert!(matches!(planned(vec![vec![put("/a", "1")], twice]), PlanError::Malformed { revision: Revision(102), .. }));
@@ -367,7 +391,7 @@ fn revisions_that_no_origin_can_have_sent_are_errors() {
     let mut gap = waiting(vec![vec![put("/a", "1")], vec![put("/b", "1")]]);
     gap[1].seq = Seq(3);
     let expected = PlanError::OutOfOrder { expected: Seq(2), got: Seq(3) };
-    assert_eq!(plan(&gap, 0, &everything(), &limits), Err(expected));
+    assert_eq!(plan(&gap, NOTHING, &everything(), &limits), Err(expected));
 }
 
 #[test]
@@ -464,6 +488,7 @@ fn only_a_plan_that_would_be_refused_again_stops_the_link() {
     assert_eq!(reaction(PlanError::Overlap), PlanReaction::Stop(Kind::Outside));
     let beyond = PlanError::PartBeyond { revision, part: 3, changes: 2 };
     assert_eq!(reaction(beyond), PlanReaction::Stop(Kind::Conflict));
+    assert_eq!(reaction(PlanError::PartOfAnother { revision, part: 3 }), PlanReaction::Stop(Kind::Conflict));
     assert_eq!(reaction(PlanError::OutOfOrder { expected: Seq(4), got: Seq(6) }), PlanReaction::HelloAgain);
     assert_eq!(reaction(PlanError::LimitsShrank), PlanReaction::PlanAgain);
 }

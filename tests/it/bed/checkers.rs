@@ -350,6 +350,7 @@ mod tests {
             anchor_revision: Revision(1),
             cursor: None,
             part: 0,
+            part_digest: None,
             skipped: Vec::new(),
         };
         Change::Put { key: LinkName::new("config").unwrap().position_key(), value: position.to_json().into() }

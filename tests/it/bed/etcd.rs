@@ -399,7 +399,10 @@ impl Etcd {
     pub async fn restore_snapshot(&mut self, snapshot: &Path) {
         self.kill();
         fs::remove_dir_all(self.data_dir()).expect("the data folder is removed");
-        let mut command = self.options.command("etcdutl");
+        // 3.4 has none; a newer one restores its snapshots too.
+        let own = self.options.bin.as_ref().is_none_or(|bin| bin.join("etcdutl").exists());
+        let options = if own { self.options.clone() } else { EtcdOptions::default() };
+        let mut command = options.command("etcdutl");
         command.args(["snapshot", "restore"]).arg(snapshot).arg("--data-dir").arg(self.data_dir());
         command.args(["--name", &self.name, "--initial-cluster", &self.initial_cluster]);
         command.args(["--initial-advertise-peer-urls", &self.peer_url()]);

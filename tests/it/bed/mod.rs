@@ -10,6 +10,7 @@ pub mod bender;
 pub mod checkers;
 pub mod contents;
 pub mod etcd;
+pub mod faults;
 pub mod pair;
 pub mod process;
 pub mod recording;

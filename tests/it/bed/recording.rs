@@ -12,6 +12,9 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+/// A member that shows nothing for so long, while others may be written to, is left for the next one.
+const SILENCE_MAX: Duration = Duration::from_secs(2);
+
 /// Everything from `base_revision` on: the keys as they were then, and each later revision's changes, in key order.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct History {
@@ -69,13 +72,22 @@ impl Recorder {
 
     /// Records from the state that `etcd` had at a revision (`None`: now), which must not be compacted.
     pub async fn start_at(etcd: &Etcd, revision: Option<Revision>) -> Self {
-        let access = etcd.access();
-        let (base_revision, base) = read(&mut access.kv().await, &[whole_keyspace()], revision).await;
+        Self::start_over(vec![etcd.access()], revision).await
+    }
+
+    /// As `start_at`, over all members of a cluster: where one of several is silent or gone, the next one is watched.
+    pub async fn start_over(members: Vec<Access>, revision: Option<Revision>) -> Self {
+        let (base_revision, base) = read(&mut members[0].kv().await, &[whole_keyspace()], revision).await;
         let (sender, seen) = watch::channel(base_revision);
         let (stop, stopped) = watch::channel(false);
         let history = History { base_revision, base, revisions: BTreeMap::new() };
-        let task = tokio::spawn(record(access, history, sender, stopped));
+        let task = tokio::spawn(record(members, history, sender, stopped));
         Self { seen, stop, task }
+    }
+
+    /// Everything up to it is recorded.
+    pub fn seen(&self) -> Revision {
+        *self.seen.borrow()
     }
 
     /// The history up to at least `head`, which must be a revision that the etcd has reached.
@@ -100,36 +112,41 @@ impl Recorder {
 }
 
 async fn record(
-    access: Access,
+    members: Vec<Access>,
     mut history: History,
     seen: watch::Sender<Revision>,
     mut stop: watch::Receiver<bool>,
 ) -> History {
-    loop {
+    for access in members.iter().cycle() {
+        let silence_max = if members.len() > 1 { SILENCE_MAX } else { Duration::MAX };
         tokio::select! {
             _ = stop.wait_for(|stop| *stop) => {
                 history.revisions.retain(|revision, _| *revision <= *seen.borrow());
                 return history;
             }
-            () = follow(&access, &mut history, &seen) => {}
+            () = follow(access, &mut history, &seen, silence_max) => {}
         }
         // etcd is down. What came in pieces comes again, whole.
         history.revisions.retain(|revision, _| *revision <= *seen.borrow());
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+    history
 }
 
 /// Adds to the history until the watch breaks.
-async fn follow(access: &Access, history: &mut History, seen: &watch::Sender<Revision>) {
-    let Ok(client) = access.try_client().await else { return };
+async fn follow(access: &Access, history: &mut History, seen: &watch::Sender<Revision>, silence_max: Duration) {
     let all = whole_keyspace();
     let options = WatchOptions::new()
         .with_range(all.etcd_end())
         .with_start_revision(seen.borrow().next().to_etcd())
         .with_fragment();
-    let mut watch_client = client.watch_client().max_decoding_message_size(usize::MAX);
-    let Ok(mut stream) = watch_client.watch(all.etcd_from(), Some(options)).await else { return };
-    while let Some(whole) = next(&mut stream, history).await {
+    let opening = async {
+        let client = access.try_client().await.ok()?;
+        let mut watch_client = client.watch_client().max_decoding_message_size(usize::MAX);
+        watch_client.watch(all.etcd_from(), Some(options)).await.ok()
+    };
+    let Ok(Some(mut stream)) = tokio::time::timeout(silence_max, opening).await else { return };
+    while let Ok(Some(whole)) = tokio::time::timeout(silence_max, next(&mut stream, history)).await {
         if whole {
             seen.send_replace(history.head());
         }

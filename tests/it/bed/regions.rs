@@ -2,6 +2,7 @@
 //! Input: `RegionsOptions`. Output: running `Regions`, who ships, recordings.
 //! Always true: an origin's sidecar reaches each member and each of the replica's sidecars only through the line that is for the two.
 
+use super::bender::Bender;
 use super::checkers::Recording;
 use super::etcd::{Etcd, EtcdOptions};
 use super::pair::{LINK, ORIGIN_REGION, REPLICA_REGION, link_name, ranges_of};
@@ -12,6 +13,7 @@ use super::{LinkProxy, PATIENCE, until};
 use etcd_ferry::demo::proxy::Direction;
 use etcd_ferry::model::{Phase, Position, Ranges, Revision};
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
@@ -31,11 +33,13 @@ pub struct RegionsOptions {
     pub limits: BTreeMap<String, u64>,
     /// Each of the origin's sidecars dials another of the replica's first.
     pub apart: bool,
+    /// A bender before each of the replica's sidecars.
+    pub bent: bool,
 }
 
 impl Default for RegionsOptions {
     fn default() -> Self {
-        Self { members: (1, 1), sidecars: (2, 1), limits: BTreeMap::new(), apart: false }
+        Self { members: (1, 1), sidecars: (2, 1), limits: BTreeMap::new(), apart: false, bent: false }
     }
 }
 
@@ -49,6 +53,7 @@ pub struct Regions {
     pub etcd_lines: Vec<Vec<LinkProxy>>,
     /// `peer_lines[i]`: from the origin's sidecar i to each of the replica's sidecars.
     pub peer_lines: Vec<Vec<LinkProxy>>,
+    pub benders: Vec<Bender>,
     pub ranges: Ranges,
     dir: TempDir,
 }
@@ -67,7 +72,7 @@ async fn cluster(options: EtcdOptions, members: usize) -> Vec<Etcd> {
     }
 }
 
-async fn lines_to(targets: impl Iterator<Item = std::net::SocketAddr>) -> Vec<LinkProxy> {
+async fn lines_to(targets: impl Iterator<Item = SocketAddr>) -> Vec<LinkProxy> {
     let mut lines = Vec::new();
     for target in targets {
         lines.push(LinkProxy::start(target).await.expect("the proxy starts"));
@@ -106,10 +111,19 @@ impl Regions {
             let folder = dir.path().join(&side.node);
             replica_sidecars.push(Sidecar::prepare(side, &folder));
         }
+        let mut peers: Vec<SocketAddr> = replica_sidecars.iter().map(|sidecar| sidecar.options.ports.peer).collect();
+        let mut benders = Vec::new();
+        if options.bent {
+            for peer in &mut peers {
+                let bender = Bender::start(*peer, &certs, ORIGIN_REGION, REPLICA_REGION).await;
+                *peer = bender.address();
+                benders.push(bender);
+            }
+        }
         let (mut origin_sidecars, mut etcd_lines, mut peer_lines) = (Vec::new(), Vec::new(), Vec::new());
         for number in 0..options.sidecars.0 {
             let to_etcd = lines_to(origin.iter().map(Etcd::address)).await;
-            let to_peers = lines_to(replica_sidecars.iter().map(|sidecar| sidecar.options.ports.peer)).await;
+            let to_peers = lines_to(peers.iter().copied()).await;
             let mut side = SidecarOptions::new(ORIGIN_REGION, origin[0].access(), Ports::choose(), &certs);
             side.node = node_of(ORIGIN_REGION, number);
             side.endpoints = to_etcd.iter().map(|line| format!("http://{}", line.address())).collect();
@@ -126,7 +140,7 @@ impl Regions {
             peer_lines.push(to_peers);
         }
         let ranges = ranges_of(&[], &[]);
-        Self { origin_sidecars, replica_sidecars, origin, replica, etcd_lines, peer_lines, ranges, dir }
+        Self { origin_sidecars, replica_sidecars, origin, replica, etcd_lines, peer_lines, benders, ranges, dir }
     }
 
     /// One after the other: the first of the origin's is elected.

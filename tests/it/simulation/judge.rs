@@ -6,7 +6,7 @@
 
 use super::etcd::Keys;
 use bytes::Bytes;
-use etcd_ferry::model::{Change, ClusterId, Digest, Epoch, LinkName, Phase, Position, Ranges, Revision};
+use etcd_ferry::model::{Change, ClusterId, Digest, Epoch, LinkName, Phase, Position, Ranges, Revision, Seq};
 use etcd_ferry::wire::digest;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound::{Excluded, Unbounded};
@@ -147,8 +147,12 @@ impl Judge {
             return Err(Fault::new("once", format!("{} keys were written without the position", keys.len())));
         };
         let before = self.before.replace(now.clone());
-        if before.as_ref().is_none_or(|before| before.epoch != now.epoch) {
+        let opens = before.as_ref().is_none_or(|before| before.epoch != now.epoch);
+        if opens || (now.state == Phase::Copying && now.seq == Seq(0)) {
+            // A second sender may begin the same epoch at another anchor.
             self.anchor = now.origin_revision;
+        }
+        if opens {
             self.follows = (0..self.histories.len()).collect();
         }
         if let Some(before) = &before {

@@ -29,7 +29,7 @@ const FAILURES_SHOWN: usize = 3;
 const HEADS_SHOWN: usize = 40;
 
 /// What must have happened over all seeds.
-const MUST_HAPPEN: [&str; 59] = [
+const MUST_HAPPEN: [&str; 60] = [
     "frame damaged",
     "frame dropped",
     "frame repeated",
@@ -65,6 +65,7 @@ const MUST_HAPPEN: [&str; 59] = [
     "watch message in fragments",
     "watch goes on after the spool's end",
     "carried revision known from the spool",
+    "watch begins with the carried revision",
     "tail saw another history",
     "spool full",
     "waymark written",

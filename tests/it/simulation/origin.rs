@@ -13,7 +13,7 @@ use etcd_ferry::model::{Change, Digest, Epoch, LinkName, Ranges, Revision, Seq, 
 use etcd_ferry::origin::resume::{
     self, CarriedCheck, CopyReason, OriginFacts, Received, ReplicaFacts, Resume, SpoolFacts, StopReason,
 };
-use etcd_ferry::origin::sequence::{Event, OriginWaymark, Sequencer, WatchMessage};
+use etcd_ferry::origin::sequence::OriginWaymark;
 use etcd_ferry::origin::shipped::{RESETS_MAX, Shipped};
 use etcd_ferry::origin::spool::SpoolEntry;
 use etcd_ferry::replica::pages::Begin;
@@ -96,6 +96,12 @@ impl Origin {
     /// Ships in a new term; a wish was for an earlier one.
     pub fn elect(&mut self, term: Term) {
         (self.term, self.session, self.resync) = (term, None, None);
+    }
+
+    /// Another cluster answers. A connection believes one: the watch on it ends, and the copy that reads from it.
+    pub fn lose_cluster(&mut self) {
+        self.tail.break_watch();
+        self.session.take_if(|session| session.copying.is_some());
     }
 
     fn end(&mut self, end: End, context: &mut Context) {
@@ -188,11 +194,16 @@ impl Origin {
             let same_place =
                 position.origin_cluster == origin.cluster && position.ranges_digest == origin.ranges_digest;
             if same_place && carried.0 > Revision(0) && origin.head >= carried.0 {
+                let reached = position.origin_revision.max(carried.0);
+                if self.spool_facts().is_some_and(|spool| resume::begins_with(&spool, carried.0, reached)) {
+                    context.count("watch begins with the carried revision");
+                    self.tail.remember(carried);
+                }
                 origin.carried = if self.tail.tailed(carried.0) == Some(carried.1) {
                     context.count("carried revision known from the spool");
                     CarriedCheck::Same
                 } else {
-                    self.probe(carried, etcd)
+                    self.tail.probe(carried, etcd)
                 };
             }
         }
@@ -220,24 +231,6 @@ impl Origin {
         context.note(|| format!("{}: {decided:?}", self.name));
         let carried = resume::watched_from(&replica, origin.carried).filter(|_| self.resync.is_none());
         self.act(decided, carried, greeted, (number, at), etcd, context)
-    }
-
-    /// What one revision of the link holds at the origin, against what was carried.
-    fn probe(&self, carried: (Revision, Digest), etcd: &Etcd) -> CarriedCheck {
-        if !etcd.shows_whole(carried.0) {
-            return CarriedCheck::Compacted;
-        }
-        let before = Revision(carried.0.0 - 1);
-        let mut sequencer = Sequencer::new(&self.link, self.tail.ranges.clone(), before, REVISION_BYTES_MAX);
-        let event = |change: &Change| Event { revision: carried.0, change: change.clone() };
-        let events = etcd.written_at(carried.0.0).iter().map(event).collect();
-        let message = WatchMessage { events, fragment: false };
-        let whole = sequencer.push(message).expect("one revision is in order");
-        let found = whole.first().filter(|found| found.is_of_the_link());
-        match found.map(|found| digest::of_revision(&found.whole)) {
-            Some(digest) if digest == carried.1 => CarriedCheck::Same,
-            Some(_) | None => CarriedCheck::Other,
-        }
     }
 
     /// `stream`: its number, and which replica it goes to. `carried`: what a new watch begins with.

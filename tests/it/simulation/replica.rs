@@ -17,7 +17,7 @@ use etcd_ferry::replica::journal::JournalEntry;
 use etcd_ferry::replica::next::{self, Alignment, Claim, Idle, JournalFacts};
 use etcd_ferry::replica::pages::Copying;
 use etcd_ferry::replica::plan::{
-    self, Answered, LimitRefusal, Plan, PlanError, Request, RequestLimits, RunFacts, Settled, TxnTree, Waiting,
+    self, Answered, Begun, LimitRefusal, Plan, PlanError, Request, RequestLimits, RunFacts, Settled, TxnTree, Waiting,
 };
 use etcd_ferry::wire::replicate::refusal::Kind;
 use etcd_ferry::wire::replicate::{Ack, CopyAck, Progress};
@@ -256,9 +256,9 @@ impl Replica {
     }
 
     fn plan(&mut self, in_flight: usize) {
-        let part = if in_flight == 0 { self.position().map_or(0, |p| p.part) } else { 0 };
+        let begun = if in_flight == 0 { Begun::of(self.position()) } else { Begun::default() };
         let Some(ranges) = &self.ranges else { return };
-        match plan::plan(self.waiting.iter().skip(in_flight).map(|(waiting, _)| waiting), part, ranges, &self.limits) {
+        match plan::plan(self.waiting.iter().skip(in_flight).map(|(waiting, _)| waiting), begun, ranges, &self.limits) {
             Ok(planned) => self.planned = planned,
             Err(error) => self.refuse(Kind::TooLarge, error.to_string()),
         }

@@ -6,8 +6,9 @@
 use super::disk::Disk;
 use super::etcd::{Etcd, Signal, Watch};
 use super::region::Context;
-use etcd_ferry::model::{ClusterId, Digest, LinkName, Ranges, Revision};
+use etcd_ferry::model::{Change, ClusterId, Digest, LinkName, Ranges, Revision};
 use etcd_ferry::origin::reopen::{self, Spooled};
+use etcd_ferry::origin::resume::CarriedCheck;
 use etcd_ferry::origin::sequence::{Event, OriginWaymark, SequenceError, Sequenced, Sequencer, WatchMessage};
 use etcd_ferry::origin::spool::SpoolEntry;
 use etcd_ferry::wire::digest;
@@ -101,6 +102,31 @@ impl Tail {
                 let entries = self.spool.read_after(at.0 - 1, 1)?;
                 entries.first().filter(|entry| entry.revision.revision == at).map(|entry| entry.digest)
             }
+        }
+    }
+
+    /// What one revision of the link holds at the origin, against what was carried.
+    pub fn probe(&self, carried: (Revision, Digest), etcd: &Etcd) -> CarriedCheck {
+        if !etcd.shows_whole(carried.0) {
+            return CarriedCheck::Compacted;
+        }
+        let before = Revision(carried.0.0 - 1);
+        let mut sequencer = Sequencer::new(&self.link, self.ranges.clone(), before, REVISION_BYTES_MAX);
+        let event = |change: &Change| Event { revision: carried.0, change: change.clone() };
+        let events = etcd.written_at(carried.0.0).iter().map(event).collect();
+        let message = WatchMessage { events, fragment: false };
+        let whole = sequencer.push(message).expect("one revision is in order");
+        let found = whole.first().filter(|found| found.is_of_the_link());
+        match found.map(|found| digest::of_revision(&found.whole)) {
+            Some(digest) if digest == carried.1 => CarriedCheck::Same,
+            Some(_) | None => CarriedCheck::Other,
+        }
+    }
+
+    /// The replica's last carried revision, for a spool that holds none.
+    pub fn remember(&mut self, carried: (Revision, Digest)) {
+        if self.spool.last.is_none() && self.carried.is_none() {
+            (self.carried, self.watch) = (Some(carried), None);
         }
     }
 

@@ -442,7 +442,7 @@ impl World {
         (self.origin_snapshot, self.compact_max) = (None, u64::MAX);
         self.context.judge.origin_replaced(ClusterId(self.origin.cluster.0));
         self.context.judge.origin_wrote(self.origin.head(), &[], self.origin.state());
-        self.origins.iter_mut().for_each(|origin| origin.tail.break_watch());
+        self.origins.iter_mut().for_each(Origin::lose_cluster);
         for _ in 0..self.context.random.below(60) {
             self.write();
         }

@@ -1,0 +1,121 @@
+//! Job: the highest rate that is carried, for each system and for the origin's etcd alone.
+//! Input: a `Scale`. Output: rows and trials of the report.
+//! Always true: a rate counts as carried only if p99 of its lag, from when a put was due, stays under the bound.
+
+use crate::arrivals::{Arrivals, percentile};
+use crate::load::{Load, PREFIX, VALUE_BYTES, Values, drive, fill};
+use crate::report::{Bound, Report, Row, Trial, Unit};
+use crate::rig::{Line, Rig, System};
+use crate::say;
+use crate::works::{BOTH, Running, Scale};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// A rate is carried if p99 of the lag stays under the line's one-way delay and this.
+const CARRIED_LAG: Duration = Duration::from_millis(100);
+const RATE_STEP: f64 = 1.26;
+
+/// The search begins above this, whatever the machine.
+const RATE_MIN: f64 = 50.0;
+
+/// Where the search for the highest rate begins.
+#[derive(Debug, Clone, Copy, serde::Serialize)]
+pub struct Begin {
+    pub make_mirror: f64,
+    pub etcd_ferry: f64,
+    /// `None`: not searched.
+    pub etcd_alone: Option<f64>,
+}
+
+/// The highest rate that is carried, in steps of 26 %; each is tried twice, since one stall of the disk spoils a trial.
+pub async fn highest(scale: &Scale, report: &mut Report) {
+    let line = Line::Far;
+    let lag_max_ms = (line.one_way() + CARRIED_LAG).as_secs_f64() * 1e3;
+    let mut highest = [None; 2];
+    let alone = match scale.rates_from.etcd_alone {
+        Some(begin) => Some(Box::pin(of_etcd_alone(scale, begin, lag_max_ms, report)).await),
+        None => None,
+    };
+    for (at, system) in BOTH.into_iter().enumerate() {
+        let mut running = Running::start(system, line, scale.keys).await;
+        let mut rate = match system {
+            System::MakeMirror => scale.rates_from.make_mirror,
+            System::EtcdFerry => scale.rates_from.etcd_ferry,
+        };
+        let mut descending = false;
+        while rate > RATE_MIN {
+            let carried = is_carried(&mut running, scale, system, rate as u64, lag_max_ms, report).await;
+            if carried {
+                highest[at] = Some(rate.floor());
+            }
+            descending |= !carried && highest[at].is_none();
+            if carried == descending {
+                break;
+            }
+            rate = if descending { rate / RATE_STEP } else { rate * RATE_STEP };
+        }
+        running.end().await;
+    }
+    let bound = Bound::AtLeast { times: 5.0 };
+    let row = Row::new("highest rate carried, revisions/s", line, Unit::Count, (highest[0], highest[1]), bound);
+    report.row(row.judged_if(scale.whole()));
+    if let Some(alone) = alone {
+        let work = "highest rate at which the origin's etcd alone answers so fast, revisions/s";
+        report.row(Row::new(work, Line::Loopback, Unit::Count, (alone, None), Bound::None));
+    }
+}
+
+async fn is_carried(
+    running: &mut Running,
+    scale: &Scale,
+    system: System,
+    rate: u64,
+    lag_max_ms: f64,
+    report: &mut Report,
+) -> bool {
+    let puts = rate * scale.rate_seconds;
+    let load = Load { values: Values::Kubernetes, keys: scale.keys, puts, rate: Some(rate) };
+    for _ in 0..2 {
+        let line = Line::Far.name();
+        say(&format!("{rate} revisions/s for {} s, {line}, {}", scale.rate_seconds, system.name()));
+        running.judge_from_here().await;
+        let trial = running.trial(load, rate, Some(system)).await;
+        report.trials.push(trial);
+        if trial.p99_ms < lag_max_ms {
+            return true;
+        }
+    }
+    false
+}
+
+/// The same loads on one etcd of which nothing is carried: what the machine leaves possible.
+async fn of_etcd_alone(scale: &Scale, begin: f64, put_max_ms: f64, report: &mut Report) -> Option<f64> {
+    let rig = Rig::prepare(System::MakeMirror, Line::Loopback).await;
+    fill(rig.origin(), PREFIX, scale.keys, Values::Kubernetes, VALUE_BYTES + 200).await;
+    let (mut highest, mut rate, mut next) = (None, begin, 1);
+    loop {
+        let wanted = rate as u64;
+        say(&format!("{wanted} puts/s for {} s, the origin's etcd alone", scale.rate_seconds));
+        let load = Load {
+            values: Values::Kubernetes,
+            keys: scale.keys,
+            puts: wanted * scale.rate_seconds,
+            rate: Some(wanted),
+        };
+        let arrivals = Arc::new(Arrivals::new());
+        let (began, cpu) = (Instant::now(), rig.cpu_of_all());
+        drive(rig.origin(), load, next, &arrivals).await;
+        next += load.puts;
+        let cores = rig.cores_since(cpu, began);
+        let put_p99_ms = percentile(arrivals.take().1, 0.99) * 1e3;
+        println!("  the puts' p99 {put_p99_ms:.0} ms; cores: etcd {:.2}, load {:.2}", cores[0], cores[3]);
+        let trial = Trial { system: None, rate: wanted, p50_ms: f64::NAN, p99_ms: f64::NAN, put_p99_ms, cores };
+        report.trials.push(trial);
+        if put_p99_ms > put_max_ms {
+            return highest;
+        }
+        highest = Some(wanted as f64);
+        rate *= RATE_STEP;
+    }
+}
