@@ -163,7 +163,7 @@ mod tests {
             assert_eq!(dog.look(&[moved], 13_000), Verdict::default());
             let again = Seen { pending: true, ..moved };
             assert_eq!(looked(&mut dog, &[again], 14_000, 22_000), Verdict::default());
-            assert!(looked(&mut dog, &[again], 23_000, 24_000).begins);
+            assert!(looked(&mut dog, &[again], 23_000, 24_000).stalled.is_some());
         }
     }
 
