@@ -112,7 +112,7 @@ async fn a_cluster_in_the_place_of_another_stops_the_link_unless_its_policy_says
             let entry = pair.origin_sidecar.wait_for(LINK, "a stop that names both clusters", told).await;
             assert!(entry["reason"].as_str().unwrap().contains("resync config"), "{entry:#}");
             assert_eq!(pair.replica.stamps(&pair.ranges).await, stamps, "nothing of it was written");
-            let output = pair.origin_sidecar.admin(&["resync", LINK]);
+            let output = pair.origin_sidecar.admin(&["resync", LINK, "--allow-deletes"]);
             assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         }
         next_epoch(&pair, &before).await;

@@ -10,6 +10,7 @@ mod disk;
 mod etcd;
 mod judge;
 mod line;
+mod names;
 mod origin;
 mod pages;
 mod random;

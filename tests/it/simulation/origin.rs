@@ -5,14 +5,13 @@
 
 use super::etcd::Etcd;
 use super::line::{Line, Receipt, Shipment};
+use super::names::name_of;
 use super::pages::{Copy, Reader};
 use super::region::Context;
 use super::replica::{Hello, HelloAnswer, HelloRefused, Replica};
 use super::tail::{REVISION_BYTES_MAX, Tail, TailState, waymark_of};
 use etcd_ferry::model::{Change, Digest, Epoch, LinkName, Ranges, Revision, Seq, Term, WholeRevision};
-use etcd_ferry::origin::resume::{
-    self, CarriedCheck, CopyReason, OriginFacts, Received, ReplicaFacts, Resume, SpoolFacts, StopReason,
-};
+use etcd_ferry::origin::resume::{self, CarriedCheck, OriginFacts, Received, ReplicaFacts, Resume, SpoolFacts};
 use etcd_ferry::origin::sequence::OriginWaymark;
 use etcd_ferry::origin::shipped::{RESETS_MAX, Shipped};
 use etcd_ferry::origin::spool::SpoolEntry;
@@ -569,45 +568,5 @@ impl Session {
         context.judge.origin_wrote(etcd.head(), &written, etcd.state());
         context.count("waymark written");
         Ok(())
-    }
-}
-
-/// A resume outcome with its reason, as it is counted.
-pub fn name_of(decided: &Resume) -> String {
-    let reason = match decided {
-        Resume::ShipFromSpool { .. } => "ship from the spool".to_owned(),
-        Resume::WatchFrom { .. } => "watch from the position".to_owned(),
-        Resume::Tail { .. } => "tail".to_owned(),
-        Resume::Copy { reason, .. } => format!("copy: {}", name_of_copy(reason)),
-        Resume::Repair { reason, .. } => format!("repair: {}", name_of_copy(reason)),
-        Resume::Stop { reason } => format!("stop: {}", name_of_stop(reason)),
-    };
-    format!("resume {reason}")
-}
-
-fn name_of_copy(reason: &CopyReason) -> &'static str {
-    match reason {
-        CopyReason::NoPosition => "no position",
-        CopyReason::OtherRanges => "other ranges",
-        CopyReason::Compacted { .. } => "compacted",
-        CopyReason::NotProvable => "not provable",
-        CopyReason::GoesOn => "goes on",
-        // What a comparison led to.
-        CopyReason::TooManyDiffer { .. } => "too many differ",
-        CopyReason::Asked => "asked",
-        // Its policy is the default here.
-        CopyReason::OtherHistory => "other history",
-    }
-}
-
-fn name_of_stop(reason: &StopReason) -> &'static str {
-    match reason {
-        StopReason::OtherCluster { .. } => "other cluster",
-        StopReason::HeadBelow { .. } => "head below",
-        StopReason::WaymarkMissing { .. } => "waymark missing",
-        StopReason::WaymarkOlder { .. } => "waymark older",
-        StopReason::WaymarkUnknown { .. } => "waymark unknown",
-        StopReason::CarriedDiffers { .. } => "carried differs",
-        StopReason::TermBelow { .. } => "term below",
     }
 }
