@@ -169,7 +169,9 @@ impl OriginLink {
                     let (tail, head, ship) = (stages.tail.borrow(), stages.head.borrow(), stages.ship.borrow());
                     let elect = stages.elect.borrow();
                     let node = &stages.node;
-                    let mut views = Views { node, tail: &tail, head: &head, ship: &ship, elect: &elect, spool: &extent, stalled: None };
+                    let (spool, stalled) = (&extent, None);
+                    let mut views =
+                        Views { node, tail: &tail, head: &head, ship: &ship, elect: &elect, spool, stalled };
                     views.watch(&mut dog, &mut stalls, &stages.help, &link, clock.now_ms());
                     status.send_modify(|status| views.write(status, &lag, stalls, clock.now_ms()));
                 }
@@ -302,9 +304,15 @@ impl Views<'_> {
         if !looks {
             return dog.forget();
         }
+        let stood_still = dog.is_stalled();
         let Verdict { stalled, begins, react } = dog.look(&stall::seen(self), now_ms);
         self.stalled = stalled;
-        let Some(stalled) = stalled else { return };
+        let Some(stalled) = stalled else {
+            if stood_still {
+                tracing::info!(%link, "the link makes progress again");
+            }
+            return;
+        };
         if begins {
             *stalls += 1;
             tracing::warn!(%link, reason = %stall::reason(self, stalled), "the link stands still");

@@ -299,7 +299,7 @@ impl Session {
         let raw: u64 = revisions.iter().map(|r| r.bytes() as u64).sum();
         ship.view.send_modify(|view| {
             view.seq = self.shipped.seq;
-            view.unreceived_bytes = self.unreceived_bytes();
+            view.unreceived_bytes += frame.as_ref().map_or(0, |f: &Bytes| f.len() as u64);
             view.bytes_raw += raw;
             view.bytes_sent += frame.as_ref().map_or(0, |f: &Bytes| f.len() as u64);
             view.count("revisions", revisions.len() as u64);
@@ -371,7 +371,7 @@ impl Session {
         self.unreceived.retain(|(seq, _)| *seq > Seq(ack.received_seq));
         ship.view.send_modify(|view| {
             view.received_seq = Seq(ack.received_seq).min(self.shipped.seq);
-            view.unreceived_bytes = self.unreceived_bytes();
+            view.unreceived_bytes = self.unreceived.iter().map(|(_, bytes)| bytes).sum();
             view.counts.insert("repeated", ack.repeated);
             view.counts.insert("transactions", ack.transactions);
             view.counts.insert("conflicts", ack.conflicts);
@@ -389,10 +389,6 @@ impl Session {
             let _ = ship.events.send(event).await;
         }
         Ok(())
-    }
-
-    fn unreceived_bytes(&self) -> u64 {
-        self.unreceived.iter().map(|(_, bytes)| bytes).sum()
     }
 
     fn show(&self, ship: &Shipper, well: bool) {

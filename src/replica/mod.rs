@@ -245,12 +245,17 @@ impl Views<'_> {
             return dog.forget();
         }
         let now_ms = u64::try_from(uptime.as_millis()).unwrap_or(u64::MAX);
+        let (link, stood_still) = (&self.end.config.link, dog.is_stalled());
         let Verdict { stalled, begins, react } = dog.look(&stall::seen(self), now_ms);
         self.stalled = stalled;
-        let Some(stalled) = stalled else { return };
+        let Some(stalled) = stalled else {
+            if stood_still {
+                tracing::info!(%link, "the link makes progress again");
+            }
+            return;
+        };
         if begins {
             *stalls += 1;
-            let link = &self.end.config.link;
             tracing::warn!(%link, reason = %stall::reason(self, stalled), "the link stands still");
         }
         if react && stall::ends_stream(self, stalled) {

@@ -259,8 +259,9 @@ async fn other_ranges_lead_to_a_new_epoch_with_an_anchor() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn another_origin_cluster_leads_to_a_new_epoch_with_an_anchor() {
-    let (mut pair, before) = following(PairOptions::default()).await;
+async fn another_origin_cluster_leads_to_a_new_epoch_with_an_anchor_where_the_link_is_to_go_on_with_it() {
+    let goes_on = PairOptions { other_history: Some("resync".into()), ..PairOptions::default() };
+    let (mut pair, before) = following(goes_on).await;
     pair.origin_sidecar.stop().await;
     let options =
         EtcdOptions { sync: false, extra: vec!["--initial-cluster-token=another".to_owned()], ..EtcdOptions::origin() };

@@ -51,6 +51,9 @@ async fn goes_on(pair: &Pair, last: Revision) {
         let well = |entry: &Value| entry["state"] == "following" && entry["stalled_seconds"] == 0.0;
         let entry = sidecar.wait_for(LINK, "no stall any more", well).await;
         assert_eq!(entry["reason"], "", "{entry:#}");
+        let log = sidecar.log();
+        let told = log.contains("the link stands still") == log.contains("the link makes progress again");
+        assert!(told, "a stall's end is told as its beginning is: {log}");
     }
     pair.assert_equal().await;
 }
