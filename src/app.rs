@@ -9,7 +9,7 @@ use crate::metrics;
 use crate::model::{LinkStatus, Ranges, Side};
 use crate::origin::OriginLink;
 use crate::replica::receive::Receiver;
-use crate::replica::{ReplicaLink, ReplicaTask};
+use crate::replica::{self, ReplicaLink, ReplicaTask};
 use crate::tls::{self, accept};
 use crate::wire::HELLO_BYTES_MAX;
 use crate::wire::replicate::handshake_server::HandshakeServer;
@@ -116,6 +116,7 @@ impl App {
                 side: Side::Origin,
                 status: watching,
                 commands: Some(commands),
+                replica_commands: None,
             });
             // What a [[receive]] without prefixes will bring, the peer knows: it tells in its answer to the hello.
             let overlaps = |ranges: &Option<Ranges>| ranges.as_ref().is_some_and(|r| r.overlaps(&send.ranges));
@@ -135,11 +136,13 @@ impl App {
         for receive in &config.receive {
             let (status, watching) =
                 watch::channel(LinkStatus::new(receive.link.clone(), Side::Replica, receive.peer.clone()));
+            let (commands, incoming) = mpsc::channel(1);
             links.push(LinkHandle {
                 link: receive.link.clone(),
                 side: Side::Replica,
                 status: watching,
                 commands: None,
+                replica_commands: Some(commands),
             });
             let replica = ReplicaLink {
                 etcd: etcd.clone(),
@@ -147,6 +150,7 @@ impl App {
                 dir: config.data_dir.join("replica").join(receive.link.as_str()),
                 sends_back: config.send.iter().filter(|s| s.peer == receive.peer).map(|s| s.ranges.clone()).collect(),
                 receive: receive.clone(),
+                commands: incoming,
             };
             let (end, task) = replica.open().await.with_context(|| format!("link {}", receive.link))?;
             ends.push(end);
@@ -205,7 +209,7 @@ impl App {
             etcd: etcd.members(),
         });
         tasks.spawn({
-            let stop = stop.clone();
+            let (etcd, stop) = (etcd.clone(), stop.clone());
             async move {
                 etcd.run(stop).await;
                 Ok(())
@@ -223,6 +227,14 @@ impl App {
                 Ok(())
             }
         });
+        if let Some(compact) = config.compact {
+            let compactor = replica::compactor(etcd.clone(), compact, replicas.iter().map(|(task, _)| task));
+            let stop = stop.clone();
+            tasks.spawn(async move {
+                Box::pin(compactor.run(stop)).await;
+                Ok(())
+            });
+        }
         for (replica, status) in replicas {
             let (link, stop) = (status.borrow().link.clone(), stop.clone());
             tasks.spawn(async move { replica.run(status, stop).await.with_context(|| format!("link {link}")) });

@@ -7,8 +7,8 @@
 //! demo/              mod faults compare regions process load objects(p) ports proxy meter(p) report(p) show: two regions on one machine
 //! app.rs             bind everything, then run it; owns tasks and shutdown
 //! origin/            mod ship decide term standby session heartbeat canary(p) stall shipped(p) verify compare mend found(p) anchor elect candidacy(p) resume(p) history(p) watch reopen(p) head probe view sequence(p) spool lag(p)
-//! replica/           mod receive stream shipments verify admit(p) copy pages(p) mark apply commit position trouble txn next(p) stall plan(p) journal foreign(p) lookout dedupe(the only file that knows sled)
-//! admin/             service http verification client
+//! replica/           mod receive stream shipments verify admit(p) copy pages(p) mark apply commit position trouble quarantine poison(p) hold breaker(p) txn next(p) stall plan(p) journal foreign(p) lookout age(p) compact dedupe(the only file that knows sled)
+//! admin/             service http quarantine verification client
 //! scan.rs            a range whole, page by page, at one revision
 //! etcd/              mod gate version(p) error watch: the narrow typed door to etcd
 //! tls/               mod (configurations) accept connect verify explain
@@ -17,7 +17,7 @@
 //! config/            mod check(p) read(p) files: raw to checked, all faults at once
 //! certs/             mod identity load issue(the only file that knows rcgen)
 //! retry.rs(p) metrics.rs
-//! model/             mod(p) ranges(p) status(p) stall(p)
+//! model/             mod(p) quarantine(p) ranges(p) stall(p) status(p)
 //! ```
 
 pub mod admin;

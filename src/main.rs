@@ -6,6 +6,7 @@
 use clap::{Args, Parser, Subcommand};
 use etcd_ferry::admin::client::{self, ClientError, Connection};
 use etcd_ferry::admin::proto::Verification;
+use etcd_ferry::admin::quarantine;
 use etcd_ferry::admin::verification::{self, verification_json, verification_lines};
 use etcd_ferry::app;
 use etcd_ferry::certs::{self, issue::CertsError};
@@ -90,6 +91,19 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Let the revision that is held back for its deletes through, once. Ask the sidecar at the link's replica
+    #[command(after_help = "Example: etcd-ferry allow config --config /etc/etcd-ferry/cn-hangzhou.toml")]
+    Allow {
+        /// The link
+        link: String,
+        #[command(flatten)]
+        sidecar: Sidecar,
+    },
+    /// The revisions that a link's replica refused and goes on without. Ask the sidecar at the link's replica
+    Quarantine {
+        #[command(subcommand)]
+        command: QuarantineCommand,
+    },
     /// Show it on this machine: two etcds, two sidecars, a link that fails now and then, and both sides compared at the end
     #[command(after_help = "Needs etcd in PATH. Example: etcd-ferry demo --keep")]
     Demo {
@@ -107,6 +121,56 @@ enum Command {
     Certs {
         #[command(subcommand)]
         command: CertsCommand,
+    },
+}
+
+#[derive(Subcommand)]
+enum QuarantineCommand {
+    /// Show them, one on a line
+    #[command(after_help = "Example: etcd-ferry quarantine list config --config /etc/etcd-ferry/cn-hangzhou.toml")]
+    List {
+        /// The link
+        link: String,
+        #[command(flatten)]
+        sidecar: Sidecar,
+        /// JSON instead of lines
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show one: why it was refused, and its keys with the sizes of their values
+    #[command(after_help = "Example: etcd-ferry quarantine show config 12 --config /etc/etcd-ferry/cn-hangzhou.toml")]
+    Show {
+        /// The link
+        link: String,
+        /// The revision's seq
+        seq: u64,
+        #[command(flatten)]
+        sidecar: Sidecar,
+        /// JSON instead of lines
+        #[arg(long)]
+        json: bool,
+    },
+    /// Bring its keys to what they are at the origin now, never to what it wrote
+    #[command(after_help = "Example: etcd-ferry quarantine retry config 12 --config /etc/etcd-ferry/cn-hangzhou.toml")]
+    Retry {
+        /// The link
+        link: String,
+        /// The revision's seq
+        seq: u64,
+        #[command(flatten)]
+        sidecar: Sidecar,
+    },
+    /// Forget it: its keys differ until they are written again, or mended by `repair`
+    #[command(
+        after_help = "Example: etcd-ferry quarantine discard config 12 --config /etc/etcd-ferry/cn-hangzhou.toml"
+    )]
+    Discard {
+        /// The link
+        link: String,
+        /// The revision's seq
+        seq: u64,
+        #[command(flatten)]
+        sidecar: Sidecar,
     },
 }
 
@@ -166,6 +230,8 @@ fn main() -> ExitCode {
         Command::Resync { link, sidecar, allow_deletes } => resync(&sidecar, &link, allow_deletes),
         Command::Verify { link, sidecar, json } => verify(&sidecar, &link, json),
         Command::Repair { link, sidecar, allow_deletes, json } => repair(&sidecar, &link, allow_deletes, json),
+        Command::Allow { link, sidecar } => allow(&sidecar, &link),
+        Command::Quarantine { command } => quarantine(command),
         Command::Demo { keep, seconds, json } => demo(keep, seconds, json),
         Command::Certs { command: CertsCommand::Dev { out, regions } } => certs_dev(&out, &regions),
     };
@@ -253,11 +319,58 @@ fn repair(sidecar: &Sidecar, link: &str, allow_deletes: bool, json: bool) -> Res
     ended(sidecar, link, &outcome)
 }
 
+fn allow(sidecar: &Sidecar, link: &str) -> Result<(), Failure> {
+    let allowed = runtime()?.block_on(client::allow(&sidecar.connection()?, link))?;
+    let many = format!("{} of {} keys", allowed.deletes, allowed.keys);
+    let what = if allowed.minute {
+        format!("with it {many} are deleted within a minute")
+    } else {
+        format!("it deletes {many}")
+    };
+    say(&format!("link {link}: revision {} (seq {}) goes through; {what}", allowed.origin_revision, allowed.seq))
+}
+
+fn quarantine(command: QuarantineCommand) -> Result<(), Failure> {
+    match command {
+        QuarantineCommand::List { link, sidecar, json } => {
+            let connection = sidecar.connection()?;
+            let reply = runtime()?.block_on(client::status(&connection))?;
+            let link = quarantine::at_replica(&connection, &reply, &link)?;
+            if json { say(&quarantine::list_json(link)) } else { say_all(&quarantine::list_lines(link)) }
+        }
+        QuarantineCommand::Show { link, seq, sidecar, json } => {
+            let revision = runtime()?.block_on(quarantine::show(&sidecar.connection()?, &link, seq))?;
+            if json { say(&quarantine::show_json(&revision)) } else { say_all(&quarantine::show_lines(&revision)) }
+        }
+        QuarantineCommand::Retry { link, seq, sidecar } => {
+            let mended = runtime()?.block_on(quarantine::retry(&sidecar.connection()?, &link, seq))?;
+            let (puts, deletes) = (mended.puts, mended.deletes);
+            say(&format!(
+                "link {link}: seq {seq} is out of quarantine; its keys are as at the origin ({puts} put, {deletes} deleted)"
+            ))
+        }
+        QuarantineCommand::Discard { link, seq, sidecar } => {
+            runtime()?.block_on(quarantine::discard(&sidecar.connection()?, &link, seq))?;
+            say(&format!(
+                "link {link}: seq {seq} is out of quarantine; its keys differ until they are written again, or mended by `repair`"
+            ))
+        }
+    }
+}
+
+fn say_all(lines: &[String]) -> Result<(), Failure> {
+    lines.iter().try_for_each(|line| say(line))
+}
+
 /// The exit code of a comparison.
 fn ended(sidecar: &Sidecar, link: &str, outcome: &Verification) -> Result<(), Failure> {
     let config = sidecar.config.display();
     match outcome.outcome.as_str() {
         "equal" | "mended" => Ok(()),
+        "different" if outcome.expected_keys == outcome.differing_keys => Err(Failure::Failed(format!(
+            "link {link}: both sides differ as expected, in keys of revisions in quarantine: see `etcd-ferry quarantine list {link}` at the \
+             replica's sidecar"
+        ))),
         "different" => Err(Failure::Failed(format!(
             "link {link}: both sides differ; `etcd-ferry repair {link} --config {config}` ships what differs"
         ))),

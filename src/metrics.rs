@@ -8,7 +8,7 @@ use metrics::{Label, counter, describe_counter, describe_gauge, describe_histogr
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use std::sync::LazyLock;
 
-/// 1 for the state that the link is in, 0 for the seven others; `state` is the third label.
+/// 1 for the state that the link is in, 0 for the eight others; `state` is the third label.
 pub const LINK_STATE: &str = "etcd_ferry_link_state";
 pub const LAG_SECONDS: &str = "etcd_ferry_lag_seconds";
 pub const LAG_REVISIONS: &str = "etcd_ferry_lag_revisions";
@@ -29,6 +29,7 @@ pub const COPY_EXPECTED_KEYS: &str = "etcd_ferry_copy_expected_keys";
 pub const VERIFIED_TIMESTAMP_SECONDS: &str = "etcd_ferry_verified_timestamp_seconds";
 pub const VERIFIED_REVISION: &str = "etcd_ferry_verified_revision";
 pub const DIFFERING_KEYS: &str = "etcd_ferry_differing_keys";
+pub const QUARANTINED_REVISIONS: &str = "etcd_ferry_quarantined_revisions";
 pub const QUEUE_BYTES: &str = "etcd_ferry_queue_bytes";
 pub const RAW_BYTES_TOTAL: &str = "etcd_ferry_raw_bytes_total";
 pub const SENT_BYTES_TOTAL: &str = "etcd_ferry_sent_bytes_total";
@@ -37,7 +38,7 @@ pub const ROUND_TRIP_SECONDS: &str = "etcd_ferry_round_trip_seconds";
 pub const APPLY_SECONDS: &str = "etcd_ferry_apply_seconds";
 pub const BATCH_REVISIONS: &str = "etcd_ferry_batch_revisions";
 
-const GAUGES: [(&str, &str); 21] = [
+const GAUGES: [(&str, &str); 22] = [
     (LINK_STATE, "1 for the state that the link is in, else 0."),
     (LAG_SECONDS, "Since when the oldest origin revision that is not applied has been in etcd."),
     (LAG_REVISIONS, "Origin revisions that are not applied at the replica."),
@@ -67,6 +68,7 @@ const GAUGES: [(&str, &str); 21] = [
     ),
     (VERIFIED_REVISION, "The origin revision at which both sides were last proved equal; 0: none yet."),
     (DIFFERING_KEYS, "Keys that differed at the last comparison of both sides."),
+    (QUARANTINED_REVISIONS, "Revisions that the replica goes on without."),
     (QUEUE_BYTES, "What waits before the link's stages, in memory and in files."),
 ];
 const COUNTERS: [(&str, &str); 2] = [
@@ -74,7 +76,7 @@ const COUNTERS: [(&str, &str); 2] = [
     (SENT_BYTES_TOTAL, "Frames and pages carried, after encoding."),
 ];
 /// The `counts` of a link's status; each becomes `etcd_ferry_<count>_total`, on the sides that are named here.
-const COUNTS: [(&str, &str); 20] = [
+const COUNTS: [(&str, &str); 22] = [
     ("revisions", "Revisions shipped (origin)."),
     ("skipped", "Revisions not shipped, since they came from the cluster that the link ships to (origin)."),
     ("transactions", "Transactions that brought the position forward (both)."),
@@ -94,6 +96,8 @@ const COUNTS: [(&str, &str); 20] = [
     ("other_histories", "Times that the link went on by itself with an origin that was restored or replaced (origin)."),
     ("verifications", "Comparisons of both sides that have ended, whatever their outcome (origin)."),
     ("foreign_keys", "Keys under the link's prefixes that somebody else wrote at the replica (replica)."),
+    ("quarantined", "Revisions that the replica gave up and went on without (replica)."),
+    ("held_back", "Revisions that were held back for their deletes (replica)."),
     ("mended_keys", "Keys that repairs put or deleted at the replica (origin)."),
 ];
 /// Seconds from half a millisecond (a local etcd) to an outage.
@@ -213,6 +217,7 @@ pub fn record_link(status: &LinkStatus) {
         (VERIFIED_TIMESTAMP_SECONDS, status.verification.verified_at_ms as f64 / 1000.0),
         (VERIFIED_REVISION, status.verification.verified_revision.0 as f64),
         (DIFFERING_KEYS, status.verification.differing_keys as f64),
+        (QUARANTINED_REVISIONS, status.quarantined_revisions as f64),
         (QUEUE_BYTES, queue_bytes as f64),
     ] {
         gauge!(name, labels.clone()).set(value);

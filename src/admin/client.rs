@@ -4,7 +4,10 @@
 //! Always true: an answer or an error that says what to do comes within ten seconds; nothing printed holds a control character.
 
 use super::proto::admin_client::AdminClient;
-use super::proto::{Canary, Copy, EtcdMember, ForeignWrites, Link, ResyncRequest, StatusReply, StatusRequest};
+use super::proto::{
+    AllowReply, AllowRequest, Canary, Copy, EtcdMember, ForeignWrites, Link, ResyncRequest, StatusReply, StatusRequest,
+};
+use super::quarantine::{QuarantinedJson, note};
 use super::verification::{VerificationJson, counted, verification_lines};
 use crate::tls::connect::{ConnectError, PeerConnector, endpoint};
 use crate::tls::{self, TlsError, explain};
@@ -61,6 +64,12 @@ pub async fn resync(connection: &Connection, link: &str, allow_deletes: bool) ->
     ask(connection, async |mut client| client.resync(request).await).await.map(|_| ())
 }
 
+/// Lets what is held back for its deletes through, once; to be asked of the sidecar at the link's replica.
+pub async fn allow(connection: &Connection, link: &str) -> Result<AllowReply, ClientError> {
+    let request = AllowRequest { link: link.to_owned() };
+    ask(connection, async |mut client| client.allow(request).await).await
+}
+
 /// A channel to the admin port, for any of its services.
 pub async fn connect(connection: &Connection) -> Result<Channel, ClientError> {
     let Connection { ca, cert, key, own_cert, .. } = connection;
@@ -71,7 +80,7 @@ pub async fn connect(connection: &Connection) -> Result<Channel, ClientError> {
     channel.map_err(|error: transport::Error| undialled(connection, &error))
 }
 
-async fn ask<T, F: Future<Output = Result<Response<T>, Status>>>(
+pub(super) async fn ask<T, F: Future<Output = Result<Response<T>, Status>>>(
     connection: &Connection,
     question: impl FnOnce(AdminClient<Channel>) -> F,
 ) -> Result<T, ClientError> {
@@ -180,6 +189,8 @@ struct LinkJson<'a> {
     canary: Option<CanaryJson>,
     verification: Option<VerificationJson<'a>>,
     foreign_writes: Option<ForeignJson<'a>>,
+    quarantined_revisions: u64,
+    quarantined: Vec<QuarantinedJson<'a>>,
 }
 
 #[derive(Serialize)]
@@ -261,6 +272,8 @@ fn link_json(link: &Link) -> LinkJson<'_> {
             expected: &foreign.expected,
             trouble: &foreign.trouble,
         }),
+        quarantined_revisions: link.quarantined_revisions,
+        quarantined: link.quarantined.iter().map(QuarantinedJson::of).collect(),
     }
 }
 
@@ -287,7 +300,7 @@ fn line(text: &str) -> String {
 }
 
 /// A reason may hold what a peer said: it must neither drive the terminal nor forge a line.
-fn printable(text: &str) -> String {
+pub(super) fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
@@ -336,6 +349,9 @@ fn notes(link: &Link, width: Option<usize>) -> String {
         text.push_str(&line(&format!("{who}: {}", canary_words(canary))));
     }
     for said in link.verification.iter().flat_map(verification_lines) {
+        text.push_str(&line(&format!("{who}: {said}")));
+    }
+    if let Some(said) = note(link) {
         text.push_str(&line(&format!("{who}: {said}")));
     }
     for said in link.foreign_writes.iter().flat_map(foreign_lines) {
@@ -494,7 +510,7 @@ mod tests {
              \"lag_revisions\": 2, \"lag_seconds\": 0.0421, \"rpo_revisions\": 1, \"rpo_seconds\": 0.0209, \"stalled_seconds\": 0.0, \
              \"bytes_raw\": 14000, \"bytes_sent\": 1000, \"counts\": { \"repeated\": 4, \"skipped\": 1 }, \
              \"copy\": { \"keys_done\": 5, \"keys_total\": 9 }, \"canary\": { \"seconds\": 0.08, \"waiting_seconds\": 0.0 }, \"verification\": null, \
-             \"foreign_writes\": null } ], \"etcd\": [ { \"endpoint\": \"http://127.0.0.1:2379\", \"ok\": true, \
+             \"foreign_writes\": null, \"quarantined_revisions\": 0, \"quarantined\": [] } ], \"etcd\": [ { \"endpoint\": \"http://127.0.0.1:2379\", \"ok\": true, \
              \"version\": \"3.5.1\", \"leader\": true, \"verdict\": \"refused\", \"detail\": \"upgrade it\" } ] }"
         );
     }

@@ -141,7 +141,7 @@ async fn serve_metrics(State(shared): State<Shared>) -> Response {
 
 async fn serve_readiness(State(shared): State<Shared>) -> Response {
     match not_ready(&shared.directory.snapshots()) {
-        None => plain(StatusCode::OK, "ok\n".to_owned()),
+        None => plain(StatusCode::OK, format!("ok\n{}", quarantines(&shared.directory.snapshots()))),
         Some(lines) => plain(StatusCode::SERVICE_UNAVAILABLE, lines),
     }
 }
@@ -172,6 +172,19 @@ fn not_ready(links: &[LinkStatus]) -> Option<String> {
     };
     let lines: String = links.iter().filter(|link| !is_ready(link)).map(line).collect();
     (!lines.is_empty()).then_some(lines)
+}
+
+/// One line for each link that goes on without some revisions. That was an operator's choice, so it is no reason to take the sidecar out of
+/// service: the link carries on.
+fn quarantines(links: &[LinkStatus]) -> String {
+    let line = |link: &LinkStatus| {
+        let count = match link.quarantined_revisions {
+            1 => "1 revision".to_owned(),
+            count => format!("{count} revisions"),
+        };
+        format!("{} {}: {count} in quarantine\n", link.link, link.side.as_str())
+    };
+    links.iter().filter(|link| link.quarantined_revisions > 0).map(line).collect()
 }
 
 #[derive(Serialize)]
@@ -241,7 +254,7 @@ mod tests {
         let following = link("config", LinkState::Following, "");
         let name = following.link.clone();
         let (sender, status) = watch::channel(following);
-        let handle = LinkHandle { link: name, side: Side::Origin, status, commands: None };
+        let handle = LinkHandle { link: name, side: Side::Origin, status, commands: None, replica_commands: None };
         let member = EtcdHealth {
             endpoint: "http://127.0.0.1:2379".to_owned(),
             ok: true,

@@ -1,14 +1,15 @@
 //! Job: what an operator sees of a running sidecar and asks of it: the admin service, its client, and the http listener.
 //! Input: a `Directory` of the links, each with its latest status and the way to command it. Output: answers over gRPC and http.
 //! Edge: owns no link; reads statuses by `watch` and asks by channel.
-//! Always true: nothing here changes a link except by a `LinkCommand`; no answer holds a key or a value.
+//! Always true: nothing here changes a link except by a `LinkCommand` or a `ReplicaCommand`; no answer holds a key or a value.
 
 pub mod client;
 pub mod http;
+pub mod quarantine;
 pub mod service;
 pub mod verification;
 
-use crate::model::{EtcdHealth, LinkName, LinkState, LinkStatus, Side};
+use crate::model::{EtcdHealth, HeldBack, LinkName, LinkState, LinkStatus, Mended, Record, Seq, Side};
 use serde::Serialize;
 use std::net::SocketAddr;
 use std::time::Instant;
@@ -31,8 +32,26 @@ pub enum LinkCommand {
     Repair { allow_deletes: bool, reply: oneshot::Sender<Result<u64, String>> },
 }
 
-impl LinkCommand {
+/// What an operator may ask of a link's replica. Each reply's error says why not, and what to do.
+#[derive(Debug)]
+pub enum ReplicaCommand {
+    /// What is kept of a quarantined revision.
+    Show { seq: Seq, reply: oneshot::Sender<Result<Record, String>> },
+    /// Bring its keys to what they are at the origin now; answered once they are.
+    Retry { seq: Seq, reply: oneshot::Sender<Result<Mended, String>> },
+    /// Forget it: its keys stay as they are.
+    Discard { seq: Seq, reply: oneshot::Sender<Result<(), String>> },
+    /// Let what is held back for its deletes through, once.
+    Allow { reply: oneshot::Sender<Result<HeldBack, String>> },
+}
+
+/// What is asked by a channel, with somebody who waits for the answer.
+pub trait Command {
     /// Whoever asked has stopped waiting, and was told so.
+    fn is_abandoned(&self) -> bool;
+}
+
+impl Command for LinkCommand {
     fn is_abandoned(&self) -> bool {
         match self {
             LinkCommand::Resync { reply, .. } => reply.is_closed(),
@@ -41,9 +60,20 @@ impl LinkCommand {
     }
 }
 
+impl Command for ReplicaCommand {
+    fn is_abandoned(&self) -> bool {
+        match self {
+            ReplicaCommand::Show { reply, .. } => reply.is_closed(),
+            ReplicaCommand::Retry { reply, .. } => reply.is_closed(),
+            ReplicaCommand::Discard { reply, .. } => reply.is_closed(),
+            ReplicaCommand::Allow { reply } => reply.is_closed(),
+        }
+    }
+}
+
 /// The next command that somebody still waits for: one that its caller was told to repeat is not carried out later, when nobody expects
 /// it any more. `None`: nobody can command. Cancel-safe.
-pub async fn next_command(commands: &mut mpsc::Receiver<LinkCommand>) -> Option<LinkCommand> {
+pub async fn next_command<C: Command>(commands: &mut mpsc::Receiver<C>) -> Option<C> {
     loop {
         let command = commands.recv().await?;
         if !command.is_abandoned() {
@@ -58,8 +88,10 @@ pub struct LinkHandle {
     pub link: LinkName,
     pub side: Side,
     pub status: watch::Receiver<LinkStatus>,
-    /// `None`: this side takes no commands (the replica's, which only answers its origin).
+    /// `None`: this is the replica's side, or it takes none.
     pub commands: Option<mpsc::Sender<LinkCommand>>,
+    /// `None`: this is the origin's side, or it takes none.
+    pub replica_commands: Option<mpsc::Sender<ReplicaCommand>>,
 }
 
 impl LinkHandle {
@@ -128,7 +160,7 @@ mod tests {
         let mut following = LinkStatus::new(link.clone(), Side::Origin, String::new());
         following.state = LinkState::Following;
         let (sender, status) = watch::channel(following);
-        let handle = LinkHandle { link, side: Side::Origin, status, commands: None };
+        let handle = LinkHandle { link, side: Side::Origin, status, commands: None, replica_commands: None };
         assert_eq!(handle.snapshot().state, LinkState::Following);
 
         drop(sender);

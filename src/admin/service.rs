@@ -5,12 +5,13 @@
 
 use super::proto::admin_server::{self, Admin, AdminServer};
 use super::proto::{
-    Canary, Copy, DifferingRange, EtcdMember, ForeignWrites, Link, RepairRequest, ResyncReply, ResyncRequest,
-    StatusReply, StatusRequest, Verification, VerifyRequest,
+    AllowReply, AllowRequest, Canary, Copy, DifferingRange, DiscardQuarantinedReply, EtcdMember, ForeignWrites, Link,
+    Quarantined, QuarantinedKey, QuarantinedRequest, QuarantinedRevision, RepairRequest, ResyncReply, ResyncRequest,
+    RetryQuarantinedReply, StatusReply, StatusRequest, Verification, VerifyRequest,
 };
-use super::{Directory, LinkCommand, LinkHandle};
+use super::{Directory, LinkCommand, LinkHandle, ReplicaCommand};
 use crate::config::TlsConfig;
-use crate::model::{self, LinkState, LinkStatus};
+use crate::model::{self, LinkState, LinkStatus, Record, Seq};
 use crate::tls::accept::{self, AcceptLimits, PeerConnectInfo};
 use crate::tls::{self, TlsError};
 use axum::extract::State;
@@ -223,6 +224,7 @@ fn verification_message(verification: model::Verification) -> Verification {
         verified_revision,
         verified_at_ms,
         differing_keys,
+        expected_keys,
         differing_ranges,
         runs,
         outcome,
@@ -246,6 +248,7 @@ fn verification_message(verification: model::Verification) -> Verification {
         running: running.is_some(),
         parts_done: progress.parts_done,
         parts_total: progress.parts_total,
+        expected_keys,
     }
 }
 
@@ -258,7 +261,7 @@ impl Service {
         link: &str,
         build: impl FnOnce(oneshot::Sender<Result<u64, String>>) -> LinkCommand,
     ) -> Result<Response<ReceiverStream<Result<Verification, Status>>>, Status> {
-        let asked = match commands(&self.directory.links, link) {
+        let asked = match commands(&self.directory.links, link, |handle| handle.commands.clone()) {
             Ok((commands, status)) => command(&commands, link, build).await.map(|run| (run, status)),
             Err(refusal) => Err(refusal),
         };
@@ -269,6 +272,24 @@ impl Service {
         while calls.try_join_next().is_some() {}
         calls.spawn(tell_verification(link.to_owned(), run, status, out));
         Ok(Response::new(ReceiverStream::new(words)))
+    }
+}
+
+impl Service {
+    /// Asks a link's replica about one revision in quarantine.
+    async fn quarantined<T>(
+        &self,
+        request: &Request<QuarantinedRequest>,
+        call: &str,
+        build: impl FnOnce(Seq, oneshot::Sender<Result<T, String>>) -> ReplicaCommand,
+    ) -> Result<T, Status> {
+        let QuarantinedRequest { link, seq } = request.get_ref();
+        let outcome = match commands(&self.directory.links, link, |handle| handle.replica_commands.clone()) {
+            Ok((commands, _)) => command(&commands, link, |reply| build(Seq(*seq), reply)).await,
+            Err(refusal) => Err(refusal),
+        };
+        audit(request, &format!("{call} {seq}"), link, &outcome.as_ref().map(|_| ()).map_err(Clone::clone));
+        outcome
     }
 }
 
@@ -301,9 +322,46 @@ impl Admin for Service {
         }))
     }
 
+    async fn show_quarantined(
+        &self,
+        request: Request<QuarantinedRequest>,
+    ) -> Result<Response<QuarantinedRevision>, Status> {
+        let build = |seq, reply| ReplicaCommand::Show { seq, reply };
+        self.quarantined(&request, "ShowQuarantined", build).await.map(|record| Response::new(record_message(record)))
+    }
+
+    async fn retry_quarantined(
+        &self,
+        request: Request<QuarantinedRequest>,
+    ) -> Result<Response<RetryQuarantinedReply>, Status> {
+        let build = |seq, reply| ReplicaCommand::Retry { seq, reply };
+        let model::Mended { puts, deletes } = self.quarantined(&request, "RetryQuarantined", build).await?;
+        Ok(Response::new(RetryQuarantinedReply { puts, deletes }))
+    }
+
+    async fn discard_quarantined(
+        &self,
+        request: Request<QuarantinedRequest>,
+    ) -> Result<Response<DiscardQuarantinedReply>, Status> {
+        let build = |seq, reply| ReplicaCommand::Discard { seq, reply };
+        self.quarantined(&request, "DiscardQuarantined", build).await?;
+        Ok(Response::new(DiscardQuarantinedReply {}))
+    }
+
+    async fn allow(&self, request: Request<AllowRequest>) -> Result<Response<AllowReply>, Status> {
+        let link = &request.get_ref().link;
+        let outcome = match commands(&self.directory.links, link, |handle| handle.replica_commands.clone()) {
+            Ok((commands, _)) => command(&commands, link, |reply| ReplicaCommand::Allow { reply }).await,
+            Err(refusal) => Err(refusal),
+        };
+        audit(&request, "Allow", link, &outcome.as_ref().map(|_| ()).map_err(Clone::clone));
+        let model::HeldBack { seq, revision, deletes, keys, minute, allowed: _ } = outcome?;
+        Ok(Response::new(AllowReply { seq: seq.0, origin_revision: revision.0, deletes, keys, minute }))
+    }
+
     async fn resync(&self, request: Request<ResyncRequest>) -> Result<Response<ResyncReply>, Status> {
         let ResyncRequest { link, allow_deletes } = request.get_ref();
-        let outcome = match commands(&self.directory.links, link) {
+        let outcome = match commands(&self.directory.links, link, |handle| handle.commands.clone()) {
             Ok((commands, _)) => {
                 command(&commands, link, |reply| LinkCommand::Resync { allow_deletes: *allow_deletes, reply }).await
             }
@@ -326,9 +384,13 @@ fn audit<T>(request: &Request<T>, call: &str, link: &str, outcome: &Result<(), S
 }
 
 /// Where to send a command for this link, or why it cannot be sent from here.
-fn commands(links: &[LinkHandle], name: &str) -> Result<(mpsc::Sender<LinkCommand>, Told), Status> {
+fn commands<C>(
+    links: &[LinkHandle],
+    name: &str,
+    sender: impl Fn(&LinkHandle) -> Option<mpsc::Sender<C>>,
+) -> Result<(mpsc::Sender<C>, Told), Status> {
     let named: Vec<&LinkHandle> = links.iter().filter(|handle| handle.link.as_str() == name).collect();
-    let taken = |handle: &&LinkHandle| Some((handle.commands.clone()?, handle.status.clone()));
+    let taken = |handle: &&LinkHandle| Some((sender(handle)?, handle.status.clone()));
     if let Some(commands) = named.iter().find_map(taken) {
         return Ok(commands);
     }
@@ -344,10 +406,10 @@ fn commands(links: &[LinkHandle], name: &str) -> Result<(mpsc::Sender<LinkComman
 }
 
 /// Asks a link's task and waits for its answer.
-async fn command<T>(
-    commands: &mpsc::Sender<LinkCommand>,
+async fn command<T, C>(
+    commands: &mpsc::Sender<C>,
     link: &str,
-    build: impl FnOnce(oneshot::Sender<Result<T, String>>) -> LinkCommand,
+    build: impl FnOnce(oneshot::Sender<Result<T, String>>) -> C,
 ) -> Result<T, Status> {
     let ended = || Status::unavailable(format!("link {link}'s task has ended: see the log of the sidecar"));
     let (reply, answer) = oneshot::channel();
@@ -390,6 +452,8 @@ fn link_message(status: LinkStatus) -> Link {
         canary,
         verification,
         foreign_writes,
+        quarantined_revisions,
+        quarantined,
         stages: _,
     } = status;
     Link {
@@ -419,6 +483,32 @@ fn link_message(status: LinkStatus) -> Link {
         canary: canary.map(|canary| Canary { seconds: canary.seconds, waiting_seconds: canary.waiting_seconds }),
         verification: Some(verification_message(verification)),
         foreign_writes: foreign_writes.map(foreign_message),
+        quarantined_revisions,
+        quarantined: quarantined.into_iter().map(quarantined_message).collect(),
+    }
+}
+
+fn quarantined_message(entry: model::QuarantinedStatus) -> Quarantined {
+    let model::QuarantinedStatus { seq, revision, keys, at_ms, reason } = entry;
+    Quarantined { seq: seq.0, origin_revision: revision.0, keys, at: at_ms as f64 / 1000.0, reason }
+}
+
+fn record_message(record: Record) -> QuarantinedRevision {
+    let key = |changed: model::Changed| QuarantinedKey {
+        key: changed.key.escape_ascii().to_string(),
+        deleted: changed.value_bytes.is_none(),
+        value_bytes: changed.value_bytes.unwrap_or(0),
+    };
+    QuarantinedRevision {
+        epoch: record.epoch.0,
+        seq: record.seq.0,
+        origin_revision: record.revision.0,
+        digest: record.digest.to_string(),
+        reason: record.reason,
+        refusals: record.refusals.into(),
+        at: record.at_ms as f64 / 1000.0,
+        part: record.part,
+        keys: record.changes.into_iter().map(key).collect(),
     }
 }
 
@@ -450,6 +540,7 @@ fn health(status: &LinkStatus) -> ServingStatus {
         LinkState::Following | LinkState::Copying => ServingStatus::Serving,
         LinkState::Connecting
         | LinkState::Repairing
+        | LinkState::Held
         | LinkState::SpoolFull
         | LinkState::Paused
         | LinkState::Stalled

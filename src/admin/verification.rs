@@ -60,6 +60,7 @@ pub struct VerificationJson<'a> {
     /// RFC 3339; `null`: not yet.
     verified_at: Option<String>,
     differing_keys: u64,
+    expected_keys: u64,
     differing_ranges: Vec<RangeJson<'a>>,
     detail: &'a str,
     runs: u64,
@@ -88,6 +89,7 @@ impl<'a> VerificationJson<'a> {
             verified_revision: verification.verified_revision,
             verified_at: moment(verification.verified_at),
             differing_keys: verification.differing_keys,
+            expected_keys: verification.expected_keys,
             differing_ranges: verification.differing_ranges.iter().map(range).collect(),
             detail: &verification.detail,
             runs: verification.runs,
@@ -115,7 +117,14 @@ pub fn verification_lines(verification: &Verification) -> Vec<String> {
         lines.push(format!("both sides were equal at origin revision {}, proved {at}", verification.verified_revision));
     }
     if verification.differing_keys > 0 {
-        lines.push(format!("{} differ", counted(verification.differing_keys)));
+        let expected = match verification.expected_keys {
+            0 => String::new(),
+            all if all == verification.differing_keys => {
+                ", as expected: revisions in quarantine changed them".to_owned()
+            }
+            some => format!(", {some} of them as expected: revisions in quarantine changed them"),
+        };
+        lines.push(format!("{} differ{expected}", counted(verification.differing_keys)));
     }
     for range in &verification.differing_ranges {
         lines.push(if range.from == range.to {
@@ -140,7 +149,7 @@ pub(super) fn counted(keys: u64) -> String {
     if keys == 1 { "1 key".to_owned() } else { format!("{keys} keys") }
 }
 
-fn moment(unix_seconds: f64) -> Option<String> {
+pub(super) fn moment(unix_seconds: f64) -> Option<String> {
     // Far below 2^53: the fraction is what is cut off.
     #[allow(clippy::cast_possible_truncation)]
     let seconds = unix_seconds as i64;
@@ -172,7 +181,7 @@ mod tests {
         assert_eq!(
             one_line,
             "{ \"outcome\": \"different\", \"verified_revision\": 40, \"verified_at\": \"2026-09-21T14:13:20Z\", \
-             \"differing_keys\": 3, \"differing_ranges\": [ { \"from\": \"/app/a\", \"to\": \"/app/a\", \"keys\": 1 }, \
+             \"differing_keys\": 3, \"expected_keys\": 0, \"differing_ranges\": [ { \"from\": \"/app/a\", \"to\": \"/app/a\", \"keys\": 1 }, \
              { \"from\": \"/app/b\", \"to\": \"/app/d\", \"keys\": 2 } ], \"detail\": \"9 keys\", \"runs\": 2, \
              \"running\": null }"
         );
@@ -192,6 +201,14 @@ mod tests {
                 "differs: /app/a",
                 "differ: 2 keys from /app/b to /app/d",
             ]
+        );
+        verification.expected_keys = 2;
+        let some = "3 keys differ, 2 of them as expected: revisions in quarantine changed them";
+        assert_eq!(verification_lines(&verification)[2], some);
+        verification.expected_keys = 3;
+        assert_eq!(
+            verification_lines(&verification)[2],
+            "3 keys differ, as expected: revisions in quarantine changed them"
         );
         verification.outcome = "failed".to_owned();
         assert_eq!(verification_lines(&verification)[1], "the last comparison failed: 9 keys");

@@ -6,8 +6,8 @@
 use super::files::NamedFiles;
 use super::read::Section;
 use super::{
-    Config, EtcdConfig, Faults, ForeignWrites, Limits, ListenConfig, LogConfig, LogFormat, OtherHistory, ReceiveConfig,
-    SendConfig, TlsConfig,
+    CompactConfig, Config, DeleteShares, EtcdConfig, Faults, ForeignWrites, Limits, ListenConfig, LogConfig, LogFormat,
+    OnPoison, OtherHistory, ReceiveConfig, SendConfig, TlsConfig,
 };
 use crate::certs::{REGION_RULE, SAN_RULE, is_region_name, is_san};
 use crate::model::{FERRY_PREFIX, LinkName, Ranges};
@@ -22,6 +22,8 @@ const DELETES_SHARE_MAX: f64 = 0.1;
 /// A comparison by itself, unless configured: so often, with so much of a core.
 const VERIFY_INTERVAL_SECONDS: u64 = 900;
 const VERIFY_INTERVAL_SECONDS_MAX: u64 = 7 * 86_400;
+/// Compaction of the replica by age.
+const COMPACT_AFTER_SECONDS_MAX: u64 = 366 * 86_400;
 const VERIFY_CORE_SHARE_MAX: f64 = 0.05;
 /// Off, unless configured: each canary is a revision at both ends, and an idle link makes none.
 const CANARY_INTERVAL_SECONDS: u64 = 0;
@@ -47,16 +49,29 @@ pub(super) fn config(table: &Table) -> (Result<Config, Faults>, NamedFiles) {
     unique_links(&mut root, "send", send.iter().map(|(i, s)| (*i, &s.link)));
     unique_links(&mut root, "receive", receive.iter().map(|(i, r)| (*i, &r.link)));
     disjoint_ranges(&mut root, &receive);
+    if receive.is_empty() && etcd.as_ref().is_some_and(|(_, compact)| compact.is_some()) {
+        let rule =
+            "is for the etcd of a [[receive]], and there is none: remove it, an origin is compacted by its own users";
+        root.fault_at("etcd.compact_after_seconds".to_owned(), rule);
+    }
 
     let faults = root.finish();
-    let files = NamedFiles { data_dir: data_dir.clone(), etcd: etcd.clone(), tls: tls.clone() };
+    let named_etcd = etcd.as_ref().map(|(etcd, _)| etcd.clone());
+    let files = NamedFiles { data_dir: data_dir.clone(), etcd: named_etcd, tls: tls.clone() };
     let config = match (region, node, data_dir, etcd, listen, tls, limits, log) {
-        (Some(region), Some(node), Some(data_dir), Some(etcd), Some(listen), Some(tls), Some(limits), Some(log))
-            if faults.is_empty() =>
-        {
+        (
+            Some(region),
+            Some(node),
+            Some(data_dir),
+            Some((etcd, compact)),
+            Some(listen),
+            Some(tls),
+            Some(limits),
+            Some(log),
+        ) if faults.is_empty() => {
             let send = send.into_iter().map(|(_, s)| s).collect();
             let receive = receive.into_iter().map(|(_, r)| r).collect();
-            Ok(Config { region, node, data_dir, etcd, listen, tls, send, receive, limits, log })
+            Ok(Config { region, node, data_dir, etcd, compact, listen, tls, send, receive, limits, log })
         }
         _ => Err(Faults(faults)),
     };
@@ -72,14 +87,14 @@ fn name(s: &mut Section<'_>, key: &'static str, example: &str) -> Option<String>
     Some(name)
 }
 
-fn etcd(s: &mut Section<'_>) -> Option<EtcdConfig> {
+fn etcd(s: &mut Section<'_>) -> Option<(EtcdConfig, Option<CompactConfig>)> {
     let example = "http://127.0.0.1:2379";
     let endpoints = urls(s, "endpoints", &["http", "https"], example);
     let [ca, cert, key] = ["ca", "cert", "key"].map(|k| (k, s.path_if_present(k, "/etc/etcd-ferry/etcd.pem")));
     let username = s.text_if_present("username", "etcd-ferry");
     let password_file = s.path_if_present("password_file", "/etc/etcd-ferry/etcd-password");
 
-    let allow_corrupting_versions = s.switch_if_present("allow_corrupting_versions").unwrap_or(false);
+    let allow_corrupting_versions = s.flag_if_present("allow_corrupting_versions").unwrap_or(false);
 
     if let Some(endpoints) = &endpoints {
         let https = endpoints.iter().filter(|e| e.starts_with("https:")).count();
@@ -97,8 +112,19 @@ fn etcd(s: &mut Section<'_>) -> Option<EtcdConfig> {
     }
     together(s, "cert", cert.1.is_some(), "key", key.1.is_some());
     together(s, "username", username.is_some(), "password_file", password_file.is_some());
+    let compact = compact(s);
     let (ca, cert, key) = (ca.1, cert.1, key.1);
-    Some(EtcdConfig { endpoints: endpoints?, ca, cert, key, username, password_file, allow_corrupting_versions })
+    let endpoints = endpoints?;
+    Some((EtcdConfig { endpoints, ca, cert, key, username, password_file, allow_corrupting_versions }, compact))
+}
+
+fn compact(s: &mut Section<'_>) -> Option<CompactConfig> {
+    let after_seconds = limit(s, "compact_after_seconds", 0, 0, COMPACT_AFTER_SECONDS_MAX);
+    let defragment = s.flag_if_present("defragment").unwrap_or(false);
+    if defragment && after_seconds == 0 {
+        s.fault("defragment", "goes only with compact_after_seconds: set that too, or remove this");
+    }
+    (after_seconds > 0).then(|| CompactConfig { after: Duration::from_secs(after_seconds), defragment })
 }
 
 fn together(s: &mut Section<'_>, a: &str, a_given: bool, b: &str, b_given: bool) {
@@ -213,7 +239,23 @@ fn receive(s: &mut Section<'_>) -> Option<ReceiveConfig> {
             ForeignWrites::Report
         }
     };
-    Some(ReceiveConfig { link: link?, peer: peer?, ranges, foreign_writes })
+    let on_poison = match s.text_if_present("on_poison", "stop").as_deref() {
+        None | Some("stop") => OnPoison::Stop,
+        Some("quarantine") => OnPoison::Quarantine,
+        Some(other) => {
+            s.fault("on_poison", format!("must be \"stop\" or \"quarantine\" (found {other:?})"));
+            OnPoison::Stop
+        }
+    };
+    let [revision, minute] = ["revision_deletes_share_max", "minute_deletes_share_max"].map(|key| {
+        let share = s.number_if_present(key)?;
+        if !(0.0..=1.0).contains(&share) {
+            s.fault(key, "must be from 0 (hold every delete) to 1; leave it out to hold none");
+        }
+        Some(share)
+    });
+    let delete_shares = DeleteShares { revision, minute };
+    Some(ReceiveConfig { link: link?, peer: peer?, ranges, foreign_writes, on_poison, delete_shares })
 }
 
 fn link(s: &mut Section<'_>) -> Option<LinkName> {

@@ -83,6 +83,8 @@ pub struct Config {
     pub node: String,
     pub data_dir: PathBuf,
     pub etcd: EtcdConfig,
+    /// `None`: this sidecar compacts nothing.
+    pub compact: Option<CompactConfig>,
     pub listen: ListenConfig,
     pub tls: TlsConfig,
     pub send: Vec<SendConfig>,
@@ -102,6 +104,14 @@ pub struct EtcdConfig {
     pub password_file: Option<PathBuf>,
     /// Links also go through members whose version is known to corrupt data.
     pub allow_corrupting_versions: bool,
+}
+
+/// Compaction of the replica's etcd by age.
+#[derive(Debug, Clone, Copy)]
+pub struct CompactConfig {
+    /// What is younger stays.
+    pub after: Duration,
+    pub defragment: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -153,6 +163,8 @@ pub struct ReceiveConfig {
     /// What the origin may touch; `None`: what its first hello says.
     pub ranges: Option<Ranges>,
     pub foreign_writes: ForeignWrites,
+    pub on_poison: OnPoison,
+    pub delete_shares: DeleteShares,
 }
 
 /// What becomes of a link whose origin has another history than the one that was carried: it was restored, or replaced by another cluster.
@@ -175,6 +187,25 @@ pub enum ForeignWrites {
     Repair,
     /// They are nobody's concern.
     Expect,
+}
+
+/// What a link may delete at the replica, while it follows, before a person is asked: shares (0 to 1) of the keys that it holds there.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct DeleteShares {
+    /// In one revision; `None`: any.
+    pub revision: Option<f64>,
+    /// Within a minute; `None`: any.
+    pub minute: Option<f64>,
+}
+
+/// What becomes of a revision that the replica's etcd refuses whenever it is tried.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum OnPoison {
+    /// The link does not go past it.
+    #[default]
+    Stop,
+    /// The link goes on without it, and says so.
+    Quarantine,
 }
 
 /// Every bound of the process; each is a key of `[limits]` with the default given here.

@@ -132,12 +132,13 @@ impl<'t> Section<'t> {
         value.as_integer()
     }
 
-    pub(super) fn switch_if_present(&mut self, key: &'static str) -> Option<bool> {
+    pub(super) fn flag_if_present(&mut self, key: &'static str) -> Option<bool> {
         let value = self.value(key)?;
-        if !value.is_bool() {
+        let flag = value.as_bool();
+        if flag.is_none() {
             self.wrong_type(self.field(key), "true or false", value);
         }
-        value.as_bool()
+        flag
     }
 
     /// A number, with or without a fraction.
@@ -251,7 +252,7 @@ mod tests {
         assert_eq!(root.texts("list").unwrap().len(), 1);
         root.tables("tables", |_| Some(()));
         root.table("table", None, |_| Some(()));
-        assert_eq!(root.switch_if_present("switch"), None);
+        assert_eq!(root.flag_if_present("switch"), None);
         let faults: Vec<String> = root.finish().iter().map(|f| format!("{}: {}", f.field, f.rule)).collect();
         let expected = [
             "text: must be a string, not an integer",

@@ -55,6 +55,11 @@ impl Gate {
         Self { config, asked: Mutex::new(None), members: watch::channel(members).0, refusal: watch::channel(None).0 }
     }
 
+    /// How the cluster is reached.
+    pub fn config(&self) -> &EtcdConfig {
+        &self.config
+    }
+
     /// What each member said last, in the configuration's order.
     pub fn members(&self) -> watch::Receiver<Vec<EtcdHealth>> {
         self.members.subscribe()

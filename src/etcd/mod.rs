@@ -30,6 +30,8 @@ pub use watch::{Watch, WatchSignal};
 
 /// etcd's own client gives an unanswered request this long; so do we.
 const CALL_DEADLINE: Duration = Duration::from_secs(10);
+/// Some gigabytes on a slow disk.
+const DEFRAGMENT_DEADLINE: Duration = Duration::from_secs(600);
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 /// A member of one's own cluster is near: one that does not take a connection in this time is down.
 const LISTENING_DEADLINE: Duration = Duration::from_millis(500);
@@ -85,6 +87,10 @@ pub struct PageRead {
 pub struct Member {
     pub version: String,
     pub leader: bool,
+    /// Of its database file.
+    pub bytes: u64,
+    /// Of that, what is not free.
+    pub bytes_in_use: u64,
 }
 
 /// How much of a value a read asks for.
@@ -240,7 +246,25 @@ impl Etcd {
         let mut client = self.client.maintenance_client();
         let status = self.within(client.status()).await?;
         let leader = status.header().is_some_and(|h| h.member_id() == status.leader());
-        Ok(Member { version: status.version().to_owned(), leader })
+        let bytes = |bytes: i64| u64::try_from(bytes).unwrap_or(0);
+        let (file, in_use) = (bytes(status.0.db_size), bytes(status.0.db_size_in_use));
+        Ok(Member { version: status.version().to_owned(), leader, bytes: file, bytes_in_use: in_use })
+    }
+
+    /// Lets go of every version that was overwritten up to `through`, which itself stays readable.
+    pub async fn compact(&self, through: Revision) -> Result<(), EtcdError> {
+        let mut kv = self.kv.clone();
+        self.within(kv.compact(through.to_etcd(), None)).await.map(|_| ())
+    }
+
+    /// Gives the disk back what is free in the file of the member that answers, which serves nobody meanwhile; as for `member`, connect to
+    /// one endpoint alone.
+    pub async fn defragment(&self) -> Result<(), EtcdError> {
+        let mut client = self.client.maintenance_client();
+        match tokio::time::timeout(DEFRAGMENT_DEADLINE, client.defragment()).await {
+            Ok(answer) => answer.map(|_| ()).map_err(|e| reaction(&e, &self.endpoints)),
+            Err(_) => Err(EtcdError::TimedOut),
+        }
     }
 
     async fn within<T>(&self, call: impl Future<Output = Result<T, ClientError>>) -> Result<T, EtcdError> {

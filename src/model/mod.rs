@@ -1,16 +1,21 @@
-//! Job: the values that every stage speaks: numbers with types, changes, whole revisions, the position; ranges and status in files of their own.
+//! Job: the values that every stage speaks: numbers with types, changes, whole revisions, the position; ranges, status and
+//! quarantine in files of their own.
 //! Input: plain values. Output: plain values.
 //! Pure: no clock, no I/O, no async.
 //! Always true: a `WholeRevision` holds each key once, in key order.
 
+mod quarantine;
 mod ranges;
 pub mod stall;
 mod status;
 
+pub use quarantine::{
+    Changed, GivenUp, Mended, Quarantine, RECORD_BYTES_MAX, Record, SKIPPED_MAX, TooManyKeys, skipped_bytes,
+};
 pub use ranges::{KeyRange, Ranges};
 pub use status::{
     CanaryStatus, CopyProgress, DifferingRange, EtcdHealth, ForeignStatus, LinkState, LinkStatus, Outcome,
-    PartsProgress, Role, Side, StageStatus, Verification,
+    PartsProgress, QuarantinedStatus, Role, Side, StageStatus, Verification,
 };
 
 use bytes::Bytes;
@@ -241,6 +246,16 @@ impl LinkName {
         Bytes::from(format!("/etcd-ferry/v1/links/{}/", self.0))
     }
 
+    /// In the replica's etcd: the records of quarantined revisions lie below it.
+    pub fn quarantine_folder(&self) -> Bytes {
+        Bytes::from(format!("/etcd-ferry/v1/links/{}/quarantine/", self.0))
+    }
+
+    /// In the replica's etcd: the record of one quarantined revision.
+    pub fn quarantine_key(&self, epoch: Epoch, seq: Seq) -> Bytes {
+        Bytes::from(format!("/etcd-ferry/v1/links/{}/quarantine/{epoch}-{seq}", self.0))
+    }
+
     /// In the origin's etcd: the key by which the sidecar named `node` stands for election.
     pub fn candidate_key(&self, node: &str) -> Bytes {
         Bytes::from(format!("/etcd-ferry/v1/links/{}/candidates/{node}", self.0))
@@ -313,9 +328,38 @@ pub struct Position {
     /// The digest of that revision: no other may go on where it was left.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub part_digest: Option<Digest>,
-    /// Seqs that an operator chose to go on without.
+    /// Seqs of this epoch that the link went on without, since the replica's etcd refuses them: they are in quarantine.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub skipped: Vec<Seq>,
+    /// The next revision deletes so much that a person has to allow it; it goes with that revision.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held_back: Option<HeldBack>,
+}
+
+/// A revision that is not applied until a person allows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeldBack {
+    pub seq: Seq,
+    /// Of the origin.
+    pub revision: Revision,
+    /// Of this revision; or, where `minute` says so, with those of the minute before it.
+    pub deletes: u64,
+    /// Of so many keys that the replica holds, or held a minute before.
+    pub keys: u64,
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub minute: bool,
+    /// A person said so: it goes through, once.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub allowed: bool,
+}
+
+impl HeldBack {
+    /// The longest that it makes the position's JSON: its names, four numbers of 20 digits, two words.
+    pub const BYTES_MAX: usize = 180;
+}
+
+fn is_false(flag: &bool) -> bool {
+    !flag
 }
 
 fn is_zero(n: &u64) -> bool {
@@ -333,23 +377,40 @@ impl Position {
     }
 }
 
-/// Keys may hold any bytes, JSON strings may not: a cursor is hexadecimal.
+/// Keys may hold any bytes, JSON strings may not: a key is hexadecimal.
+pub mod hex_bytes {
+    use bytes::Bytes;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(key: &Bytes, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_str(&key.iter().map(|b| format!("{b:02x}")).collect::<String>())
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Bytes, D::Error> {
+        let text = String::deserialize(d)?;
+        let digit = |i: usize| text.get(i..i + 2).and_then(|pair| u8::from_str_radix(pair, 16).ok());
+        let bytes: Option<Vec<u8>> = (0..text.len()).step_by(2).map(digit).collect();
+        bytes.map(Bytes::from).ok_or_else(|| serde::de::Error::custom("a key is hexadecimal digits"))
+    }
+}
+
+/// A key that may be absent; where it is there, as [`hex_bytes`].
 mod hex_key {
     use bytes::Bytes;
     use serde::{Deserialize, Deserializer, Serializer};
 
+    #[derive(Deserialize)]
+    struct Key(#[serde(with = "super::hex_bytes")] Bytes);
+
     pub fn serialize<S: Serializer>(key: &Option<Bytes>, s: S) -> Result<S::Ok, S::Error> {
         match key {
-            Some(key) => s.serialize_str(&key.iter().map(|b| format!("{b:02x}")).collect::<String>()),
+            Some(key) => super::hex_bytes::serialize(key, s),
             None => s.serialize_none(),
         }
     }
 
     pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Option<Bytes>, D::Error> {
-        let Some(text) = Option::<String>::deserialize(d)? else { return Ok(None) };
-        let digit = |i: usize| text.get(i..i + 2).and_then(|pair| u8::from_str_radix(pair, 16).ok());
-        let bytes: Option<Vec<u8>> = (0..text.len()).step_by(2).map(digit).collect();
-        bytes.map(|b| Some(Bytes::from(b))).ok_or_else(|| serde::de::Error::custom("a cursor is hexadecimal digits"))
+        Ok(Option::<Key>::deserialize(d)?.map(|Key(key)| key))
     }
 }
 
@@ -374,6 +435,7 @@ mod tests {
             part: 0,
             part_digest: None,
             skipped: Vec::new(),
+            held_back: None,
         }
     }
 
@@ -385,6 +447,25 @@ mod tests {
         }
         let part = Position { part: 7, part_digest: Some(Digest([3; 16])), skipped: vec![Seq(4)], ..position(None) };
         assert_eq!(Position::from_json(&part.to_json()).unwrap(), part);
+    }
+
+    #[test]
+    fn what_is_held_back_is_read_as_it_was_written_and_never_takes_more_than_is_counted() {
+        let most = HeldBack {
+            seq: Seq(u64::MAX),
+            revision: Revision(u64::MAX),
+            deletes: u64::MAX,
+            keys: u64::MAX,
+            minute: true,
+            allowed: true,
+        };
+        let plain = position(None);
+        let held = Position { held_back: Some(most), ..plain.clone() };
+        assert!(held.to_json().len() - plain.to_json().len() <= HeldBack::BYTES_MAX);
+        assert_eq!(Position::from_json(&held.to_json()).unwrap(), held);
+        let short = HeldBack { minute: false, allowed: false, ..most };
+        let held = Position { held_back: Some(short), ..plain };
+        assert_eq!(Position::from_json(&held.to_json()).unwrap(), held);
     }
 
     /// They lie in etcds, written by other versions.

@@ -3,7 +3,7 @@
 //! Pure: no clock, no I/O, no async.
 //! Always true: every state and side has one spelling, in JSON, metrics and text.
 
-use super::{Epoch, LinkName, Revision, Seq, Term};
+use super::{Epoch, LinkName, Quarantine, Revision, Seq, Term};
 use bytes::Bytes;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -53,6 +53,8 @@ pub enum LinkState {
     Copying,
     Repairing,
     Following,
+    /// The replica holds what it received, until a person decides there.
+    Held,
     SpoolFull,
     Paused,
     /// Under way, and without progress for longer than configured.
@@ -65,15 +67,18 @@ impl LinkState {
     pub fn is_under_way(self) -> bool {
         match self {
             LinkState::Copying | LinkState::Repairing | LinkState::Following | LinkState::Stalled => true,
+            // A person is asked.
+            LinkState::Held => false,
             LinkState::Connecting | LinkState::SpoolFull | LinkState::Paused | LinkState::Stopped => false,
         }
     }
 
-    pub const ALL: [LinkState; 8] = [
+    pub const ALL: [LinkState; 9] = [
         LinkState::Connecting,
         LinkState::Copying,
         LinkState::Repairing,
         LinkState::Following,
+        LinkState::Held,
         LinkState::SpoolFull,
         LinkState::Paused,
         LinkState::Stalled,
@@ -86,6 +91,7 @@ impl LinkState {
             LinkState::Copying => "copying",
             LinkState::Repairing => "repairing",
             LinkState::Following => "following",
+            LinkState::Held => "held",
             LinkState::SpoolFull => "spool_full",
             LinkState::Paused => "paused",
             LinkState::Stalled => "stalled",
@@ -137,6 +143,10 @@ pub struct LinkStatus {
     pub verification: Verification,
     /// At a replica, once it was looked.
     pub foreign_writes: Option<ForeignStatus>,
+    /// How many revisions the replica goes on without.
+    pub quarantined_revisions: u64,
+    /// The same one by one, at the replica; no key.
+    pub quarantined: Vec<QuarantinedStatus>,
     pub stages: Vec<StageStatus>,
 }
 
@@ -164,6 +174,8 @@ pub struct Verification {
     pub verified_at_ms: u64,
     /// Keys that differed at the last comparison.
     pub differing_keys: u64,
+    /// Of these, keys of revisions in quarantine: that they differ is expected.
+    pub expected_keys: u64,
     /// Where, at the origin. Its edges are keys: for an operator, who calls the admin port, and never for http.
     #[serde(skip)]
     pub differing_ranges: Vec<DifferingRange>,
@@ -193,6 +205,35 @@ pub struct ForeignStatus {
     pub expected: String,
     /// Why it cannot be looked at present; empty if it can.
     pub trouble: String,
+}
+
+/// A revision that the replica goes on without.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct QuarantinedStatus {
+    pub seq: Seq,
+    /// Of the origin; 0, as the rest: its record is gone.
+    pub revision: Revision,
+    pub keys: u64,
+    pub at_ms: u64,
+    pub reason: String,
+}
+
+impl QuarantinedStatus {
+    pub fn all(quarantine: &Quarantine) -> Vec<Self> {
+        let entry = |(seq, record): &(Seq, Option<super::Record>)| match record {
+            Some(record) => Self {
+                seq: *seq,
+                revision: record.revision,
+                keys: record.changes.len() as u64,
+                at_ms: record.at_ms,
+                reason: record.reason.clone(),
+            },
+            None => {
+                Self { seq: *seq, revision: Revision(0), keys: 0, at_ms: 0, reason: "its record is gone".to_owned() }
+            }
+        };
+        quarantine.entries.iter().map(entry).collect()
+    }
 }
 
 /// How a comparison ended.
@@ -301,6 +342,8 @@ impl LinkStatus {
             canary: None,
             verification: Verification::default(),
             foreign_writes: None,
+            quarantined_revisions: 0,
+            quarantined: Vec::new(),
             stages: Vec::new(),
         }
     }

@@ -190,7 +190,9 @@ impl Comparison {
         if self.link_back && !self.compared.found.is_empty() {
             self.look_again().await?;
         }
-        if let Some(mending) = self.mending.filter(|mending| mending.ends || self.compared.differing > 0) {
+        if let Some(mending) =
+            self.mending.filter(|mending| mending.ends || self.compared.differing > self.compared.expected())
+        {
             guard_deletes(&self.compared, mending)?;
             self.mend().await?;
         }
@@ -409,10 +411,14 @@ impl Comparison {
     }
 
     fn note(&mut self, key: wire::DifferingKey) -> Result<(), Failed> {
+        let quarantined = key.quarantined;
         let found = found_of(key).ok_or(Failed::OtherAnswer)?;
         self.compared.differing += 1;
         self.found_bytes += found.key.len();
         if self.compared.found.len() < FOUND_KEYS_MAX && self.found_bytes <= FOUND_BYTES_MAX {
+            if quarantined {
+                self.compared.quarantined.insert(found.key.clone());
+            }
             self.compared.found.push(found);
         }
         Ok(())

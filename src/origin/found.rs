@@ -7,6 +7,7 @@ use crate::model::{Digest, KeyRange, Revision};
 use crate::wire::parts::{Difference, DifferingKey, KeyList, Part, tile};
 use crate::wire::replicate as wire;
 use bytes::Bytes;
+use std::collections::BTreeSet;
 
 /// What a key costs in an answer beside its own bytes: both values' digests, tags and lengths.
 const KEY_OVERHEAD: usize = 34;
@@ -33,8 +34,22 @@ pub(super) struct Compared {
     pub found: Vec<DifferingKey>,
     /// Keys that differed at first and not any more, where a link back exists: they were on their way.
     pub moving: u64,
+    /// Of those that are kept: keys of revisions in quarantine at the replica.
+    pub quarantined: BTreeSet<Bytes>,
     /// Keys that a repair put and deleted at the replica.
     pub mended: Option<(u64, u64)>,
+}
+
+impl Compared {
+    /// Keys that differ and are expected to.
+    pub fn expected(&self) -> u64 {
+        self.found.iter().filter(|found| self.quarantined.contains(&found.key)).count() as u64
+    }
+
+    /// What a repair mends: what is in quarantine is left to those who retry it.
+    pub fn mendable(&self) -> impl Iterator<Item = &DifferingKey> {
+        self.found.iter().filter(|found| !self.quarantined.contains(&found.key))
+    }
 }
 
 /// Why what differs is not mended; each says what to do.
@@ -54,7 +69,7 @@ pub(super) fn guard_deletes(compared: &Compared, mending: Mending) -> Result<(),
     if compared.differing > compared.found.len() as u64 {
         return Err(MendStop::TooMany { differing: compared.differing });
     }
-    let count = |difference| compared.found.iter().filter(|found| found.difference == difference).count() as u64;
+    let count = |difference| compared.mendable().filter(|found| found.difference == difference).count() as u64;
     let (deletes, missing) = (count(Difference::Extra), count(Difference::Missing));
     let (origin_keys, share_max) = (compared.keys, mending.deletes_share_max);
     let replica_keys = (origin_keys + deletes).saturating_sub(missing);
@@ -186,6 +201,17 @@ mod tests {
         assert!(guard_deletes(&extra(0, 1), Mending { deletes_share_max: 1.0, ..mending }).is_err(), "an empty origin");
         assert!(guard_deletes(&extra(9, 1), Mending { deletes_share_max: f64::NAN, ..mending }).is_err());
         assert!(guard_deletes(&extra(0, 0), mending).is_ok());
+    }
+
+    #[test]
+    fn keys_in_quarantine_are_expected_to_differ_and_left_out_of_a_repair_and_its_guard() {
+        let mut compared = extra(90, 11);
+        assert_eq!((compared.expected(), compared.mendable().count()), (0, 11));
+        compared.quarantined = [Bytes::from_static(b"0003"), Bytes::from_static(b"elsewhere")].into();
+        assert_eq!((compared.expected(), compared.mendable().count()), (1, 10));
+        assert!(compared.mendable().all(|found| found.key != "0003"));
+        let mending = Mending { allow_deletes: false, deletes_share_max: 0.1, ends: false };
+        assert!(guard_deletes(&compared, mending).is_ok(), "ten of a hundred");
     }
 
     #[test]

@@ -78,6 +78,7 @@ mod tests {
             part: 0,
             part_digest: None,
             skipped: Vec::new(),
+            held_back: None,
         }
     }
 

@@ -1,20 +1,91 @@
-//! Job: ship the keys that a comparison found to differ, and learn what became of them.
-//! Input: the differing keys, by name; what the session shipped, the replica's answers. Output: how many were put and deleted.
-//! Edge: part of a comparison, which owns all of it.
-//! Always true: one repair is under way at a time; what the session could not ship, or only in part, is asked for again, in vain for so long.
+//! Job: ship the keys that a comparison found to differ, and learn what became of them; read what keys are at the origin.
+//! Input: the differing keys, by name; what the session shipped, the replica's answers. Output: how many were put and deleted; values.
+//! Edge: part of a comparison, which owns all of it; what is read is the session's.
+//! Always true: one repair is under way at a time; what the session could not ship, or only in part, is asked for again, in vain for so long;
+//! keys of revisions in quarantine are left to those who retry them.
 
-use super::compare::{ANSWER_DEADLINE, Answer, Ask, Comparison, Failed, MARK_PAUSE, MARKS_IN_VAIN_MAX};
+use super::compare::{ANSWER_DEADLINE, Answer, Ask, Comparison, Failed, MARK_PAUSE, MARKS_IN_VAIN_MAX, Shipped};
+use crate::etcd::{Columns, Etcd, EtcdError};
+use crate::model::{Change, KeyRange, LinkName, Revision, Seq};
+use crate::wire::parts::after_key;
 use crate::wire::replicate as wire;
 use bytes::Bytes;
 use tokio::sync::oneshot;
+use tokio::task::JoinSet;
 
 /// Keys of one repair: its values are read while frames wait.
 const REPAIR_KEYS: usize = 256;
+/// Keys that a replica may ask for at once.
+pub(super) const WANTED_KEYS_MAX: usize = REPAIR_KEYS;
+/// Values of a repair that are read at a time.
+const READS_AT_ONCE: usize = 16;
+
+/// Whose repair it is.
+pub(super) struct RepairOf {
+    /// No more follow.
+    pub last: bool,
+    /// The comparison that waits for it.
+    pub reply: Option<oneshot::Sender<Result<Shipped, String>>>,
+    /// The replica's question that it answers.
+    pub wanted: Option<wire::KeysWanted>,
+}
+
+/// What the keys of a repair are at the origin, being read where the stream stands; frames wait for it.
+pub(super) struct RepairReading {
+    pub last: bool,
+    pub keys: usize,
+    pub at: Revision,
+    /// Where the stream stood; a reset moves it.
+    pub stood: (Seq, Revision),
+    pub changes: JoinSet<Result<Vec<Change>, EtcdError>>,
+    pub wanted: Option<wire::KeysWanted>,
+    reply: Option<oneshot::Sender<Result<Shipped, String>>>,
+}
+
+impl RepairReading {
+    /// `at`: at which revision, and of how many bytes.
+    pub fn begin(
+        etcd: Etcd,
+        keys: Vec<Bytes>,
+        (at, bytes_max): (Revision, usize),
+        stood: (Seq, Revision),
+        of: RepairOf,
+    ) -> Self {
+        let (count, mut changes) = (keys.len(), JoinSet::new());
+        changes.spawn(read_keys(etcd, keys, at, bytes_max));
+        let RepairOf { last, reply, wanted } = of;
+        Self { last, keys: count, at, stood, changes, wanted, reply }
+    }
+
+    fn tell(reply: Option<oneshot::Sender<Result<Shipped, String>>>, outcome: Result<Shipped, String>) {
+        if let Some(reply) = reply {
+            // A comparison that has ended does not wait any more.
+            let _ = reply.send(outcome);
+        }
+    }
+
+    pub fn shipped(self, shipped: Shipped) {
+        Self::tell(self.reply, Ok(shipped));
+    }
+
+    /// What was read is not what the stream stands at any more; a question that is still to be answered.
+    pub fn moved(self) -> Option<wire::KeysWanted> {
+        Self::tell(self.reply, Err("the stream was reset meanwhile".to_owned()));
+        self.wanted
+    }
+
+    pub fn failed(self, link: &LinkName, error: &EtcdError) {
+        if self.wanted.is_some() {
+            tracing::warn!(%link, %error, "what the replica asks of some keys cannot be read: its operator asks again");
+        }
+        Self::tell(self.reply, Err(format!("the origin's etcd: {error}")));
+    }
+}
 
 impl Comparison {
     /// Ships the keys that differ, as many at a time as one message takes.
     pub(super) async fn mend(&mut self) -> Result<(), Failed> {
-        let keys: Vec<Bytes> = self.compared.found.iter().map(|found| found.key.clone()).collect();
+        let keys: Vec<Bytes> = self.compared.mendable().map(|found| found.key.clone()).collect();
         let (mut puts, mut deletes, mut in_vain) = (0, 0, 0);
         let mut left = &keys[..];
         loop {
@@ -54,4 +125,28 @@ impl Comparison {
             }
         }
     }
+}
+
+/// What the keys are at a revision, from the first on, until they are `bytes_max` together.
+async fn read_keys(etcd: Etcd, keys: Vec<Bytes>, at: Revision, bytes_max: usize) -> Result<Vec<Change>, EtcdError> {
+    let mut changes: Vec<Change> = Vec::with_capacity(keys.len());
+    let mut bytes = 0;
+    for some in keys.chunks(READS_AT_ONCE) {
+        let read = futures::future::try_join_all(some.iter().map(|key| read_key(&etcd, key, at))).await?;
+        bytes += read.iter().map(Change::bytes).sum::<usize>();
+        changes.extend(read);
+        if bytes >= bytes_max {
+            break;
+        }
+    }
+    Ok(changes)
+}
+
+async fn read_key(etcd: &Etcd, key: &Bytes, at: Revision) -> Result<Change, EtcdError> {
+    let range = KeyRange { from: key.clone(), to: after_key(key) };
+    let page = etcd.page(&range, 1, Some(at), Columns::KeysAndValues).await?;
+    Ok(match page.kvs.into_iter().next() {
+        Some(kv) => Change::Put { key: kv.key, value: kv.value },
+        None => Change::Delete { key: key.clone() },
+    })
 }

@@ -361,6 +361,7 @@ impl Views<'_> {
         status.copy = ship.copy;
         status.canary = self.canary();
         status.verification.clone_from(&ship.verification);
+        status.quarantined_revisions = ship.quarantined;
         status.stages = vec![
             StageStatus {
                 stage: "watch",

@@ -345,6 +345,10 @@ impl Session {
             Some(receipt::What::PartsAnswer(answer)) => self.answered(Answer::Parts(answer)),
             Some(receipt::What::KeyListsAnswer(answer)) => self.answered(Answer::Lists(answer)),
             Some(receipt::What::MarkFailed(failed)) => self.answered(Answer::MarkFailed(failed)),
+            Some(receipt::What::KeysWanted(wanted)) => {
+                self.verifying.want_keys(wanted);
+                Ok(())
+            }
             Some(receipt::What::Repaired(repaired)) => self.answered(Answer::Repaired(repaired)),
             None => Ok(()),
         }
@@ -375,6 +379,7 @@ impl Session {
             view.counts.insert("repeated", ack.repeated);
             view.counts.insert("transactions", ack.transactions);
             view.counts.insert("conflicts", ack.conflicts);
+            view.quarantined = ack.quarantined;
             view.reason.clone_from(&ack.waiting);
         });
         self.learn_verified(ship, Revision(ack.verified_revision), ack.verified_at_ms);
@@ -395,6 +400,7 @@ impl Session {
         ship.view.send_modify(|view| {
             let acked = self.shipped.acked;
             view.state = match (acked.following, acked.repairing) {
+                _ if acked.held => LinkState::Held,
                 (true, _) => LinkState::Following,
                 (false, true) => LinkState::Repairing,
                 (false, false) => LinkState::Copying,

@@ -316,7 +316,7 @@ impl Shipper {
     }
 
     async fn connect_and_ship(&mut self) -> SessionEnd {
-        let greeted = match self.greet().await {
+        let greeted = match Box::pin(self.greet()).await {
             Ok(greeted) => greeted,
             Err(end) => return end,
         };

@@ -28,6 +28,8 @@ pub struct Acked {
     pub repairing: bool,
     /// Somebody else wrote at the replica, which wants that mended.
     pub repair_wanted: bool,
+    /// Applying waits for a person, at the replica.
+    pub held: bool,
 }
 
 /// One stream's account.
@@ -178,6 +180,7 @@ impl Shipped {
         acked.following = ack.following && !copying;
         acked.repairing = ack.repairing && !copying;
         acked.repair_wanted = ack.repair_wanted && acked.following;
+        acked.held = ack.held;
         acked.position_revision = acked.position_revision.max(Revision(ack.position_revision));
         let lag = acked.applied_revision > self.acked.applied_revision
             || acked.durable_revision > self.acked.durable_revision;

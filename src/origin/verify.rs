@@ -8,14 +8,15 @@
 use super::Clock;
 use super::compare::{Answer, Ask, Comparison, Failed, Mark, Pace, Shipped};
 use super::found::{Compared, MendStop, Mending};
+use super::mend::{RepairOf, RepairReading, WANTED_KEYS_MAX};
 use super::session::{Session, SessionEnd};
 use super::ship::Shipper;
 use crate::admin::LinkCommand;
-use crate::etcd::{Columns, Etcd, EtcdError};
-use crate::model::{Change, DifferingRange, KeyRange, Outcome, PartsProgress, Revision, Seq, WholeRevision};
+use crate::etcd::EtcdError;
+use crate::model::{Change, DifferingRange, Outcome, PartsProgress, Revision, Seq, WholeRevision};
 use crate::scan::Sizes;
-use crate::wire::parts::{DifferingKey, after_key};
-use crate::wire::replicate::{Mark as MarkMessage, Repair, Shipment, Verified, shipment};
+use crate::wire::parts::DifferingKey;
+use crate::wire::replicate::{KeysWanted, Mark as MarkMessage, Repair, Shipment, Verified, shipment};
 use crate::wire::{digest, frame};
 use bytes::Bytes;
 use std::collections::VecDeque;
@@ -28,8 +29,6 @@ use tokio::time::Instant;
 const ASKS_MAX: usize = 1;
 /// More than the answers that a comparison has open, and the word that its mark failed.
 const ANSWERS_MAX: usize = 32;
-/// Values of a repair that are read at a time.
-const READS_AT_ONCE: usize = 16;
 /// A repair that failed is begun again after so long.
 const REPAIR_PAUSE: Duration = Duration::from_secs(60);
 /// Between a repair and the comparison that proves it: its outcome is seen before the next one's.
@@ -42,7 +41,7 @@ const RANGES_TOLD_MAX: usize = 16;
 pub(super) struct Verifying {
     running: Option<Running>,
     /// Asked for while another ran that began before.
-    wanted: Option<Wish>,
+    wanted_next: Option<Wish>,
     /// The next one that is due goes at full speed: it proves what a repair did.
     hurry: bool,
     /// When the last one ended in this stream.
@@ -52,6 +51,8 @@ pub(super) struct Verifying {
     /// A mark that waits for the way to be free, and who waits for it.
     marking: Option<(oneshot::Sender<Mark>, Mark)>,
     reading: Option<RepairReading>,
+    /// What the replica asks, until nothing else is being read.
+    wanted: Option<KeysWanted>,
 }
 
 struct Running {
@@ -70,23 +71,14 @@ struct Wish {
     mending: Option<Mending>,
 }
 
-/// What the keys of a repair are at the origin, being read where the stream stands; frames wait for it.
-struct RepairReading {
-    last: bool,
-    keys: usize,
-    reply: oneshot::Sender<Result<Shipped, String>>,
-    at: Revision,
-    /// Where the stream stood; a reset moves it.
-    stood: (Seq, Revision),
-    changes: JoinSet<Result<Vec<Change>, EtcdError>>,
-}
-
 /// What the session has to do for a comparison.
 pub(super) enum VerifyEvent {
     /// One is due.
     Due,
     Asked(Ask),
     Read(Result<Vec<Change>, EtcdError>),
+    /// The replica retries a revision in quarantine.
+    Wanted(KeysWanted),
     Ended(Result<Compared, Failed>),
 }
 
@@ -97,6 +89,9 @@ impl Verifying {
             let read = reading.changes.join_next().await;
             let ended = || Err(EtcdError::Other("the read has ended".to_owned()));
             return VerifyEvent::Read(read.and_then(Result::ok).unwrap_or_else(ended));
+        }
+        if let Some(wanted) = self.wanted.take() {
+            return VerifyEvent::Wanted(wanted);
         }
         let Some(running) = &mut self.running else {
             return match due {
@@ -127,6 +122,11 @@ impl Verifying {
         if let Some(running) = &self.running {
             let _ = running.answers.try_send(answer);
         }
+    }
+
+    /// The replica asks what some keys are now; its last question counts.
+    pub(super) fn want_keys(&mut self, wanted: KeysWanted) {
+        self.wanted = Some(wanted);
     }
 
     /// The mark was sent: what is asked about it comes after it.
@@ -177,8 +177,8 @@ impl Session {
         }
         let runs = ship.view.borrow().verification.runs;
         let promised = if self.verifying.running.as_ref().is_some_and(|running| running.asked) {
-            let before = self.verifying.wanted.unwrap_or_default();
-            self.verifying.wanted = Some(Wish { mending: wish.mending.or(before.mending) });
+            let before = self.verifying.wanted_next.unwrap_or_default();
+            self.verifying.wanted_next = Some(Wish { mending: wish.mending.or(before.mending) });
             runs + 2
         } else {
             // One that was due began earlier, and goes slowly.
@@ -212,7 +212,8 @@ impl Session {
         let mut tasks = JoinSet::new();
         tasks.spawn(comparison.run());
         let (asks, started) = (asked_of_us, Instant::now());
-        (self.verifying.marking, self.verifying.reading) = (None, None);
+        self.verifying.marking = None;
+        self.verifying.reading.take_if(|reading| reading.wanted.is_none());
         self.verifying.running = Some(Running { asked, started, tasks, asks, answers, progress: shown });
         tracing::debug!(link = %send.link, asked, mend = wish.mending.is_some(), "a comparison of both sides begins");
         self.show_verification(ship);
@@ -258,12 +259,11 @@ impl Session {
                 Some(Shipment { what: Some(shipment::What::Mark(message)) })
             }
             VerifyEvent::Asked(Ask::Repair { keys, last, reply }) => {
-                let (at, count) = (self.standing(ship), keys.len());
-                let bytes_max = ship.origin.limits.page_bytes_max;
-                let mut changes = JoinSet::new();
-                changes.spawn(read_keys(self.etcd.clone(), keys, at, bytes_max));
-                let stood = (self.shipped.seq, self.shipped.cursor);
-                self.verifying.reading = Some(RepairReading { last, keys: count, reply, at, stood, changes });
+                self.read_repair(ship, keys, RepairOf { last, reply: Some(reply), wanted: None });
+                None
+            }
+            VerifyEvent::Wanted(wanted) => {
+                self.read_wanted(ship, wanted);
                 None
             }
             VerifyEvent::Read(read) => self.repair_of(ship, read),
@@ -290,17 +290,34 @@ impl Session {
         self.begin(ship, Wish::default(), false, core_share);
     }
 
+    fn read_repair(&mut self, ship: &Shipper, keys: Vec<Bytes>, of: RepairOf) {
+        let stood = (self.shipped.seq, self.shipped.cursor);
+        let bytes_max = ship.origin.limits.page_bytes_max;
+        let reading = RepairReading::begin(self.etcd.clone(), keys, (self.standing(ship), bytes_max), stood, of);
+        self.verifying.reading = Some(reading);
+    }
+
+    fn read_wanted(&mut self, ship: &Shipper, wanted: KeysWanted) {
+        let inside = wanted.keys.iter().all(|key| ship.origin.send.ranges.contains(key));
+        if !inside || wanted.keys.len() > WANTED_KEYS_MAX {
+            tracing::error!(link = %ship.origin.send.link, "the replica asks for keys that are not the link's, or for too many: it is not answered");
+            return;
+        }
+        self.read_repair(ship, wanted.keys.clone(), RepairOf { last: false, reply: None, wanted: Some(wanted) });
+    }
+
     /// A repair of what was read, if the stream still stands where it was read.
     fn repair_of(&mut self, ship: &Shipper, read: Result<Vec<Change>, EtcdError>) -> Option<Shipment> {
-        let RepairReading { last, keys, reply, at, stood, .. } = self.verifying.reading.take()?;
+        let reading = self.verifying.reading.take()?;
+        let (at, keys, wanted) = (reading.at, reading.keys, reading.wanted.as_ref().map_or(0, |wanted| wanted.wanted));
         let changes = match read {
-            Ok(changes) if stood == (self.shipped.seq, self.shipped.cursor) => changes,
+            Ok(changes) if reading.stood == (self.shipped.seq, self.shipped.cursor) => changes,
             Ok(_) => {
-                let _ = reply.send(Err("the stream was reset meanwhile".to_owned()));
+                self.verifying.wanted = reading.moved().or(self.verifying.wanted.take());
                 return None;
             }
-            Err(e) => {
-                let _ = reply.send(Err(format!("the origin's etcd: {e}")));
+            Err(error) => {
+                reading.failed(&ship.origin.send.link, &error);
                 return None;
             }
         };
@@ -310,8 +327,9 @@ impl Session {
         let digest = digest::of_revision(&whole);
         let frame = frame::encode_standalone(self.epoch, self.term, Seq(0), &[whole], &[digest]);
         ship.view.send_modify(|view| view.bytes_sent += frame.len() as u64);
-        let _ = reply.send(Ok(Shipped { repair, keys: count }));
-        let repair = Repair { repair, after_seq: self.shipped.seq.0, frame, last: last && count == keys };
+        let last = reading.last && count == keys;
+        reading.shipped(Shipped { repair, keys: count });
+        let repair = Repair { repair, after_seq: self.shipped.seq.0, frame, last, wanted };
         Some(Shipment { what: Some(shipment::What::Repair(repair)) })
     }
 
@@ -345,7 +363,7 @@ impl Session {
             view.verification.running = None;
             view.count("verifications", 1);
         });
-        if let Some(wish) = self.verifying.wanted.take() {
+        if let Some(wish) = self.verifying.wanted_next.take() {
             self.begin(ship, wish, true, 1.0);
         }
         told
@@ -353,7 +371,8 @@ impl Session {
 
     /// The stream has ended, and with it what was asked for.
     pub(super) fn abandon_verification(&mut self, ship: &mut Shipper, reason: &str) {
-        (self.verifying.running, self.verifying.wanted, self.verifying.reading) = (None, None, None);
+        (self.verifying.running, self.verifying.wanted_next, self.verifying.reading) = (None, None, None);
+        self.verifying.wanted = None;
         let reason = format!("the stream to the replica ended: {reason}");
         ship.view.send_modify(|view| view.abandon_verification(&reason));
     }
@@ -389,7 +408,11 @@ fn tell(ship: &Shipper, compared: &Compared, seconds: f64) -> Shipment {
         (_, Some(_)) => Outcome::Mended,
         (_, None) => Outcome::Different,
     };
+    let expected = compared.expected();
     match (outcome, compared.mended) {
+        (Outcome::Different, _) if expected == compared.differing => {
+            tracing::warn!(%link, %revision, expected, "both sides differ as expected, in keys of revisions in quarantine at the replica");
+        }
         (Outcome::Different, _) => tracing::error!(%link, %revision, differing = compared.differing,
             "both sides differ: see `etcd-ferry status` at the origin's sidecar"),
         (_, Some((puts, deletes))) => {
@@ -404,7 +427,7 @@ fn tell(ship: &Shipper, compared: &Compared, seconds: f64) -> Shipment {
         if outcome == Outcome::Equal {
             (verification.verified_revision, verification.verified_at_ms) = (revision, at_ms);
         }
-        verification.differing_keys = compared.differing;
+        (verification.differing_keys, verification.expected_keys) = (compared.differing, expected);
         verification.differing_ranges = told_ranges(&compared.found);
         verification.detail = detail_of(compared, seconds);
         let (puts, deletes) = compared.mended.unwrap_or_default();
@@ -415,32 +438,9 @@ fn tell(ship: &Shipper, compared: &Compared, seconds: f64) -> Shipment {
         origin_revision: verification.verified_revision.0,
         at_ms: verification.verified_at_ms,
         differing_keys: compared.differing,
+        expected_keys: expected,
     };
     Shipment { what: Some(shipment::What::Verified(told)) }
-}
-
-/// What the keys are at a revision, from the first on, until they are `bytes_max` together.
-async fn read_keys(etcd: Etcd, keys: Vec<Bytes>, at: Revision, bytes_max: usize) -> Result<Vec<Change>, EtcdError> {
-    let mut changes: Vec<Change> = Vec::with_capacity(keys.len());
-    let mut bytes = 0;
-    for some in keys.chunks(READS_AT_ONCE) {
-        let read = futures::future::try_join_all(some.iter().map(|key| read_key(&etcd, key, at))).await?;
-        bytes += read.iter().map(Change::bytes).sum::<usize>();
-        changes.extend(read);
-        if bytes >= bytes_max {
-            break;
-        }
-    }
-    Ok(changes)
-}
-
-async fn read_key(etcd: &Etcd, key: &Bytes, at: Revision) -> Result<Change, EtcdError> {
-    let range = KeyRange { from: key.clone(), to: after_key(key) };
-    let page = etcd.page(&range, 1, Some(at), Columns::KeysAndValues).await?;
-    Ok(match page.kvs.into_iter().next() {
-        Some(kv) => Change::Put { key: kv.key, value: kv.value },
-        None => Change::Delete { key: key.clone() },
-    })
 }
 
 fn failed_run(ship: &Shipper, reason: &str) {
@@ -452,6 +452,13 @@ fn failed_run(ship: &Shipper, reason: &str) {
 
 fn detail_of(compared: &Compared, seconds: f64) -> String {
     let mut detail = format!("{} keys at origin revision {}, in {seconds:.1} s", compared.keys, compared.revision);
+    match compared.expected() {
+        0 => {}
+        all if all == compared.differing => detail.push_str(
+            "; all that differ are keys of revisions in quarantine, as expected: `etcd-ferry quarantine list` at the replica's sidecar",
+        ),
+        some => detail.push_str(&format!("; {some} of those that differ are keys of revisions in quarantine, as expected")),
+    }
     if compared.moving > 0 {
         detail
             .push_str(&format!("; {} more differed and were on their way, since a link back exists", compared.moving));

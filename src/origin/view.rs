@@ -35,6 +35,8 @@ pub struct ShipView {
     /// What the open stream could not write at the origin the last time, and why.
     pub unwritten: Option<String>,
     pub verification: Verification,
+    /// Revisions that the replica goes on without.
+    pub quarantined: u64,
     /// Once so many comparisons have ended, everyone who asked for one has an answer.
     pub runs_promised: u64,
     /// Since when a base copy is wanted and not complete: all that it is to bring is behind since then.
@@ -64,6 +66,7 @@ impl Default for ShipView {
             canary: (None, None),
             unwritten: None,
             verification: Verification::default(),
+            quarantined: 0,
             runs_promised: 0,
             copy_since: None,
         }

@@ -3,6 +3,7 @@
 //! Always true: changes and position commit together or not at all; after any doubt the position is read again before anything else;
 //! an `Applied` is made here alone, from a committed transaction or from a position that was read.
 
+use super::breaker::Breaker;
 use super::commit::{Committed, InFlight, answer_of};
 use super::dedupe::Dedupe;
 use super::foreign::OwnRevisions;
@@ -10,15 +11,21 @@ use super::journal::{Journal, JournalEntry, JournalError};
 use super::mark::Mark;
 use super::next::{self, Idle};
 use super::plan::{self, Begun, Plan, PlanError, RequestLimits, RunFacts, TxnTree, Waiting};
+use super::poison::Trial;
 use super::position::{Held, HelloAnswer, HelloFacts, HelloRefused};
-use crate::config::Limits;
+use super::quarantine::Retrying;
+use super::receive::Told;
+use crate::admin::{ReplicaCommand, next_command};
+use crate::config::{DeleteShares, Limits, OnPoison};
 use crate::etcd::gate::Gate;
 use crate::etcd::{Columns, Etcd, EtcdError};
-use crate::model::{Digest, Epoch, LinkName, Position, Ranges, Revision, Seq, Term, Waymark};
+use crate::model::{
+    Digest, Epoch, HeldBack, LinkName, Position, Quarantine, Ranges, Revision, Seq, Term, Waymark, skipped_bytes,
+};
 use crate::retry::Backoff;
 use crate::segment::feed::FeedError;
-use crate::wire::replicate::CopyAck;
 use crate::wire::replicate::refusal::Kind;
+use crate::wire::replicate::{CopyAck, KeysWanted};
 use bytes::Bytes;
 use std::collections::VecDeque;
 use std::future::Future;
@@ -29,7 +36,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// The longest JSON of a position without a cursor: its names, ten numbers of 20 digits, three digests, one cluster id.
+/// The longest JSON of a position without a cursor, skipped seqs and what is held back: its names, ten numbers of 20 digits, three digests,
+/// one cluster id.
 const POSITION_BYTES_MAX: usize = 700;
 /// A range read before a guarded range delete; its keys are held in memory for a moment.
 const RUN_KEYS_MAX: usize = 200_000;
@@ -37,6 +45,13 @@ const RUN_KEYS_MAX: usize = 200_000;
 const GUARD_FAILURES_MAX: u32 = 2;
 /// A committed transaction may take so long to answer while the process stops.
 const STOP_DEADLINE: Duration = Duration::from_secs(3);
+
+/// What this position, and each that follows it before the next one is skipped or held back, takes without a cursor.
+pub(super) fn position_bytes_max(position: Option<&Position>) -> usize {
+    let skipped = position.map_or(0, |position| position.skipped.len());
+    let held_back = position.and_then(|position| position.held_back).map_or(0, |_| HeldBack::BYTES_MAX);
+    POSITION_BYTES_MAX + skipped_bytes(skipped) + held_back
+}
 
 /// Proof that the replica's etcd holds everything up to `seq`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -87,6 +102,17 @@ pub struct ApplyView {
     pub copy_keys_total: u64,
     /// Keys that the copy had reached before it was taken up again.
     pub copy_keys_before: u64,
+    /// Applying waits for a person, who decides here; `waiting` says for what.
+    pub held: bool,
+    /// Revisions of the transaction in flight.
+    pub applying: u64,
+    pub quarantine: Arc<Quarantine>,
+    /// Revisions that were quarantined since the sidecar started.
+    pub quarantined_ever: u64,
+    /// Revisions that were held back for their deletes since then.
+    pub held_back_ever: u64,
+    /// What a retry asks of the origin; the session that it asks.
+    pub wanted: Option<(u64, KeysWanted)>,
     /// What ended the stream; the session that it concerns.
     pub refusal: Option<(u64, Kind, String)>,
 }
@@ -125,8 +151,22 @@ pub struct Applier {
     queue_bytes_max: usize,
     pub(super) ranges: Option<Ranges>,
     pub(super) journal: Arc<Journal>,
-    dedupe: Arc<Dedupe>,
+    pub(super) dedupe: Arc<Dedupe>,
     pub(super) own: Arc<Mutex<OwnRevisions>>,
+    pub(super) on_poison: OnPoison,
+    pub(super) trial: Trial,
+    /// As the position has it.
+    pub(super) quarantine: Arc<Quarantine>,
+    pub(super) retrying: Option<Retrying>,
+    pub(super) breaker: Breaker,
+    /// What waits up to this seq may be applied, whatever it deletes.
+    pub(super) cleared: Seq,
+    /// The last question to the origin about keys.
+    pub(super) wanted: u64,
+    /// The last hello knew of a link back over the same ranges.
+    pub(super) link_back: bool,
+    pub(super) told: watch::Receiver<Told>,
+    operator: mpsc::Receiver<ReplicaCommand>,
     /// What the dedupe log has not been told yet.
     done: Option<Applied>,
     pub(super) held: Option<Held>,
@@ -149,6 +189,8 @@ pub struct Applier {
     /// Set by what only an operator can cure; a new hello clears it.
     pub(super) stopped: bool,
     pub(super) session: u64,
+    /// What the breaker's clock counts from.
+    pub(super) began: Instant,
     /// What the present session's sender may write with: a position above it is another sender's. `None`: there was no hello yet, or it is of
     /// another origin than the position, whose terms say nothing.
     pub(super) claim: Option<(Epoch, Term)>,
@@ -170,6 +212,13 @@ pub struct ApplierParts {
     pub dedupe: Arc<Dedupe>,
     /// The revisions that the applier makes, for whoever looks out for others'.
     pub own: Arc<Mutex<OwnRevisions>>,
+    pub on_poison: OnPoison,
+    pub delete_shares: DeleteShares,
+    /// What an earlier process was refused.
+    pub trial: Trial,
+    /// What an operator asks.
+    pub operator: mpsc::Receiver<ReplicaCommand>,
+    pub told: watch::Receiver<Told>,
     pub hello_waiting: watch::Receiver<u64>,
     pub commands: mpsc::Receiver<ApplyCommand>,
     pub view: watch::Sender<ApplyView>,
@@ -182,7 +231,7 @@ impl Applier {
             bytes_max: parts.limits.request_bytes_max,
             bytes_refused: None,
             position_key_bytes: parts.link.position_key().len(),
-            position_value_bytes_max: POSITION_BYTES_MAX,
+            position_value_bytes_max: position_bytes_max(None),
         };
         Self {
             link: parts.link,
@@ -194,6 +243,16 @@ impl Applier {
             journal: parts.journal,
             dedupe: parts.dedupe,
             own: parts.own,
+            on_poison: parts.on_poison,
+            trial: parts.trial,
+            quarantine: Arc::default(),
+            retrying: None,
+            breaker: Breaker::new(parts.delete_shares),
+            cleared: Seq(0),
+            wanted: 0,
+            link_back: false,
+            told: parts.told,
+            operator: parts.operator,
             done: None,
             held: None,
             expected: None,
@@ -210,6 +269,7 @@ impl Applier {
             retry_at: Some(Instant::now()),
             stopped: false,
             session: 0,
+            began: Instant::now(),
             claim: None,
             hello_taken: 0,
             hello_waiting: parts.hello_waiting,
@@ -247,6 +307,7 @@ impl Applier {
                     Some(command) => Box::pin(self.command(command)).await,
                     None => return,
                 },
+                Some(command) = next_command(&mut self.operator) => Box::pin(self.operate(command)).await,
                 () = sleep_until(self.retry_at) => self.retry().await,
                 entries = read(&mut reading), if may_read => match entries {
                     Ok(entries) => {
@@ -287,7 +348,7 @@ impl Applier {
         if !self.follows() {
             return;
         }
-        if self.in_flight.as_ref().is_some_and(|f| f.load.revisions == 0) {
+        if self.in_flight.as_ref().is_some_and(|f| f.load.revisions == 0 || self.trial.is_searching()) {
             // What comes next depends on how this one ends.
             return;
         }
@@ -296,6 +357,9 @@ impl Applier {
             if !self.follows() {
                 return;
             }
+        }
+        if !self.clear_deletes().await {
+            return;
         }
         if self.in_flight.is_none() {
             // More came while the last transaction was on its way.
@@ -309,10 +373,11 @@ impl Applier {
                 return self.persist_idle().await;
             };
             let mark = self.marks.front().map(|mark| mark.after);
-            let next = plan::up_to(self.waiting.iter().skip(in_flight).map(|(w, _)| w), mark);
-            match plan::plan(next, begun, ranges, &self.limits) {
+            let cleared = self.waiting.iter().map(|(w, _)| w).take_while(|w| w.seq <= self.cleared);
+            let next = plan::up_to(cleared.skip(in_flight), mark);
+            match plan::plan(next.take(self.trial.revisions_max()), begun, ranges, &self.limits) {
                 Ok(planned) => self.planned = planned,
-                Err(e) => return self.refuse_plan(&e),
+                Err(e) => return Box::pin(self.refuse_plan(&e)).await,
             }
         }
         if self.in_flight.is_none()
@@ -335,7 +400,7 @@ impl Applier {
         match planned.settle(&facts, &self.limits) {
             Ok(settled) => self.submit(settled),
             Err(PlanError::LimitsShrank) => {}
-            Err(e) => self.refuse_plan(&e),
+            Err(e) => Box::pin(self.refuse_plan(&e)).await,
         }
     }
 
@@ -364,11 +429,26 @@ impl Applier {
         Ok(etcd)
     }
 
-    async fn command(&mut self, command: ApplyCommand) {
+    /// What is in flight is waited for: what comes next needs the position as it is then.
+    async fn settle_in_flight(&mut self) {
         if let Some(in_flight) = &mut self.in_flight {
             let answer = (&mut in_flight.answer).await;
             self.finished(answer).await;
         }
+    }
+
+    async fn operate(&mut self, command: ReplicaCommand) {
+        self.settle_in_flight().await;
+        match command {
+            ReplicaCommand::Show { seq, reply } => _ = reply.send(self.recorded(seq).cloned()),
+            ReplicaCommand::Retry { seq, reply } => self.begin_retry(seq, reply),
+            ReplicaCommand::Discard { seq, reply } => _ = reply.send(self.discard(seq).await),
+            ReplicaCommand::Allow { reply } => _ = reply.send(self.allow().await),
+        }
+    }
+
+    async fn command(&mut self, command: ApplyCommand) {
+        self.settle_in_flight().await;
         match command {
             ApplyCommand::Hello { facts, reply } => {
                 let answer = self.hello(facts).await;

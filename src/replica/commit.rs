@@ -70,16 +70,19 @@ impl Applier {
         let txn = transaction(Request::new(&self.link, held.mod_revision, &next, tree));
         let answer = Box::pin(async move { etcd.txn(txn, APPLY_RIGHT).await });
         self.in_flight = Some(InFlight { load, next, started: Instant::now(), answer });
+        self.show_applying(load.revisions);
     }
 
     /// Takes etcd's answer to what was in flight.
     pub(super) async fn finished(&mut self, answer: Result<TxnResponse, EtcdError>) {
         let Some(InFlight { load, next, started, .. }) = self.in_flight.take() else { return };
+        self.show_applying(0);
         let response = match answer {
             Ok(response) => response,
             Err(e) => {
                 self.planned = None;
-                return self.refused(e, load.request_bytes);
+                // A part is of one.
+                return Box::pin(self.refused(e, load.request_bytes, load.revisions.max(1))).await;
             }
         };
         match self.judge(&response, next) {
@@ -95,6 +98,7 @@ impl Applier {
                         self.waiting_bytes = self.waiting_bytes.saturating_sub(done.revision.bytes());
                     }
                 }
+                self.trial.passed(revisions);
                 if revisions > 0 && load.in_parts {
                     self.view.send_modify(|view| view.in_parts += 1);
                 }
@@ -108,12 +112,21 @@ impl Applier {
         }
     }
 
+    /// For the status alone: nobody is woken for it.
+    fn show_applying(&self, revisions: usize) {
+        self.view.send_if_modified(|view| {
+            view.applying = revisions as u64;
+            false
+        });
+    }
+
     /// What the answer means for the position that is held.
     fn judge(&mut self, response: &TxnResponse, next: Position) -> Committed {
         let found = if response.succeeded() { None } else { position_found(response) };
         let held = self.held.as_ref().map_or(Revision(0), |h| h.mod_revision);
         match answered(response.succeeded(), found, held) {
             Answered::Committed => {
+                self.knows(&next);
                 self.expected = Some(next.clone());
                 let revision = txn_revision(response);
                 lock(&self.own).note(revision);

@@ -59,7 +59,7 @@ impl Applier {
     /// Does one step; what etcd refuses for now is tried again until a new session takes the link.
     pub(super) async fn copy_step(&mut self, step: CopyStep) {
         loop {
-            let error = match self.try_step(&step).await {
+            let error = match Box::pin(self.try_step(&step)).await {
                 Ok(()) => {
                     self.backoff.succeeded();
                     self.view.send_modify(|view| view.waiting.clear());
@@ -108,7 +108,7 @@ impl Applier {
         }
         match step {
             CopyStep::Begin(begin) => self.begin_copy(begin.clone()).await,
-            CopyStep::Keys { range, keys, last } => self.count_keys(range, keys, *last).await,
+            CopyStep::Keys { range, keys, last } => Box::pin(self.count_keys(range, keys, *last)).await,
             CopyStep::Page { range, revision, kvs } => Box::pin(self.copy_page(range, *revision, kvs)).await,
             CopyStep::End { anchor_revision } => self.end_copy(*anchor_revision).await,
         }
@@ -163,7 +163,8 @@ impl Applier {
     /// The first position of an epoch, and the journal that goes with it.
     async fn open_with(&mut self, first: Position) -> Result<(), StepError> {
         let epoch = first.epoch;
-        self.commit_step(first, TxnTree { guards: Vec::new(), success: Vec::new() }, 0).await?;
+        self.commit_step(first, self.forget_quarantine(), 0).await?;
+        self.quarantine_is_over();
         if let Err(e) = self.journal.reset(epoch, Seq(0)).await {
             return Err(StepError::Etcd(EtcdError::Other(format!("the journal cannot be started afresh: {e}"))));
         }

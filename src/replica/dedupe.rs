@@ -1,11 +1,12 @@
-//! Job: the dedupe log: seq and digest of each revision that was received, and up to which all are applied. The only file that knows sled.
-//! Input: notes about seqs. Output: at start, the newest of them.
+//! Job: the dedupe log: seq, digest and state of each revision that was received, and up to which all are done. The only file that knows sled.
+//! Input: notes about seqs. Output: at start, the newest of them, and the one that had failed.
 //! Always true: losing it costs nothing but itself (the position is the truth), so whatever is wrong with it, it is moved aside and
 //! started afresh; once it is open nothing but its own thread waits for its disk, and what the thread has no place for is not noted.
 //!
 //! All sled calls are on one thread, behind `catch_unwind`: of 150 flipped bits in its files sled panicked on 115, and missed 16, so each
 //! value also has a checksum of ours. sled's `flush` never calls fsync: `sync_data` on its `db` file follows.
 
+use super::poison::SeqState;
 use crate::model::{Digest, Epoch, Revision, Seq};
 use std::fs::{self, DirBuilder, File};
 use std::io;
@@ -61,6 +62,8 @@ pub enum DedupeError {
 pub struct Opened {
     /// The newest entries, in order.
     pub recent: Vec<(Epoch, Seq, Digest)>,
+    /// The newest one that is not done and was refused so often.
+    pub failed: Option<(Epoch, Seq, u32)>,
     /// True if the log could not be read, and is empty now.
     pub moved_aside: bool,
 }
@@ -70,6 +73,7 @@ type Noted = (Seq, Digest, Revision);
 enum Call {
     Note(Epoch, Vec<Noted>),
     Done(Epoch, Seq),
+    State(Epoch, Seq, SeqState),
     Close(oneshot::Sender<()>),
 }
 
@@ -120,6 +124,11 @@ impl Dedupe {
         self.try_call(Call::Done(epoch, seq))
     }
 
+    /// One was refused, or is given up. Not noted where the thread is behind: refusals are then counted afresh after a restart.
+    pub fn state(&self, epoch: Epoch, seq: Seq, state: SeqState) -> Result<(), DedupeError> {
+        self.try_call(Call::State(epoch, seq, state))
+    }
+
     /// Syncs and ends the thread. Waits at most 4 s.
     pub async fn close(&self) -> Result<(), DedupeError> {
         let (tell, told) = oneshot::channel();
@@ -158,6 +167,8 @@ struct Gathered {
     notes: Vec<(Epoch, Vec<Noted>)>,
     revisions: usize,
     done: Option<(Epoch, Seq)>,
+    /// Few: each is a refusal of etcd's, or a revision that was given up.
+    states: Vec<(Epoch, Seq, SeqState)>,
 }
 
 impl Gathered {
@@ -171,9 +182,12 @@ impl Gathered {
     }
 
     fn write(&mut self, log: &mut Log) {
-        let Self { notes, done, .. } = std::mem::take(self);
+        let Self { notes, done, states, .. } = std::mem::take(self);
         for (epoch, revisions) in notes {
             log.try_do(|db| db.note(epoch, &revisions));
+        }
+        for (epoch, seq, state) in states {
+            log.try_do(|db| db.state(epoch, seq, state));
         }
         log.try_do(|db| {
             if let Some((epoch, seq)) = done {
@@ -204,6 +218,10 @@ fn serve(mut log: Log, calls: &Receiver<Call>, places: &Semaphore) {
             }
             Ok(Call::Done(epoch, seq)) => {
                 gathered.done_through(epoch, seq);
+                sync_at.get_or_insert_with(|| Instant::now() + SYNC_EVERY);
+            }
+            Ok(Call::State(epoch, seq, state)) => {
+                gathered.states.push((epoch, seq, state));
                 sync_at.get_or_insert_with(|| Instant::now() + SYNC_EVERY);
             }
             Err(RecvTimeoutError::Timeout) => {
@@ -345,10 +363,12 @@ struct Db {
     done: (Epoch, Seq),
 }
 
-/// What is kept of a revision: digest 16, revision u64, noted_ms u64, crc32c of key and these u32.
+/// What is kept of a revision: digest 16, revision u64, noted_ms u64, state 2, crc32c of key and these u32.
 struct Entry {
     digest: Digest,
+    revision: Revision,
     noted_ms: u64,
+    state: SeqState,
 }
 
 impl Db {
@@ -363,7 +383,7 @@ impl Db {
             None if !is_new => return Err("what it held is gone".to_owned()),
             None => (Epoch(0), Seq(0)),
         };
-        let (mut recent, mut entries) = (Vec::new(), 0);
+        let (mut recent, mut entries, mut failed) = (Vec::new(), 0, None);
         for pair in db.iter().rev() {
             let (key, value) = pair.map_err(|error| error.to_string())?;
             if key == DONE_KEY {
@@ -372,6 +392,9 @@ impl Db {
             entries += 1;
             let entry = Entry::read(&key, &value).ok_or("a value whose checksum is wrong")?;
             let (epoch, seq) = read_key(&key).ok_or("a malformed key")?;
+            if let (SeqState::Failed { refusals }, None, true) = (entry.state, failed, (epoch, seq) > done) {
+                failed = Some((epoch, seq, refusals));
+            }
             if recent.len() < RECENT_MAX {
                 recent.push((epoch, seq, entry.digest));
             }
@@ -383,21 +406,31 @@ impl Db {
         for path in [dir.join("conf"), dir.to_owned()] {
             File::open(path).and_then(|file| file.sync_all()).map_err(|error| error.to_string())?;
         }
-        Ok((db, Opened { recent, moved_aside: false }))
+        Ok((db, Opened { recent, failed, moved_aside: false }))
     }
 
     fn note(&mut self, epoch: Epoch, revisions: &[Noted]) -> Result<(), String> {
         let noted_ms = now_ms();
         for (seq, digest, revision) in revisions {
             let key = write_key(epoch, *seq);
-            let mut value = digest.0.to_vec();
-            value.extend(revision.0.to_le_bytes());
-            value.extend(noted_ms.to_le_bytes());
-            value.extend(crc32c::crc32c_append(crc32c::crc32c(&key), &value).to_le_bytes());
+            let entry = Entry { digest: *digest, revision: *revision, noted_ms, state: SeqState::Pending };
+            let value = entry.write(&key);
             let before = self.db.insert(key, value).map_err(|error| error.to_string())?;
             self.entries += u64::from(before.is_none());
         }
         self.written += revisions.len();
+        Ok(())
+    }
+
+    /// One that was trimmed, or never noted, has no state any more.
+    fn state(&mut self, epoch: Epoch, seq: Seq, state: SeqState) -> Result<(), String> {
+        let key = write_key(epoch, seq);
+        let Some(value) = self.db.get(key).map_err(|error| error.to_string())? else { return Ok(()) };
+        let entry = Entry::read(&key, &value).ok_or("a value whose checksum is wrong")?;
+        if entry.state.may_become(state) {
+            let value = Entry { state, ..entry }.write(&key);
+            self.db.insert(key, value).map_err(|error| error.to_string())?;
+        }
         Ok(())
     }
 
@@ -452,14 +485,24 @@ impl Db {
 }
 
 impl Entry {
+    fn write(&self, key: &[u8]) -> Vec<u8> {
+        let mut value = self.digest.0.to_vec();
+        value.extend(self.revision.0.to_le_bytes());
+        value.extend(self.noted_ms.to_le_bytes());
+        value.extend(self.state.to_bytes());
+        value.extend(crc32c::crc32c_append(crc32c::crc32c(key), &value).to_le_bytes());
+        value
+    }
+
     fn read(key: &[u8], value: &[u8]) -> Option<Self> {
-        let (checked, crc) = value.split_at_checked(32)?;
+        let (checked, crc) = value.split_at_checked(34)?;
         if crc32c::crc32c_append(crc32c::crc32c(key), checked).to_le_bytes() != crc {
             return None;
         }
+        let number = |at: usize| Some(u64::from_le_bytes(checked.get(at..at + 8)?.try_into().ok()?));
         let digest = Digest(checked.get(..16)?.try_into().ok()?);
-        let noted_ms = u64::from_le_bytes(checked.get(24..32)?.try_into().ok()?);
-        Some(Self { digest, noted_ms })
+        let state = SeqState::from_bytes(checked.get(32..)?.try_into().ok()?)?;
+        Some(Self { digest, revision: Revision(number(16)?), noted_ms: number(24)?, state })
     }
 }
 

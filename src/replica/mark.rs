@@ -8,7 +8,7 @@ use super::apply::Applier;
 use super::commit::Committed;
 use super::plan::{CopyDiff, LimitRefusal, copy_chunks};
 use crate::etcd::EtcdError;
-use crate::model::{Change, Phase, Revision, Seq};
+use crate::model::{Change, Mended, Phase, Revision, Seq};
 use bytes::Bytes;
 use tokio::sync::oneshot;
 
@@ -35,13 +35,8 @@ pub struct Mend {
     pub changes: Vec<Change>,
     /// With it the replica is the origin again.
     pub last: bool,
-}
-
-/// What a repair wrote.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Mended {
-    pub puts: u64,
-    pub deletes: u64,
+    /// The number of the retry that asked for it; 0: it is of a comparison.
+    pub wanted: u64,
 }
 
 /// Why a mark has to wait.
@@ -60,7 +55,7 @@ impl Applier {
     /// Takes a mark: nothing beyond it is planned until it is reached.
     pub(super) fn take_mark(&mut self, mark: Mark) {
         if self.marks.len() >= MARKS_MAX {
-            return mark.there.fail(format!("{MARKS_MAX} marks wait already"));
+            return self.fail_mark(mark, format!("{MARKS_MAX} marks wait already"));
         }
         self.marks.push_back(mark);
     }
@@ -73,7 +68,7 @@ impl Applier {
             }
             let Some(mark) = self.marks.pop_front() else { return };
             if let Some(reason) = self.unmarkable(&mark) {
-                mark.there.fail(reason);
+                self.fail_mark(mark, reason);
                 continue;
             }
             let Mark { after, there } = mark;
@@ -88,6 +83,9 @@ impl Applier {
                 },
                 There::Mend(mend, mended) => match self.mend(&mend).await {
                     Ok(outcome) => {
+                        if mend.wanted > 0 {
+                            Box::pin(self.retried(&mend, &outcome)).await;
+                        }
                         let _ = mended.send(outcome);
                         continue;
                     }
@@ -103,6 +101,14 @@ impl Applier {
                 Delay::Etcd(e) => self.doubt(&e),
             };
         }
+    }
+
+    /// Says why nothing is done there, also to who waits for a retry.
+    fn fail_mark(&mut self, mark: Mark, reason: String) {
+        if let There::Mend(Mend { wanted: 1.., .. }, _) = &mark.there {
+            self.end_retry(Err(reason.clone()));
+        }
+        mark.there.fail(reason);
     }
 
     fn unmarkable(&self, mark: &Mark) -> Option<String> {
@@ -126,9 +132,12 @@ impl Applier {
         if found.is_some() && found == held { Ok(look.head) } else { Err(Delay::Moved) }
     }
 
-    /// Writes what the keys are at the origin. While that takes more than one transaction, the position says `repairing`. Done again after a
-    /// doubt it writes the same.
+    /// Writes what the keys are at the origin. While that takes more than one transaction, the position says `repairing`; a retry leaves that as
+    /// it is, since its keys were not what the origin had before. Done again after a doubt it writes the same.
     async fn mend(&mut self, mend: &Mend) -> Result<Result<Mended, String>, Delay> {
+        if !self.is_wanted(mend) {
+            return Ok(Err("nobody asks for these keys any more".to_owned()));
+        }
         loop {
             let diff = CopyDiff::of_changes(&mend.changes);
             let chunks = match copy_chunks(diff, &Bytes::new(), mend.revision, &self.limits) {
@@ -141,13 +150,17 @@ impl Applier {
                 let Some(mut next) = self.held.as_ref().and_then(|h| h.position.clone()) else {
                     return Err(Delay::Moved);
                 };
-                next.state = if mend.last && i + 1 == count { Phase::Following } else { Phase::Repairing };
+                if mend.wanted == 0 {
+                    next.state = if mend.last && i + 1 == count { Phase::Following } else { Phase::Repairing };
+                }
                 let sent_bytes = chunk.request_bytes;
                 match self.commit(next, chunk.tree).await {
                     Ok(Committed::Done) => {}
                     Ok(Committed::GuardFailed | Committed::PositionMoved) => return Err(Delay::Moved),
                     Err(EtcdError::TooManyOps) => learned = Some(LimitRefusal::TooManyOps),
                     Err(EtcdError::TooLarge) => learned = Some(LimitRefusal::TooLarge { sent_bytes }),
+                    // Who waits for a retry is told, and nothing waits behind it.
+                    Err(e @ EtcdError::Denied { .. }) if mend.wanted > 0 => return Ok(Err(e.to_string())),
                     Err(e) => return Err(Delay::Etcd(e)),
                 }
                 if learned.is_some() {

@@ -3,18 +3,24 @@
 //! Always true: the link's task alone writes the link's status; what the journal holds is applied whether or not the origin is there.
 
 pub mod admit;
+pub mod age;
 pub mod apply;
+pub mod breaker;
 pub mod commit;
+pub mod compact;
 pub mod copy;
 pub mod dedupe;
 pub mod foreign;
+mod hold;
 pub mod journal;
 pub mod lookout;
 pub mod mark;
 pub mod next;
 pub mod pages;
 pub mod plan;
+pub mod poison;
 pub mod position;
+mod quarantine;
 pub mod receive;
 mod shipments;
 mod stall;
@@ -23,18 +29,22 @@ pub mod trouble;
 pub mod txn;
 mod verify;
 
-use crate::config::{Limits, ReceiveConfig};
+use crate::admin::ReplicaCommand;
+use crate::config::{CompactConfig, Limits, ReceiveConfig};
 use crate::etcd::gate::Gate;
 use crate::model::stall::{Stalled, Verdict, Watchdog};
 use crate::model::{
-    CopyProgress, Digest, Epoch, LinkState, LinkStatus, Phase, Ranges, Revision, Seq, Side, StageStatus, Term,
+    CopyProgress, Digest, Epoch, LinkState, LinkStatus, Phase, QuarantinedStatus, Ranges, Revision, Seq, Side,
+    StageStatus, Term,
 };
 use admit::Admit;
 use apply::{Applier, ApplierParts, ApplyView};
+use compact::{Compactor, Reads};
 use dedupe::Dedupe;
 use foreign::OwnRevisions;
 use journal::{Journal, JournalExtent};
 use lookout::{AccountFile, Lookout, LookoutView};
+use poison::Trial;
 use receive::{LinkEnd, RangesFile, Told};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -72,6 +82,8 @@ pub struct ReplicaLink {
     pub dir: PathBuf,
     /// Ranges of this process's own `[[send]]` links to the same peer.
     pub sends_back: Vec<Ranges>,
+    /// What an operator asks of it.
+    pub commands: mpsc::Receiver<ReplicaCommand>,
 }
 
 /// A replica link whose disks are open; [`ReplicaTask::run`] runs it.
@@ -112,6 +124,11 @@ impl ReplicaLink {
             journal: journal.clone(),
             dedupe: dedupe.clone(),
             own: own.clone(),
+            on_poison: self.receive.on_poison,
+            delete_shares: self.receive.delete_shares,
+            trial: failed_before(&journal, remembered.failed),
+            operator: self.commands,
+            told: told.clone(),
             hello_waiting,
             commands: incoming,
             view: view_sender,
@@ -143,6 +160,11 @@ impl ReplicaLink {
 }
 
 impl ReplicaTask {
+    /// Which of the replica's revisions this link still reads at, from now on.
+    fn reads(&self) -> Reads {
+        Reads { end: self.end.clone(), told: self.told.clone(), seen: self.seen.clone() }
+    }
+
     /// Runs until `stop`, then flushes journal and dedupe log.
     pub async fn run(self, status: watch::Sender<LinkStatus>, stop: CancellationToken) -> Result<(), ReplicaError> {
         let Self { end, applier, view, told, lookout, seen } = self;
@@ -192,6 +214,15 @@ impl ReplicaTask {
     }
 }
 
+/// Compacts the etcd that these links are applied to.
+pub fn compactor<'a>(
+    etcd: Arc<Gate>,
+    config: CompactConfig,
+    links: impl Iterator<Item = &'a ReplicaTask>,
+) -> Compactor {
+    Compactor { etcd, config, reads: links.map(ReplicaTask::reads).collect() }
+}
+
 /// What the dedupe log remembers of the newest epoch: the digests of the seqs that end it without a gap.
 fn remembered_by(recent: &[(Epoch, Seq, Digest)]) -> Admit {
     let Some((epoch, last, _)) = recent.last().copied() else {
@@ -207,6 +238,13 @@ fn remembered_by(recent: &[(Epoch, Seq, Digest)]) -> Admit {
         expected = Seq(seq.0.saturating_sub(1));
     }
     Admit::new(epoch, Term(0), last, digests.into_iter().rev())
+}
+
+/// The revision that an earlier process was refused, if the journal still holds it as its first.
+fn failed_before(journal: &Journal, failed: Option<(Epoch, Seq, u32)>) -> Trial {
+    let extent = journal.extent().borrow().clone();
+    let failed = failed.filter(|(epoch, seq, _)| *epoch == extent.epoch && *seq > extent.base);
+    failed.map_or_else(Trial::default, |(_, seq, refusals)| Trial::remembered(seq, refusals))
 }
 
 /// Notes what the journal holds beyond the dedupe log's last entry: the log is synced later than the journal, and may be new.
@@ -299,6 +337,8 @@ impl Views<'_> {
             ("in_parts", self.view.in_parts),
             ("foreign_keys", self.seen.keys_ever),
             ("stalls", stalls),
+            ("quarantined", self.view.quarantined_ever),
+            ("held_back", self.view.held_back_ever),
         ];
         status.counts = counts.into_iter().collect();
         let copying = position.is_some_and(|p| p.state == Phase::Copying && p.cursor.is_some());
@@ -310,6 +350,9 @@ impl Views<'_> {
         status.verification.verified_revision = Revision(verified.origin_revision);
         status.verification.verified_at_ms = verified.at_ms;
         status.verification.differing_keys = verified.differing_keys;
+        status.verification.expected_keys = verified.expected_keys;
+        status.quarantined = QuarantinedStatus::all(&self.view.quarantine);
+        status.quarantined_revisions = status.quarantined.len() as u64;
         status.foreign_writes = (self.seen.checked > Revision(0)).then(|| self.seen.status());
         status.stages = vec![
             StageStatus { stage: "receive", ok: self.told.connected, detail: self.receive_detail(), queue_bytes: 0 },
@@ -322,11 +365,7 @@ impl Views<'_> {
             StageStatus {
                 stage: "apply",
                 ok: self.view.waiting.is_empty(),
-                detail: if self.view.waiting.is_empty() {
-                    format!("applied up to seq {applied}")
-                } else {
-                    self.view.waiting.clone()
-                },
+                detail: self.apply_detail(applied, same_epoch),
                 queue_bytes: 0,
             },
             StageStatus {
@@ -344,6 +383,9 @@ impl Views<'_> {
         }
         if self.stalled.is_some() {
             return LinkState::Stalled;
+        }
+        if self.view.held {
+            return LinkState::Held;
         }
         match &self.view.position {
             Some(position) if self.told.connected => match position.state {
@@ -374,6 +416,22 @@ impl Views<'_> {
             reasons.push("the journal's disk takes no more: make room below data_dir".to_owned());
         }
         reasons.join("; ")
+    }
+
+    /// How many of the revisions that were received are where in their life.
+    fn apply_detail(&self, applied: Seq, same_epoch: bool) -> String {
+        let end = if same_epoch { self.extent.end.max(applied) } else { applied };
+        let applying = self.view.applying.min(end.0 - applied.0);
+        let pending = end.0 - applied.0 - applying;
+        let mut detail = format!("applied up to seq {applied}; {pending} pending, {applying} applying");
+        let quarantined = self.view.quarantine.entries.len();
+        if quarantined > 0 {
+            detail.push_str(&format!(", {quarantined} in quarantine"));
+        }
+        if !self.view.waiting.is_empty() {
+            detail = [&detail, &self.view.waiting[..]].join("; ");
+        }
+        detail
     }
 
     fn receive_detail(&self) -> String {

@@ -19,8 +19,26 @@ pub fn after_settled(position: &Position, settled: &Settled, carried: (Revision,
             next.origin_revision = carried.0;
             (next.carried_revision, next.carried_digest) = carried;
             (next.part, next.part_digest) = (0, None);
+            next.held_back = next.held_back.filter(|held| held.seq > settled.seq);
         }
     }
+    next
+}
+
+/// The position that goes on without the revision that comes next.
+pub fn after_skipped(position: &Position, seq: Seq, carried: (Revision, Digest)) -> Position {
+    let held_back = position.held_back.filter(|held| held.seq > seq);
+    let mut next = Position { seq, origin_revision: carried.0, held_back, ..position.clone() };
+    (next.part, next.part_digest) = (0, None);
+    (next.carried_revision, next.carried_digest) = carried;
+    next.skipped.push(seq);
+    next
+}
+
+/// The position that does not say any more that it went on without a revision.
+pub fn without_skipped(position: &Position, seq: Seq) -> Position {
+    let mut next = position.clone();
+    next.skipped.retain(|skipped| *skipped != seq);
     next
 }
 
@@ -197,6 +215,7 @@ pub fn align(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::HeldBack;
     use crate::replica::plan::TxnTree;
 
     const DIGEST: Digest = Digest([9; 16]);
@@ -219,6 +238,7 @@ mod tests {
             part: 0,
             part_digest: None,
             skipped: Vec::new(),
+            held_back: None,
         }
     }
 
@@ -251,6 +271,34 @@ mod tests {
         let last = settled(Extent::Part { from: 5, to: 9, of: 9 });
         assert_eq!(after_settled(&begun, &last, carried), next);
         assert_eq!([settled(Extent::Whole), part, last].map(|s| revisions_done(&s)), [2, 0, 2]);
+    }
+
+    #[test]
+    fn a_skipped_revision_counts_as_carried_and_stays_named_until_it_is_taken_out() {
+        let carried = (Revision(120), Digest([1; 16]));
+        let partly = Position { part: 7, skipped: vec![Seq(3)], ..position() };
+        let next = after_skipped(&partly, Seq(41), carried);
+        assert_eq!((next.seq, next.origin_revision, next.part), (Seq(41), Revision(120), 0));
+        assert_eq!((next.carried_revision, next.carried_digest), carried);
+        assert_eq!(next.skipped, [Seq(3), Seq(41)]);
+        let further = after_settled(&next, &settled(Extent::Whole), carried);
+        assert_eq!(further.skipped, [Seq(3), Seq(41)], "what comes after it leaves them there");
+        assert_eq!(without_skipped(&further, Seq(3)).skipped, [Seq(41)]);
+        assert_eq!(without_skipped(&further, Seq(9)), further);
+    }
+
+    #[test]
+    fn what_was_held_back_goes_with_its_revision_and_not_before() {
+        let held =
+            HeldBack { seq: Seq(42), revision: Revision(120), deletes: 9, keys: 10, minute: false, allowed: true };
+        let (position, carried) = (Position { held_back: Some(held), ..position() }, (Revision(120), DIGEST));
+        let before = Settled { seq: Seq(41), ..settled(Extent::Whole) };
+        assert_eq!(after_settled(&position, &before, carried).held_back, Some(held));
+        let part = settled(Extent::Part { from: 0, to: 5, of: 9 });
+        assert_eq!(after_settled(&position, &part, carried).held_back, Some(held));
+        assert_eq!(after_settled(&position, &settled(Extent::Whole), carried).held_back, None);
+        assert_eq!(after_skipped(&position, Seq(41), carried).held_back, Some(held));
+        assert_eq!(after_skipped(&position, Seq(42), carried).held_back, None);
     }
 
     #[test]

@@ -62,6 +62,7 @@ impl Begin {
             part: 0,
             part_digest: None,
             skipped: Vec::new(),
+            held_back: None,
         }
     }
 }

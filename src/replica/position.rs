@@ -8,6 +8,7 @@ use super::commit::Committed;
 use super::journal::Journal;
 use super::next::{self, Alignment, Claim, Claimed, JournalFacts};
 use super::plan::TxnTree;
+use super::poison::Trial;
 use crate::etcd::{Columns, EtcdError};
 use crate::model::{ClusterId, Digest, Epoch, Position, Ranges, Revision, Seq, Term};
 use crate::wire::replicate::CopyAck;
@@ -29,6 +30,8 @@ pub struct HelloFacts {
     pub term: Term,
     pub origin_cluster: ClusterId,
     pub ranges: Ranges,
+    /// Either side knows of a link back over the ranges.
+    pub link_back: bool,
 }
 
 /// What a hello is answered with.
@@ -85,7 +88,11 @@ impl Applier {
             self.waymark = position.waymark;
         }
         self.planned = None;
+        self.read_quarantine(position.as_ref()).await?;
         self.align(position.as_ref()).await;
+        if let Some(position) = &position {
+            self.knows(position);
+        }
         self.expected.clone_from(&position);
         self.held = Some(Held::now(position, mod_revision));
         Ok(look.cluster)
@@ -150,6 +157,10 @@ impl Applier {
         self.waiting.clear();
         self.waiting_bytes = 0;
         self.planned = None;
+        self.trial = Trial::default();
+        self.cleared = seq;
+        self.breaker.forget_after(seq);
+        self.end_retry(Err("the position moved meanwhile: ask again".to_owned()));
         self.marks.clear();
         self.read_through = seq;
     }
@@ -188,6 +199,8 @@ impl Applier {
             ranges_empty &= etcd.page(piece, 0, None, Columns::CountOnly).await.map_err(unavailable)?.count == 0;
         }
         self.session = facts.session;
+        self.link_back = facts.link_back;
+        self.end_retry(Err("the stream to the origin ended meanwhile: ask again".to_owned()));
         self.claim = claim;
         self.ranges = Some(facts.ranges);
         self.copying = None;
@@ -202,6 +215,8 @@ impl Applier {
             view.refusal = None;
             view.stopped = false;
             view.waiting.clear();
+            view.held = false;
+            view.wanted = None;
             view.copy = CopyAck::default();
             view.copy_session = facts.session;
         });

@@ -70,7 +70,8 @@ impl Told {
     /// A comparison has ended. What it says of the replica holds at its first mark.
     pub(super) fn compared(&mut self, verified: Verified) {
         let marked = std::mem::take(&mut self.marked);
-        if verified.differing_keys == 0 {
+        // What is in quarantine differs by an operator's choice, and not since somebody else wrote.
+        if verified.differing_keys == verified.expected_keys {
             self.equal_through = self.equal_through.max(marked);
         }
         self.verified = verified;
@@ -355,6 +356,7 @@ impl Handshake for Receiver {
             term: Term(hello.term),
             origin_cluster: ClusterId(hello.origin_cluster),
             ranges: ranges.clone(),
+            link_back,
         };
         let answer = ask(&end, facts).await?;
         if answer.fenced {

@@ -82,7 +82,7 @@ impl Stream {
         };
         let (mended, waiting) = oneshot::channel();
         self.pass_on(Question { mark: repair.repair, asked: Asked::Repair(waiting) })?;
-        let mend = Mend { revision: whole.revision, changes: whole.changes, last: repair.last };
+        let mend = Mend { revision: whole.revision, changes: whole.changes, last: repair.last, wanted: repair.wanted };
         let mark = Mark { after: Seq(repair.after_seq), there: There::Mend(mend, mended) };
         if self.opened.link_back {
             mark.there.fail("a link back exists: nothing is mended".to_owned());

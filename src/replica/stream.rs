@@ -10,7 +10,7 @@ use super::verify::{Comparer, QUESTIONS_MAX, Question};
 use crate::model::{Phase, Seq};
 use crate::wire::frame::FrameLimits;
 use crate::wire::replicate::refusal::Kind;
-use crate::wire::replicate::{Ack, CopyAck, Receipt, Refusal, Reset, Shipment, Verified, receipt};
+use crate::wire::replicate::{Ack, CopyAck, KeysWanted, Receipt, Refusal, Reset, Shipment, Verified, receipt};
 use crate::wire::window::Decoder;
 use std::future::Future;
 use std::pin::Pin;
@@ -39,13 +39,16 @@ pub(super) struct Due {
     pub(super) reset: Option<Reset>,
     /// To a question about a mark.
     answer: Option<receipt::What>,
+    /// What a retry asks.
+    wanted: Option<KeysWanted>,
     refusal: Option<Refusal>,
 }
 
 impl Due {
     /// What the origin waits for.
     fn urgent(&self) -> bool {
-        self.copy || self.reset.is_some() || self.answer.is_some() || self.refusal.is_some()
+        let asks = self.answer.is_some() || self.wanted.is_some();
+        self.copy || self.reset.is_some() || asks || self.refusal.is_some()
     }
 }
 
@@ -66,6 +69,8 @@ pub(super) struct Stream {
     pub(super) questions: mpsc::Sender<Question>,
     /// What the origin was last told of the last comparison: said once, since every byte of an ack is said often.
     verified_told: Verified,
+    /// The last question of a retry that was put.
+    wanted_told: u64,
 }
 
 /// What has been taken off the stream and waits for its place.
@@ -84,6 +89,7 @@ impl Stream {
             copy_told: CopyAck::default(),
             questions,
             verified_told: Verified::default(),
+            wanted_told: 0,
             opened,
             end,
         }
@@ -220,6 +226,13 @@ impl Stream {
                 tracing::error!(link = %self.end.config.link, "an older epoch was opened");
             }
         }
+        if let Some((session, wanted)) = &view.wanted
+            && *session == self.opened.number
+            && wanted.wanted > self.wanted_told
+        {
+            self.wanted_told = wanted.wanted;
+            self.due.wanted = Some(wanted.clone());
+        }
         let refusal = view.refusal.clone().filter(|(session, _, _)| *session == self.opened.number);
         drop(view);
         if let Some((_, kind, reason)) = refusal {
@@ -242,6 +255,8 @@ impl Stream {
             receipt::What::Ack(ack)
         } else if let Some(answer) = self.due.answer.take() {
             answer
+        } else if let Some(wanted) = self.due.wanted.take() {
+            receipt::What::KeysWanted(wanted)
         } else {
             receipt::What::Refusal(self.due.refusal.clone().unwrap_or_default())
         };
@@ -271,6 +286,8 @@ impl Stream {
             verified_at_ms: verified.at_ms,
             repairing: position.is_some_and(|p| p.state == Phase::Repairing),
             repair_wanted: self.end.repair_wanted.load(Ordering::Relaxed),
+            held: view.held,
+            quarantined: view.quarantine.entries.len() as u64,
         }
     }
 }

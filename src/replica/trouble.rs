@@ -6,13 +6,21 @@
 use super::apply::Applier;
 use super::journal::JournalError;
 use super::plan::{LimitRefusal, PlanError, PlanReaction};
+use super::quarantine::Refusal;
 use crate::etcd::EtcdError;
 use crate::model::Seq;
 use crate::wire::replicate::refusal::Kind;
 use tokio::time::Instant;
 
 impl Applier {
-    pub(super) fn refuse_plan(&mut self, error: &PlanError) {
+    pub(super) async fn refuse_plan(&mut self, error: &PlanError) {
+        if let Some((refusal, revisions)) = self.poisoned_plan(error) {
+            // What is in flight ends first; then it is planned again.
+            if self.in_flight.is_none() {
+                self.refused_for_good(refusal, revisions).await;
+            }
+            return;
+        }
         match error.reaction() {
             PlanReaction::Stop(kind) => {
                 tracing::error!(link = %self.link, %error, "the revision cannot be applied");
@@ -38,8 +46,21 @@ impl Applier {
         });
     }
 
-    /// etcd refused what was in flight: learn a limit, or wait and read the position again.
-    pub(super) fn refused(&mut self, error: EtcdError, sent_bytes: usize) {
+    /// Nothing more is applied until a person decides, here; what is received is kept. Looked at again now and then.
+    pub(super) fn hold(&mut self, reason: String) {
+        if !self.view.borrow().held {
+            tracing::error!(link = %self.link, %reason, "applying is held");
+        }
+        self.try_later(reason, true);
+    }
+
+    /// etcd refused what was in flight, with so many revisions: learn a limit, find the one that is not permitted, or wait and read the
+    /// position again.
+    pub(super) async fn refused(&mut self, error: EtcdError, sent_bytes: usize, revisions: usize) {
+        if matches!(error, EtcdError::Denied { .. }) {
+            let refusal = Refusal { reason: format!("the replica's etcd: {error}"), surely: None };
+            return self.refused_for_good(refusal, revisions).await;
+        }
         let learned = if matches!(error, EtcdError::TooManyOps) {
             LimitRefusal::TooManyOps
         } else if matches!(error, EtcdError::TooLarge) {
@@ -108,7 +129,11 @@ impl Applier {
         if self.view.borrow().waiting != reason {
             tracing::warn!(link = %self.link, %reason, "applying waits");
         }
-        self.view.send_modify(|view| view.waiting = reason);
+        self.try_later(reason, false);
+    }
+
+    fn try_later(&mut self, reason: String, held: bool) {
+        self.view.send_modify(|view| (view.waiting, view.held) = (reason, held));
         self.retry_at = Some(Instant::now() + self.backoff.after_failure(rand::random()));
     }
 
@@ -131,6 +156,9 @@ impl Applier {
             return;
         }
         tracing::info!(link = %self.link, "applying goes on");
-        self.view.send_modify(|view| view.waiting.clear());
+        self.view.send_modify(|view| {
+            view.waiting.clear();
+            view.held = false;
+        });
     }
 }

@@ -3,10 +3,9 @@
 //! Edge: a task of its own with a connection of its own; a stream has one.
 //! Always true: an answer is about one replica revision alone; a range is read whole, or said not to have been.
 
-use super::mark::Mended;
 use super::receive::LinkEnd;
 use crate::etcd::{Columns, Etcd, EtcdError};
-use crate::model::{Digest, KeyRange, Revision};
+use crate::model::{Digest, KeyRange, Mended, Quarantine, Revision};
 use crate::scan::{Scan, Sizes};
 use crate::wire::parts::{self, Difference, DifferingKey, KeyList, PART_KEYS, Part, Splitter, after_key, of_value};
 use crate::wire::replicate as wire;
@@ -136,7 +135,8 @@ impl Comparer {
                     Ok(receipt::What::PartsAnswer(wire::PartsAnswer { mark, parts }))
                 }
                 (Asked::Lists(lists), at) => {
-                    let lists = compare_lists(&etcd, lists, at).await?;
+                    let quarantine = self.end.view.borrow().quarantine.clone();
+                    let lists = compare_lists(&etcd, lists, at, &quarantine).await?;
                     Ok(receipt::What::KeyListsAnswer(wire::KeyListsAnswer { mark, lists }))
                 }
                 (Asked::Mark(_) | Asked::Repair(_), _) => Err(EtcdError::Compacted),
@@ -223,13 +223,24 @@ fn part_message(part: Part) -> wire::Part {
     wire::Part { from: part.range.from, to: part.range.to, keys: part.keys, digest }
 }
 
-async fn compare_lists(etcd: &Etcd, lists: Vec<KeyList>, at: Revision) -> Result<Vec<wire::KeyListAnswer>, EtcdError> {
+/// A key that differs for a revision in quarantine is told as one that does.
+async fn compare_lists(
+    etcd: &Etcd,
+    lists: Vec<KeyList>,
+    at: Revision,
+    quarantine: &Quarantine,
+) -> Result<Vec<wire::KeyListAnswer>, EtcdError> {
+    let quarantined = quarantine.keys();
     let mut answers = Vec::with_capacity(lists.len());
     for list in lists {
         answers.push(match read_list(etcd, &list.range, at).await {
             Err(EtcdError::Compacted) => wire::KeyListAnswer { compacted: true, keys: Vec::new() },
             own => {
-                let keys = parts::differing_keys(&list.keys, &own?).into_iter().map(key_message).collect();
+                let message = |found: DifferingKey| {
+                    let quarantined = quarantined.contains(&found.key);
+                    key_message(found, quarantined)
+                };
+                let keys = parts::differing_keys(&list.keys, &own?).into_iter().map(message).collect();
                 wire::KeyListAnswer { compacted: false, keys }
             }
         });
@@ -246,12 +257,12 @@ async fn read_list(etcd: &Etcd, range: &KeyRange, at: Revision) -> Result<Vec<(B
     Ok(own)
 }
 
-fn key_message(found: DifferingKey) -> wire::DifferingKey {
+fn key_message(found: DifferingKey, quarantined: bool) -> wire::DifferingKey {
     let difference = match found.difference {
         Difference::Missing => wire::differing_key::Difference::Missing,
         Difference::Extra => wire::differing_key::Difference::Extra,
         Difference::OtherValue => wire::differing_key::Difference::OtherValue,
     };
     let (origin_value, replica_value) = found.values;
-    wire::DifferingKey { key: found.key, difference: difference.into(), origin_value, replica_value }
+    wire::DifferingKey { key: found.key, difference: difference.into(), origin_value, replica_value, quarantined }
 }

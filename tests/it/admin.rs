@@ -62,7 +62,7 @@ fn handle(name: &str, side: Side, state: LinkState) -> (watch::Sender<LinkStatus
     first.applied_seq = Seq(7);
     first.counts.insert("repeated", 2);
     let (sender, status) = watch::channel(first);
-    (sender, LinkHandle { link, side, status, commands: None })
+    (sender, LinkHandle { link, side, status, commands: None, replica_commands: None })
 }
 
 /// A sidecar `us-east-1-a` that is the origin of `config` and the replica of `orders`.

@@ -5,7 +5,7 @@
 
 use crate::bed::pair::{LINK, Pair, PairOptions};
 use crate::bed::traffic::{Write, commit};
-use etcd_ferry::config::{Config, Fault, Faults, ForeignWrites, LogFormat, OtherHistory, SendConfig};
+use etcd_ferry::config::{Config, Fault, Faults, ForeignWrites, LogFormat, OnPoison, OtherHistory, SendConfig};
 use etcd_ferry::metrics::{self, Metric};
 use etcd_ferry::model::Ranges;
 use std::collections::{BTreeMap, BTreeSet};
@@ -153,7 +153,7 @@ fn defaults(config: &Config) -> BTreeMap<String, String> {
     let verify_interval = verify_interval.expect("on by default");
     assert_eq!(*ranges, Ranges::new(&[], &[]));
     assert_eq!(config.log.format, LogFormat::Text);
-    assert!(config.receive[0].ranges.is_none() && config.tls.admins.is_empty());
+    assert!(config.receive[0].ranges.is_none() && config.tls.admins.is_empty() && config.compact.is_none());
     for (key, value) in [
         ("send[].deletes_share_max", deletes_share_max.to_string()),
         ("send[].other_history", format!("{:?}", OtherHistory::default()).to_lowercase()),
@@ -165,6 +165,9 @@ fn defaults(config: &Config) -> BTreeMap<String, String> {
         ("receive[].prefixes", "what the first hello says".to_owned()),
         ("receive[].foreign_writes", format!("{:?}", ForeignWrites::default()).to_lowercase()),
         ("etcd.allow_corrupting_versions", config.etcd.allow_corrupting_versions.to_string()),
+        ("etcd.compact_after_seconds", "0".to_owned()),
+        ("etcd.defragment", "false".to_owned()),
+        ("receive[].on_poison", format!("{:?}", OnPoison::default()).to_lowercase()),
         ("tls.admins", "nobody".to_owned()),
         ("log.format", "text".to_owned()),
         ("log.level", config.log.level.clone()),

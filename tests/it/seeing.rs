@@ -38,8 +38,18 @@ const FIELDS: [&str; 19] = [
     "bytes_sent",
 ];
 /// Beside the fields that every reader may count on: who ships the link, what was counted, how far a base copy is, and what is known of both
-/// sides being equal.
-const MORE_FIELDS: [&str; 7] = ["role", "shipper", "counts", "copy", "canary", "verification", "foreign_writes"];
+/// sides being equal and of revisions in quarantine.
+const MORE_FIELDS: [&str; 9] = [
+    "role",
+    "shipper",
+    "counts",
+    "copy",
+    "canary",
+    "verification",
+    "foreign_writes",
+    "quarantined_revisions",
+    "quarantined",
+];
 
 /// The one link of `status --json`, with its fields checked.
 fn status(sidecar: &Sidecar, side: &str, peer_region: &str) -> Value {

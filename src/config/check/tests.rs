@@ -90,6 +90,34 @@ fn an_origin_with_another_history_stops_the_link_unless_it_is_to_go_on_with_it()
 }
 
 #[test]
+fn what_is_refused_whenever_it_is_tried_stops_a_link_unless_it_is_to_be_quarantined() {
+    let given = |line: &str| Config::from_toml(&format!("{SOUND}{line}")).map(|config| config.receive[0].on_poison);
+    assert_eq!(given("").unwrap(), OnPoison::Stop);
+    for (word, taken) in [("stop", OnPoison::Stop), ("quarantine", OnPoison::Quarantine)] {
+        assert_eq!(given(&format!("on_poison = \"{word}\"")).unwrap(), taken);
+    }
+    for wrong in ["\"skip\"", "\"\"", "true"] {
+        let Faults(faults) = given(&format!("on_poison = {wrong}")).unwrap_err();
+        assert_eq!(faults.iter().map(|f| &f.field[..]).collect::<Vec<_>>(), ["receive[0].on_poison"], "{wrong}");
+    }
+}
+
+#[test]
+fn deletes_are_not_held_back_unless_a_share_from_0_to_1_is_given() {
+    let given = |line: &str| Config::from_toml(&format!("{SOUND}{line}")).map(|config| config.receive[0].delete_shares);
+    assert_eq!(given("").unwrap(), DeleteShares { revision: None, minute: None });
+    let both = given("revision_deletes_share_max = 0.25\nminute_deletes_share_max = 1").unwrap();
+    assert_eq!(both, DeleteShares { revision: Some(0.25), minute: Some(1.0) });
+    for key in ["revision_deletes_share_max", "minute_deletes_share_max"] {
+        for wrong in ["-0.1", "1.1", "nan", "\"0.1\""] {
+            let Faults(faults) = given(&format!("{key} = {wrong}")).unwrap_err();
+            let fields: Vec<&str> = faults.iter().map(|f| &f.field[..]).collect();
+            assert_eq!(fields, [format!("receive[0].{key}")], "{wrong}");
+        }
+    }
+}
+
+#[test]
 fn what_is_given_is_taken() {
     let text = SOUND.replace(
         "[[receive]]",
@@ -215,6 +243,24 @@ fn prefixes_and_excludes_have_their_rules() {
     }
     assert!(send_fields("prefixes = [\"\"]\nexclude = [\"/b/\"]").is_empty());
     assert!(send_fields("prefixes = [\"/etcd\"]").is_empty(), "wider than our own keys, which are left out of it");
+}
+
+#[test]
+fn a_replica_is_compacted_by_age_only_where_that_is_asked_for() {
+    let with = |lines: &str| Config::from_toml(&SOUND.replace("listen =", &format!("{lines}\nlisten =")));
+    assert!(with("").unwrap().compact.is_none());
+    let compact = with("etcd.compact_after_seconds = 3600\netcd.defragment = true").unwrap().compact.unwrap();
+    assert_eq!((compact.after, compact.defragment), (Duration::from_secs(3_600), true));
+    assert!(with("etcd.compact_after_seconds = 0").unwrap().compact.is_none());
+    let wrong = ["etcd.compact_after_seconds = -1", "etcd.defragment = true", "etcd.defragment = 1"];
+    for (lines, field) in wrong.into_iter().zip(["etcd.compact_after_seconds", "etcd.defragment", "etcd.defragment"]) {
+        let Faults(faults) = with(lines).unwrap_err();
+        assert_eq!(faults.iter().map(|f| &f.field[..]).collect::<Vec<_>>(), [field], "{lines}: {faults:?}");
+    }
+    let origin_alone = SOUND.split_once("[[receive]]").unwrap().0;
+    let text = origin_alone.replace("listen =", "etcd.compact_after_seconds = 60\nlisten =");
+    let Faults(faults) = Config::from_toml(&text).unwrap_err();
+    assert_eq!(faults[0].field, "etcd.compact_after_seconds", "{faults:?}");
 }
 
 #[test]

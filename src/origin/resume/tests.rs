@@ -27,6 +27,7 @@ fn position() -> Position {
         part: 0,
         part_digest: None,
         skipped: Vec::new(),
+        held_back: None,
     }
 }
 

@@ -51,6 +51,7 @@ fn position(origin_cluster: ClusterId) -> String {
         part: 0,
         part_digest: None,
         skipped: Vec::new(),
+        held_back: None,
     };
     String::from_utf8(position.to_json()).unwrap()
 }

@@ -158,3 +158,25 @@ fn the_oldest_go_by_count_and_age_once_they_are_done_and_never_more_than_twice_t
     (453..=460).for_each(|seq| note(&mut db, seq));
     assert_eq!(held(&db).0, 401, "what is done and old goes, the rest stays");
 }
+
+#[tokio::test]
+async fn what_was_refused_is_known_after_a_restart_until_it_is_done_or_given_up() {
+    let (_keep, dir) = private_dir();
+    let (dedupe, _) = Dedupe::open(&dir).await.unwrap();
+    dedupe.note(Epoch(1), noted(1..=9)).unwrap();
+    dedupe.done_through(Epoch(1), Seq(5)).unwrap();
+    for (seq, refusals) in [(3, 1), (6, 3), (6, 2), (77, 1)] {
+        dedupe.state(Epoch(1), Seq(seq), SeqState::Failed { refusals }).unwrap();
+    }
+    dedupe.close().await.unwrap();
+    let (dedupe, opened) = Dedupe::open(&dir).await.unwrap();
+    assert_eq!(opened.failed, Some((Epoch(1), Seq(6), 3)), "not what is done, nor what was never noted");
+    assert_eq!(seqs(&opened), (1..=9).collect::<Vec<u64>>(), "each keeps its digest");
+    assert!(opened.recent.iter().all(|(_, seq, kept)| *kept == digest(seq.0)));
+    dedupe.state(Epoch(1), Seq(6), SeqState::Quarantined).unwrap();
+    dedupe.state(Epoch(1), Seq(6), SeqState::Failed { refusals: 9 }).unwrap();
+    dedupe.close().await.unwrap();
+    let (dedupe, opened) = Dedupe::open(&dir).await.unwrap();
+    assert_eq!(opened.failed, None);
+    dedupe.close().await.unwrap();
+}

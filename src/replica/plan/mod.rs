@@ -172,6 +172,19 @@ pub enum PlanReaction {
 }
 
 impl PlanError {
+    /// The revision that it is about, if it lies in that revision alone; what the origin is told of it.
+    pub fn poison(&self) -> Option<(Revision, Kind)> {
+        match self {
+            PlanError::TooLarge { revision, .. } => Some((*revision, Kind::TooLarge)),
+            PlanError::Malformed { revision, .. } => Some((*revision, Kind::Outside)),
+            PlanError::PartBeyond { .. }
+            | PlanError::PartOfAnother { .. }
+            | PlanError::OutOfOrder { .. }
+            | PlanError::LimitsShrank
+            | PlanError::Overlap => None,
+        }
+    }
+
     pub fn reaction(&self) -> PlanReaction {
         match self {
             PlanError::TooLarge { .. } => PlanReaction::Stop(Kind::TooLarge),

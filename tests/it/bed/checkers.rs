@@ -352,6 +352,7 @@ mod tests {
             part: 0,
             part_digest: None,
             skipped: Vec::new(),
+            held_back: None,
         };
         Change::Put { key: LinkName::new("config").unwrap().position_key(), value: position.to_json().into() }
     }

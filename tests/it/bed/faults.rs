@@ -256,7 +256,8 @@ fn kill_and_flip(sidecar: &mut Sidecar, random: &mut StdRng) {
     sidecar.kill();
     let mut files = Vec::new();
     files_below(&sidecar.data_dir(), &mut files);
-    files.retain(|(_, bytes)| *bytes > 0);
+    // What an origin may touch is no guess: over damaged ranges a sidecar does not start, and says which file to remove.
+    files.retain(|(path, bytes)| *bytes > 0 && !path.ends_with("ranges.json"));
     if files.is_empty() {
         return;
     }

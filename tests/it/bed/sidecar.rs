@@ -79,6 +79,12 @@ pub struct ReceiveLink {
     pub prefixes: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub foreign_writes: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub on_poison: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub revision_deletes_share_max: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub minute_deletes_share_max: Option<f64>,
 }
 
 #[derive(Debug, Clone)]
@@ -89,6 +95,9 @@ pub struct SidecarOptions {
     pub etcd: Access,
     /// What it dials to reach its etcd; empty: `etcd.url` alone.
     pub endpoints: Vec<String>,
+    /// Not in the file if `None`.
+    pub compact_after_seconds: Option<u64>,
+    pub defragment: Option<bool>,
     pub ports: Ports,
     /// As `make_certificates` left it.
     pub certs: PathBuf,
@@ -107,6 +116,8 @@ impl SidecarOptions {
             region: region.to_owned(),
             node: format!("{region}-a"),
             endpoints: Vec::new(),
+            compact_after_seconds: None,
+            defragment: None,
             etcd,
             ports,
             certs: certs.to_owned(),
@@ -152,6 +163,10 @@ struct EtcdTable<'a> {
     password_file: Option<PathBuf>,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     allow_corrupting_versions: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    compact_after_seconds: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    defragment: Option<bool>,
 }
 
 #[derive(Serialize)]
@@ -228,6 +243,8 @@ impl Sidecar {
                 username: options.etcd.user.as_ref().map(|(name, _)| name.as_str()),
                 password_file,
                 allow_corrupting_versions: options.allow_corrupting_versions,
+                compact_after_seconds: options.compact_after_seconds,
+                defragment: options.defragment,
             },
             listen: ListenTable { peer: options.ports.peer, admin: options.ports.admin, http: options.ports.http },
             tls: TlsTable {
