@@ -2,9 +2,9 @@
 //! Input: a checked configuration. Output: a running sidecar, until SIGTERM or Ctrl-C.
 //! Always true: nothing runs before everything is bound and open; every task is joined; a second Ctrl-C exits at once.
 
-use crate::admin::{self, Directory, EtcdHealth, LinkHandle, Listening};
+use crate::admin::{self, Directory, LinkHandle, Listening};
 use crate::config::{Config, LogConfig, LogFormat};
-use crate::etcd::{Etcd, EtcdError};
+use crate::etcd::gate::Gate;
 use crate::metrics;
 use crate::model::{LinkStatus, Ranges, Side};
 use crate::origin::OriginLink;
@@ -33,7 +33,6 @@ const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 const STREAMS_MAX: u32 = 256;
 /// SIGTERM stops within 5 s.
 const STOP_DEADLINE: Duration = Duration::from_millis(4_500);
-const HEALTH_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Sets up logging; call once.
 pub fn log(config: &LogConfig) -> anyhow::Result<()> {
@@ -79,6 +78,7 @@ async fn wait_for_signals(stop: CancellationToken) -> anyhow::Result<()> {
 pub struct App {
     config: Config,
     stop: CancellationToken,
+    etcd: Arc<Gate>,
     listening: Listening,
     peer: TcpListener,
     admin: admin::service::Server,
@@ -104,6 +104,7 @@ impl App {
         let http = admin::http::Server::bind(config.listen.http).await?;
         let listening = Listening { peer: peer.local_addr()?, admin: admin.local_addr(), http: http.local_addr() };
         let exporter = metrics::install()?;
+        let etcd = Arc::new(Gate::new(config.etcd.clone()));
         let mut links = Vec::new();
         let mut origins = Vec::new();
         for send in &config.send {
@@ -120,7 +121,7 @@ impl App {
             // What a [[receive]] without prefixes will bring, the peer knows: it tells in its answer to the hello.
             let overlaps = |ranges: &Option<Ranges>| ranges.as_ref().is_some_and(|r| r.overlaps(&send.ranges));
             let origin = OriginLink {
-                etcd: config.etcd.clone(),
+                etcd: etcd.clone(),
                 limits: config.limits.clone(),
                 dir: config.data_dir.join("origin").join(send.link.as_str()),
                 tls: tls::client_config(&config.tls, &send.peer)?,
@@ -144,7 +145,7 @@ impl App {
                 replica_commands: Some(commands),
             });
             let replica = ReplicaLink {
-                etcd: config.etcd.clone(),
+                etcd: etcd.clone(),
                 limits: config.limits.clone(),
                 dir: config.data_dir.join("replica").join(receive.link.as_str()),
                 sends_back: config.send.iter().filter(|s| s.peer == receive.peer).map(|s| s.ranges.clone()).collect(),
@@ -157,7 +158,21 @@ impl App {
         }
         let streams = TaskTracker::new();
         let receiver = Receiver::new(ends, &config.region, &config.node, streams.clone(), stop.clone());
-        Ok(Self { config, stop, listening, peer, admin, http, exporter, receiver, streams, replicas, origins, links })
+        Ok(Self {
+            config,
+            stop,
+            etcd,
+            listening,
+            peer,
+            admin,
+            http,
+            exporter,
+            receiver,
+            streams,
+            replicas,
+            origins,
+            links,
+        })
     }
 
     pub fn listening(&self) -> Listening {
@@ -166,12 +181,24 @@ impl App {
 
     /// Runs everything until `stop`, or until something fails that must not.
     pub async fn run(self) -> anyhow::Result<()> {
-        let Self { config, stop, listening, peer, admin, http, exporter, receiver, streams, replicas, origins, links } =
-            self;
+        let Self {
+            config,
+            stop,
+            etcd,
+            listening,
+            peer,
+            admin,
+            http,
+            exporter,
+            receiver,
+            streams,
+            replicas,
+            origins,
+            links,
+        } = self;
         tracing::info!(region = %config.region, node = %config.node, version = env!("CARGO_PKG_VERSION"), peer = %listening.peer,
             admin = %listening.admin, http = %listening.http, "running");
         let mut tasks: JoinSet<anyhow::Result<()>> = JoinSet::new();
-        let (health, etcd) = watch::channel(Vec::new());
         let directory = Arc::new(Directory {
             region: config.region.clone(),
             node: config.node.clone(),
@@ -179,9 +206,15 @@ impl App {
             started: Instant::now(),
             listening,
             links,
-            etcd,
+            etcd: etcd.members(),
         });
-        tasks.spawn(poll_health(config.clone(), health, stop.clone()));
+        tasks.spawn({
+            let (etcd, stop) = (etcd.clone(), stop.clone());
+            async move {
+                etcd.run(stop).await;
+                Ok(())
+            }
+        });
         tasks.spawn(serve_peers(config.clone(), peer, receiver, stop.clone()));
         tasks.spawn({
             let (directory, stop) = (directory.clone(), stop.clone());
@@ -195,7 +228,7 @@ impl App {
             }
         });
         if let Some(compact) = config.compact {
-            let compactor = replica::compactor(config.etcd.clone(), compact, replicas.iter().map(|(task, _)| task));
+            let compactor = replica::compactor(etcd.clone(), compact, replicas.iter().map(|(task, _)| task));
             let stop = stop.clone();
             tasks.spawn(async move {
                 Box::pin(compactor.run(stop)).await;
@@ -275,50 +308,4 @@ async fn serve_peers(
     server.await.context("the peer listener")?;
     while accept_loop.join_next().await.is_some() {}
     Ok(())
-}
-
-/// Asks each etcd endpoint for its version now and then: a balanced connection would ask any of them.
-async fn poll_health(
-    config: Config,
-    health: watch::Sender<Vec<EtcdHealth>>,
-    stop: CancellationToken,
-) -> anyhow::Result<()> {
-    let mut ticks = tokio::time::interval(HEALTH_INTERVAL);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        let look = async {
-            ticks.tick().await;
-            let mut seen = Vec::new();
-            for endpoint in &config.etcd.endpoints {
-                let mut one = config.etcd.clone();
-                one.endpoints = vec![endpoint.clone()];
-                seen.push(look_at(endpoint, &one).await);
-            }
-            seen
-        };
-        tokio::select! {
-            biased;
-            () = stop.cancelled() => return Ok(()),
-            seen = look => { health.send_replace(seen); }
-        }
-    }
-}
-
-async fn look_at(endpoint: &str, config: &crate::config::EtcdConfig) -> EtcdHealth {
-    let asked = async { Etcd::connect(config).await?.member().await };
-    match asked.await {
-        Ok(member) => EtcdHealth {
-            endpoint: endpoint.to_owned(),
-            ok: true,
-            version: member.version,
-            leader: member.leader,
-            detail: String::new(),
-        },
-        // etcd tells its version only to root; that it says so shows that it answers.
-        Err(EtcdError::Denied { .. }) => {
-            let detail = "it answers, and tells its version to the user root alone".to_owned();
-            EtcdHealth { endpoint: endpoint.to_owned(), ok: true, detail, ..EtcdHealth::default() }
-        }
-        Err(e) => EtcdHealth { endpoint: endpoint.to_owned(), detail: e.to_string(), ..EtcdHealth::default() },
-    }
 }

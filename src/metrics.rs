@@ -8,12 +8,14 @@ use metrics::{Label, counter, describe_counter, describe_gauge, describe_histogr
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use std::sync::LazyLock;
 
-/// 1 for the state that the link is in, 0 for the seven others; `state` is the third label.
+/// 1 for the state that the link is in, 0 for the eight others; `state` is the third label.
 pub const LINK_STATE: &str = "etcd_ferry_link_state";
 pub const LAG_SECONDS: &str = "etcd_ferry_lag_seconds";
 pub const LAG_REVISIONS: &str = "etcd_ferry_lag_revisions";
 pub const RPO_SECONDS: &str = "etcd_ferry_rpo_seconds";
 pub const RPO_REVISIONS: &str = "etcd_ferry_rpo_revisions";
+pub const CANARY_SECONDS: &str = "etcd_ferry_canary_seconds";
+pub const STALLED_SECONDS: &str = "etcd_ferry_stalled_seconds";
 pub const EPOCH: &str = "etcd_ferry_epoch";
 pub const TERM: &str = "etcd_ferry_term";
 pub const SHIPPER: &str = "etcd_ferry_shipper";
@@ -36,12 +38,20 @@ pub const ROUND_TRIP_SECONDS: &str = "etcd_ferry_round_trip_seconds";
 pub const APPLY_SECONDS: &str = "etcd_ferry_apply_seconds";
 pub const BATCH_REVISIONS: &str = "etcd_ferry_batch_revisions";
 
-const GAUGES: [(&str, &str); 20] = [
+const GAUGES: [(&str, &str); 22] = [
     (LINK_STATE, "1 for the state that the link is in, else 0."),
     (LAG_SECONDS, "Since when the oldest origin revision that is not applied has been in etcd."),
     (LAG_REVISIONS, "Origin revisions that are not applied at the replica."),
     (RPO_SECONDS, "Since when the oldest origin revision that is not durable at the replica has been in etcd."),
     (RPO_REVISIONS, "Origin revisions that are not durable at the replica."),
+    (
+        STALLED_SECONDS,
+        "For how long the link has made no progress though there is some to make; 0 unless it is stalled.",
+    ),
+    (
+        CANARY_SECONDS,
+        "From the last canary's write to the word that it is applied, or so far if that is longer; 0 where canaries are off (origin).",
+    ),
     (EPOCH, "The unbroken run of seqs that the link is in."),
     (TERM, "The term of the shipper's election."),
     (SHIPPER, "1 at the sidecar that is elected to ship the link, else 0."),
@@ -66,7 +76,7 @@ const COUNTERS: [(&str, &str); 2] = [
     (SENT_BYTES_TOTAL, "Frames and pages carried, after encoding."),
 ];
 /// The `counts` of a link's status; each becomes `etcd_ferry_<count>_total`, on the sides that are named here.
-const COUNTS: [(&str, &str); 20] = [
+const COUNTS: [(&str, &str); 22] = [
     ("revisions", "Revisions shipped (origin)."),
     ("skipped", "Revisions not shipped, since they came from the cluster that the link ships to (origin)."),
     ("transactions", "Transactions that brought the position forward (both)."),
@@ -82,6 +92,8 @@ const COUNTS: [(&str, &str); 20] = [
     ("copied_keys_written", "Keys that completed base copies wrote (origin)."),
     ("copied_keys_equal", "Keys that completed base copies found equal already (origin)."),
     ("copied_keys_deleted", "Keys that completed base copies deleted (origin)."),
+    ("stalls", "Times that the link began to stand still (both)."),
+    ("other_histories", "Times that the link went on by itself with an origin that was restored or replaced (origin)."),
     ("verifications", "Comparisons of both sides that have ended, whatever their outcome (origin)."),
     ("foreign_keys", "Keys under the link's prefixes that somebody else wrote at the replica (replica)."),
     ("quarantined", "Revisions that the replica gave up and went on without (replica)."),
@@ -183,13 +195,15 @@ pub fn record_link(status: &LinkStatus) {
         labels.push(Label::new("state", state.as_str()));
         gauge!(LINK_STATE, labels).set(if state == status.state { 1.0 } else { 0.0 });
     }
-    let copy = status.copy.unwrap_or_default();
+    let (copy, canary) = (status.copy.unwrap_or_default(), status.canary.unwrap_or_default());
     let queue_bytes: u64 = status.stages.iter().map(|stage| stage.queue_bytes).sum();
     for (name, value) in [
         (LAG_SECONDS, status.lag_seconds),
         (LAG_REVISIONS, status.lag_revisions as f64),
         (RPO_SECONDS, status.rpo_seconds),
         (RPO_REVISIONS, status.rpo_revisions as f64),
+        (STALLED_SECONDS, status.stalled_seconds),
+        (CANARY_SECONDS, canary.seconds.max(canary.waiting_seconds)),
         (EPOCH, status.epoch.0 as f64),
         (TERM, status.term.0 as f64),
         (SHIPPER, if status.role == Some(Role::Shipper) { 1.0 } else { 0.0 }),

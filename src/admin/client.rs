@@ -4,7 +4,9 @@
 //! Always true: an answer or an error that says what to do comes within ten seconds; nothing printed holds a control character.
 
 use super::proto::admin_client::AdminClient;
-use super::proto::{AllowReply, AllowRequest, Copy, ForeignWrites, Link, ResyncRequest, StatusReply, StatusRequest};
+use super::proto::{
+    AllowReply, AllowRequest, Canary, Copy, EtcdMember, ForeignWrites, Link, ResyncRequest, StatusReply, StatusRequest,
+};
 use super::quarantine::{QuarantinedJson, note};
 use super::verification::{VerificationJson, counted, verification_lines};
 use crate::tls::connect::{ConnectError, PeerConnector, endpoint};
@@ -146,6 +148,17 @@ struct StatusJson<'a> {
     node: &'a str,
     version: &'a str,
     links: Vec<LinkJson<'a>>,
+    etcd: Vec<MemberJson<'a>>,
+}
+
+#[derive(Serialize)]
+struct MemberJson<'a> {
+    endpoint: &'a str,
+    ok: bool,
+    version: &'a str,
+    leader: bool,
+    verdict: &'a str,
+    detail: &'a str,
 }
 
 #[derive(Serialize)]
@@ -168,10 +181,12 @@ struct LinkJson<'a> {
     lag_seconds: f64,
     rpo_revisions: u64,
     rpo_seconds: f64,
+    stalled_seconds: f64,
     bytes_raw: u64,
     bytes_sent: u64,
     counts: BTreeMap<&'a str, u64>,
     copy: Option<CopyJson>,
+    canary: Option<CanaryJson>,
     verification: Option<VerificationJson<'a>>,
     foreign_writes: Option<ForeignJson<'a>>,
     quarantined_revisions: u64,
@@ -191,6 +206,12 @@ struct ForeignJson<'a> {
 }
 
 #[derive(Serialize)]
+struct CanaryJson {
+    seconds: f64,
+    waiting_seconds: f64,
+}
+
+#[derive(Serialize)]
 struct CopyJson {
     keys_done: u64,
     keys_total: u64,
@@ -203,9 +224,15 @@ pub fn status_json(reply: &StatusReply) -> String {
         node: &reply.node,
         version: &reply.version,
         links: reply.links.iter().map(link_json).collect(),
+        etcd: reply.etcd.iter().map(member_json).collect(),
     };
     // Strings, numbers and lists of them: serde_json has no way to fail on these.
     serde_json::to_string_pretty(&status).unwrap_or_default()
+}
+
+fn member_json(member: &EtcdMember) -> MemberJson<'_> {
+    let EtcdMember { endpoint, ok, version, leader, verdict, detail } = member;
+    MemberJson { endpoint, ok: *ok, version, leader: *leader, verdict, detail }
 }
 
 fn link_json(link: &Link) -> LinkJson<'_> {
@@ -228,10 +255,12 @@ fn link_json(link: &Link) -> LinkJson<'_> {
         lag_seconds: link.lag_seconds,
         rpo_revisions: link.rpo_revisions,
         rpo_seconds: link.rpo_seconds,
+        stalled_seconds: link.stalled_seconds,
         bytes_raw: link.bytes_raw,
         bytes_sent: link.bytes_sent,
         counts: link.counts.iter().map(|(name, count)| (name.as_str(), *count)).collect(),
         copy: link.copy.as_ref().map(|copy| CopyJson { keys_done: copy.keys_done, keys_total: copy.keys_total }),
+        canary: link.canary.map(|Canary { seconds, waiting_seconds }| CanaryJson { seconds, waiting_seconds }),
         verification: link.verification.as_ref().map(VerificationJson::of),
         foreign_writes: link.foreign_writes.as_ref().map(|foreign| ForeignJson {
             checked_revision: foreign.checked_revision,
@@ -257,7 +286,8 @@ pub fn status_table(reply: &StatusReply, width: Option<usize>) -> String {
     }
     text.push('\n');
     text.push_str(&aligned(&reply.links));
-    let notes: String = reply.links.iter().map(|link| notes(link, width)).collect();
+    let links = reply.links.iter().map(|link| notes(link, width));
+    let notes: String = links.chain(reply.etcd.iter().map(member_note)).collect();
     if !notes.is_empty() {
         text.push('\n');
         text.push_str(&notes);
@@ -315,6 +345,9 @@ fn notes(link: &Link, width: Option<usize>) -> String {
         let columns = width.map(|columns| columns.saturating_sub(who.len() + 2));
         text.push_str(&line(&format!("{who}: {}", progress(copy, columns))));
     }
+    if let Some(canary) = &link.canary {
+        text.push_str(&line(&format!("{who}: {}", canary_words(canary))));
+    }
     for said in link.verification.iter().flat_map(verification_lines) {
         text.push_str(&line(&format!("{who}: {said}")));
     }
@@ -325,6 +358,23 @@ fn notes(link: &Link, width: Option<usize>) -> String {
         text.push_str(&line(&format!("{who}: {said}")));
     }
     text
+}
+
+fn canary_words(canary: &Canary) -> String {
+    let Canary { seconds, waiting_seconds } = *canary;
+    if waiting_seconds > seconds.max(1.0) {
+        return format!("a canary has been on its way to the replica for {}", duration(waiting_seconds));
+    }
+    format!("the last canary was applied {} after its write", duration(seconds))
+}
+
+/// Of a member whose version is no good; that one is down is said by the links that miss it.
+fn member_note(member: &EtcdMember) -> String {
+    let EtcdMember { endpoint, version, verdict, detail, .. } = member;
+    match &verdict[..] {
+        "" | "fine" => String::new(),
+        _ => line(&format!("etcd {version} at {endpoint} ({verdict}): {detail}")),
+    }
 }
 
 fn foreign_lines(foreign: &ForeignWrites) -> Vec<String> {
@@ -424,9 +474,20 @@ mod tests {
         }
     }
 
+    fn member(version: &str, verdict: &str, detail: &str) -> EtcdMember {
+        EtcdMember {
+            endpoint: "http://127.0.0.1:2379".to_owned(),
+            ok: true,
+            version: version.to_owned(),
+            leader: true,
+            verdict: verdict.to_owned(),
+            detail: detail.to_owned(),
+        }
+    }
+
     fn reply(links: Vec<Link>) -> StatusReply {
         let (region, node) = ("us-east-1".to_owned(), "us-east-1-a".to_owned());
-        StatusReply { region, node, version: "0.1.0".to_owned(), links }
+        StatusReply { region, node, version: "0.1.0".to_owned(), links, etcd: Vec::new() }
     }
 
     #[test]
@@ -434,8 +495,11 @@ mod tests {
         let mut link = link();
         link.counts = [("skipped".to_owned(), 1), ("repeated".to_owned(), 4)].into();
         link.copy = Some(Copy { keys_done: 5, keys_total: 9 });
+        link.canary = Some(Canary { seconds: 0.08, waiting_seconds: 0.0 });
         (link.role, link.shipper) = ("shipper".to_owned(), "us-east-1-a".to_owned());
-        let json = status_json(&reply(vec![link]));
+        let mut reply = reply(vec![link]);
+        reply.etcd.push(member("3.5.1", "refused", "upgrade it"));
+        let json = status_json(&reply);
         let one_line: String = json.lines().map(str::trim_start).collect::<Vec<_>>().join(" ");
         assert_eq!(
             one_line,
@@ -443,10 +507,11 @@ mod tests {
              \"link\": \"config\", \"side\": \"origin\", \"state\": \"following\", \
              \"role\": \"shipper\", \"shipper\": \"us-east-1-a\", \"reason\": \"\", \"peer\": \"spiffe://etcd-ferry.dev/region/cn-hangzhou\", \"epoch\": 2, \"term\": 0, \"seq\": 120, \
              \"origin_revision\": 4000, \"head_revision\": 4002, \"applied_seq\": 118, \"durable_seq\": 119, \
-             \"lag_revisions\": 2, \"lag_seconds\": 0.0421, \"rpo_revisions\": 1, \"rpo_seconds\": 0.0209, \
+             \"lag_revisions\": 2, \"lag_seconds\": 0.0421, \"rpo_revisions\": 1, \"rpo_seconds\": 0.0209, \"stalled_seconds\": 0.0, \
              \"bytes_raw\": 14000, \"bytes_sent\": 1000, \"counts\": { \"repeated\": 4, \"skipped\": 1 }, \
-             \"copy\": { \"keys_done\": 5, \"keys_total\": 9 }, \"verification\": null, \
-             \"foreign_writes\": null, \"quarantined_revisions\": 0, \"quarantined\": [] } ] }"
+             \"copy\": { \"keys_done\": 5, \"keys_total\": 9 }, \"canary\": { \"seconds\": 0.08, \"waiting_seconds\": 0.0 }, \"verification\": null, \
+             \"foreign_writes\": null, \"quarantined_revisions\": 0, \"quarantined\": [] } ], \"etcd\": [ { \"endpoint\": \"http://127.0.0.1:2379\", \"ok\": true, \
+             \"version\": \"3.5.1\", \"leader\": true, \"verdict\": \"refused\", \"detail\": \"upgrade it\" } ] }"
         );
     }
 
@@ -470,6 +535,25 @@ mod tests {
              orders-of-the-shop (replica): the origin was restored: run `etcd-ferry resync`\n"
         );
         assert!(status_table(&reply(Vec::new()), None).ends_with("no links are configured\n"));
+    }
+
+    #[test]
+    fn a_member_of_a_version_that_is_no_good_stands_below_the_table_and_any_other_does_not() {
+        let mut reply = reply(vec![link()]);
+        reply.etcd =
+            vec![member("3.5.30", "fine", ""), member("", "", "no answer"), member("3.5.16", "warned", "upgrade it")];
+        let table = status_table(&reply, None);
+        let below = table.rsplit("\n\n").next();
+        assert_eq!(below, Some("etcd 3.5.16 at http://127.0.0.1:2379 (warned): upgrade it\n"), "{table}");
+    }
+
+    #[test]
+    fn a_canary_is_told_by_the_time_that_it_took_unless_one_has_been_on_its_way_for_longer() {
+        let words = |seconds, waiting_seconds| canary_words(&Canary { seconds, waiting_seconds });
+        assert_eq!(words(0.044, 0.02), "the last canary was applied 44 ms after its write");
+        assert_eq!(words(0.044, 0.9), "the last canary was applied 44 ms after its write");
+        assert_eq!(words(0.044, 12.0), "a canary has been on its way to the replica for 12.0 s");
+        assert_eq!(words(0.0, 61.0), "a canary has been on its way to the replica for 1 min 1 s");
     }
 
     #[test]

@@ -3,9 +3,9 @@
 //! Edge: reads statuses, changes nothing.
 //! Always true: a connection serves one request and lives ten seconds at most, so that nobody can hold the listener; no answer may be read by another web origin.
 
-use super::{Directory, EtcdHealth, Listening};
+use super::{Directory, Listening};
 use crate::metrics::{self, Exporter};
-use crate::model::{LinkState, LinkStatus};
+use crate::model::{EtcdHealth, LinkState, LinkStatus};
 use axum::Router;
 use axum::extract::{RawQuery, State};
 use axum::http::{HeaderValue, StatusCode, header};
@@ -255,7 +255,12 @@ mod tests {
         let name = following.link.clone();
         let (sender, status) = watch::channel(following);
         let handle = LinkHandle { link: name, side: Side::Origin, status, commands: None, replica_commands: None };
-        let member = EtcdHealth { endpoint: "http://127.0.0.1:2379".to_owned(), ok: true, ..EtcdHealth::default() };
+        let member = EtcdHealth {
+            endpoint: "http://127.0.0.1:2379".to_owned(),
+            ok: true,
+            verdict: "fine",
+            ..EtcdHealth::default()
+        };
         let directory = Directory {
             region: "us-east-1".to_owned(),
             node: "us-east-1-a".to_owned(),
@@ -325,6 +330,7 @@ mod tests {
         assert_eq!(json["links"][0]["state"], "following");
         assert!(json["links"][0]["stages"].is_array());
         assert_eq!(json["etcd"][0]["endpoint"], "http://127.0.0.1:2379");
+        assert_eq!(json["etcd"][0]["verdict"], "fine");
         assert_eq!(json["listening"]["http"], running.addr.to_string());
         assert!(json["uptime_seconds"].as_f64().unwrap() >= 0.0);
     }

@@ -9,7 +9,7 @@ pub mod quarantine;
 pub mod service;
 pub mod verification;
 
-use crate::model::{HeldBack, LinkName, LinkState, LinkStatus, Mended, Record, Seq, Side};
+use crate::model::{EtcdHealth, HeldBack, LinkName, LinkState, LinkStatus, Mended, Record, Seq, Side};
 use serde::Serialize;
 use std::net::SocketAddr;
 use std::time::Instant;
@@ -112,20 +112,6 @@ pub struct Listening {
     pub peer: SocketAddr,
     pub admin: SocketAddr,
     pub http: SocketAddr,
-}
-
-/// One member of the cluster beside this sidecar, as last asked.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub struct EtcdHealth {
-    /// As configured.
-    pub endpoint: String,
-    pub ok: bool,
-    /// As the member says it (`3.5.30`); empty: not known, since it does not answer or the user is not root.
-    pub version: String,
-    /// True if this member leads its cluster.
-    pub leader: bool,
-    /// What is wrong with it, and what to do, or why its version is not known; empty when all is well.
-    pub detail: String,
 }
 
 /// Everything that admin may show or command. Fixed when the sidecar starts; what moves is behind the receivers.

@@ -5,8 +5,8 @@
 
 use super::proto::admin_server::{self, Admin, AdminServer};
 use super::proto::{
-    AllowReply, AllowRequest, Copy, DifferingRange, DiscardQuarantinedReply, ForeignWrites, Link, Quarantined,
-    QuarantinedKey, QuarantinedRequest, QuarantinedRevision, RepairRequest, ResyncReply, ResyncRequest,
+    AllowReply, AllowRequest, Canary, Copy, DifferingRange, DiscardQuarantinedReply, EtcdMember, ForeignWrites, Link,
+    Quarantined, QuarantinedKey, QuarantinedRequest, QuarantinedRevision, RepairRequest, ResyncReply, ResyncRequest,
     RetryQuarantinedReply, StatusReply, StatusRequest, Verification, VerifyRequest,
 };
 use super::{Directory, LinkCommand, LinkHandle, ReplicaCommand};
@@ -318,6 +318,7 @@ impl Admin for Service {
             node: node.clone(),
             version: version.clone(),
             links: self.directory.snapshots().into_iter().map(link_message).collect(),
+            etcd: self.directory.etcd.borrow().iter().cloned().map(member_message).collect(),
         }))
     }
 
@@ -443,10 +444,12 @@ fn link_message(status: LinkStatus) -> Link {
         lag_seconds,
         rpo_revisions,
         rpo_seconds,
+        stalled_seconds,
         bytes_raw,
         bytes_sent,
         counts,
         copy,
+        canary,
         verification,
         foreign_writes,
         quarantined_revisions,
@@ -472,10 +475,12 @@ fn link_message(status: LinkStatus) -> Link {
         lag_seconds,
         rpo_revisions,
         rpo_seconds,
+        stalled_seconds,
         bytes_raw,
         bytes_sent,
         counts: counts.into_iter().map(|(name, count)| (name.to_owned(), count)).collect(),
         copy: copy.map(|copy| Copy { keys_done: copy.keys_done, keys_total: copy.keys_total }),
+        canary: canary.map(|canary| Canary { seconds: canary.seconds, waiting_seconds: canary.waiting_seconds }),
         verification: Some(verification_message(verification)),
         foreign_writes: foreign_writes.map(foreign_message),
         quarantined_revisions,
@@ -507,6 +512,11 @@ fn record_message(record: Record) -> QuarantinedRevision {
     }
 }
 
+fn member_message(member: model::EtcdHealth) -> EtcdMember {
+    let model::EtcdHealth { endpoint, ok, version, leader, verdict, detail } = member;
+    EtcdMember { endpoint, ok, version, leader, verdict: verdict.to_owned(), detail }
+}
+
 fn foreign_message(foreign: model::ForeignStatus) -> ForeignWrites {
     ForeignWrites {
         checked_revision: foreign.checked_revision.0,
@@ -533,6 +543,7 @@ fn health(status: &LinkStatus) -> ServingStatus {
         | LinkState::Held
         | LinkState::SpoolFull
         | LinkState::Paused
+        | LinkState::Stalled
         | LinkState::Stopped => ServingStatus::NotServing,
     }
 }

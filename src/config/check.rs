@@ -7,7 +7,7 @@ use super::files::NamedFiles;
 use super::read::Section;
 use super::{
     CompactConfig, Config, DeleteShares, EtcdConfig, Faults, ForeignWrites, Limits, ListenConfig, LogConfig, LogFormat,
-    OnPoison, ReceiveConfig, SendConfig, TlsConfig,
+    OnPoison, OtherHistory, ReceiveConfig, SendConfig, TlsConfig,
 };
 use crate::certs::{REGION_RULE, SAN_RULE, is_region_name, is_san};
 use crate::model::{FERRY_PREFIX, LinkName, Ranges};
@@ -25,6 +25,9 @@ const VERIFY_INTERVAL_SECONDS_MAX: u64 = 7 * 86_400;
 /// Compaction of the replica by age.
 const COMPACT_AFTER_SECONDS_MAX: u64 = 366 * 86_400;
 const VERIFY_CORE_SHARE_MAX: f64 = 0.05;
+/// Off, unless configured: each canary is a revision at both ends, and an idle link makes none.
+const CANARY_INTERVAL_SECONDS: u64 = 0;
+const CANARY_INTERVAL_SECONDS_MAX: u64 = 3_600;
 
 /// Also says what of it names files, as far as that could be read.
 pub(super) fn config(table: &Table) -> (Result<Config, Faults>, NamedFiles) {
@@ -91,6 +94,8 @@ fn etcd(s: &mut Section<'_>) -> Option<(EtcdConfig, Option<CompactConfig>)> {
     let username = s.text_if_present("username", "etcd-ferry");
     let password_file = s.path_if_present("password_file", "/etc/etcd-ferry/etcd-password");
 
+    let allow_corrupting_versions = s.flag_if_present("allow_corrupting_versions").unwrap_or(false);
+
     if let Some(endpoints) = &endpoints {
         let https = endpoints.iter().filter(|e| e.starts_with("https:")).count();
         if https != 0 && https != endpoints.len() {
@@ -108,7 +113,9 @@ fn etcd(s: &mut Section<'_>) -> Option<(EtcdConfig, Option<CompactConfig>)> {
     together(s, "cert", cert.1.is_some(), "key", key.1.is_some());
     together(s, "username", username.is_some(), "password_file", password_file.is_some());
     let compact = compact(s);
-    Some((EtcdConfig { endpoints: endpoints?, ca: ca.1, cert: cert.1, key: key.1, username, password_file }, compact))
+    let (ca, cert, key) = (ca.1, cert.1, key.1);
+    let endpoints = endpoints?;
+    Some((EtcdConfig { endpoints, ca, cert, key, username, password_file, allow_corrupting_versions }, compact))
 }
 
 fn compact(s: &mut Section<'_>) -> Option<CompactConfig> {
@@ -183,12 +190,22 @@ fn send(s: &mut Section<'_>) -> Option<SendConfig> {
     if !(0.0..=1.0).contains(&share) {
         s.fault("deletes_share_max", "must be from 0 (delete nothing unasked) to 1 (no guard)");
     }
+    let other_history = match s.text_if_present("other_history", "stop").as_deref() {
+        None | Some("stop") => OtherHistory::Stop,
+        Some("resync") => OtherHistory::Resync,
+        Some(other) => {
+            s.fault("other_history", format!("must be \"stop\" or \"resync\" (found {other:?})"));
+            OtherHistory::Stop
+        }
+    };
     let interval = limit(s, "verify_interval_seconds", VERIFY_INTERVAL_SECONDS, 0, VERIFY_INTERVAL_SECONDS_MAX);
     let verify_interval = (interval > 0).then_some(Duration::from_secs(interval));
     let verify_core_share_max = s.number_if_present("verify_core_share_max").unwrap_or(VERIFY_CORE_SHARE_MAX);
     if !(0.001..=1.0).contains(&verify_core_share_max) {
         s.fault("verify_core_share_max", "must be from 0.001 to 1 (a whole core)");
     }
+    let canary = limit(s, "canary_interval_seconds", CANARY_INTERVAL_SECONDS, 0, CANARY_INTERVAL_SECONDS_MAX);
+    let canary_interval = (canary > 0).then_some(Duration::from_secs(canary));
     let prefixes = prefixes.unwrap_or_default();
     let ranges = Ranges::new(&prefixes, &exclude);
     if ranges.pieces().is_empty() && !exclude.is_empty() {
@@ -202,8 +219,10 @@ fn send(s: &mut Section<'_>) -> Option<SendConfig> {
         prefixes,
         exclude,
         deletes_share_max: share,
+        other_history,
         verify_interval,
         verify_core_share_max,
+        canary_interval,
     })
 }
 
@@ -376,6 +395,8 @@ fn limits(s: &mut Section<'_>) -> Option<Limits> {
         request_bytes_max: limit(s, "request_bytes_max", d.request_bytes_max, 64 * KIB, 256 * MIB),
         page_keys_max: limit(s, "page_keys_max", d.page_keys_max, 1, 100_000),
         page_bytes_max: limit(s, "page_bytes_max", d.page_bytes_max, 4 * KIB, 64 * MIB),
+        // A call of etcd may take 10 s, and then says why it failed.
+        stall_seconds: limit(s, "stall_seconds", d.stall_seconds, 12, 86_400),
     };
     relations(s, &limits);
     Some(limits)

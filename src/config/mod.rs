@@ -93,7 +93,7 @@ pub struct Config {
     pub log: LogConfig,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct EtcdConfig {
     /// `http://` or `https://` URLs, all of one kind.
     pub endpoints: Vec<String>,
@@ -102,6 +102,8 @@ pub struct EtcdConfig {
     pub key: Option<PathBuf>,
     pub username: Option<String>,
     pub password_file: Option<PathBuf>,
+    /// Links also go through members whose version is known to corrupt data.
+    pub allow_corrupting_versions: bool,
 }
 
 /// Compaction of the replica's etcd by age.
@@ -144,10 +146,13 @@ pub struct SendConfig {
     pub exclude: Vec<Bytes>,
     /// The largest share (0 to 1) of the replica's keys that a base copy may delete unasked. 0.1.
     pub deletes_share_max: f64,
+    pub other_history: OtherHistory,
     /// Both sides are compared so often by themselves; `None`: only when somebody asks. 15 minutes.
     pub verify_interval: Option<Duration>,
     /// The share of a core that such a comparison takes at each side. 0.05.
     pub verify_core_share_max: f64,
+    /// A canary is written so often; `None`, the default: never.
+    pub canary_interval: Option<Duration>,
 }
 
 /// This cluster is the replica of the link.
@@ -160,6 +165,16 @@ pub struct ReceiveConfig {
     pub foreign_writes: ForeignWrites,
     pub on_poison: OnPoison,
     pub delete_shares: DeleteShares,
+}
+
+/// What becomes of a link whose origin has another history than the one that was carried: it was restored, or replaced by another cluster.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum OtherHistory {
+    /// The link stops, until an operator asks for a resync.
+    #[default]
+    Stop,
+    /// The next epoch opens by itself, and what differs is found by digests and mended.
+    Resync,
 }
 
 /// What becomes of others' writes at the replica, under the link's prefixes.
@@ -218,6 +233,8 @@ pub struct Limits {
     pub page_keys_max: usize,
     /// Bytes of one page of a base copy. 1 MiB.
     pub page_bytes_max: usize,
+    /// So long without progress is a stall. 30 s.
+    pub stall_seconds: u64,
 }
 
 impl Default for Limits {
@@ -234,6 +251,7 @@ impl Default for Limits {
             request_bytes_max: 1_572_864,
             page_keys_max: 1000,
             page_bytes_max: 1 << 20,
+            stall_seconds: 30,
         }
     }
 }

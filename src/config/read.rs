@@ -246,18 +246,20 @@ mod tests {
 
     #[test]
     fn a_value_of_another_type_is_named() {
-        let table = parse("text = 1\nlist = ['a', 2]\ntables = [3]\ntable = 4").unwrap();
+        let table = parse("text = 1\nlist = ['a', 2]\ntables = [3]\ntable = 4\nswitch = 'yes'").unwrap();
         let mut root = Section::root(&table);
         root.text("text", "y");
         assert_eq!(root.texts("list").unwrap().len(), 1);
         root.tables("tables", |_| Some(()));
         root.table("table", None, |_| Some(()));
+        assert_eq!(root.flag_if_present("switch"), None);
         let faults: Vec<String> = root.finish().iter().map(|f| format!("{}: {}", f.field, f.rule)).collect();
         let expected = [
             "text: must be a string, not an integer",
             "list[1]: must be a string, not an integer",
             "tables[0]: must be a table, [[tables]], not an integer",
             "table: must be a table, [table], not an integer",
+            "switch: must be true or false, not a string",
         ];
         assert_eq!(faults, expected);
     }

@@ -201,8 +201,7 @@ impl Region {
     /// A connection to this region's etcd.
     pub async fn connect(&self) -> Result<Etcd, crate::etcd::EtcdError> {
         let endpoints = vec![self.etcd_url.clone()];
-        let config = EtcdConfig { endpoints, ca: None, cert: None, key: None, username: None, password_file: None };
-        Etcd::connect(&config).await
+        Etcd::connect(&EtcdConfig { endpoints, ..EtcdConfig::default() }).await
     }
 
     pub fn config_path(&self) -> PathBuf {

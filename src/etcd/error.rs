@@ -3,6 +3,7 @@
 //! No I/O: the only file that knows etcd's words.
 //! Always true: an error that leaves doubt about what etcd did is never taken for one that does not.
 
+use super::gate::Refusal;
 use super::{CALL_DEADLINE, READ_BYTES_MAX};
 use crate::model::ClusterId;
 use etcd_client::Error as ClientError;
@@ -35,6 +36,8 @@ pub enum EtcdError {
     TooLarge,
     #[error("an answer of etcd is larger than the limit of {limit_bytes} B")]
     AnswerTooLarge { limit_bytes: usize },
+    #[error(transparent)]
+    VersionRefused(Refusal),
     #[error("[etcd] is not usable: {0}")]
     Config(String),
     #[error("etcd failed: {0}")]
@@ -52,6 +55,7 @@ impl EtcdError {
             | EtcdError::FutureRevision
             | EtcdError::TooManyOps
             | EtcdError::TooLarge
+            | EtcdError::VersionRefused(_)
             | EtcdError::Config(_) => true,
             EtcdError::Unreachable { .. }
             | EtcdError::NoLeader(_)

@@ -4,6 +4,8 @@
 //! name a revision; a connection believes one cluster, in answers and on a watch alike; nothing retries by itself.
 
 mod error;
+pub mod gate;
+pub mod version;
 mod watch;
 
 use crate::config::EtcdConfig;
@@ -14,10 +16,12 @@ use etcd_client::{
     Certificate, Client, ConnectOptions, Error as ClientError, GetOptions, Identity, KvClient, PutOptions, TlsOptions,
     WatchOptions,
 };
+use gate::Refusal;
 use std::future::Future;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::net::TcpStream;
+use tokio::sync::watch as watch_channel;
 use tonic::Code;
 
 pub use error::{EtcdError, with_sources};
@@ -106,6 +110,8 @@ pub struct Etcd {
     endpoints: String,
     /// The cluster that answered first.
     cluster: Arc<OnceLock<ClusterId>>,
+    /// Why it takes no calls at present, told by the gate that it was made by.
+    refusal: Option<watch_channel::Receiver<Option<Refusal>>>,
 }
 
 impl Etcd {
@@ -133,7 +139,11 @@ impl Etcd {
             }
         };
         let kv = client.kv_client().max_decoding_message_size(READ_BYTES_MAX).max_encoding_message_size(usize::MAX);
-        Ok(Self { client, kv, endpoints, cluster: Arc::default() })
+        Ok(Self { client, kv, endpoints, cluster: Arc::default(), refusal: None })
+    }
+
+    fn behind(self, refusal: watch_channel::Receiver<Option<Refusal>>) -> Self {
+        Self { refusal: Some(refusal), ..self }
     }
 
     /// One key and the head, linearizable.
@@ -258,6 +268,9 @@ impl Etcd {
     }
 
     async fn within<T>(&self, call: impl Future<Output = Result<T, ClientError>>) -> Result<T, EtcdError> {
+        if let Some(refusal) = self.refusal.as_ref().and_then(|refusal| refusal.borrow().clone()) {
+            return Err(EtcdError::VersionRefused(refusal));
+        }
         match tokio::time::timeout(CALL_DEADLINE, call).await {
             Ok(answer) => answer.map_err(|e| reaction(&e, &self.endpoints)),
             Err(_) => Err(EtcdError::TimedOut),

@@ -6,6 +6,7 @@
 
 mod quarantine;
 mod ranges;
+pub mod stall;
 mod status;
 
 pub use quarantine::{
@@ -13,8 +14,8 @@ pub use quarantine::{
 };
 pub use ranges::{KeyRange, Ranges};
 pub use status::{
-    CopyProgress, DifferingRange, ForeignStatus, LinkState, LinkStatus, Outcome, PartsProgress, QuarantinedStatus,
-    Role, Side, StageStatus, Verification,
+    CanaryStatus, CopyProgress, DifferingRange, EtcdHealth, ForeignStatus, LinkState, LinkStatus, Outcome,
+    PartsProgress, QuarantinedStatus, Role, Side, StageStatus, Verification,
 };
 
 use bytes::Bytes;
@@ -263,6 +264,11 @@ impl LinkName {
     /// In the origin's etcd: up to where the shipper's spool is applied at the replica, for the standbys.
     pub fn applied_key(&self) -> Bytes {
         Bytes::from(format!("/etcd-ferry/v1/links/{}/applied", self.0))
+    }
+
+    /// Of the shipper's canaries, in the origin's etcd.
+    pub fn canary_key(&self) -> Bytes {
+        Bytes::from(format!("/etcd-ferry/v1/links/{}/canary", self.0))
     }
 
     /// The key of this link's waymark in the origin's etcd.

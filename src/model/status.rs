@@ -57,11 +57,23 @@ pub enum LinkState {
     Held,
     SpoolFull,
     Paused,
+    /// Under way, and without progress for longer than configured.
+    Stalled,
     Stopped,
 }
 
 impl LinkState {
-    pub const ALL: [LinkState; 8] = [
+    /// A stream is open: the link is to make progress.
+    pub fn is_under_way(self) -> bool {
+        match self {
+            LinkState::Copying | LinkState::Repairing | LinkState::Following | LinkState::Stalled => true,
+            // A person is asked.
+            LinkState::Held => false,
+            LinkState::Connecting | LinkState::SpoolFull | LinkState::Paused | LinkState::Stopped => false,
+        }
+    }
+
+    pub const ALL: [LinkState; 9] = [
         LinkState::Connecting,
         LinkState::Copying,
         LinkState::Repairing,
@@ -69,6 +81,7 @@ impl LinkState {
         LinkState::Held,
         LinkState::SpoolFull,
         LinkState::Paused,
+        LinkState::Stalled,
         LinkState::Stopped,
     ];
 
@@ -81,6 +94,7 @@ impl LinkState {
             LinkState::Held => "held",
             LinkState::SpoolFull => "spool_full",
             LinkState::Paused => "paused",
+            LinkState::Stalled => "stalled",
             LinkState::Stopped => "stopped",
         }
     }
@@ -114,6 +128,8 @@ pub struct LinkStatus {
     pub lag_seconds: f64,
     pub rpo_revisions: u64,
     pub rpo_seconds: f64,
+    /// For how long the link has made no progress though there is some to make; 0 while it does.
+    pub stalled_seconds: f64,
     /// Keys and values carried, before encoding.
     pub bytes_raw: u64,
     /// Frames and pages, after encoding.
@@ -122,6 +138,8 @@ pub struct LinkStatus {
     pub counts: BTreeMap<&'static str, u64>,
     /// The base copy while it runs: keys done, keys in all (0: not known).
     pub copy: Option<CopyProgress>,
+    /// At the sidecar that ships the link, where canaries are on and one was written.
+    pub canary: Option<CanaryStatus>,
     pub verification: Verification,
     /// At a replica, once it was looked.
     pub foreign_writes: Option<ForeignStatus>,
@@ -130,6 +148,15 @@ pub struct LinkStatus {
     /// The same one by one, at the replica; no key.
     pub quarantined: Vec<QuarantinedStatus>,
     pub stages: Vec<StageStatus>,
+}
+
+/// How long a revision takes from its write at the origin to the word that it is applied at the replica.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct CanaryStatus {
+    /// The last one took so long; 0: none has come through yet.
+    pub seconds: f64,
+    /// The present one has been on its way for so long; 0: none is.
+    pub waiting_seconds: f64,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
@@ -269,6 +296,23 @@ pub struct StageStatus {
     pub queue_bytes: u64,
 }
 
+/// One member of the cluster beside a sidecar, as last asked.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct EtcdHealth {
+    /// As configured.
+    pub endpoint: String,
+    /// It answered when it was asked last.
+    pub ok: bool,
+    /// As the member says it (`3.5.30`), or said it last; empty: not known, since it has not answered yet or the user is not root.
+    pub version: String,
+    /// True if this member leads its cluster.
+    pub leader: bool,
+    /// Of its version: `fine`, `warned`, `refused`, or `allowed` where the configuration lets a refused one through; empty: not known.
+    pub verdict: &'static str,
+    /// What is wrong with it or with its version, and what to do, or why its version is not known; empty when all is well.
+    pub detail: String,
+}
+
 impl LinkStatus {
     pub fn new(link: LinkName, side: Side, peer: String) -> Self {
         Self {
@@ -290,10 +334,12 @@ impl LinkStatus {
             lag_seconds: 0.0,
             rpo_revisions: 0,
             rpo_seconds: 0.0,
+            stalled_seconds: 0.0,
             bytes_raw: 0,
             bytes_sent: 0,
             counts: BTreeMap::new(),
             copy: None,
+            canary: None,
             verification: Verification::default(),
             foreign_writes: None,
             quarantined_revisions: 0,

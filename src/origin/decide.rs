@@ -3,6 +3,7 @@
 //! Edge: part of the shipper, which owns all of it.
 //! Always true: nothing begins but as the resume table says; a watch that is refused for compaction is a new fact, and asked about again.
 
+use super::history;
 use super::probe::{Probed, probe};
 use super::resume::{self, CarriedCheck, OriginFacts, Received, ReplicaFacts, Resume, SpoolFacts};
 use super::sequence::OriginWaymark;
@@ -43,15 +44,19 @@ impl Shipper {
             self.view.send_modify(|view| {
                 (view.epoch, view.term) = (position.epoch, position.term);
                 (view.seq, view.applied_seq, view.durable_seq) = (position.seq, position.seq, position.seq);
-                view.applied_revision = position.origin_revision;
+                (view.received_seq, view.applied_revision) = (position.seq, position.origin_revision);
             });
         }
         if self.resync.is_some() {
             return self.act(resume::resync(position.as_deref()), None).await?.ok_or_else(no_way);
         }
+        if self.other_history.goes_on {
+            let decided = history::by_digests(position.as_deref(), origin.ranges_digest);
+            return self.act(decided, None).await?.ok_or_else(no_way);
+        }
         let same_origin = position.as_ref().is_some_and(|p| p.origin_cluster == origin.cluster);
         let usable = match &self.tail.borrow().state {
-            TailState::OtherHistory { reason } if same_origin => return Err(SessionEnd::Stop(reason.clone())),
+            TailState::OtherHistory { reason } if same_origin => return Err(SessionEnd::OtherHistory(reason.clone())),
             TailState::Lost { compacted } => {
                 origin.compacted = *compacted;
                 false
@@ -168,7 +173,7 @@ impl Shipper {
     /// Brings the tail to where the decision wants it. `carried`: what a new watch begins with.
     async fn act(&mut self, decided: Resume, carried: Option<(Revision, Digest)>) -> Result<Option<Way>, SessionEnd> {
         match decided {
-            Resume::Stop { reason } => Err(SessionEnd::Stop(reason.to_string())),
+            Resume::Stop { reason } => Err(SessionEnd::OtherHistory(reason.to_string())),
             Resume::ShipFromSpool { after } => Ok(Some(Way::Follow { after })),
             Resume::WatchFrom { after } => {
                 self.watch_from(after, carried).await?;
@@ -205,7 +210,8 @@ impl Shipper {
         match opened {
             Ok(()) => Ok(()),
             Err(TailState::Lost { compacted }) => Err(SessionEnd::Compacted(compacted)),
-            Err(TailState::OtherHistory { reason } | TailState::Stopped { reason }) => Err(SessionEnd::Stop(reason)),
+            Err(TailState::OtherHistory { reason }) => Err(SessionEnd::OtherHistory(reason)),
+            Err(TailState::Stopped { reason }) => Err(SessionEnd::Stop(reason)),
             Err(TailState::Connecting { reason }) => Err(not_opened(&reason)),
             Err(TailState::Idle | TailState::Running | TailState::SpoolFull) => {
                 Err(SessionEnd::Wait("the origin's watch did not open".to_owned()))

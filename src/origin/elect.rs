@@ -7,9 +7,10 @@ use super::candidacy::{
     self, Candidate, Enrolment, LEASE_TTL, LOOK_INTERVAL, Next, Own, PATIENCE_FIRST, Published, RENEW_INTERVAL,
     SHIPS_UNRENEWED_MAX,
 };
-use crate::config::EtcdConfig;
+use crate::etcd::gate::Gate;
 use crate::etcd::{Columns, Compare, CompareOp, Etcd, EtcdError, Lease, Txn, TxnOp};
 use crate::model::{KeyRange, LinkName, Revision, Term};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -76,7 +77,7 @@ impl Default for ElectView {
 pub struct Election {
     pub link: LinkName,
     pub node: String,
-    pub etcd: EtcdConfig,
+    pub etcd: Arc<Gate>,
     pub view: watch::Sender<ElectView>,
     pub heard: watch::Receiver<Heard>,
     run: u64,
@@ -103,7 +104,7 @@ impl Election {
     pub fn new(
         link: LinkName,
         node: String,
-        etcd: EtcdConfig,
+        etcd: Arc<Gate>,
         view: watch::Sender<ElectView>,
         heard: watch::Receiver<Heard>,
     ) -> Self {
@@ -173,7 +174,7 @@ impl Election {
         let sent = Instant::now();
         let etcd = match &self.connection {
             Some(etcd) => etcd.clone(),
-            None => self.connection.insert(Etcd::connect(&self.etcd).await?).clone(),
+            None => self.connection.insert(self.etcd.connect().await?).clone(),
         };
         let lease = match self.lease {
             Some(lease) if etcd.renew(lease).await? => lease,

@@ -3,9 +3,10 @@
 //! Always true: reads are linearizable and on a connection of their own, so that a frozen watch does not hide the head.
 
 use super::{Clock, LinkEvent};
-use crate::config::EtcdConfig;
+use crate::etcd::gate::Gate;
 use crate::etcd::{Etcd, EtcdError};
 use crate::model::{LinkName, Revision};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -22,7 +23,7 @@ pub struct HeadView {
 
 /// Reads the head each [`HEAD_INTERVAL`] until `stop`.
 pub async fn poll(
-    etcd: EtcdConfig,
+    etcd: Arc<Gate>,
     link: LinkName,
     view: watch::Sender<HeadView>,
     events: mpsc::Sender<LinkEvent>,
@@ -42,7 +43,7 @@ pub async fn poll(
         let read = async {
             let etcd = match connection.take() {
                 Some(etcd) => etcd,
-                None => Etcd::connect(&etcd).await?,
+                None => etcd.connect().await?,
             };
             let look = etcd.look(&key).await?;
             Ok::<_, EtcdError>((etcd, look))

@@ -52,13 +52,14 @@ fn silence(open_for: Option<Duration>, since_receipt: Duration) -> Duration {
 
 impl Session {
     /// Once a second: deadlines, progress, what is to be written at the origin.
-    pub(super) fn tick(&mut self, ship: &Shipper, drained: bool) -> Result<(), SessionEnd> {
+    pub(super) fn tick(&mut self, ship: &mut Shipper, drained: bool) -> Result<(), SessionEnd> {
         self.check_deadline()?;
         let extent = ship.spool.extent().borrow().clone();
         let spooled = extent.last.map(|(last, _)| last);
         let (through, shipped_all) = self.shipped.through(drained, spooled, extent.covered);
         self.rewrite_waymark(ship);
         self.publish_applied(ship);
+        self.write_canary(ship);
         let now = movement(ship);
         let idle_write = shipped_all
             && self.shipped.acked.following
@@ -159,6 +160,45 @@ impl Session {
         Ok(())
     }
 
+    /// A canary, where it is on and due: an empty revision that the link carries as it does any other. An empty revision's digest says nothing
+    /// but its number: so it is written only on the history that this stream goes on with, which the last waymark and the last canary are of.
+    fn write_canary(&mut self, ship: &mut Shipper) {
+        let Some(interval) = ship.origin.send.canary_interval else { return };
+        let now = ship.clock.elapsed();
+        let carries = self.shipped.acked.following || self.shipped.acked.repairing;
+        if !carries || self.writes.is_busy() || !ship.canary.is_due(interval, now) {
+            return;
+        }
+        ship.canary.begin(now);
+        let link = &ship.origin.send.link;
+        let key = link.canary_key();
+        let value = format!("{{\"node\":\"{}\"}}", ship.origin.node);
+        let put = TxnOp::put(key.to_vec(), value, None);
+        let unchanged = |key: &[u8], at: Revision| Compare::mod_revision(key.to_vec(), CompareOp::Equal, at.to_etcd());
+        let mut when = vec![
+            still_elected(link, &ship.origin.node, self.term),
+            unchanged(&link.waymark_key(), self.waymark_revision),
+        ];
+        when.extend(self.canary_revision.map(|last| unchanged(&key, last)));
+        let txn = Txn::new().when(when).and_then([put]);
+        let right = format!("write {}", key.escape_ascii());
+        self.writes.begin(Write::Canary, movement(ship), self.etcd.clone(), txn, right);
+    }
+
+    /// How the canary does, for the view.
+    pub(super) fn show_canary(&self, ship: &mut Shipper) {
+        if ship.origin.send.canary_interval.is_none() {
+            return;
+        }
+        ship.canary.applied(self.shipped.acked.applied_revision, ship.clock.elapsed());
+        let canary = ship.canary;
+        let flying_since = canary.flying_since().map(|begun| ship.clock + begun);
+        ship.view.send_if_modified(|view| {
+            let now = (canary.took(), flying_since);
+            std::mem::replace(&mut view.canary, now) != now
+        });
+    }
+
     /// Tells the standbys how far the position is, so that they trim up to there: now and then, and never for our own work's sake.
     fn publish_applied(&mut self, ship: &Shipper) {
         if self.epoch != Epoch(0) && !self.copying {
@@ -187,17 +227,29 @@ impl Session {
 
     /// What became of a write at the origin. One that failed is no reason to end a stream: etcd may be without a leader, or without room, and
     /// what is spooled is better shipped. It is due again as if it had been written, whether the origin moves or not.
-    pub(super) fn written(&mut self, ship: &Shipper, written: Written) -> Result<(), SessionEnd> {
+    pub(super) fn written(&mut self, ship: &mut Shipper, written: Written) -> Result<(), SessionEnd> {
         let Written { write, movement, outcome } = written;
         let at = Some((Instant::now(), if outcome.is_ok() { movement } else { Movement::default() }));
-        let (link, what) = (&ship.origin.send.link, write.as_str());
+        let (link, what) = (ship.origin.send.link.clone(), write.as_str());
         match &write {
             Write::Waymark(_) => self.waymark_at = at,
             Write::Applied => self.published_at = at,
+            // The next one is due when it would have been.
+            Write::Canary => {}
         }
         match (outcome, write) {
             (Ok(response), Write::Waymark(next)) => self.took_waymark(next, &response)?,
             (Ok(response), Write::Applied) if response.succeeded() => {}
+            (Ok(response), Write::Canary) if response.succeeded() => {
+                self.canary_revision = Some(txn_revision(&response));
+                let (applied, now) = (self.shipped.acked.applied_revision, ship.clock.elapsed());
+                ship.canary.written(txn_revision(&response), applied, now);
+                self.show_canary(ship);
+            }
+            (Ok(_), Write::Canary) => {
+                let reason = "another sidecar was elected, or the origin is not what it was";
+                return Err(SessionEnd::HelloAgain(reason.to_owned()));
+            }
             (Ok(_), Write::Applied) => {
                 return Err(SessionEnd::HelloAgain("another sidecar was elected".to_owned()));
             }
@@ -223,6 +275,7 @@ impl Session {
 enum Write {
     Waymark(OriginWaymark),
     Applied,
+    Canary,
 }
 
 impl Write {
@@ -230,6 +283,7 @@ impl Write {
         match self {
             Write::Waymark(_) => "the waymark",
             Write::Applied => "the applied revision",
+            Write::Canary => "the canary",
         }
     }
 }
@@ -255,6 +309,10 @@ impl Writes {
             let writing = async move { Written { write, movement, outcome: etcd.txn(txn, &right).await } };
             self.under_way = Some(AbortOnDropHandle::new(tokio::spawn(writing)));
         }
+    }
+
+    fn is_busy(&self) -> bool {
+        self.under_way.is_some()
     }
 
     /// The one that ends next. Cancel-safe.

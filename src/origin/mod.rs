@@ -3,6 +3,7 @@
 //! Always true: the link's task alone writes the link's status; a stage that ends ends the link.
 
 pub mod anchor;
+pub mod canary;
 pub mod candidacy;
 mod compare;
 mod decide;
@@ -10,6 +11,7 @@ pub mod elect;
 mod found;
 mod head;
 mod heartbeat;
+pub mod history;
 pub mod lag;
 mod mend;
 mod probe;
@@ -20,6 +22,7 @@ pub mod session;
 pub mod ship;
 pub mod shipped;
 pub mod spool;
+mod stall;
 mod standby;
 mod term;
 mod verify;
@@ -27,15 +30,18 @@ mod view;
 pub mod watch;
 
 use crate::admin::LinkCommand;
-use crate::config::{EtcdConfig, Limits, SendConfig};
+use crate::config::{Limits, SendConfig};
+use crate::etcd::gate::Gate;
 use crate::metrics;
-use crate::model::{Epoch, LinkName, LinkState, LinkStatus, Revision, Role, Seq, Side, StageStatus};
+use crate::model::stall::{Stalled, Verdict, Watchdog};
+use crate::model::{CanaryStatus, Epoch, LinkName, LinkState, LinkStatus, Revision, Role, Seq, Side, StageStatus};
 use crate::wire::digest;
 use elect::{ElectView, Election, Heard, Standing};
 use head::HeadView;
 use lag::LagTracker;
 use ship::Shipper;
 use spool::{Spool, SpoolExtent};
+use stall::Help;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -111,7 +117,7 @@ pub enum OriginError {
 /// Everything that one origin link needs.
 pub struct OriginLink {
     pub send: SendConfig,
-    pub etcd: EtcdConfig,
+    pub etcd: Arc<Gate>,
     pub limits: Limits,
     /// The link's own folder below `data_dir`.
     pub dir: PathBuf,
@@ -141,7 +147,9 @@ impl OriginLink {
             lag.arrived_several(arrived.revision_last, arrived.at_ms, arrived.count);
         }
         lag.covered(spool.extent().borrow().covered);
+        let mut dog = Watchdog::new(self.limits.stall_seconds.saturating_mul(1_000));
         let mut stages = self.start(&spool, clock, status.subscribe(), commands, &stop);
+        let mut stalls = 0;
         let mut ticks = tokio::time::interval(STATUS_INTERVAL);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -161,8 +169,11 @@ impl OriginLink {
                     let (tail, head, ship) = (stages.tail.borrow(), stages.head.borrow(), stages.ship.borrow());
                     let elect = stages.elect.borrow();
                     let node = &stages.node;
-                    let views = Views { node, tail: &tail, head: &head, ship: &ship, elect: &elect, spool: &extent };
-                    status.send_modify(|status| views.write(status, &lag, clock.now_ms()));
+                    let (spool, stalled) = (&extent, None);
+                    let mut views =
+                        Views { node, tail: &tail, head: &head, ship: &ship, elect: &elect, spool, stalled };
+                    views.watch(&mut dog, &mut stalls, &stages.help, &link, clock.now_ms());
+                    status.send_modify(|status| views.write(status, &lag, stalls, clock.now_ms()));
                 }
             }
         }
@@ -189,6 +200,8 @@ impl OriginLink {
         let unseen = TailView { state: TailState::Idle, covered, proven_from: None, ferry_only: 0 };
         let (tail_sender, tail) = watch_channel::channel(unseen);
         let (tail_commands, tail_incoming) = mpsc::channel(1);
+        let (reopen, reopening) = watch_channel::channel(());
+        let (hello_again, saying_hello) = watch_channel::channel(());
         let (ship_sender, ship) = watch_channel::channel(ShipView::default());
         let mut tasks = JoinSet::new();
         let watching = Tail {
@@ -199,6 +212,7 @@ impl OriginLink {
             spool: spool.clone(),
             commands: tail_incoming,
             head: head.clone(),
+            reopen: reopening,
             view: tail_sender,
             events: events.clone(),
             clock,
@@ -224,9 +238,11 @@ impl OriginLink {
             status,
             elect.clone(),
             heard,
+            saying_hello,
         );
         tasks.spawn(shipper.run(stop.clone()));
-        Stages { node, tasks, events: incoming, tail, head, elect, ship }
+        let help = Helps { reopen, hello_again };
+        Stages { node, tasks, events: incoming, tail, head, elect, ship, help }
     }
 }
 
@@ -239,6 +255,13 @@ struct Stages {
     head: watch_channel::Receiver<HeadView>,
     elect: watch_channel::Receiver<ElectView>,
     ship: watch_channel::Receiver<ShipView>,
+    help: Helps,
+}
+
+/// What may help a stage that stands still.
+struct Helps {
+    reopen: watch_channel::Sender<()>,
+    hello_again: watch_channel::Sender<()>,
 }
 
 fn take(lag: &mut LagTracker, event: LinkEvent, link: &LinkName, now_ms: u64) {
@@ -269,14 +292,46 @@ struct Views<'a> {
     elect: &'a ElectView,
     ship: &'a ShipView,
     spool: &'a SpoolExtent,
+    /// Where the link stands still.
+    stalled: Option<Stalled>,
 }
 
 impl Views<'_> {
-    fn write(&self, status: &mut LinkStatus, lag: &LagTracker, now_ms: u64) {
+    /// Looks whether the link stands still; says so once, and has done what may help. `stalls` counts.
+    fn watch(&mut self, dog: &mut Watchdog, stalls: &mut u64, helps: &Helps, link: &LinkName, now_ms: u64) {
+        let state = self.state();
+        let looks = state.is_under_way() || state == LinkState::Connecting && dog.is_stalled();
+        if !looks {
+            return dog.forget();
+        }
+        let stood_still = dog.is_stalled();
+        let Verdict { stalled, begins, react } = dog.look(&stall::seen(self), now_ms);
+        self.stalled = stalled;
+        let Some(stalled) = stalled else {
+            if stood_still {
+                tracing::info!(%link, "the link makes progress again");
+            }
+            return;
+        };
+        if begins {
+            *stalls += 1;
+            tracing::warn!(%link, reason = %stall::reason(self, stalled), "the link stands still");
+        }
+        if react {
+            match stall::help(self, stalled) {
+                Help::ReopenWatch => helps.reopen.send_replace(()),
+                Help::HelloAgain => helps.hello_again.send_replace(()),
+                Help::Nothing => {}
+            }
+        }
+    }
+
+    fn write(&self, status: &mut LinkStatus, lag: &LagTracker, stalls: u64, now_ms: u64) {
         let ship = self.ship;
         debug_assert!(status.side == Side::Origin);
         status.state = self.state();
         status.reason = self.reason();
+        status.stalled_seconds = self.stalled.map_or(0.0, |stalled| stalled.for_ms as f64 / 1_000.0);
         status.epoch = ship.epoch;
         status.term = self.elect.standing.term().unwrap_or(ship.term);
         (status.role, status.shipper) = match &self.elect.standing {
@@ -302,7 +357,9 @@ impl Views<'_> {
         status.bytes_sent = ship.bytes_sent;
         status.counts.clone_from(&ship.counts);
         status.counts.insert("elections", self.elect.won);
+        status.counts.insert("stalls", stalls);
         status.copy = ship.copy;
+        status.canary = self.canary();
         status.verification.clone_from(&ship.verification);
         status.quarantined_revisions = ship.quarantined;
         status.stages = vec![
@@ -322,6 +379,16 @@ impl Views<'_> {
         ];
     }
 
+    /// Of a canary that is off, or that no stream has written yet, there is nothing to be told.
+    fn canary(&self) -> Option<CanaryStatus> {
+        let (took, since) = self.ship.canary;
+        let waiting = since.map_or(Duration::ZERO, |since| since.elapsed());
+        (took.is_some() || since.is_some()).then(|| CanaryStatus {
+            seconds: took.unwrap_or_default().as_secs_f64(),
+            waiting_seconds: waiting.as_secs_f64(),
+        })
+    }
+
     /// Lag is measured where the link is shipped: what a standby knows of the replica may be ten seconds old.
     fn write_of_standby(&self, status: &mut LinkStatus) {
         let published = self.elect.published;
@@ -333,6 +400,9 @@ impl Views<'_> {
     }
 
     fn state(&self) -> LinkState {
+        if self.stalled.is_some() {
+            return LinkState::Stalled;
+        }
         match self.tail.state {
             TailState::Running if matches!(self.elect.standing, Standing::Standby { .. }) => LinkState::Following,
             TailState::SpoolFull if self.ship.state != LinkState::Stopped => LinkState::SpoolFull,
@@ -347,7 +417,7 @@ impl Views<'_> {
     }
 
     fn reason(&self) -> String {
-        let mut reasons = Vec::new();
+        let mut reasons: Vec<String> = self.stalled.iter().map(|stalled| stall::reason(self, *stalled)).collect();
         match &self.elect.standing {
             Standing::Unknown { reason } | Standing::Standby { reason, .. } if !reason.is_empty() => {
                 reasons.push(reason.clone());

@@ -83,7 +83,7 @@ fn probe_step(
             match sequencer.push(WatchMessage { events, fragment }) {
                 Err(e) => Some(Err(EtcdError::Other(e.to_string()))),
                 Ok(whole) => {
-                    let first = whole.iter().find(|w| !w.whole.changes.is_empty())?;
+                    let first = whole.iter().find(|w| w.is_of_the_link())?;
                     if first.whole.revision == at {
                         return Some(Ok(Probed::Digest(digest::of_revision(&first.whole))));
                     }

@@ -71,7 +71,7 @@ pub enum Resume {
     /// What came in between is lost, but not what the replica holds: a new epoch that follows from the origin's head at once, and a repair of
     /// what differs.
     Repair { epoch: Epoch, reason: CopyReason },
-    /// Only an operator can decide.
+    /// The origin's history is another one: only an operator can decide, or a policy that he has set.
     Stop { reason: StopReason },
 }
 
@@ -97,8 +97,6 @@ impl fmt::Debug for CopyCursor {
 pub enum CopyReason {
     #[error("the replica has no position of this link yet")]
     NoPosition,
-    #[error("the replica followed cluster {was}, and this is cluster {is}")]
-    OtherCluster { was: ClusterId, is: ClusterId },
     #[error("the link's ranges were changed")]
     OtherRanges,
     #[error("the origin has compacted up to revision {compacted}, and the replica needs what came after {after}")]
@@ -113,11 +111,18 @@ pub enum CopyReason {
     TooManyDiffer { differing: u64 },
     #[error("an operator asked for it")]
     Asked,
+    #[error("the origin's history is another one, and the link's other_history says to go on with it")]
+    OtherHistory,
 }
 
 /// Why the link stops; each is told with what to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum StopReason {
+    #[error(
+        "the origin was replaced: the replica followed cluster {was}, and this is cluster {is}; if this origin is the right one, run \
+         `etcd-ferry resync LINK --config F` at its sidecar"
+    )]
+    OtherCluster { was: ClusterId, is: ClusterId },
     #[error(
         "the origin was restored: its head is revision {head}, and the replica has come to revision {reached}; if this origin is the right \
          one, run `etcd-ferry resync LINK --config F` at its sidecar"
@@ -160,8 +165,8 @@ pub fn decide(spool: Option<&SpoolFacts>, replica: &ReplicaFacts, origin: &Origi
         ReplicaFacts::Answered { position: Some(position), received } => (position, received),
     };
     if position.origin_cluster != origin.cluster {
-        let reason = CopyReason::OtherCluster { was: position.origin_cluster, is: origin.cluster };
-        return copy(Some(position), reason);
+        let reason = StopReason::OtherCluster { was: position.origin_cluster, is: origin.cluster };
+        return Resume::Stop { reason };
     }
     if position.ranges_digest != origin.ranges_digest {
         return copy(Some(position), CopyReason::OtherRanges);

@@ -38,12 +38,19 @@ pub struct Sequenced {
     pub ferry_only: bool,
     /// What it writes to this link's waymark key.
     pub waymark: Option<OriginWaymark>,
+    /// It writes this link's canary: it is carried, though it may change nothing.
+    pub canary: bool,
 }
 
 impl Sequenced {
-    /// Whether this link ships it: it has changes, and did not come from the cluster that the link ships to.
+    /// Whether the link has anything to carry of it: changes, or its canary.
+    pub fn is_of_the_link(&self) -> bool {
+        !self.whole.changes.is_empty() || self.canary
+    }
+
+    /// Whether this link ships it: it is of the link, and did not come from the cluster that the link ships to.
     pub fn is_carried(&self, peer: Option<ClusterId>) -> bool {
-        !self.whole.changes.is_empty() && !peer.is_some_and(|peer| self.came_from.contains(&peer))
+        self.is_of_the_link() && !peer.is_some_and(|peer| self.came_from.contains(&peer))
     }
 }
 
@@ -119,6 +126,7 @@ pub enum Found {
 pub struct Sequencer {
     ranges: Ranges,
     waymark_key: Bytes,
+    canary_key: Bytes,
     revision_bytes_max: usize,
     after: Revision,
     /// The last revision that ended.
@@ -139,6 +147,7 @@ struct Gathering {
     came_from: Vec<ClusterId>,
     ferry_only: bool,
     waymark: Option<OriginWaymark>,
+    canary: bool,
 }
 
 impl Sequencer {
@@ -147,6 +156,7 @@ impl Sequencer {
         Self {
             ranges,
             waymark_key: link.waymark_key(),
+            canary_key: link.canary_key(),
             revision_bytes_max,
             after,
             last: after,
@@ -221,9 +231,10 @@ impl Sequencer {
             came_from: Vec::new(),
             ferry_only: true,
             waymark: None,
+            canary: false,
         });
         if event.change.key().starts_with(FERRY_PREFIX) {
-            gathering.note(&event.change, &self.waymark_key);
+            gathering.note(&event.change, &self.waymark_key, &self.canary_key);
             return Ok(());
         }
         gathering.ferry_only = false;
@@ -278,27 +289,28 @@ impl Sequencer {
 }
 
 impl Gathering {
-    /// A key of etcd-ferry's own: where the revision came from, or this link's waymark.
-    fn note(&mut self, change: &Change, waymark_key: &Bytes) {
+    /// A key of etcd-ferry's own: where the revision came from, or this link's waymark or canary.
+    fn note(&mut self, change: &Change, waymark_key: &Bytes, canary_key: &Bytes) {
         let Change::Put { key, value } = change else { return };
         if is_position_key(key)
             && let Ok(position) = serde_json::from_slice::<PositionOrigin>(value)
         {
             self.came_from.push(position.origin_cluster);
         }
+        self.canary |= key == canary_key;
         if key == waymark_key {
             self.waymark = serde_json::from_slice(value).ok();
         }
     }
 
     fn end(self) -> Sequenced {
-        let Self { revision, mut changes, came_from, ferry_only, waymark, .. } = self;
+        let Self { revision, mut changes, came_from, ferry_only, waymark, canary, .. } = self;
         // etcd refuses most transactions that write a key twice, but accepts a put in one nested transaction and a delete in a
         // later one (tried with 3.5.30): both events have this revision, in order, and the last one is what the key became.
         changes.reverse();
         changes.sort_by(|a, b| a.key().cmp(b.key()));
         changes.dedup_by(|a, b| a.key() == b.key());
-        Sequenced { revision, whole: WholeRevision { revision, changes }, came_from, ferry_only, waymark }
+        Sequenced { revision, whole: WholeRevision { revision, changes }, came_from, ferry_only, waymark, canary }
     }
 }
 

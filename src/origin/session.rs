@@ -23,6 +23,7 @@ use crate::wire::replicate::{Ack, CopyAck, HelloReply, Receipt, Refusal, Shipmen
 use crate::wire::window::{Encoder, WindowLimits};
 use crate::wire::{self, LINK_METADATA, RECEIPT_BYTES_MAX, SESSION_METADATA};
 use bytes::Bytes;
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::fmt;
 use std::future::Future;
@@ -54,6 +55,8 @@ pub enum SessionEnd {
     Unreachable(String),
     /// Only an operator can decide how to go on.
     Stop(String),
+    /// The same, unless the link's policy says to go on with the origin as it is.
+    OtherHistory(String),
     HelloAgain(String),
     Commanded(Option<LinkCommand>),
     /// The watch that was to be opened starts at a compacted revision.
@@ -66,6 +69,7 @@ impl fmt::Display for SessionEnd {
             SessionEnd::Wait(reason)
             | SessionEnd::Unreachable(reason)
             | SessionEnd::Stop(reason)
+            | SessionEnd::OtherHistory(reason)
             | SessionEnd::HelloAgain(reason) => f.write_str(reason),
             SessionEnd::Commanded(_) => f.write_str("an operator asked for something else"),
             SessionEnd::Compacted(revision) => write!(f, "the origin has compacted up to {revision}"),
@@ -84,6 +88,8 @@ pub struct Session {
     pub(super) shipped: Shipped,
     /// A frame whose round trip is being measured, one at a time.
     timed: Option<(Seq, Instant)>,
+    /// The bytes of each frame that is not received yet, by its last seq; fewer than [`IN_FLIGHT_MAX`].
+    unreceived: VecDeque<(Seq, u64)>,
     replica_cluster: ClusterId,
     frame_bytes_max: usize,
     pub(super) waymark: OriginWaymark,
@@ -92,6 +98,8 @@ pub struct Session {
     pub(super) waymark_at: Option<(Instant, Movement)>,
     pub(super) persisted_at: (Instant, Movement),
     pub(super) writes: Writes,
+    /// Of the last canary that this stream wrote.
+    pub(super) canary_revision: Option<Revision>,
     /// When the applied revision was published last by this stream, and the origin's movement then.
     pub(super) published_at: Option<(Instant, Movement)>,
     pub(super) last_receipt: Instant,
@@ -140,6 +148,7 @@ impl Session {
             term: ship.term,
             shipped,
             timed: None,
+            unreceived: VecDeque::new(),
             frame_bytes_max,
             waymark,
             waymark_revision,
@@ -147,6 +156,7 @@ impl Session {
             waymark_at: None,
             persisted_at: (now, movement(ship)),
             writes: Writes::default(),
+            canary_revision: None,
             published_at: None,
             last_receipt: now,
             last_progress: now,
@@ -162,6 +172,10 @@ impl Session {
         self.epoch = epoch;
         self.shipped.open_epoch(anchor);
         self.timed = None;
+        self.unreceived.clear();
+        if ship.other_history.opened() {
+            ship.view.send_modify(|view| view.count("other_histories", 1));
+        }
         self.persisted_at = (Instant::now(), movement(ship));
         ship.learned_epoch(epoch);
         let _ = ship.events.send(LinkEvent::Acked { applied: anchor, durable: anchor }).await;
@@ -184,6 +198,7 @@ impl Session {
         // What was applied while no stream was open makes room too.
         ship.spool.trim(self.shipped.acked.position_revision);
         tracing::info!(link = %ship.origin.send.link, epoch = %self.epoch, seq = %self.shipped.seq, after = %after, "following");
+        ship.hello_again.mark_unchanged();
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut pending: Option<Shipment> = None;
@@ -211,6 +226,9 @@ impl Session {
                         return Err(SessionEnd::Wait("the tail has ended".to_owned()));
                     }
                     self.check_tail(ship)?;
+                }
+                Ok(()) = ship.hello_again.changed() => {
+                    return Err(SessionEnd::Wait("the stream stood still: another hello may help".to_owned()));
                 }
                 written = self.writes.next() => self.written(ship, written)?,
                 permit = outbound.reserve(), if pending.is_some() && stream_open => match permit {
@@ -249,7 +267,7 @@ impl Session {
             TailState::Lost { compacted } => {
                 Err(SessionEnd::HelloAgain(format!("the origin has compacted up to {compacted}, past the spool's end")))
             }
-            TailState::OtherHistory { reason } => Err(SessionEnd::Stop(reason.clone())),
+            TailState::OtherHistory { reason } => Err(SessionEnd::OtherHistory(reason.clone())),
             TailState::Stopped { reason } => Err(SessionEnd::Stop(reason.clone())),
             TailState::Idle | TailState::Connecting { .. } | TailState::Running | TailState::SpoolFull => Ok(()),
         }
@@ -275,11 +293,13 @@ impl Session {
             };
             self.shipped.frame(revisions.len() as u64, last.revision);
             self.timed.get_or_insert((self.shipped.seq, Instant::now()));
+            self.unreceived.push_back((self.shipped.seq, frame.len() as u64));
             frame
         });
         let raw: u64 = revisions.iter().map(|r| r.bytes() as u64).sum();
         ship.view.send_modify(|view| {
             view.seq = self.shipped.seq;
+            view.unreceived_bytes += frame.as_ref().map_or(0, |f: &Bytes| f.len() as u64);
             view.bytes_raw += raw;
             view.bytes_sent += frame.as_ref().map_or(0, |f: &Bytes| f.len() as u64);
             view.count("revisions", revisions.len() as u64);
@@ -299,6 +319,7 @@ impl Session {
             Ok(Some(receipt)) => {
                 ship.opened.get_or_insert(self.last_receipt);
                 ship.heard();
+                ship.view.send_modify(|view| view.receipts += 1);
                 receipt
             }
             Ok(None) => return Err(SessionEnd::HelloAgain("the replica's sidecar closed the stream".to_owned())),
@@ -317,6 +338,7 @@ impl Session {
             Some(receipt::What::Reset(reset)) => self.reset(ship, Seq(reset.after_seq), &reset.reason),
             Some(receipt::What::Refusal(refusal)) => Err(end_of(ship, refusal)),
             Some(receipt::What::CopyAck(ack)) => {
+                ship.view.send_modify(|view| view.copy_acks += 1);
                 self.copy_ack = ack;
                 Ok(())
             }
@@ -350,7 +372,10 @@ impl Session {
         if let Some((_, shipped)) = self.timed.take_if(|(seq, _)| *seq <= Seq(ack.received_seq)) {
             metrics::observe_round_trip(&ship.origin.send.link, shipped.elapsed().as_secs_f64());
         }
+        self.unreceived.retain(|(seq, _)| *seq > Seq(ack.received_seq));
         ship.view.send_modify(|view| {
+            view.received_seq = Seq(ack.received_seq).min(self.shipped.seq);
+            view.unreceived_bytes = self.unreceived.iter().map(|(_, bytes)| bytes).sum();
             view.counts.insert("repeated", ack.repeated);
             view.counts.insert("transactions", ack.transactions);
             view.counts.insert("conflicts", ack.conflicts);
@@ -359,6 +384,7 @@ impl Session {
         });
         self.learn_verified(ship, Revision(ack.verified_revision), ack.verified_at_ms);
         self.show(ship, ack.waiting.is_empty());
+        self.show_canary(ship);
         if let Some(through) = moved.trim {
             ship.spool.trim(through);
         }
@@ -411,6 +437,7 @@ impl Session {
         tracing::warn!(link = %ship.origin.send.link, %reason, seq = %after, "the replica asks for a fresh window");
         ship.view.send_modify(|view| view.count("resets", 1));
         self.encoder.restart();
+        self.unreceived.retain(|(seq, _)| *seq <= after);
         self.timed = None;
         Ok(())
     }
@@ -490,7 +517,7 @@ fn end_of(ship: &mut Shipper, refusal: Refusal) -> SessionEnd {
         }
         Kind::PositionMoved | Kind::Gap | Kind::Closing | Kind::Unspecified => SessionEnd::HelloAgain(refusal.reason),
         Kind::Guard => {
-            (ship.resync, ship.copy_wanted) = (None, None);
+            (ship.resync, ship.copy_wanted, ship.other_history.goes_on) = (None, None, false);
             SessionEnd::Stop(refusal.reason)
         }
         Kind::Conflict | Kind::Outside | Kind::TooLarge => SessionEnd::Stop(refusal.reason),

@@ -3,9 +3,11 @@
 //! Always true: seqs count on from what the replica has received; nothing is trimmed from the spool before it is applied;
 //! everything that ends a stream is a value of `Ended` with one planned reaction.
 
+use super::canary::Canary;
 use super::decide::Way;
 use super::elect::{ElectView, Heard};
 use super::head::HeadView;
+use super::history::{self, Follows};
 use super::sequence::OriginWaymark;
 use super::session::{Session, SessionEnd};
 use super::spool::Spool;
@@ -56,6 +58,8 @@ pub struct Shipper {
     pub(super) status: watch::Receiver<LinkStatus>,
     pub(super) elected: watch::Receiver<ElectView>,
     pub(super) heard: watch::Sender<Heard>,
+    /// Changes when the open stream stands still and another hello may help.
+    pub(super) hello_again: watch::Receiver<()>,
     /// Of this sidecar's election.
     pub(super) term: Term,
     /// Another sidecar shipped before this one was elected.
@@ -67,13 +71,38 @@ pub struct Shipper {
     pub(super) resync: Option<Resync>,
     /// A repair gave up on so many differing keys. Not an operator's word: every stop of the resume table stands before it.
     pub(super) copy_wanted: Option<u64>,
+    /// What the link's policy made of an origin with another history.
+    pub(super) other_history: OtherHistoryMet,
     /// When both sides are compared next, unless somebody asks.
     pub(super) verify_due: Option<Instant>,
     next_address: usize,
+    pub(super) canary: Canary,
+    /// What its times are since.
+    pub(super) clock: Instant,
     /// When the present stream's first receipt came, or the last one's.
     pub(super) opened: Option<Instant>,
     /// The last reason that was logged: one that repeats is logged once.
     logged: String,
+}
+
+/// Another history than the one that was carried, met at the origin.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct OtherHistoryMet {
+    /// The next epoch is to open with it.
+    pub goes_on: bool,
+    /// When it last did.
+    pub at: Option<Instant>,
+}
+
+impl OtherHistoryMet {
+    /// An epoch was opened; true if it was with another history, by the link's policy.
+    pub fn opened(&mut self) -> bool {
+        let goes_on = std::mem::take(&mut self.goes_on);
+        if goes_on {
+            self.at = Some(Instant::now());
+        }
+        goes_on
+    }
 }
 
 /// A hello that was answered, and what it led to.
@@ -99,6 +128,7 @@ impl Shipper {
         status: watch::Receiver<LinkStatus>,
         elected: watch::Receiver<ElectView>,
         heard: watch::Sender<Heard>,
+        hello_again: watch::Receiver<()>,
     ) -> Self {
         let mut shipper = Self {
             origin,
@@ -112,14 +142,18 @@ impl Shipper {
             status,
             elected,
             heard,
+            hello_again,
             term: Term(0),
             took_over: false,
             went_back: None,
             known_epoch: Epoch(0),
             resync: None,
             copy_wanted: None,
+            other_history: OtherHistoryMet::default(),
             verify_due: None,
             next_address: 0,
+            canary: Canary::default(),
+            clock: Instant::now(),
             opened: None,
             logged: String::new(),
         };
@@ -162,15 +196,18 @@ impl Shipper {
                     }
                 }
                 SessionEnd::Stop(reason) => {
-                    let reason = reason.replace("resync LINK", &format!("resync {}", self.origin.send.link));
-                    tracing::error!(link = %self.origin.send.link, %reason, "the link stops");
-                    self.rest(LinkState::Stopped, reason);
-                    self.heard.send_replace(Heard { at: None, stopped: true });
-                    if !self.resync_asked().await {
+                    if !self.stopped(&reason).await {
                         return;
                     }
-                    self.heard();
                 }
+                SessionEnd::OtherHistory(reason) => match self.other_history(&reason) {
+                    Ok(()) => tokio::time::sleep(backoff.after_failure(rand::random())).await,
+                    Err(reason) => {
+                        if !self.stopped(&reason).await {
+                            return;
+                        }
+                    }
+                },
                 SessionEnd::HelloAgain(reason) => {
                     tracing::info!(link = %self.origin.send.link, %reason, "saying hello again");
                     self.rest(LinkState::Connecting, reason);
@@ -184,6 +221,35 @@ impl Shipper {
                 SessionEnd::Commanded(None) => return,
                 SessionEnd::Commanded(Some(command)) => _ = self.obey(command),
             }
+        }
+    }
+
+    /// Waits for an operator. False: the process ends.
+    async fn stopped(&mut self, reason: &str) -> bool {
+        let reason = reason.replace("resync LINK", &format!("resync {}", self.origin.send.link));
+        tracing::error!(link = %self.origin.send.link, %reason, "the link stops");
+        self.rest(LinkState::Stopped, reason);
+        self.heard.send_replace(Heard { at: None, stopped: true });
+        let goes_on = self.resync_asked().await;
+        self.heard();
+        goes_on
+    }
+
+    /// What the policy makes of another history at the origin; `Err`: the link stops, with this reason.
+    fn other_history(&mut self, reason: &str) -> Result<(), String> {
+        let since = self.other_history.at.map(|at| at.elapsed());
+        match history::follows(self.origin.send.other_history, since) {
+            Follows::Resync => {
+                tracing::warn!(link = %self.origin.send.link, %reason, "the origin has another history, and the link goes on with it in a new epoch, as other_history says");
+                self.other_history.goes_on = true;
+                self.rest(
+                    LinkState::Connecting,
+                    "the origin has another history: the next epoch opens with it".to_owned(),
+                );
+                Ok(())
+            }
+            Follows::Stop => Err(reason.to_owned()),
+            Follows::StopAgain => Err(format!("{reason}; {}", history::told_again())),
         }
     }
 
@@ -250,7 +316,7 @@ impl Shipper {
     }
 
     async fn connect_and_ship(&mut self) -> SessionEnd {
-        let greeted = match self.greet().await {
+        let greeted = match Box::pin(self.greet()).await {
             Ok(greeted) => greeted,
             Err(end) => return end,
         };
@@ -279,7 +345,7 @@ impl Shipper {
         let addresses = &self.origin.send.to;
         let address = addresses[self.next_address % addresses.len()].clone();
         self.next_address += 1;
-        let etcd = Etcd::connect(&self.origin.etcd).await.map_err(|e| at_origin(&e))?;
+        let etcd = self.origin.etcd.connect().await.map_err(|e| at_origin(&e))?;
         let look = etcd.look(&self.origin.send.link.waymark_key()).await.map_err(|e| at_origin(&e))?;
         let waymark_revision = look.kv.as_ref().map_or(Revision(0), |kv| kv.mod_revision);
         let waymark = look.kv.as_ref().and_then(|kv| OriginWaymark::from_json(&kv.value)).unwrap_or_default();

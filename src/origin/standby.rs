@@ -104,7 +104,7 @@ impl Shipper {
     }
 
     async fn begin(&mut self, after: Option<Revision>) -> Result<(), EtcdError> {
-        let etcd = Etcd::connect(&self.origin.etcd).await?;
+        let etcd = self.origin.etcd.connect().await?;
         let from = match after {
             Some(after) if can_watch_after(&etcd, after).await? => after,
             Some(_) | None => etcd.look(&self.origin.send.link.applied_key()).await?.head,
@@ -116,7 +116,7 @@ impl Shipper {
     }
 
     async fn begin_earlier(&mut self, after: Revision, out_of_reach: &mut Option<Revision>) -> Result<(), EtcdError> {
-        let etcd = Etcd::connect(&self.origin.etcd).await?;
+        let etcd = self.origin.etcd.connect().await?;
         if !can_watch_after(&etcd, after).await? {
             *out_of_reach = Some(after);
             return Ok(());

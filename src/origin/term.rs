@@ -3,6 +3,7 @@
 //! Edge: part of the shipper, which owns all of it.
 //! Always true: nothing is shipped but under a term that was won; that the history went back is said only of a term that was read again.
 
+use super::canary::Canary;
 use super::candidacy::{self, Fencing};
 use super::elect::{self, Heard, Standing};
 use super::resume::{self, ReplicaFacts};
@@ -39,6 +40,10 @@ impl Shipper {
                 "a resync was asked for in an earlier term and is forgotten: ask again if it is still wanted");
         }
         (self.resync, self.copy_wanted, self.went_back) = (None, None, None);
+        self.other_history.goes_on = false;
+        // Another shipper's are its own.
+        self.canary = Canary::default();
+        self.view.send_modify(|view| view.canary = (None, None));
     }
 
     /// The replica has said something.
@@ -66,17 +71,23 @@ impl Shipper {
             }
             Fencing::WentBack => {
                 self.went_back = Some(position.epoch);
-                if self.resync.is_some() {
-                    return Ok(SessionEnd::HelloAgain("the next epoch opens, as an operator asked for".to_owned()));
+                if self.opens_next_epoch() {
+                    return Ok(SessionEnd::HelloAgain(
+                        "the next epoch opens, whose claim goes past the fence".to_owned(),
+                    ));
                 }
-                SessionEnd::Stop(resume::went_back(&replica, &origin, term).to_string())
+                SessionEnd::OtherHistory(resume::went_back(&replica, &origin, term).to_string())
             }
         })
     }
 
+    fn opens_next_epoch(&self) -> bool {
+        self.resync.is_some() || self.other_history.goes_on
+    }
+
     /// The last epoch that is known, or the one that a resync will open where nothing less goes past a fence.
     pub(super) fn claimed_epoch(&self) -> Epoch {
-        let opening = self.went_back.filter(|_| self.resync.is_some());
+        let opening = self.went_back.filter(|_| self.opens_next_epoch());
         opening.map_or(self.known_epoch, |fenced| self.known_epoch.max(fenced.next()))
     }
 }

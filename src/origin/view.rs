@@ -4,6 +4,7 @@
 
 use crate::model::{CopyProgress, Epoch, LinkState, Outcome, Revision, Seq, Term, Verification};
 use std::collections::BTreeMap;
+use std::time::Duration;
 use tokio::time::Instant;
 
 /// What `status` says of shipping.
@@ -19,10 +20,18 @@ pub struct ShipView {
     pub applied_seq: Seq,
     pub durable_seq: Seq,
     pub applied_revision: Revision,
+    /// The last one that is received, and the bytes of frames on their way after it.
+    pub received_seq: Seq,
+    pub unreceived_bytes: u64,
+    /// Words of the replica, and those of a base copy among them.
+    pub receipts: u64,
+    pub copy_acks: u64,
     pub bytes_raw: u64,
     pub bytes_sent: u64,
     pub counts: BTreeMap<&'static str, u64>,
     pub copy: Option<CopyProgress>,
+    /// How long the last canary took; since when one has been on its way.
+    pub canary: (Option<Duration>, Option<Instant>),
     /// What the open stream could not write at the origin the last time, and why.
     pub unwritten: Option<String>,
     pub verification: Verification,
@@ -46,10 +55,15 @@ impl Default for ShipView {
             applied_seq: Seq(0),
             durable_seq: Seq(0),
             applied_revision: Revision(0),
+            received_seq: Seq(0),
+            unreceived_bytes: 0,
+            receipts: 0,
+            copy_acks: 0,
             bytes_raw: 0,
             bytes_sent: 0,
             counts: BTreeMap::new(),
             copy: None,
+            canary: (None, None),
             unwritten: None,
             verification: Verification::default(),
             quarantined: 0,
@@ -60,6 +74,11 @@ impl Default for ShipView {
 }
 
 impl ShipView {
+    /// That the replica has committed, parts of revisions among them.
+    pub fn transactions(&self) -> u64 {
+        self.counts.get("transactions").copied().unwrap_or(0)
+    }
+
     pub fn count(&mut self, name: &'static str, more: u64) {
         *self.counts.entry(name).or_default() += more;
     }

@@ -9,7 +9,8 @@ use super::reopen::{self, Spooled};
 use super::sequence::{Event, OriginWaymark, SequenceError, Sequenced, Sequencer, WatchMessage};
 use super::spool::{Spool, SpoolEntry};
 use super::{Clock, LinkEvent};
-use crate::config::{EtcdConfig, Limits};
+use crate::config::Limits;
+use crate::etcd::gate::Gate;
 use crate::etcd::{Etcd, EtcdError, Look, Watch, WatchSignal, watch_right};
 use crate::model::{ClusterId, Digest, LinkName, Ranges, Revision};
 use crate::retry::Backoff;
@@ -96,12 +97,14 @@ async fn next_command(commands: &mut mpsc::Receiver<TailCommand>) -> Option<Tail
 
 pub struct Tail {
     pub link: LinkName,
-    pub etcd: EtcdConfig,
+    pub etcd: Arc<Gate>,
     pub ranges: Ranges,
     pub limits: Limits,
     pub spool: Arc<Spool>,
     pub commands: mpsc::Receiver<TailCommand>,
     pub head: watch::Receiver<HeadView>,
+    /// Changes when the open watch stands still and another one may help.
+    pub reopen: watch::Receiver<()>,
     pub view: watch::Sender<TailView>,
     pub events: mpsc::Sender<LinkEvent>,
     pub clock: Clock,
@@ -116,6 +119,7 @@ enum Ended {
     Command(Option<TailCommand>),
     Trouble(EtcdError),
     Silent,
+    StoodStill,
     Closed,
     Canceled(String),
     Compacted { from: Revision, compacted: Revision },
@@ -268,6 +272,7 @@ impl Tail {
                 let reason = format!("the watch shows nothing of the head for {} s", SILENCE_MAX.as_secs());
                 self.pause(reason, turn).await;
             }
+            Ended::StoodStill => self.pause("the watch stood still".to_owned(), turn).await,
             Ended::Closed => self.pause("etcd closed the watch".to_owned(), turn).await,
             Ended::Canceled(reason) => {
                 let error = EtcdError::Denied { right: watch_right(&self.ranges.covering()), said: reason };
@@ -331,7 +336,7 @@ impl Tail {
     /// again, or after it where etcd no longer shows it whole.
     async fn open(&mut self, after_covered: bool, message_bytes_max: usize) -> Result<OpenWatch, Ended> {
         let extent = self.spool.extent().borrow().clone();
-        let etcd = Etcd::connect(&self.etcd).await?;
+        let etcd = self.etcd.connect().await?;
         let look = etcd.look(&self.link.waymark_key()).await?;
         if look.head < extent.covered {
             let reason = format!(
@@ -361,6 +366,7 @@ impl Tail {
     async fn follow(&mut self, open: &mut OpenWatch, turn: &mut Turn) -> Ended {
         let mut silent_since = tokio::time::Instant::now();
         let mut head_open = true;
+        self.reopen.mark_unchanged();
         loop {
             tokio::select! {
                 biased;
@@ -390,6 +396,7 @@ impl Tail {
                         Err(e) => return Ended::Trouble(e),
                     }
                 }
+                Ok(()) = self.reopen.changed() => return Ended::StoodStill,
                 // Told at each read of the head, whether it moved or not.
                 read = self.head.changed(), if head_open => {
                     head_open = read.is_ok();
@@ -465,7 +472,7 @@ impl Tail {
         let at_ms = self.clock.now_ms();
         let ferry_only = whole.iter().filter(|w| w.ferry_only).count() as u64;
         let entries: Vec<SpoolEntry> =
-            whole.into_iter().filter(|w| !w.whole.changes.is_empty()).map(|w| entry_of(w, at_ms)).collect();
+            whole.into_iter().filter(|w| w.is_of_the_link()).map(|w| entry_of(w, at_ms)).collect();
         if let Some(last) = entries.last().map(|e| e.revision.revision) {
             let revisions: Vec<Revision> = entries.iter().map(|e| e.revision.revision).collect();
             match self.spool.append(entries).await {

@@ -16,7 +16,8 @@ use super::position::{Held, HelloAnswer, HelloFacts, HelloRefused};
 use super::quarantine::Retrying;
 use super::receive::Told;
 use crate::admin::{ReplicaCommand, next_command};
-use crate::config::{DeleteShares, EtcdConfig, Limits, OnPoison};
+use crate::config::{DeleteShares, Limits, OnPoison};
+use crate::etcd::gate::Gate;
 use crate::etcd::{Columns, Etcd, EtcdError};
 use crate::model::{
     Digest, Epoch, HeldBack, LinkName, Position, Quarantine, Ranges, Revision, Seq, Term, Waymark, skipped_bytes,
@@ -144,7 +145,7 @@ pub enum ApplyCommand {
 
 pub struct Applier {
     pub(super) link: LinkName,
-    etcd_config: EtcdConfig,
+    gate: Arc<Gate>,
     pub(super) etcd: Option<Etcd>,
     pub(super) limits: RequestLimits,
     queue_bytes_max: usize,
@@ -204,7 +205,7 @@ pub struct Applier {
 /// What an applier is made of.
 pub struct ApplierParts {
     pub link: LinkName,
-    pub etcd: EtcdConfig,
+    pub etcd: Arc<Gate>,
     pub limits: Limits,
     pub ranges: Option<Ranges>,
     pub journal: Arc<Journal>,
@@ -234,7 +235,7 @@ impl Applier {
         };
         Self {
             link: parts.link,
-            etcd_config: parts.etcd,
+            gate: parts.etcd,
             etcd: None,
             limits,
             queue_bytes_max: parts.limits.queue_bytes_max,
@@ -423,7 +424,7 @@ impl Applier {
         if let Some(etcd) = &self.etcd {
             return Ok(etcd.clone());
         }
-        let etcd = Etcd::connect(&self.etcd_config).await?;
+        let etcd = self.gate.connect().await?;
         self.etcd = Some(etcd.clone());
         Ok(etcd)
     }

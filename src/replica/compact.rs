@@ -7,6 +7,7 @@ use super::age::{Ages, look_interval, worth_defragmenting};
 use super::lookout::LookoutView;
 use super::receive::{LinkEnd, Told};
 use crate::config::{CompactConfig, EtcdConfig};
+use crate::etcd::gate::Gate;
 use crate::etcd::{Etcd, EtcdError};
 use crate::model::Revision;
 use std::sync::Arc;
@@ -32,7 +33,7 @@ impl Reads {
 
 /// Compacts one etcd until it is stopped.
 pub struct Compactor {
-    pub(super) etcd: EtcdConfig,
+    pub(super) etcd: Arc<Gate>,
     pub(super) config: CompactConfig,
     pub(super) reads: Vec<Reads>,
 }
@@ -70,7 +71,7 @@ impl Compactor {
         let Some(first) = self.reads.first() else { return Ok(()) };
         let etcd = match connected {
             Some(etcd) => etcd,
-            None => connected.insert(Etcd::connect(&self.etcd).await?),
+            None => connected.insert(self.etcd.connect().await?),
         };
         ages.saw(now, etcd.look(&first.end.config.link.position_key()).await?.head);
         let read_at: Vec<Revision> = self.reads.iter().flat_map(Reads::read_at).collect();
@@ -90,8 +91,9 @@ impl Compactor {
     /// Where it is worth it, one member after the other: one that is being defragmented answers nobody.
     async fn defragment(&self) -> Result<(), EtcdError> {
         let mut members = Vec::new();
-        for endpoint in &self.etcd.endpoints {
-            let one = EtcdConfig { endpoints: vec![endpoint.clone()], ..self.etcd.clone() };
+        let config = self.etcd.config();
+        for endpoint in &config.endpoints {
+            let one = EtcdConfig { endpoints: vec![endpoint.clone()], ..config.clone() };
             let etcd = Etcd::connect(&one).await?;
             members.push((etcd.member().await?, endpoint, etcd));
         }

@@ -172,17 +172,13 @@ impl Applier {
         Ok(())
     }
 
-    /// Opens an epoch over what the replica holds of the same origin and ranges. Nothing is deleted here: the repair has a guard of its own.
+    /// Opens an epoch over what the replica holds of the same ranges, whole, be it of the same origin or of one that another has replaced.
+    /// Nothing is deleted here: the repair has a guard of its own.
     async fn open_repair(&mut self, begin: &Begin, position: Option<&Position>) -> Result<(), StepError> {
         let Some(ranges) = self.ranges.clone() else { return Ok(()) };
-        let same = position.is_some_and(|p| {
-            p.origin_cluster == begin.origin_cluster
-                && p.ranges_digest == digest::of_ranges(&ranges)
-                && p.cursor.is_none()
-        });
-        if !same || begin.link_back {
-            let reason =
-                "what the replica holds is not of this origin and these ranges: only a base copy helps".to_owned();
+        let comparable = position.is_some_and(|p| p.ranges_digest == digest::of_ranges(&ranges) && p.cursor.is_none());
+        if !comparable || begin.link_back {
+            let reason = "what the replica holds is a part, or not of these ranges: only a base copy helps".to_owned();
             return Err(StepError::Refused(Kind::PositionMoved, reason));
         }
         self.waymark = begin.waymark;

@@ -169,7 +169,7 @@ impl Lookout {
         let Some(ranges) = self.end.ranges.get() else { return Ok(()) };
         let etcd = match &self.etcd {
             Some(etcd) => etcd.clone(),
-            None => self.etcd.insert(Etcd::connect(&self.end.etcd).await?).clone(),
+            None => self.etcd.insert(self.end.etcd.connect().await?).clone(),
         };
         let position_key = self.end.config.link.position_key();
         let look = etcd.look(&position_key).await?;

@@ -23,13 +23,16 @@ pub mod position;
 mod quarantine;
 pub mod receive;
 mod shipments;
+mod stall;
 pub mod stream;
 pub mod trouble;
 pub mod txn;
 mod verify;
 
 use crate::admin::ReplicaCommand;
-use crate::config::{CompactConfig, EtcdConfig, Limits, ReceiveConfig};
+use crate::config::{CompactConfig, Limits, ReceiveConfig};
+use crate::etcd::gate::Gate;
+use crate::model::stall::{Stalled, Verdict, Watchdog};
 use crate::model::{
     CopyProgress, Digest, Epoch, LinkState, LinkStatus, Phase, QuarantinedStatus, Ranges, Revision, Seq, Side,
     StageStatus, Term,
@@ -48,6 +51,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 /// Copy steps and progress between the stream and the applier; each page is bounded by its sender's page bytes.
@@ -72,7 +76,7 @@ pub enum ReplicaError {
 /// Everything that one replica link needs.
 pub struct ReplicaLink {
     pub receive: ReceiveConfig,
-    pub etcd: EtcdConfig,
+    pub etcd: Arc<Gate>,
     pub limits: Limits,
     /// The link's own folder below `data_dir`.
     pub dir: PathBuf,
@@ -139,6 +143,7 @@ impl ReplicaLink {
             journal,
             dedupe,
             latest_session,
+            hello_again: watch::channel(()).0,
             hellos,
             told: told_sender,
             counters: receive::Counters::default(),
@@ -163,10 +168,13 @@ impl ReplicaTask {
     /// Runs until `stop`, then flushes journal and dedupe log.
     pub async fn run(self, status: watch::Sender<LinkStatus>, stop: CancellationToken) -> Result<(), ReplicaError> {
         let Self { end, applier, view, told, lookout, seen } = self;
+        let started = Instant::now();
         let mut applying = tokio::task::JoinSet::new();
         applying.spawn(applier.run(stop.clone()));
         let mut looking = tokio::task::JoinSet::new();
         looking.spawn(lookout.run(stop.clone()));
+        let mut dog = Watchdog::new(end.limits.stall_seconds.saturating_mul(1_000));
+        let mut stalls = 0;
         let mut ticks = tokio::time::interval(STATUS_INTERVAL);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -180,15 +188,17 @@ impl ReplicaTask {
                 _ = ticks.tick() => {
                     let extent = end.journal.extent().borrow().clone();
                     let durable = *end.journal.durable().borrow();
-                    let views = Views {
+                    let mut views = Views {
                         end: &end,
                         view: &view.borrow(),
                         told: &told.borrow(),
                         seen: &seen.borrow(),
                         extent: &extent,
                         durable,
+                        stalled: None,
                     };
-                    status.send_modify(|status| views.write(status));
+                    views.watch(&mut dog, &mut stalls, started.elapsed());
+                    status.send_modify(|status| views.write(status, stalls));
                 }
             }
         }
@@ -206,7 +216,7 @@ impl ReplicaTask {
 
 /// Compacts the etcd that these links are applied to.
 pub fn compactor<'a>(
-    etcd: EtcdConfig,
+    etcd: Arc<Gate>,
     config: CompactConfig,
     links: impl Iterator<Item = &'a ReplicaTask>,
 ) -> Compactor {
@@ -260,16 +270,45 @@ struct Views<'a> {
     seen: &'a LookoutView,
     extent: &'a JournalExtent,
     durable: Seq,
+    /// Where the link stands still.
+    stalled: Option<Stalled>,
 }
 
 impl Views<'_> {
-    fn write(&self, status: &mut LinkStatus) {
+    /// Looks whether the link stands still; says so once, and ends the stream where another hello may help. `stalls` counts.
+    fn watch(&mut self, dog: &mut Watchdog, stalls: &mut u64, uptime: Duration) {
+        let state = self.state();
+        let looks = state.is_under_way() || state == LinkState::Connecting && dog.is_stalled();
+        if !looks {
+            return dog.forget();
+        }
+        let now_ms = u64::try_from(uptime.as_millis()).unwrap_or(u64::MAX);
+        let (link, stood_still) = (&self.end.config.link, dog.is_stalled());
+        let Verdict { stalled, begins, react } = dog.look(&stall::seen(self), now_ms);
+        self.stalled = stalled;
+        let Some(stalled) = stalled else {
+            if stood_still {
+                tracing::info!(%link, "the link makes progress again");
+            }
+            return;
+        };
+        if begins {
+            *stalls += 1;
+            tracing::warn!(%link, reason = %stall::reason(self, stalled), "the link stands still");
+        }
+        if react && stall::ends_stream(self, stalled) {
+            self.end.hello_again.send_replace(());
+        }
+    }
+
+    fn write(&self, status: &mut LinkStatus, stalls: u64) {
         debug_assert!(status.side == Side::Replica);
         let position = self.view.position.as_ref();
         let same_epoch = position.is_some_and(|p| p.epoch == self.extent.epoch);
         let applied = position.map_or(Seq(0), |p| p.seq);
         status.state = self.state();
         status.reason = self.reason();
+        status.stalled_seconds = self.stalled.map_or(0.0, |stalled| stalled.for_ms as f64 / 1_000.0);
         status.shipper.clone_from(&self.told.shipper);
         status.epoch = position.map_or(Epoch(0), |p| p.epoch);
         status.term = position.map_or(Term(0), |p| p.term);
@@ -297,6 +336,7 @@ impl Views<'_> {
             ("conflicts", self.view.conflicts),
             ("in_parts", self.view.in_parts),
             ("foreign_keys", self.seen.keys_ever),
+            ("stalls", stalls),
             ("quarantined", self.view.quarantined_ever),
             ("held_back", self.view.held_back_ever),
         ];
@@ -341,6 +381,9 @@ impl Views<'_> {
         if self.view.stopped {
             return LinkState::Stopped;
         }
+        if self.stalled.is_some() {
+            return LinkState::Stalled;
+        }
         if self.view.held {
             return LinkState::Held;
         }
@@ -355,7 +398,7 @@ impl Views<'_> {
     }
 
     fn reason(&self) -> String {
-        let mut reasons = Vec::new();
+        let mut reasons: Vec<String> = self.stalled.iter().map(|stalled| stall::reason(self, *stalled)).collect();
         if !self.told.connected {
             // What stopped the applier ended the stream too, and is said below.
             let said_below = self.told.ended == self.view.waiting;

@@ -9,7 +9,8 @@ use super::dedupe::Dedupe;
 use super::journal::Journal;
 use super::position::{HelloAnswer, HelloFacts, HelloRefused};
 use super::stream::Stream;
-use crate::config::{EtcdConfig, Limits, ReceiveConfig};
+use crate::config::{Limits, ReceiveConfig};
+use crate::etcd::gate::Gate;
 use crate::model::{ClusterId, Epoch, KeyRange, LinkName, Ranges, Revision, Seq, Term};
 use crate::tls::accept::PeerConnectInfo;
 use crate::wire::frame::FrameLimits;
@@ -81,6 +82,8 @@ impl Told {
 #[derive(Debug, Default)]
 pub struct Counters {
     pub frames: AtomicU64,
+    /// All that was taken off streams, frames among them.
+    pub shipments: AtomicU64,
     pub repeated: AtomicU64,
     pub resets: AtomicU64,
     pub damaged: AtomicU64,
@@ -92,7 +95,7 @@ pub struct Counters {
 /// What the services know of one link.
 pub struct LinkEnd {
     pub config: ReceiveConfig,
-    pub etcd: EtcdConfig,
+    pub etcd: Arc<Gate>,
     pub limits: Limits,
     pub commands: mpsc::Sender<ApplyCommand>,
     pub view: watch::Receiver<ApplyView>,
@@ -100,6 +103,8 @@ pub struct LinkEnd {
     pub dedupe: Arc<Dedupe>,
     /// The last session whose hello was answered: every other stream of the link ends.
     pub latest_session: watch::Sender<u64>,
+    /// Changes when applying stands still and another hello may help: the open stream ends.
+    pub hello_again: watch::Sender<()>,
     /// The last hello that came; each takes the next number.
     pub hellos: watch::Sender<u64>,
     pub told: watch::Sender<Told>,

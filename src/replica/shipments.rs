@@ -30,6 +30,7 @@ use tokio::time::Instant;
 impl Stream {
     /// Takes one shipment. What it leads to may have to wait for its place: the caller goes on with receipts meanwhile.
     pub(super) fn take(&mut self, admit: &mut Admit, shipment: Shipment) -> Result<Option<Placing>, (Kind, String)> {
+        self.end.counters.shipments.fetch_add(1, Ordering::Relaxed);
         match shipment.what {
             Some(shipment::What::Frame(frame)) => self.take_frame(admit, &frame),
             Some(shipment::What::Progress(progress)) => Ok(self.take_progress(&progress)),

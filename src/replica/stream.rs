@@ -61,6 +61,7 @@ pub(super) struct Stream {
     view: watch::Receiver<ApplyView>,
     durable: watch::Receiver<Seq>,
     latest_session: watch::Receiver<u64>,
+    hello_again: watch::Receiver<()>,
     pub(super) due: Due,
     /// What the origin was last told of a base copy.
     copy_told: CopyAck,
@@ -83,6 +84,7 @@ impl Stream {
             view: end.view.clone(),
             durable: end.journal.durable(),
             latest_session: end.latest_session.subscribe(),
+            hello_again: end.hello_again.subscribe(),
             due: Due::default(),
             copy_told: CopyAck::default(),
             questions,
@@ -168,6 +170,9 @@ impl Stream {
                     Err(_) => return "the origin closed the stream".to_owned(),
                 },
                 _ = self.latest_session.changed() => {}
+                Ok(()) = self.hello_again.changed() => {
+                    self.refuse(Kind::Closing, "applying stands still: another hello may help".to_owned());
+                }
                 () = tokio::time::sleep_until(next_word) => self.due.ack = true,
                 changed = self.view.changed() => {
                     if changed.is_err() {

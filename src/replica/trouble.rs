@@ -117,6 +117,7 @@ impl Applier {
                 | EtcdError::TimedOut
                 | EtcdError::NoLeader(_)
                 | EtcdError::OtherCluster { .. }
+                | EtcdError::VersionRefused(_)
         ) {
             self.etcd = None;
         }

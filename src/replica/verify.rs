@@ -149,7 +149,7 @@ impl Comparer {
         if let Some(etcd) = &self.etcd {
             return Ok(etcd.clone());
         }
-        let etcd = Etcd::connect(&self.end.etcd).await?;
+        let etcd = self.end.etcd.connect().await?;
         self.etcd = Some(etcd.clone());
         Ok(etcd)
     }

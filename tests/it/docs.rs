@@ -5,7 +5,7 @@
 
 use crate::bed::pair::{LINK, Pair, PairOptions};
 use crate::bed::traffic::{Write, commit};
-use etcd_ferry::config::{Config, Fault, Faults, ForeignWrites, LogFormat, OnPoison, SendConfig};
+use etcd_ferry::config::{Config, Fault, Faults, ForeignWrites, LogFormat, OnPoison, OtherHistory, SendConfig};
 use etcd_ferry::metrics::{self, Metric};
 use etcd_ferry::model::Ranges;
 use std::collections::{BTreeMap, BTreeSet};
@@ -149,18 +149,22 @@ fn defaults(config: &Config) -> BTreeMap<String, String> {
         .map(|(key, value)| (format!("limits.{key}"), value.to_owned()))
         .collect();
     let SendConfig { deletes_share_max, ranges, verify_interval, verify_core_share_max, .. } = &config.send[0];
+    let canary_interval_seconds = config.send[0].canary_interval.map_or(0, |interval| interval.as_secs());
     let verify_interval = verify_interval.expect("on by default");
     assert_eq!(*ranges, Ranges::new(&[], &[]));
     assert_eq!(config.log.format, LogFormat::Text);
     assert!(config.receive[0].ranges.is_none() && config.tls.admins.is_empty() && config.compact.is_none());
     for (key, value) in [
         ("send[].deletes_share_max", deletes_share_max.to_string()),
+        ("send[].other_history", format!("{:?}", OtherHistory::default()).to_lowercase()),
         ("send[].verify_interval_seconds", verify_interval.as_secs().to_string()),
         ("send[].verify_core_share_max", verify_core_share_max.to_string()),
+        ("send[].canary_interval_seconds", canary_interval_seconds.to_string()),
         ("send[].prefixes", "the whole keyspace".to_owned()),
         ("send[].exclude", "none".to_owned()),
         ("receive[].prefixes", "what the first hello says".to_owned()),
         ("receive[].foreign_writes", format!("{:?}", ForeignWrites::default()).to_lowercase()),
+        ("etcd.allow_corrupting_versions", config.etcd.allow_corrupting_versions.to_string()),
         ("etcd.compact_after_seconds", "0".to_owned()),
         ("etcd.defragment", "false".to_owned()),
         ("receive[].on_poison", format!("{:?}", OnPoison::default()).to_lowercase()),

@@ -363,8 +363,7 @@ async fn a_link_both_ways_needs_both_sets_of_rights_at_both_ends() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_connection_refuses_the_answers_of_another_cluster_at_its_old_place() {
     let mut etcd = Box::pin(Etcd::start(EtcdOptions::origin())).await;
-    let (ca, cert, key, username, password_file) = (None, None, None, None, None);
-    let config = EtcdConfig { endpoints: vec![etcd.url()], ca, cert, key, username, password_file };
+    let config = EtcdConfig { endpoints: vec![etcd.url()], ..EtcdConfig::default() };
     let connection = etcd_ferry::etcd::Etcd::connect(&config).await.unwrap();
     let before = connection.look(b"/a").await.unwrap().cluster;
 

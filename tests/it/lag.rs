@@ -50,7 +50,8 @@ async fn an_idle_link_follows_the_head_that_others_move_and_has_no_lag() {
 
 #[tokio::test]
 async fn after_the_origin_was_replaced_by_one_with_lower_revisions_lag_and_rpo_are_told_all_the_same() {
-    let pair = &mut Box::pin(Pair::start(loose())).await;
+    let goes_on = PairOptions { other_history: Some("resync".into()), ..loose() };
+    let pair = &mut Box::pin(Pair::start(goes_on)).await;
     pair.origin_sidecar.wait_for_state(LINK, "following").await;
     let mut revision = Revision(0);
     for number in 0..300 {

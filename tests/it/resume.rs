@@ -9,6 +9,7 @@ use crate::bed::recording::Recorder;
 use crate::bed::traffic::{Acknowledged, Write, commit};
 use crate::bed::{PATIENCE, until};
 use etcd_ferry::config::{EtcdConfig, Limits};
+use etcd_ferry::etcd::gate::Gate;
 use etcd_ferry::model::{Digest, LinkName, Position, Revision};
 use etcd_ferry::origin::Clock;
 use etcd_ferry::origin::spool::Spool;
@@ -258,8 +259,9 @@ async fn other_ranges_lead_to_a_new_epoch_with_an_anchor() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn another_origin_cluster_leads_to_a_new_epoch_with_an_anchor() {
-    let (mut pair, before) = following(PairOptions::default()).await;
+async fn another_origin_cluster_leads_to_a_new_epoch_with_an_anchor_where_the_link_is_to_go_on_with_it() {
+    let goes_on = PairOptions { other_history: Some("resync".into()), ..PairOptions::default() };
+    let (mut pair, before) = following(goes_on).await;
     pair.origin_sidecar.stop().await;
     let options =
         EtcdOptions { sync: false, extra: vec!["--initial-cluster-token=another".to_owned()], ..EtcdOptions::origin() };
@@ -312,7 +314,6 @@ async fn waymark_and_idle_position_are_written_once_a_minute_and_not_for_etcd_fe
 async fn begin_after(etcd: &Etcd, dir: &Path, after: Revision) -> Result<(), TailState> {
     let (ranges, limits) = (ranges_of(&[], &[]), Limits::default());
     let (spool, _) = Spool::open(dir, &limits, Digest::default()).await.unwrap();
-    let (ca, cert, key, username, password_file) = (None, None, None, None, None);
     let view = TailView { state: TailState::Idle, covered: Revision(0), proven_from: None, ferry_only: 0 };
     let (commands, incoming) = mpsc::channel(1);
     let (_heads, head) = watch::channel(Default::default());
@@ -320,12 +321,13 @@ async fn begin_after(etcd: &Etcd, dir: &Path, after: Revision) -> Result<(), Tai
     let (events, _heard) = mpsc::channel(16);
     let tail = Tail {
         link: link_name(LINK),
-        etcd: EtcdConfig { endpoints: vec![etcd.url()], ca, cert, key, username, password_file },
+        etcd: Arc::new(Gate::new(EtcdConfig { endpoints: vec![etcd.url()], ..EtcdConfig::default() })),
         ranges,
         limits,
         spool: Arc::new(spool),
         commands: incoming,
         head,
+        reopen: watch::channel(()).1,
         view,
         events,
         clock: Clock::new(),

@@ -12,7 +12,7 @@ use serde_json::Value;
 use std::time::Duration;
 
 /// Goes back to the snapshot, and writes other things past `old_head`.
-async fn restore_and_write_past(origin: &mut Etcd, snapshot: &std::path::Path, old_head: Revision) -> Revision {
+pub async fn restore_and_write_past(origin: &mut Etcd, snapshot: &std::path::Path, old_head: Revision) -> Revision {
     let cluster = origin.cluster_id().await;
     origin.restore_snapshot(snapshot).await;
     assert_eq!(origin.cluster_id().await, cluster, "the trap");

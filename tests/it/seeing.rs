@@ -15,8 +15,8 @@ use std::fs;
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 
-const TOP: [&str; 4] = ["region", "node", "version", "links"];
-const FIELDS: [&str; 18] = [
+const TOP: [&str; 5] = ["region", "node", "version", "links", "etcd"];
+const FIELDS: [&str; 19] = [
     "link",
     "side",
     "state",
@@ -33,13 +33,23 @@ const FIELDS: [&str; 18] = [
     "lag_seconds",
     "rpo_revisions",
     "rpo_seconds",
+    "stalled_seconds",
     "bytes_raw",
     "bytes_sent",
 ];
 /// Beside the fields that every reader may count on: who ships the link, what was counted, how far a base copy is, and what is known of both
 /// sides being equal and of revisions in quarantine.
-const MORE_FIELDS: [&str; 8] =
-    ["role", "shipper", "counts", "copy", "verification", "foreign_writes", "quarantined_revisions", "quarantined"];
+const MORE_FIELDS: [&str; 9] = [
+    "role",
+    "shipper",
+    "counts",
+    "copy",
+    "canary",
+    "verification",
+    "foreign_writes",
+    "quarantined_revisions",
+    "quarantined",
+];
 
 /// The one link of `status --json`, with its fields checked.
 fn status(sidecar: &Sidecar, side: &str, peer_region: &str) -> Value {

@@ -75,6 +75,21 @@ fn others_writes_are_told_unless_they_are_to_be_mended_or_expected() {
 }
 
 #[test]
+fn an_origin_with_another_history_stops_the_link_unless_it_is_to_go_on_with_it() {
+    let given = |line: &str| {
+        let text = SOUND.replace("[[receive]]", &format!("{line}\n[[receive]]"));
+        Config::from_toml(&text).map(|config| config.send[0].other_history)
+    };
+    assert_eq!(given("").unwrap(), OtherHistory::Stop);
+    assert_eq!(given("other_history = \"stop\"").unwrap(), OtherHistory::Stop);
+    assert_eq!(given("other_history = \"resync\"").unwrap(), OtherHistory::Resync);
+    for wrong in ["\"copy\"", "\"\"", "true"] {
+        let Faults(faults) = given(&format!("other_history = {wrong}")).unwrap_err();
+        assert_eq!(faults.iter().map(|f| &f.field[..]).collect::<Vec<_>>(), ["send[0].other_history"], "{wrong}");
+    }
+}
+
+#[test]
 fn what_is_refused_whenever_it_is_tried_stops_a_link_unless_it_is_to_be_quarantined() {
     let given = |line: &str| Config::from_toml(&format!("{SOUND}{line}")).map(|config| config.receive[0].on_poison);
     assert_eq!(given("").unwrap(), OnPoison::Stop);

@@ -137,10 +137,12 @@ fn a_replica_without_a_position_gets_a_base_copy_in_the_first_epoch() {
 }
 
 #[test]
-fn another_origin_cluster_gets_a_base_copy_in_the_next_epoch() {
+fn another_origin_cluster_stops_the_link_whatever_its_ranges() {
     let other = OriginFacts { cluster: ClusterId(2), head: Revision(3), waymark: None, ..origin() };
-    let reason = CopyReason::OtherCluster { was: CLUSTER, is: ClusterId(2) };
-    assert_eq!(decided(spool(50, 150), &at(position()), &other), new_copy(4, reason));
+    let reason = StopReason::OtherCluster { was: CLUSTER, is: ClusterId(2) };
+    assert_eq!(stop(other), reason);
+    assert_eq!(stop(OriginFacts { ranges_digest: Digest([2; 16]), ..other }), reason);
+    assert!(reason.to_string().contains("cluster 1") || reason.to_string().contains("0000000000000001"), "{reason}");
 }
 
 #[test]

@@ -163,6 +163,37 @@ fn revisions_of_ferry_keys_alone_are_known_and_the_links_own_waymark_is_read() {
     assert_eq!(ended.iter().map(|s| s.ferry_only).collect::<Vec<_>>(), [true, true, false]);
 }
 
+#[test]
+fn the_links_own_canary_is_of_the_link_though_it_changes_nothing_and_no_other_key_of_ferrys_is() {
+    let mut sequencer = sequencer(10);
+    let events = vec![
+        put(11, "/etcd-ferry/v1/links/config/canary", "{}"),
+        put(12, "/etcd-ferry/v1/links/other/canary", "{}"),
+        delete(13, "/etcd-ferry/v1/links/config/canary"),
+        put(14, "/etcd-ferry/v1/links/config/canary/x", "{}"),
+        put(15, "/etcd-ferry/v1/links/config/canary", "{}"),
+        put(15, "/app/a", "v"),
+    ];
+    let ended = sequencer.push(message(events)).unwrap();
+    let of_the_link: Vec<bool> = ended.iter().map(Sequenced::is_of_the_link).collect();
+    assert_eq!(of_the_link, [true, false, false, false, true]);
+    assert!(ended[0].whole.changes.is_empty() && ended[0].ferry_only && ended[0].is_carried(Some(PEER)));
+    assert_eq!(ended[4].whole.changes.len(), 1, "the key itself is never carried");
+}
+
+#[test]
+fn a_carried_canary_is_known_again_and_another_revision_in_its_place_is_another_history() {
+    let empty = shape_of(&WholeRevision { revision: Revision(10), changes: Vec::new() });
+    let carried = Carried { revision: Revision(10), digest: empty, peer: None, digest_of: shape_of };
+    let canary = || put(10, "/etcd-ferry/v1/links/config/canary", "{}");
+    let mut same = sequencer(12).expect(carried);
+    assert_eq!(same.push(message(vec![canary()])), Ok(vec![]));
+    let unknown = same.push(message(vec![put(11, "/etcd-ferry/v1/links/config/canary", "{}")]));
+    assert!(unknown.is_err(), "it would have been carried");
+    let mut other = sequencer(12).expect(carried);
+    assert!(other.push(message(vec![put(10, "/app/a", "v")])).is_err());
+}
+
 /// Not a real digest: the number of changes and the bytes of the revision.
 fn shape_of(whole: &WholeRevision) -> Digest {
     let shape = (whole.changes.len() * 1_000 + whole.bytes()) as u128;

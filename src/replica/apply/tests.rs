@@ -3,16 +3,16 @@
 //! Always true: no test waits for time.
 
 use super::*;
+use crate::config::EtcdConfig;
 
 /// An applier that has not read a position, in its second session.
 async fn applier(dir: &std::path::Path) -> Applier {
     let limits = Limits::default();
     let (journal, _) = Journal::open(&dir.join("journal"), &limits).await.unwrap_or_else(|error| panic!("{error}"));
     let (dedupe, _) = Dedupe::open(&dir.join("dedupe")).await.unwrap_or_else(|error| panic!("{error}"));
-    let (ca, cert, key, username, password_file) = (None, None, None, None, None);
     let mut applier = Applier::new(ApplierParts {
         link: LinkName::new("config").unwrap_or_else(|error| panic!("{error}")),
-        etcd: EtcdConfig { endpoints: Vec::new(), ca, cert, key, username, password_file },
+        etcd: Arc::new(Gate::new(EtcdConfig::default())),
         limits,
         ranges: None,
         journal: Arc::new(journal),

@@ -208,18 +208,20 @@ impl Recording {
         Ok(judged)
     }
 
-    /// Origin revisions after `from`, up to `to`, with a change in the link's ranges; `None` where that cannot be told: before the first
+    /// Origin revisions after `from`, up to `to`, with a change in the link's ranges or its canary; `None` where that cannot be told: before the first
     /// carried one, before the history, or among revisions that another link wrote (those may be skipped).
     fn carried_between(&self, from: Revision, to: Revision) -> Option<u64> {
         if from.0 == 0 || from < self.origin.base_revision || to < from {
             return None;
         }
+        let canary_key = self.link.canary_key();
         let mut carried = 0;
         for (_, changes) in self.origin.revisions.range((Excluded(from), Included(to))) {
             if changes.iter().any(|c| c.key().starts_with(LINKS_PREFIX) && c.key().ends_with(b"/position")) {
                 return None;
             }
-            carried += u64::from(changes.iter().any(|change| self.ranges.contains(change.key())));
+            let is_of_the_link = |change: &Change| self.ranges.contains(change.key()) || *change.key() == canary_key;
+            carried += u64::from(changes.iter().any(is_of_the_link));
         }
         Some(carried)
     }

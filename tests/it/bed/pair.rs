@@ -33,6 +33,8 @@ pub struct PairOptions {
     /// `[limits]` of both sidecars.
     pub limits: BTreeMap<String, u64>,
     pub deletes_share_max: Option<f64>,
+    /// Of every link.
+    pub other_history: Option<String>,
 }
 
 impl Default for PairOptions {
@@ -45,6 +47,7 @@ impl Default for PairOptions {
             both_ways: false,
             limits: BTreeMap::new(),
             deletes_share_max: None,
+            other_history: None,
         }
     }
 }
@@ -179,6 +182,7 @@ pub fn connect(
         prefixes: options.prefixes.clone(),
         exclude: options.exclude.clone(),
         deletes_share_max: options.deletes_share_max,
+        other_history: options.other_history.clone(),
         ..SendLink::default()
     });
     to.receive.push(ReceiveLink {

@@ -65,6 +65,10 @@ pub struct SendLink {
     pub deletes_share_max: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verify_interval_seconds: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub other_history: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub canary_interval_seconds: Option<u64>,
 }
 
 #[derive(Debug, Clone, Default, Serialize)]
@@ -102,6 +106,8 @@ pub struct SidecarOptions {
     /// Keys of `[limits]`.
     pub limits: BTreeMap<String, u64>,
     pub log_level: String,
+    /// Of `[etcd]`.
+    pub allow_corrupting_versions: bool,
 }
 
 impl SidecarOptions {
@@ -119,6 +125,7 @@ impl SidecarOptions {
             receive: Vec::new(),
             limits: BTreeMap::new(),
             log_level: "info,etcd_ferry=debug".to_owned(),
+            allow_corrupting_versions: false,
         }
     }
 }
@@ -154,6 +161,8 @@ struct EtcdTable<'a> {
     username: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     password_file: Option<PathBuf>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    allow_corrupting_versions: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     compact_after_seconds: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -233,6 +242,7 @@ impl Sidecar {
                 key: pair.map(|tls| tls.key.as_path()),
                 username: options.etcd.user.as_ref().map(|(name, _)| name.as_str()),
                 password_file,
+                allow_corrupting_versions: options.allow_corrupting_versions,
                 compact_after_seconds: options.compact_after_seconds,
                 defragment: options.defragment,
             },

@@ -34,6 +34,7 @@ struct History {
 
 pub struct Judge {
     position_key: Bytes,
+    canary_key: Bytes,
     ranges: BTreeMap<Digest, Ranges>,
     histories: Vec<History>,
     /// Which histories the present run of the replica may still be following.
@@ -51,6 +52,7 @@ impl Judge {
         let first = History { cluster, written: BTreeMap::new(), states: BTreeMap::new() };
         Self {
             position_key: link.position_key(),
+            canary_key: link.canary_key(),
             ranges: ranges.iter().map(|ranges| (digest::of_ranges(ranges), ranges.clone())).collect(),
             histories: vec![first],
             follows: BTreeSet::from([0]),
@@ -177,7 +179,8 @@ impl Judge {
         let carried = |history: &History| {
             let through = now.carried_revision.0.max(from.0);
             let between = history.written.range((Excluded(from.0), Unbounded)).take_while(|(at, _)| **at <= through);
-            between.filter(|(_, changes)| changes.iter().any(|change| ranges.contains(change.key()))).count() as u64
+            let is_carried = |change: &Change| ranges.contains(change.key()) || *change.key() == self.canary_key;
+            between.filter(|(_, changes)| changes.iter().any(is_carried)).count() as u64
         };
         let moved = now.seq.0.saturating_sub(before.seq.0);
         let expected: Vec<u64> = self.follows.iter().map(|at| carried(&self.histories[*at])).collect();

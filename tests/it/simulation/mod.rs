@@ -10,6 +10,7 @@ mod disk;
 mod etcd;
 mod judge;
 mod line;
+mod names;
 mod origin;
 mod pages;
 mod random;
@@ -98,7 +99,7 @@ const OUTCOMES: [&str; 16] = [
     "watch from the position",
     "tail",
     "copy: no position",
-    "copy: other cluster",
+    "stop: other cluster",
     "copy: other ranges",
     "copy: compacted",
     "repair: compacted",

@@ -5,14 +5,13 @@
 
 use super::etcd::Etcd;
 use super::line::{Line, Receipt, Shipment};
+use super::names::name_of;
 use super::pages::{Copy, Reader};
 use super::region::Context;
 use super::replica::{Hello, HelloAnswer, HelloRefused, Replica};
 use super::tail::{REVISION_BYTES_MAX, Tail, TailState, waymark_of};
 use etcd_ferry::model::{Change, Digest, Epoch, LinkName, Ranges, Revision, Seq, Term, WholeRevision};
-use etcd_ferry::origin::resume::{
-    self, CarriedCheck, CopyReason, OriginFacts, Received, ReplicaFacts, Resume, SpoolFacts, StopReason,
-};
+use etcd_ferry::origin::resume::{self, CarriedCheck, OriginFacts, Received, ReplicaFacts, Resume, SpoolFacts};
 use etcd_ferry::origin::sequence::OriginWaymark;
 use etcd_ferry::origin::shipped::{RESETS_MAX, Shipped};
 use etcd_ferry::origin::spool::SpoolEntry;
@@ -55,6 +54,7 @@ pub struct Session {
     pub shipped: Shipped,
     waymark: OriginWaymark,
     waymark_revision: Revision,
+    canary_revision: Option<Revision>,
     copy_ack: CopyAck,
     pub copying: Option<Copy>,
 }
@@ -291,6 +291,7 @@ impl Origin {
             shipped: Shipped::open(answer.position.as_ref(), received, answer.durable),
             waymark,
             waymark_revision,
+            canary_revision: None,
             copy_ack: CopyAck::default(),
             copying: None,
         })
@@ -422,6 +423,10 @@ impl Origin {
         if due && acked.following && acked.waymark == session.waymark.present {
             session.write_waymark(&self.link, etcd, context)?;
         }
+        let sings = context.random.percent(if context.faults { 15 } else { 2 }) && self.writes_waymarks;
+        if sings && acked.following {
+            session.write_canary(&self.link, etcd, context)?;
+        }
         let spooled = self.tail.spool.last.map(|(last, _)| last);
         let (through, shipped_all) = session.shipped.through(true, spooled, Revision(self.tail.spool.covered));
         let persist = shipped_all && acked.following && context.random.percent(30);
@@ -533,6 +538,23 @@ impl Session {
         self.shipped.follow(after);
     }
 
+    /// As the product does: only on the history that the last waymark and the last canary are of.
+    fn write_canary(&mut self, link: &LinkName, etcd: &mut Etcd, context: &mut Context) -> Result<(), End> {
+        let modified = |etcd: &Etcd, key: &bytes::Bytes| etcd.get(key).map_or(Revision(0), |(_, modified)| modified);
+        let key = link.canary_key();
+        let last = modified(etcd, &key);
+        if modified(etcd, &link.waymark_key()) != self.waymark_revision
+            || self.canary_revision.is_some_and(|canary| canary != last)
+        {
+            return Err(End::Again("the origin is not what it was".to_owned()));
+        }
+        self.canary_revision = etcd.write(vec![Change::Put { key, value: "{}".into() }]);
+        let written = etcd.written_at(etcd.revision).to_vec();
+        context.judge.origin_wrote(etcd.head(), &written, etcd.state());
+        context.count("canary written");
+        Ok(())
+    }
+
     fn write_waymark(&mut self, link: &LinkName, etcd: &mut Etcd, context: &mut Context) -> Result<(), End> {
         let key = link.waymark_key();
         let present = etcd.get(&key).map_or(Revision(0), |(_, modified)| modified);
@@ -546,43 +568,5 @@ impl Session {
         context.judge.origin_wrote(etcd.head(), &written, etcd.state());
         context.count("waymark written");
         Ok(())
-    }
-}
-
-/// A resume outcome with its reason, as it is counted.
-pub fn name_of(decided: &Resume) -> String {
-    let reason = match decided {
-        Resume::ShipFromSpool { .. } => "ship from the spool".to_owned(),
-        Resume::WatchFrom { .. } => "watch from the position".to_owned(),
-        Resume::Tail { .. } => "tail".to_owned(),
-        Resume::Copy { reason, .. } => format!("copy: {}", name_of_copy(reason)),
-        Resume::Repair { reason, .. } => format!("repair: {}", name_of_copy(reason)),
-        Resume::Stop { reason } => format!("stop: {}", name_of_stop(reason)),
-    };
-    format!("resume {reason}")
-}
-
-fn name_of_copy(reason: &CopyReason) -> &'static str {
-    match reason {
-        CopyReason::NoPosition => "no position",
-        CopyReason::OtherCluster { .. } => "other cluster",
-        CopyReason::OtherRanges => "other ranges",
-        CopyReason::Compacted { .. } => "compacted",
-        CopyReason::NotProvable => "not provable",
-        CopyReason::GoesOn => "goes on",
-        // What a comparison led to.
-        CopyReason::TooManyDiffer { .. } => "too many differ",
-        CopyReason::Asked => "asked",
-    }
-}
-
-fn name_of_stop(reason: &StopReason) -> &'static str {
-    match reason {
-        StopReason::HeadBelow { .. } => "head below",
-        StopReason::WaymarkMissing { .. } => "waymark missing",
-        StopReason::WaymarkOlder { .. } => "waymark older",
-        StopReason::WaymarkUnknown { .. } => "waymark unknown",
-        StopReason::CarriedDiffers { .. } => "carried differs",
-        StopReason::TermBelow { .. } => "term below",
     }
 }

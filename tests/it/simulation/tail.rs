@@ -116,7 +116,7 @@ impl Tail {
         let events = etcd.written_at(carried.0.0).iter().map(event).collect();
         let message = WatchMessage { events, fragment: false };
         let whole = sequencer.push(message).expect("one revision is in order");
-        let found = whole.first().filter(|found| !found.whole.changes.is_empty());
+        let found = whole.first().filter(|found| found.is_of_the_link());
         match found.map(|found| digest::of_revision(&found.whole)) {
             Some(digest) if digest == carried.1 => CarriedCheck::Same,
             Some(_) | None => CarriedCheck::Other,
@@ -248,8 +248,7 @@ impl Tail {
     }
 
     fn spool_all(&mut self, whole: Vec<Sequenced>, covered: Revision, context: &mut Context) {
-        let entries: Vec<SpoolEntry> =
-            whole.into_iter().filter(|w| !w.whole.changes.is_empty()).map(entry_of).collect();
+        let entries: Vec<SpoolEntry> = whole.into_iter().filter(|w| w.is_of_the_link()).map(entry_of).collect();
         if !entries.is_empty() {
             if self.spool.is_full() {
                 context.count("spool full");

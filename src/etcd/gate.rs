@@ -1,0 +1,192 @@
+//! Job: the gate before etcd: ask each configured member for its version, and let nothing through where one of them corrupts.
+//! Input: an `EtcdConfig`, what members say of themselves. Output: connections, or why there is none; an `EtcdHealth` for each member.
+//! Edge: what is to be thought of a version is in version.rs.
+//! Always true: every connection of a link is made here; a member that does not answer holds nobody up for longer than `ASK_MAX`.
+
+use super::version::{self, Verdict, Version};
+use super::{Etcd, EtcdError, Member};
+use crate::config::EtcdConfig;
+use crate::model::EtcdHealth;
+use std::time::Duration;
+use tokio::sync::{Mutex, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+/// A member of one's own cluster is near, and its version needs no quorum: one that takes longer is not judged this time.
+const ASK_MAX: Duration = Duration::from_secs(1);
+/// How often each member is asked while nobody connects.
+const LOOK_EVERY: Duration = Duration::from_secs(10);
+
+/// The cluster beside this sidecar, whose members are asked who they are before anything else is.
+pub struct Gate {
+    config: EtcdConfig,
+    /// When members began to be asked last; held until they have answered, so that whoever came before shares the next answer.
+    asked: Mutex<Option<Instant>>,
+    members: watch::Sender<Vec<EtcdHealth>>,
+    refusal: watch::Sender<Option<Refusal>>,
+}
+
+/// Why nothing goes through to etcd.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "etcd at {endpoint} is version {version}, which {fault}: upgrade it to {upgrade_to} or newer; until then nothing is read from this cluster \
+     or written to it (README, etcd's versions)"
+)]
+pub struct Refusal {
+    endpoint: String,
+    version: String,
+    fault: &'static str,
+    upgrade_to: Version,
+}
+
+/// In whose name a member is asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Who {
+    /// Enough for the versions that are refused.
+    Anyone,
+    /// The configured user, if nobody else is told.
+    User,
+}
+
+impl Gate {
+    pub fn new(config: EtcdConfig) -> Self {
+        let unasked = |endpoint: &String| EtcdHealth { endpoint: endpoint.clone(), ..EtcdHealth::default() };
+        let members = config.endpoints.iter().map(unasked).collect();
+        Self { config, asked: Mutex::new(None), members: watch::channel(members).0, refusal: watch::channel(None).0 }
+    }
+
+    /// How the cluster is reached.
+    pub fn config(&self) -> &EtcdConfig {
+        &self.config
+    }
+
+    /// What each member said last, in the configuration's order.
+    pub fn members(&self) -> watch::Receiver<Vec<EtcdHealth>> {
+        self.members.subscribe()
+    }
+
+    /// A connection to the cluster, unless one of its members is of a version that corrupts. It takes no calls any more once such a member is
+    /// met: below it, a connection that broke is made anew without a word.
+    pub async fn connect(&self) -> Result<Etcd, EtcdError> {
+        let ((), etcd) = tokio::join!(Box::pin(self.ask(Who::Anyone)), Box::pin(Etcd::connect(&self.config)));
+        match self.refusal.borrow().clone() {
+            Some(refusal) => Err(EtcdError::VersionRefused(refusal)),
+            None => etcd.map(|etcd| etcd.behind(self.refusal.subscribe())),
+        }
+    }
+
+    /// Asks each member now and then until `stop`, for whoever looks at its health.
+    pub async fn run(&self, stop: CancellationToken) {
+        let mut ticks = tokio::time::interval(LOOK_EVERY);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            let look = async {
+                ticks.tick().await;
+                self.ask(Who::User).await;
+            };
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return,
+                () = look => {}
+            }
+        }
+    }
+
+    /// Asks all members at once, unless that was begun after this call.
+    async fn ask(&self, who: Who) {
+        let came = Instant::now();
+        let mut asked = self.asked.lock().await;
+        if asked.is_some_and(|begun| begun >= came) {
+            return;
+        }
+        *asked = Some(Instant::now());
+        let before = self.members.borrow().clone();
+        let answers = before.iter().map(|member| self.ask_one(member, who));
+        let now: Vec<EtcdHealth> = futures::future::join_all(answers).await;
+        for (member, before) in now.iter().zip(&before) {
+            if (&member.version, member.verdict) != (&before.version, before.verdict) {
+                log(member);
+            }
+        }
+        let refusal = now.iter().find_map(|member| self.refusal_of(member));
+        self.refusal.send_if_modified(|before| std::mem::replace(before, refusal.clone()) != refusal);
+        self.members.send_if_modified(|members| std::mem::replace(members, now.clone()) != now);
+    }
+
+    fn refusal_of(&self, member: &EtcdHealth) -> Option<Refusal> {
+        match version::judge(&member.version) {
+            Verdict::Refused { fault, upgrade_to } if !self.config.allow_corrupting_versions => {
+                let (endpoint, version) = (member.endpoint.clone(), member.version.clone());
+                Some(Refusal { endpoint, version, fault, upgrade_to })
+            }
+            Verdict::Refused { .. } | Verdict::Warned { .. } | Verdict::Fine | Verdict::Unknown => None,
+        }
+    }
+
+    async fn ask_one(&self, before: &EtcdHealth, who: Who) -> EtcdHealth {
+        let endpoint = before.endpoint.clone();
+        match tokio::time::timeout(ASK_MAX, Box::pin(self.version_of(&endpoint, who))).await {
+            Ok(Ok(member)) => self.health(endpoint, member),
+            // What a login has shown stands until the next one.
+            Ok(Err(EtcdError::Denied { .. } | EtcdError::LoginLost(_)))
+                if who == Who::Anyone && ["fine", "warned"].contains(&before.verdict) =>
+            {
+                EtcdHealth { ok: true, ..before.clone() }
+            }
+            // That it says so shows that it answers, and that it is none of the old versions: those tell anyone.
+            Ok(Err(EtcdError::Denied { .. } | EtcdError::LoginLost(_))) => {
+                let detail = "it answers, and tells its version to the user root alone".to_owned();
+                EtcdHealth { endpoint, ok: true, detail, ..EtcdHealth::default() }
+            }
+            // A version that was refused is not forgotten because its member is slow.
+            Ok(Err(e)) => EtcdHealth { ok: false, leader: false, detail: e.to_string(), ..before.clone() },
+            Err(_) => {
+                let detail = format!("it did not say its version within {} s", ASK_MAX.as_secs());
+                EtcdHealth { ok: false, leader: false, detail, ..before.clone() }
+            }
+        }
+    }
+
+    /// Versions before 3.5.28 tell anyone, and newer ones a user of etcd's role root, whose password etcd takes a tenth of a second to check.
+    async fn version_of(&self, endpoint: &str, who: Who) -> Result<Member, EtcdError> {
+        let one = EtcdConfig { endpoints: vec![endpoint.to_owned()], ..self.config.clone() };
+        let nobody = EtcdConfig { username: None, password_file: None, ..one.clone() };
+        match Etcd::connect(&nobody).await?.member().await {
+            Err(EtcdError::Denied { .. } | EtcdError::LoginLost(_)) if who == Who::User && one.username.is_some() => {
+                Etcd::connect(&one).await?.member().await
+            }
+            answer => answer,
+        }
+    }
+
+    fn health(&self, endpoint: String, member: Member) -> EtcdHealth {
+        let verdict = version::judge(&member.version);
+        let (shown, detail) = match verdict {
+            Verdict::Fine | Verdict::Unknown => (verdict.as_str(), String::new()),
+            Verdict::Warned { fault, upgrade_to } => {
+                (verdict.as_str(), format!("this version {fault}: upgrade it to {upgrade_to} or newer"))
+            }
+            Verdict::Refused { fault, upgrade_to } if self.config.allow_corrupting_versions => (
+                "allowed",
+                format!(
+                    "this version {fault}, and allow_corrupting_versions lets it through: upgrade it to {upgrade_to} or newer"
+                ),
+            ),
+            Verdict::Refused { fault, upgrade_to } => (
+                verdict.as_str(),
+                format!("this version {fault}, so no link goes through it: upgrade it to {upgrade_to} or newer"),
+            ),
+        };
+        EtcdHealth { endpoint, ok: true, version: member.version, leader: member.leader, verdict: shown, detail }
+    }
+}
+
+fn log(member: &EtcdHealth) {
+    let EtcdHealth { endpoint, version, detail, verdict, .. } = member;
+    match *verdict {
+        "refused" => tracing::error!(%endpoint, %version, "etcd: {detail}"),
+        "warned" | "allowed" => tracing::warn!(%endpoint, %version, "etcd: {detail}"),
+        _ if version.is_empty() => tracing::info!(%endpoint, "etcd: its version is not known: {detail}"),
+        _ => tracing::info!(%endpoint, %version, "etcd"),
+    }
+}

@@ -1,0 +1,120 @@
+//! Job: what becomes of a link whose origin has another history than the one that was carried: a restored cluster, or another one.
+//! Input: the configured policy, when it was last followed, the replica's position. Output: go on or stop; then a `Resume`.
+//! Pure: no clock, no I/O.
+//! Always true: without the policy nothing goes on by itself; with it, no key of the replica is deleted past the guards, and two
+//! origins that take turns stop the link.
+
+use super::resume::{CopyReason, Resume};
+use crate::config::OtherHistory;
+use crate::model::{Digest, Epoch, Position};
+use std::time::Duration;
+
+/// A cluster is not restored twice within this time; two clusters that answer at one place look like it.
+const AGAIN_AFTER_MIN: Duration = Duration::from_secs(600);
+
+/// What follows from another history.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Follows {
+    /// The next epoch opens; what differs is found by digests, and mended.
+    Resync,
+    Stop,
+    /// It did go on by itself a moment ago: only a person can tell which of the two is right.
+    StopAgain,
+}
+
+/// `since`: how long ago the link last went on with another history by itself.
+pub fn follows(policy: OtherHistory, since: Option<Duration>) -> Follows {
+    match (policy, since) {
+        (OtherHistory::Stop, _) => Follows::Stop,
+        (OtherHistory::Resync, Some(since)) if since < AGAIN_AFTER_MIN => Follows::StopAgain,
+        (OtherHistory::Resync, _) => Follows::Resync,
+    }
+}
+
+/// What is told beside the reason of a stop that comes too soon after the last time.
+pub fn told_again() -> String {
+    format!(
+        "the link has gone on with another history less than {} minutes ago already, so that two origins may answer by turns; see that \
+         [etcd] endpoints are of one cluster",
+        AGAIN_AFTER_MIN.as_secs() / 60
+    )
+}
+
+/// Past every stop of the resume table, into the next epoch. What the replica holds stays, and is compared; where it is only a part of
+/// a base copy, or of other ranges, there is nothing to compare it with.
+pub fn by_digests(position: Option<&Position>, ranges_digest: Digest) -> Resume {
+    let reason = CopyReason::OtherHistory;
+    match position {
+        None => Resume::Copy { epoch: Epoch(0).next(), cursor: None, reason },
+        Some(position) => {
+            let epoch = position.epoch.next();
+            let comparable = position.cursor.is_none() && position.ranges_digest == ranges_digest;
+            if comparable { Resume::Repair { epoch, reason } } else { Resume::Copy { epoch, cursor: None, reason } }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{ClusterId, Phase, Revision, Seq, Term, Waymark};
+
+    const RANGES: Digest = Digest([1; 16]);
+
+    fn position(state: Phase) -> Position {
+        Position {
+            epoch: Epoch(3),
+            term: Term(0),
+            seq: Seq(40),
+            origin_cluster: ClusterId(1),
+            origin_revision: Revision(100),
+            carried_revision: Revision(90),
+            carried_digest: Digest([9; 16]),
+            waymark: Waymark::default(),
+            ranges_digest: RANGES,
+            state,
+            anchor_revision: Revision(10),
+            cursor: None,
+            part: 0,
+            part_digest: None,
+            skipped: Vec::new(),
+            held_back: None,
+        }
+    }
+
+    #[test]
+    fn a_link_goes_on_with_another_history_only_where_that_is_its_policy_and_not_again_and_again() {
+        let seconds = |n| Some(Duration::from_secs(n));
+        for since in [None, seconds(0), seconds(100_000)] {
+            assert_eq!(follows(OtherHistory::Stop, since), Follows::Stop);
+        }
+        assert_eq!(follows(OtherHistory::Resync, None), Follows::Resync);
+        assert_eq!(follows(OtherHistory::Resync, seconds(0)), Follows::StopAgain);
+        assert_eq!(follows(OtherHistory::Resync, seconds(599)), Follows::StopAgain);
+        assert_eq!(follows(OtherHistory::Resync, seconds(600)), Follows::Resync);
+        assert!(told_again().contains("10 minutes"));
+    }
+
+    #[test]
+    fn what_the_replica_holds_whole_is_compared_in_the_next_epoch() {
+        for state in [Phase::Following, Phase::Repairing, Phase::Copying] {
+            let expected = Resume::Repair { epoch: Epoch(4), reason: CopyReason::OtherHistory };
+            assert_eq!(by_digests(Some(&position(state)), RANGES), expected);
+        }
+    }
+
+    #[test]
+    fn what_it_holds_in_part_or_of_other_ranges_is_copied_anew() {
+        let copied = |position: Option<&Position>, ranges| {
+            let decided = by_digests(position, ranges);
+            let Resume::Copy { epoch, cursor: None, reason: CopyReason::OtherHistory } = decided else {
+                panic!("{decided:?}")
+            };
+            epoch
+        };
+        let cut_short = Position { cursor: Some("k".into()), ..position(Phase::Copying) };
+        assert_eq!(copied(Some(&cut_short), RANGES), Epoch(4));
+        assert_eq!(copied(Some(&position(Phase::Following)), Digest([2; 16])), Epoch(4));
+        assert_eq!(copied(None, RANGES), Epoch(1));
+    }
+}
