@@ -16,7 +16,7 @@
 //! segment/           mod open file writer (append-only files) feed (memory first, then files), under spool and journal
 //! config/            mod check(p) read(p) files: raw to checked, all faults at once
 //! certs/             mod identity load issue(the only file that knows rcgen)
-//! retry.rs(p) metrics.rs
+//! retry.rs(p) metrics.rs failpoint.rs
 //! model/             mod(p) quarantine(p) ranges(p) stall(p) status(p)
 //! ```
 
@@ -26,6 +26,7 @@ pub mod certs;
 pub mod config;
 pub mod demo;
 pub mod etcd;
+pub mod failpoint;
 pub mod metrics;
 pub mod model;
 pub mod origin;

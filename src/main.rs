@@ -272,6 +272,8 @@ fn run(path: &Path) -> Result<(), Failure> {
     let (config, _) = Config::check(path)?;
     config.prepare_files()?;
     app::log(&config.log).map_err(failed)?;
+    #[cfg(feature = "failpoints")]
+    etcd_ferry::failpoint::arm().map_err(Failure::Failed)?;
     sidecar_runtime()?.block_on(app::run(config)).map_err(failed)
 }
 

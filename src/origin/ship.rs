@@ -16,6 +16,7 @@ use super::watch::{TailCommand, TailView};
 use super::{LinkEvent, OriginLink, anchor};
 use crate::admin::{LinkCommand, next_command};
 use crate::etcd::{Etcd, EtcdError};
+use crate::failpoint;
 use crate::model::{Epoch, LinkState, LinkStatus, Revision, Term, Waymark};
 use crate::retry::Backoff;
 use crate::tls;
@@ -320,6 +321,7 @@ impl Shipper {
             Ok(greeted) => greeted,
             Err(end) => return end,
         };
+        failpoint::reach("greeted");
         let outcome = match self.decide(&greeted).await {
             Ok(Way::Follow { after }) => self.follow(greeted, after).await,
             Ok(Way::Copy { epoch, cursor, reason }) => Box::pin(self.copy(greeted, epoch, cursor, &reason)).await,

@@ -11,6 +11,7 @@ use super::position::{HelloAnswer, HelloFacts, HelloRefused};
 use super::stream::Stream;
 use crate::config::{Limits, ReceiveConfig};
 use crate::etcd::gate::Gate;
+use crate::failpoint;
 use crate::model::{ClusterId, Epoch, KeyRange, LinkName, Ranges, Revision, Seq, Term};
 use crate::tls::accept::PeerConnectInfo;
 use crate::wire::frame::FrameLimits;
@@ -386,6 +387,7 @@ impl Handshake for Receiver {
         end.told.send_modify(|told| told.shipper.clone_from(&hello.node));
         tracing::info!(link = %end.config.link, region = %hello.region, node = %hello.node, software = %hello.software,
             epoch = %epoch, term = hello.term, seq = %answer.received.0, "hello");
+        failpoint::reach("session-opened");
         Ok(Response::new(self.reply(&end, &answer, &session, link_back)))
     }
 }

@@ -7,6 +7,7 @@ use super::admit::Admit;
 use super::apply::ApplyView;
 use super::receive::{LinkEnd, Opened};
 use super::verify::{Comparer, QUESTIONS_MAX, Question};
+use crate::failpoint;
 use crate::model::{Phase, Seq};
 use crate::wire::frame::FrameLimits;
 use crate::wire::replicate::refusal::Kind;
@@ -157,7 +158,9 @@ impl Stream {
                 permit = out.reserve(), if self.due.urgent() || (self.due.ack && !quiet) => match permit {
                     Ok(permit) => {
                         let receipt = self.next_receipt(admit);
-                        if matches!(receipt.what, Some(receipt::What::Ack(_))) {
+                        let is_ack = matches!(receipt.what, Some(receipt::What::Ack(_)));
+                        if is_ack {
+                            failpoint::reach("ack-made");
                             told_at = Instant::now();
                         }
                         if let Some(receipt::What::Refusal(refusal)) = &receipt.what {
@@ -166,6 +169,9 @@ impl Stream {
                             return reason;
                         }
                         permit.send(Ok(receipt));
+                        if is_ack {
+                            failpoint::reach("ack-sent");
+                        }
                     }
                     Err(_) => return "the origin closed the stream".to_owned(),
                 },

@@ -15,6 +15,7 @@ mod demo;
 mod docs;
 mod elections;
 mod etcd_access;
+mod failpoints;
 mod fencing;
 mod flips;
 mod following;

@@ -108,6 +108,8 @@ pub struct SidecarOptions {
     pub log_level: String,
     /// Of `[etcd]`.
     pub allow_corrupting_versions: bool,
+    /// Of the next start's environment, such as `spooled=return`; empty: none.
+    pub failpoints: String,
 }
 
 impl SidecarOptions {
@@ -126,6 +128,7 @@ impl SidecarOptions {
             limits: BTreeMap::new(),
             log_level: "info,etcd_ferry=debug".to_owned(),
             allow_corrupting_versions: false,
+            failpoints: String::new(),
         }
     }
 }
@@ -274,8 +277,9 @@ impl Sidecar {
         self.process = None;
         let mut command = Command::new(env!("CARGO_BIN_EXE_etcd-ferry"));
         command.args(["run", "--config"]).arg(self.config_path());
+        command.env("ETCD_FERRY_FAILPOINTS", &self.options.failpoints);
         let name = format!("etcd-ferry {}", self.options.node);
-        self.process = Some(Process::start(&name, &mut command, &self.dir.join("ferry.log")));
+        self.process = Some(Process::start(&name, &mut command, &self.log_path()));
     }
 
     /// Starts it where it was, killing it if it still runs, and waits until it answers over http.
@@ -302,8 +306,17 @@ impl Sidecar {
         until("the sidecar to end", PATIENCE, async || process.ended()).await
     }
 
+    /// How it ended, if it has.
+    pub fn try_ended(&mut self) -> Option<ExitStatus> {
+        self.process.as_mut().expect("this sidecar was not started").ended()
+    }
+
     pub fn log(&self) -> String {
-        fs::read_to_string(self.dir.join("ferry.log")).unwrap_or_default()
+        fs::read_to_string(self.log_path()).unwrap_or_default()
+    }
+
+    pub fn log_path(&self) -> PathBuf {
+        self.dir.join("ferry.log")
     }
 
     /// SIGKILL.
