@@ -4,7 +4,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 # An etcd that .ci/install unpacked goes before the distribution's own, which may be too old.
 export PATH := $(CURDIR)/target/etcd/bin:$(PATH)
 
-.PHONY: demo test soak fuzz matrix mutants bench build lint install clean
+.PHONY: demo test soak fuzz matrix mutants bench build lint install install-tests clean
 
 # Two regions on this machine for about 30 seconds. ARGS is passed on, for example: make demo ARGS=--keep
 demo: build
@@ -14,11 +14,11 @@ demo: build
 TEST := cargo test --features failpoints
 
 # Every test, with real etcd processes. ARGS is passed on, for example: make test ARGS="--test it bank"
-test: install
+test: install-tests
 	$(TEST) $(ARGS)
 
 # Every test with real processes again, with another etcd at one side: each of Debian's older ones as the origin and as the replica of ours.
-matrix: install
+matrix: install-tests
 	@.ci/install bookworm target/etcd/bookworm
 	@.ci/install trixie target/etcd/trixie
 	@for old in bookworm trixie; do \
@@ -41,7 +41,7 @@ fuzz: install
 
 # Breaks the product on purpose, fault by fault, and fails if the tests miss one. ARGS="--only SAN" runs those that name it, ARGS=--list
 # lists all.
-mutants: install
+mutants: install-tests
 	$(TEST) --test mutants -- $(ARGS)
 
 # More of what `make test` does a little of. SEEDS=n: the simulation alone, over so many seeds; one that fails is printed, and run again by
@@ -66,6 +66,9 @@ lint: install
 
 install:
 	@.ci/install
+
+install-tests:
+	@.ci/install --tests
 
 clean:
 	cargo clean

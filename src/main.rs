@@ -6,8 +6,8 @@
 use clap::{Args, Parser, Subcommand};
 use etcd_ferry::admin::client::{self, ClientError, Connection};
 use etcd_ferry::admin::proto::Verification;
-use etcd_ferry::admin::quarantine;
 use etcd_ferry::admin::verification::{self, verification_json, verification_lines};
+use etcd_ferry::admin::{quarantine, show};
 use etcd_ferry::app;
 use etcd_ferry::certs::{self, issue::CertsError};
 use etcd_ferry::config::{Config, Fault, Faults};
@@ -290,11 +290,11 @@ fn status(sidecar: &Sidecar, json: bool) -> Result<(), Failure> {
     let connection = sidecar.connection()?;
     let reply = runtime()?.block_on(client::status(&connection))?;
     if json {
-        say(&client::status_json(&reply))
+        say(&show::status_json(&reply))
     } else {
         let columns = || std::env::var("COLUMNS").ok()?.parse().ok();
         let width = stdout().is_terminal().then(|| columns().unwrap_or(COLUMNS));
-        say(client::status_table(&reply, width).trim_end())
+        say(show::status_table(&reply, width).trim_end())
     }
 }
 

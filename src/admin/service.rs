@@ -5,18 +5,16 @@
 
 use super::proto::admin_server::{self, Admin, AdminServer};
 use super::proto::{
-    AllowReply, AllowRequest, Canary, Copy, DifferingRange, DiscardQuarantinedReply, EtcdMember, ForeignWrites, Link,
-    Quarantined, QuarantinedKey, QuarantinedRequest, QuarantinedRevision, RepairRequest, ResyncReply, ResyncRequest,
-    RetryQuarantinedReply, StatusReply, StatusRequest, Verification, VerifyRequest,
+    AllowReply, AllowRequest, Canary, Certificates, Copy, DifferingRange, DiscardQuarantinedReply, EtcdMember,
+    ForeignWrites, Link, Quarantined, QuarantinedKey, QuarantinedRequest, QuarantinedRevision, RepairRequest,
+    ResyncReply, ResyncRequest, RetryQuarantinedReply, StatusReply, StatusRequest, Verification, VerifyRequest,
 };
 use super::{Directory, LinkCommand, LinkHandle, ReplicaCommand};
-use crate::config::TlsConfig;
 use crate::model::{self, LinkState, LinkStatus, Record, Seq};
 use crate::tls::accept::{self, AcceptLimits, PeerConnectInfo};
-use crate::tls::{self, TlsError};
+use crate::tls::reload::InUse;
 use axum::extract::State;
 use axum::middleware::{self, Next};
-use rustls::ServerConfig;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -54,8 +52,6 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 
 #[derive(Debug, thiserror::Error)]
 pub enum ServiceError {
-    #[error("the admin service cannot use its certificates: {0}")]
-    Tls(#[from] TlsError),
     #[error("cannot listen at {addr} (listen.admin): is another process there already?")]
     Bind { addr: SocketAddr, source: io::Error },
     #[error("reflection cannot be served: {0}")]
@@ -65,20 +61,22 @@ pub enum ServiceError {
 }
 
 /// The bound admin listener, not yet serving.
-#[derive(Debug)]
 pub struct Server {
     listener: TcpListener,
     addr: SocketAddr,
-    tls: Arc<ServerConfig>,
+    in_use: watch::Receiver<Arc<InUse>>,
     admins: Vec<String>,
 }
 
 impl Server {
-    pub async fn bind(addr: SocketAddr, tls: &TlsConfig) -> Result<Self, ServiceError> {
-        let (tls, admins) = (tls::server_config(tls)?, tls.admins.clone());
+    pub async fn bind(
+        addr: SocketAddr,
+        in_use: watch::Receiver<Arc<InUse>>,
+        admins: Vec<String>,
+    ) -> Result<Self, ServiceError> {
         let listener = TcpListener::bind(addr).await.map_err(|source| ServiceError::Bind { addr, source })?;
         let addr = listener.local_addr().map_err(|source| ServiceError::Bind { addr, source })?;
-        Ok(Self { listener, addr, tls, admins })
+        Ok(Self { listener, addr, in_use, admins })
     }
 
     /// The real address, also when port 0 was asked for.
@@ -95,7 +93,7 @@ impl Server {
             tasks.spawn(report_health(reporter.clone(), handle, stop.clone()));
         }
         let routes = routes(directory, self.admins, reporter.clone())?;
-        let (accept_loop, incoming) = accept::incoming(self.listener, self.tls, LIMITS, stop.clone());
+        let (accept_loop, incoming) = accept::incoming(self.listener, self.in_use, LIMITS, stop.clone());
         tasks.spawn(accept_loop.run());
         let serving = transport::Server::builder()
             .max_concurrent_streams(STREAMS_MAX)
@@ -319,6 +317,7 @@ impl Admin for Service {
             version: version.clone(),
             links: self.directory.snapshots().into_iter().map(link_message).collect(),
             etcd: self.directory.etcd.borrow().iter().cloned().map(member_message).collect(),
+            certificates: Some(certificates_message(self.directory.certificates.borrow().clone())),
         }))
     }
 
@@ -510,6 +509,12 @@ fn record_message(record: Record) -> QuarantinedRevision {
         part: record.part,
         keys: record.changes.into_iter().map(key).collect(),
     }
+}
+
+fn certificates_message(certificates: model::CertificatesStatus) -> Certificates {
+    let model::CertificatesStatus { subject, sans, own_expires_at, ca_expires_at, crl_expires_at, reloads, refused } =
+        certificates;
+    Certificates { subject, sans, own_expires_at, ca_expires_at, crl_expires_at, reloads, refused }
 }
 
 fn member_message(member: model::EtcdHealth) -> EtcdMember {

@@ -401,7 +401,8 @@ impl Shipper {
     }
 
     async fn channel(&self, address: &str) -> Result<Channel, SessionEnd> {
-        let connector = tls::connect::PeerConnector::new(self.origin.tls.clone()).with_timeout(CONNECT_DEADLINE);
+        let (certificates, peer) = (self.origin.certificates.clone(), &self.origin.send.peer);
+        let connector = tls::connect::PeerConnector::to_peer(certificates, peer).with_timeout(CONNECT_DEADLINE);
         let endpoint = tls::connect::endpoint(address)
             .map_err(|e| SessionEnd::Stop(e.to_string()))?
             .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "clippy knows #[test] functions, not the functions that they call")]
 
 mod admin;
+mod alerts;
 mod bank;
 mod bed;
 mod both_ways;
@@ -29,9 +30,11 @@ mod memory;
 mod mutants_apply;
 mod origin_trouble;
 mod other_history;
+mod page;
 mod peers;
 mod power_cut;
 mod quarantine;
+mod renewal;
 mod repair;
 mod replica_trouble;
 mod resume;

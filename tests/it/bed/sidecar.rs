@@ -101,6 +101,8 @@ pub struct SidecarOptions {
     pub ports: Ports,
     /// As `make_certificates` left it.
     pub certs: PathBuf,
+    /// `tls.crl`.
+    pub crl: Option<PathBuf>,
     pub send: Vec<SendLink>,
     pub receive: Vec<ReceiveLink>,
     /// Keys of `[limits]`.
@@ -123,6 +125,7 @@ impl SidecarOptions {
             etcd,
             ports,
             certs: certs.to_owned(),
+            crl: None,
             send: Vec::new(),
             receive: Vec::new(),
             limits: BTreeMap::new(),
@@ -184,6 +187,8 @@ struct TlsTable<'a> {
     ca: PathBuf,
     cert: PathBuf,
     key: PathBuf,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    crl: Option<&'a Path>,
     admins: [&'a str; 1],
 }
 
@@ -254,6 +259,7 @@ impl Sidecar {
                 ca: options.certs.join("ca.pem"),
                 cert: options.certs.join(format!("{}.pem", options.region)),
                 key: options.certs.join(format!("{}.key", options.region)),
+                crl: options.crl.as_deref(),
                 admins: ["spiffe://etcd-ferry.dev/admin"],
             },
             log: LogTable { format: "text", level: &options.log_level },
@@ -358,6 +364,11 @@ impl Sidecar {
     pub async fn health(&self) -> Option<Value> {
         let (_, body) = get(self.options.ports.http, "/healthz?full=1").await?;
         serde_json::from_str(&body).ok()
+    }
+
+    /// What `pick` finds in `/healthz?full=1`, as soon as it finds something.
+    pub async fn wait_for_health<T>(&self, what: &str, pick: impl Fn(&Value) -> Option<T>) -> T {
+        until(what, PATIENCE, async || pick(&self.health().await?)).await
     }
 
     /// A page of the http listener: status code and body.
