@@ -6,6 +6,7 @@
 use crate::bed::etcd::EtcdOptions;
 use crate::bed::pair::{LINK, ORIGIN_REGION, Pair, PairOptions, REPLICA_REGION};
 use crate::bed::sidecar::Sidecar;
+use crate::bed::{PATIENCE, until};
 use crate::etcd_access::etcd_tls;
 use etcd_ferry::certs::issue::{IssueRequest, Issuer, Pair as KeyPair};
 use etcd_ferry::model::Revision;
@@ -78,6 +79,8 @@ async fn following(pair: &mut Pair) {
     pair.replica_sidecar.restart().await;
     let revision = pair.origin.put("/app/first", "1").await;
     pair.wait_applied(revision).await;
+    // What a base copy brings is applied before the stream that follows is open.
+    until("the first stream", PATIENCE, async || (streams(pair) > 0).then_some(())).await;
 }
 
 async fn certificates(sidecar: &Sidecar, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
