@@ -61,6 +61,7 @@ pub(super) async fn serve_events(State(shared): State<Shared>, Extension(lasting
         let mut told = shared.history().told();
         yield told_as("history", &past);
         let mut ticks = tokio::time::interval(TELL_EVERY);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 () = shared.stop.cancelled() => return,
