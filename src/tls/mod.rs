@@ -41,6 +41,8 @@ pub enum TlsError {
         "the certificate does not name {san} any more, by which peers know this sidecar: if that is meant, restart the sidecar"
     )]
     NameLost { san: String },
+    #[error("the certificates' files were changed while they were read: they are read again")]
+    Changing,
     #[error("{0}")]
     Name(String),
 }

@@ -75,7 +75,10 @@ struct Looks {
 impl Certificates {
     /// Loads the files for the first time. That they are what peers would talk to is checked with the configuration.
     pub fn load(files: &TlsConfig) -> Result<Self, TlsError> {
-        let in_use = read(files)?;
+        let in_use = match read(files) {
+            Err(TlsError::Changing) => read(files)?,
+            in_use => in_use?,
+        };
         let status = watch::channel(status_of(&in_use.credentials)).0;
         Ok(Self { files: files.clone(), in_use: watch::channel(Arc::new(in_use)).0, status })
     }
@@ -153,15 +156,18 @@ impl Certificates {
     }
 }
 
-/// Reads all files.
+/// Reads all files: what was loaded is what has this fingerprint.
 fn read(files: &TlsConfig) -> Result<InUse, TlsError> {
-    let fingerprint = fingerprint(files)?;
+    let fingerprint = fingerprint_of(files)?;
     let credentials = Credentials::load(files.into())?;
+    if fingerprint_of(files)? != fingerprint {
+        return Err(TlsError::Changing);
+    }
     let server = server_config_from(&credentials)?;
     Ok(InUse { credentials, server, fingerprint })
 }
 
-fn fingerprint(files: &TlsConfig) -> Result<blake3::Hash, TlsError> {
+fn fingerprint_of(files: &TlsConfig) -> Result<blake3::Hash, TlsError> {
     let mut hasher = blake3::Hasher::new();
     for path in paths(files) {
         let bytes = load::read(path)?;
