@@ -8,16 +8,16 @@
 //! app.rs             bind everything, then run it; owns tasks and shutdown
 //! origin/            mod ship decide term standby session heartbeat canary(p) stall shipped(p) verify compare mend found(p) anchor elect candidacy(p) resume(p) history(p) watch reopen(p) head probe view sequence(p) spool lag(p)
 //! replica/           mod receive stream shipments verify admit(p) copy pages(p) mark apply commit position trouble quarantine poison(p) hold breaker(p) txn next(p) stall plan(p) journal foreign(p) lookout age(p) compact dedupe(the only file that knows sled)
-//! admin/             service http quarantine verification client
+//! admin/             service http quarantine verification limits(p) client
 //! scan.rs            a range whole, page by page, at one revision
-//! etcd/              mod gate version(p) error watch: the narrow typed door to etcd
+//! etcd/              mod gate limits bisect(p) version(p) error watch: the narrow typed door to etcd
 //! tls/               mod (configurations) accept connect verify explain
-//! wire/              mod codec window(p) frame(p) body(p) cache(p) delta(p) digest(p) parts(p) varint(p) kubernetes_like (tests)
+//! wire/              mod codec window(p) frame(p) body(p) cache(p) delta(p) digest(p) parts(p) limits(p) varint(p) kubernetes_like (tests)
 //! segment/           mod open file writer (append-only files) feed (memory first, then files), under spool and journal
 //! config/            mod check(p) read(p) files: raw to checked, all faults at once
 //! certs/             mod identity load issue(the only file that knows rcgen)
 //! retry.rs(p) metrics.rs
-//! model/             mod(p) quarantine(p) ranges(p) stall(p) status(p)
+//! model/             mod(p) limits(p) quarantine(p) ranges(p) stall(p) status(p)
 //! ```
 
 pub mod admin;

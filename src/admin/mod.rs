@@ -5,6 +5,7 @@
 
 pub mod client;
 pub mod http;
+mod limits;
 pub mod quarantine;
 pub mod service;
 pub mod verification;

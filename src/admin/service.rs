@@ -9,7 +9,7 @@ use super::proto::{
     Quarantined, QuarantinedKey, QuarantinedRequest, QuarantinedRevision, RepairRequest, ResyncReply, ResyncRequest,
     RetryQuarantinedReply, StatusReply, StatusRequest, Verification, VerifyRequest,
 };
-use super::{Directory, LinkCommand, LinkHandle, ReplicaCommand};
+use super::{Directory, LinkCommand, LinkHandle, ReplicaCommand, limits};
 use crate::config::TlsConfig;
 use crate::model::{self, LinkState, LinkStatus, Record, Seq};
 use crate::tls::accept::{self, AcceptLimits, PeerConnectInfo};
@@ -450,6 +450,7 @@ fn link_message(status: LinkStatus) -> Link {
         counts,
         copy,
         canary,
+        limits,
         verification,
         foreign_writes,
         quarantined_revisions,
@@ -481,6 +482,7 @@ fn link_message(status: LinkStatus) -> Link {
         counts: counts.into_iter().map(|(name, count)| (name.to_owned(), count)).collect(),
         copy: copy.map(|copy| Copy { keys_done: copy.keys_done, keys_total: copy.keys_total }),
         canary: canary.map(|canary| Canary { seconds: canary.seconds, waiting_seconds: canary.waiting_seconds }),
+        limits: limits.map(limits::message),
         verification: Some(verification_message(verification)),
         foreign_writes: foreign_writes.map(foreign_message),
         quarantined_revisions,

@@ -4,6 +4,7 @@
 //! Pure: no clock, no I/O, no async.
 //! Always true: a `WholeRevision` holds each key once, in key order.
 
+pub mod limits;
 mod quarantine;
 mod ranges;
 pub mod stall;

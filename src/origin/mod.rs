@@ -31,8 +31,10 @@ pub mod watch;
 
 use crate::admin::LinkCommand;
 use crate::config::{Limits, SendConfig};
-use crate::etcd::gate::Gate;
+use crate::etcd::gate::{ClusterLimits, Gate};
+use crate::etcd::limits;
 use crate::metrics;
+use crate::model::limits::LimitsStatus;
 use crate::model::stall::{Stalled, Verdict, Watchdog};
 use crate::model::{CanaryStatus, Epoch, LinkName, LinkState, LinkStatus, Revision, Role, Seq, Side, StageStatus};
 use crate::wire::digest;
@@ -169,9 +171,9 @@ impl OriginLink {
                     let (tail, head, ship) = (stages.tail.borrow(), stages.head.borrow(), stages.ship.borrow());
                     let elect = stages.elect.borrow();
                     let node = &stages.node;
-                    let (spool, stalled) = (&extent, None);
+                    let (spool, stalled, limits) = (&extent, None, *stages.limits.borrow());
                     let mut views =
-                        Views { node, tail: &tail, head: &head, ship: &ship, elect: &elect, spool, stalled };
+                        Views { node, tail: &tail, head: &head, ship: &ship, elect: &elect, spool, limits, stalled };
                     views.watch(&mut dog, &mut stalls, &stages.help, &link, clock.now_ms());
                     status.send_modify(|status| views.write(status, &lag, stalls, clock.now_ms()));
                 }
@@ -193,7 +195,7 @@ impl OriginLink {
         commands: mpsc::Receiver<LinkCommand>,
         stop: &CancellationToken,
     ) -> Stages {
-        let link = self.send.link.clone();
+        let (link, limits) = (self.send.link.clone(), self.etcd.limits());
         let covered = spool.extent().borrow().covered;
         let (events, incoming) = mpsc::channel(EVENTS_MAX);
         let (head_sender, head) = watch_channel::channel(HeadView::default());
@@ -242,7 +244,7 @@ impl OriginLink {
         );
         tasks.spawn(shipper.run(stop.clone()));
         let help = Helps { reopen, hello_again };
-        Stages { node, tasks, events: incoming, tail, head, elect, ship, help }
+        Stages { node, tasks, events: incoming, tail, head, elect, ship, limits, help }
     }
 }
 
@@ -255,6 +257,8 @@ struct Stages {
     head: watch_channel::Receiver<HeadView>,
     elect: watch_channel::Receiver<ElectView>,
     ship: watch_channel::Receiver<ShipView>,
+    /// What the origin's etcd takes.
+    limits: watch_channel::Receiver<ClusterLimits>,
     help: Helps,
 }
 
@@ -292,6 +296,7 @@ struct Views<'a> {
     elect: &'a ElectView,
     ship: &'a ShipView,
     spool: &'a SpoolExtent,
+    limits: ClusterLimits,
     /// Where the link stands still.
     stalled: Option<Stalled>,
 }
@@ -360,6 +365,9 @@ impl Views<'_> {
         status.counts.insert("stalls", stalls);
         status.copy = ship.copy;
         status.canary = self.canary();
+        let told = LimitsStatus::of(self.limits.most, &ship.replica_limits);
+        limits::tell(&status.link, status.side, status.limits.as_ref(), told.as_ref());
+        status.limits = told;
         status.verification.clone_from(&ship.verification);
         status.quarantined_revisions = ship.quarantined;
         status.stages = vec![

@@ -380,6 +380,9 @@ impl Session {
             view.counts.insert("transactions", ack.transactions);
             view.counts.insert("conflicts", ack.conflicts);
             view.quarantined = ack.quarantined;
+            if let Some(limits) = ack.limits {
+                view.replica_limits = limits.into();
+            }
             view.reason.clone_from(&ack.waiting);
         });
         self.learn_verified(ship, Revision(ack.verified_revision), ack.verified_at_ms);

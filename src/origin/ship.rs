@@ -15,6 +15,7 @@ use super::view::ShipView;
 use super::watch::{TailCommand, TailView};
 use super::{LinkEvent, OriginLink, anchor};
 use crate::admin::{LinkCommand, next_command};
+use crate::etcd::gate::ClusterLimits;
 use crate::etcd::{Etcd, EtcdError};
 use crate::model::{Epoch, LinkState, LinkStatus, Revision, Term, Waymark};
 use crate::retry::Backoff;
@@ -52,6 +53,8 @@ pub struct Shipper {
     pub(super) tail_commands: mpsc::Sender<TailCommand>,
     pub(super) tail: watch::Receiver<TailView>,
     pub(super) head: watch::Receiver<HeadView>,
+    /// What the origin's etcd takes.
+    pub(super) limits: watch::Receiver<ClusterLimits>,
     pub(super) commands: mpsc::Receiver<LinkCommand>,
     pub(super) view: watch::Sender<ShipView>,
     pub(super) events: mpsc::Sender<LinkEvent>,
@@ -131,6 +134,7 @@ impl Shipper {
         hello_again: watch::Receiver<()>,
     ) -> Self {
         let mut shipper = Self {
+            limits: origin.etcd.limits(),
             origin,
             spool,
             tail_commands,

@@ -31,7 +31,9 @@ mod verify;
 
 use crate::admin::ReplicaCommand;
 use crate::config::{CompactConfig, Limits, ReceiveConfig};
-use crate::etcd::gate::Gate;
+use crate::etcd::gate::{ClusterLimits, Gate};
+use crate::etcd::limits;
+use crate::model::limits::LimitsStatus;
 use crate::model::stall::{Stalled, Verdict, Watchdog};
 use crate::model::{
     CopyProgress, Digest, Epoch, LinkState, LinkStatus, Phase, QuarantinedStatus, Ranges, Revision, Seq, Side,
@@ -168,7 +170,7 @@ impl ReplicaTask {
     /// Runs until `stop`, then flushes journal and dedupe log.
     pub async fn run(self, status: watch::Sender<LinkStatus>, stop: CancellationToken) -> Result<(), ReplicaError> {
         let Self { end, applier, view, told, lookout, seen } = self;
-        let started = Instant::now();
+        let (started, limits) = (Instant::now(), end.etcd.limits());
         let mut applying = tokio::task::JoinSet::new();
         applying.spawn(applier.run(stop.clone()));
         let mut looking = tokio::task::JoinSet::new();
@@ -195,6 +197,7 @@ impl ReplicaTask {
                         seen: &seen.borrow(),
                         extent: &extent,
                         durable,
+                        limits: *limits.borrow(),
                         stalled: None,
                     };
                     views.watch(&mut dog, &mut stalls, started.elapsed());
@@ -270,6 +273,8 @@ struct Views<'a> {
     seen: &'a LookoutView,
     extent: &'a JournalExtent,
     durable: Seq,
+    /// Of its etcd.
+    limits: ClusterLimits,
     /// Where the link stands still.
     stalled: Option<Stalled>,
 }
@@ -351,6 +356,9 @@ impl Views<'_> {
         status.verification.verified_at_ms = verified.at_ms;
         status.verification.differing_keys = verified.differing_keys;
         status.verification.expected_keys = verified.expected_keys;
+        let told = LimitsStatus::of(self.told.limits, &self.end.limits(self.limits));
+        limits::tell(&status.link, status.side, status.limits.as_ref(), told.as_ref());
+        status.limits = told;
         status.quarantined = QuarantinedStatus::all(&self.view.quarantine);
         status.quarantined_revisions = status.quarantined.len() as u64;
         status.foreign_writes = (self.seen.checked > Revision(0)).then(|| self.seen.status());

@@ -10,7 +10,8 @@ use super::journal::Journal;
 use super::position::{HelloAnswer, HelloFacts, HelloRefused};
 use super::stream::Stream;
 use crate::config::{Limits, ReceiveConfig};
-use crate::etcd::gate::Gate;
+use crate::etcd::gate::{ClusterLimits, Gate};
+use crate::model::limits::{ReplicaLimits, TxnLimits};
 use crate::model::{ClusterId, Epoch, KeyRange, LinkName, Ranges, Revision, Seq, Term};
 use crate::tls::accept::PeerConnectInfo;
 use crate::wire::frame::FrameLimits;
@@ -55,6 +56,8 @@ pub struct Told {
     pub marked: Revision,
     /// Both sides were equal at a mark that the replica reached at this revision.
     pub equal_through: Revision,
+    /// What the origin's etcd takes.
+    pub limits: TxnLimits,
     /// Why the last stream ended.
     pub ended: String,
 }
@@ -202,6 +205,14 @@ impl LinkEnd {
     /// Whether a link back exists over the ranges; `None`: no hello has said it yet.
     pub(super) fn link_back(&self) -> Option<bool> {
         guard(&self.opened).as_ref().map(|opened| opened.link_back)
+    }
+
+    /// What the replica takes: `etcd` as its cluster's members were asked.
+    pub(super) fn limits(&self, etcd: ClusterLimits) -> ReplicaLimits {
+        let known = |limit: usize| u64::try_from(limit).ok();
+        let Limits { txn_ops_max, request_bytes_max, .. } = self.limits;
+        let sidecar = TxnLimits { txn_ops_max: known(txn_ops_max), request_bytes_max: known(request_bytes_max) };
+        ReplicaLimits { etcd: etcd.least, sidecar }
     }
 
     /// What an origin may touch: what the configuration says, else what the first hello said.

@@ -179,6 +179,7 @@ impl Stream {
             told.rpo = Duration::from_millis(progress.rpo_ms);
             told.lag_revisions = progress.lag_revisions;
             told.rpo_revisions = progress.rpo_revisions;
+            told.limits = progress.limits.map(Into::into).unwrap_or_default();
             told.at = Some(Instant::now());
         });
         self.due.ack = true;

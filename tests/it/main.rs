@@ -22,6 +22,7 @@ mod foreign;
 mod guards;
 mod lag;
 mod large;
+mod limits;
 mod links;
 mod lost_history;
 mod memory;

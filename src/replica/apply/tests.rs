@@ -12,7 +12,7 @@ async fn applier(dir: &std::path::Path) -> Applier {
     let (dedupe, _) = Dedupe::open(&dir.join("dedupe")).await.unwrap_or_else(|error| panic!("{error}"));
     let mut applier = Applier::new(ApplierParts {
         link: LinkName::new("config").unwrap_or_else(|error| panic!("{error}")),
-        etcd: Arc::new(Gate::new(EtcdConfig::default())),
+        etcd: Arc::new(Gate::new(EtcdConfig::default(), Bytes::new())),
         limits,
         ranges: None,
         journal: Arc::new(journal),
