@@ -272,6 +272,11 @@ impl LinkName {
         Bytes::from(format!("/etcd-ferry/v1/links/{}/canary", self.0))
     }
 
+    /// In the origin's etcd: that this origin was found to have another history than the replica.
+    pub fn other_history_key(&self) -> Bytes {
+        Bytes::from(format!("/etcd-ferry/v1/links/{}/other-history", self.0))
+    }
+
     /// The key of this link's waymark in the origin's etcd.
     pub fn waymark_key(&self) -> Bytes {
         Bytes::from(format!("/etcd-ferry/v1/links/{}/waymark", self.0))

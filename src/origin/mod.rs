@@ -15,6 +15,7 @@ pub mod history;
 pub mod lag;
 mod mend;
 mod probe;
+mod remember;
 pub mod reopen;
 pub mod resume;
 pub mod sequence;
@@ -444,6 +445,7 @@ impl Views<'_> {
             TailState::Stopped { reason } => reasons.push(reason.clone()),
             TailState::Connecting { reason } if is_new(&reasons, reason) => reasons.push(format!("the origin's watch: {reason}")),
             TailState::OtherHistory { reason } if *reason != self.ship.reason => reasons.push(reason.clone()),
+            TailState::Lost { .. } if self.ship.state == LinkState::Stopped => {}
             TailState::Lost { compacted } => reasons.push(format!(
                 "etcd has compacted up to {compacted}, past the spool's end: once the replica answers, both sides are compared and what differs is shipped"
             )),

@@ -170,6 +170,7 @@ impl Session {
     pub(super) async fn opened_epoch(&mut self, ship: &mut Shipper, epoch: Epoch, anchor: Revision) {
         self.copying = false;
         self.epoch = epoch;
+        ship.follows_in(epoch);
         self.shipped.open_epoch(anchor);
         self.timed = None;
         self.unreceived.clear();

@@ -32,6 +32,7 @@ mod other_history;
 mod peers;
 mod power_cut;
 mod quarantine;
+mod remember;
 mod repair;
 mod replica_trouble;
 mod resume;

@@ -197,7 +197,7 @@ impl World {
             14..32 => self.origins[origin].tail.step(&self.origin, &mut self.context),
             32..38 => step_disk(&mut self.origins[origin].tail.spool, &mut self.context),
             38..56 => (0..2).for_each(|_| self.ship(origin)),
-            56..64 => (0..2).for_each(|_| self.origins[origin].take_receipt(&mut self.context)),
+            56..64 => (0..2).for_each(|_| self.origins[origin].take_receipt(&mut self.origin, &mut self.context)),
             64..76 => (0..2).for_each(|_| self.receive(replica)),
             76..80 => self.tell(replica),
             80..91 => (0..2).for_each(|_| self.replicas[replica].apply(&mut self.context)),
@@ -541,7 +541,7 @@ impl World {
                 self.replicas[at].apply(&mut self.context);
             }
             self.context.commit_pending();
-            (0..4).for_each(|_| self.origins[0].take_receipt(&mut self.context));
+            (0..4).for_each(|_| self.origins[0].take_receipt(&mut self.origin, &mut self.context));
         }
         flush(&mut self.origins[0].tail.spool, &mut self.context);
         for at in 0..self.replicas.len() {
