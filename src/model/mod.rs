@@ -340,6 +340,9 @@ pub struct Position {
     /// The next revision deletes so much that a person has to allow it; it goes with that revision.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held_back: Option<HeldBack>,
+    /// The last revision of the replica's own etcd at which both sides were proved equal after somebody else had written there (0: none).
+    #[serde(default, skip_serializing_if = "is_unproved")]
+    pub equal_revision: Revision,
 }
 
 /// A revision that is not applied until a person allows it.
@@ -366,6 +369,10 @@ impl HeldBack {
 
 fn is_false(flag: &bool) -> bool {
     !flag
+}
+
+fn is_unproved(revision: &Revision) -> bool {
+    *revision == Revision(0)
 }
 
 fn is_zero(n: &u64) -> bool {
@@ -442,6 +449,7 @@ mod tests {
             part_digest: None,
             skipped: Vec::new(),
             held_back: None,
+            equal_revision: Revision(0),
         }
     }
 
@@ -452,6 +460,7 @@ mod tests {
             assert_eq!(Position::from_json(&position.to_json()).unwrap(), position);
         }
         let part = Position { part: 7, part_digest: Some(Digest([3; 16])), skipped: vec![Seq(4)], ..position(None) };
+        let part = Position { equal_revision: Revision(8), ..part };
         assert_eq!(Position::from_json(&part.to_json()).unwrap(), part);
     }
 

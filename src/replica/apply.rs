@@ -166,6 +166,10 @@ pub struct Applier {
     /// The last hello knew of a link back over the same ranges.
     pub(super) link_back: bool,
     pub(super) told: watch::Receiver<Told>,
+    /// Where both sides were proved equal, as the lookout tells it.
+    closed: watch::Receiver<Revision>,
+    /// The same, until the position says it; 0: it does.
+    pub(super) proved: Revision,
     operator: mpsc::Receiver<ReplicaCommand>,
     /// What the dedupe log has not been told yet.
     done: Option<Applied>,
@@ -219,6 +223,8 @@ pub struct ApplierParts {
     /// What an operator asks.
     pub operator: mpsc::Receiver<ReplicaCommand>,
     pub told: watch::Receiver<Told>,
+    /// Where both sides were proved equal after somebody else wrote.
+    pub closed: watch::Receiver<Revision>,
     pub hello_waiting: watch::Receiver<u64>,
     pub commands: mpsc::Receiver<ApplyCommand>,
     pub view: watch::Sender<ApplyView>,
@@ -252,6 +258,8 @@ impl Applier {
             wanted: 0,
             link_back: false,
             told: parts.told,
+            closed: parts.closed,
+            proved: Revision(0),
             operator: parts.operator,
             done: None,
             held: None,
@@ -308,6 +316,7 @@ impl Applier {
                     None => return,
                 },
                 Some(command) = next_command(&mut self.operator) => Box::pin(self.operate(command)).await,
+                Ok(()) = self.closed.changed() => self.proved = *self.closed.borrow_and_update(),
                 () = sleep_until(self.retry_at) => self.retry().await,
                 entries = read(&mut reading), if may_read => match entries {
                     Ok(entries) => {
@@ -496,15 +505,16 @@ impl Applier {
         }
     }
 
-    /// Writes the position without a change: when the origin asks for it, and when a base copy's last page is passed.
+    /// Writes the position without a change: when the origin asks for it, when a base copy's last page is passed, and when what somebody else
+    /// wrote is mended.
     async fn persist_idle(&mut self) {
-        let Some(idle) = self.progress else { return };
         let Some(position) = self.held.as_ref().and_then(|h| h.position.as_ref()) else { return };
         if self.in_flight.is_some() || !self.waiting.is_empty() {
             return;
         }
-        let Some(next) = next::after_idle(position, idle) else { return };
-        self.progress = Some(Idle { persist: false, ..idle });
+        let idle = self.progress.and_then(|idle| next::after_idle(position, idle));
+        let Some(next) = idle.or_else(|| next::after_proved(position, self.proved)) else { return };
+        self.progress = self.progress.map(|idle| Idle { persist: false, ..idle });
         match self.commit(next, TxnTree { guards: Vec::new(), success: Vec::new() }).await {
             Ok(Committed::Done) => {}
             Ok(Committed::GuardFailed | Committed::PositionMoved) => self.retry().await,

@@ -117,6 +117,7 @@ impl ReplicaLink {
         let (latest_session, _) = watch::channel(0);
         let (hellos, hello_waiting) = watch::channel(0);
         let (told_sender, told) = watch::channel(Told::default());
+        let (closed_sender, closed) = watch::channel(Revision(0));
         let own = Arc::new(Mutex::new(OwnRevisions::default()));
         let applier = Applier::new(ApplierParts {
             link,
@@ -131,6 +132,7 @@ impl ReplicaLink {
             trial: failed_before(&journal, remembered.failed),
             operator: self.commands,
             told: told.clone(),
+            closed,
             hello_waiting,
             commands: incoming,
             view: view_sender,
@@ -148,6 +150,7 @@ impl ReplicaLink {
             hello_again: watch::channel(()).0,
             hellos,
             told: told_sender,
+            closed: closed_sender,
             counters: receive::Counters::default(),
             repair_wanted: AtomicBool::new(false),
             sends_back: self.sends_back,

@@ -111,6 +111,8 @@ pub struct LinkEnd {
     /// The last hello that came; each takes the next number.
     pub hellos: watch::Sender<u64>,
     pub told: watch::Sender<Told>,
+    /// The replica's revision at which both sides were proved equal, once that closed what somebody else had written: other sidecars are to know.
+    pub closed: watch::Sender<Revision>,
     pub counters: Counters,
     /// Somebody else wrote here, and that is to be mended; set by the lookout.
     pub repair_wanted: AtomicBool,

@@ -23,6 +23,7 @@ async fn applier(dir: &std::path::Path) -> Applier {
         trial: Trial::default(),
         operator: mpsc::channel(1).1,
         told: watch::channel(Told::default()).1,
+        closed: watch::channel(Revision(0)).1,
         hello_waiting: watch::channel(0).1,
         commands: mpsc::channel(1).1,
         view: watch::channel(ApplyView::default()).0,

@@ -295,7 +295,7 @@ impl Replica {
             }
         }
         let next = next::after_settled(position, &settled, (last.revision.revision, *digest));
-        let next = next::to_write(next, self.waymark);
+        let next = next::to_write(next, self.waymark, Revision(0));
         let request = Request::new(&self.link, *held, &next, settled.tree.clone());
         let number = context.send(request);
         context.note(|| format!("{} sends seq {} (revision {})", self.name, next.seq, next.origin_revision));
@@ -371,7 +371,7 @@ impl Replica {
     /// Commits at once and waits: for what is not a journal entry.
     pub fn commit(&mut self, next: Position, tree: TxnTree, context: &mut Context) -> Result<Answered, Trouble> {
         let Some((_, held)) = self.held else { return Ok(Answered::PositionMoved) };
-        let next = next::to_write(next, self.waymark);
+        let next = next::to_write(next, self.waymark, Revision(0));
         let request = Request::new(&self.link, held, &next, tree);
         context.note(|| format!("{} writes {:?} at epoch {}, seq {}", self.name, next.state, next.epoch, next.seq));
         match context.commit_and_wait(&request) {
