@@ -7,8 +7,8 @@
 //! demo/              mod faults compare regions process load objects(p) ports proxy meter(p) report(p) show: two regions on one machine
 //! app.rs             bind everything, then run it; owns tasks and shutdown
 //! origin/            mod ship decide remember term standby session heartbeat canary(p) stall shipped(p) verify compare mend found(p) anchor elect candidacy(p) resume(p) history(p) watch reopen(p) head probe view sequence(p) spool lag(p)
-//! replica/           mod receive stream shipments verify admit(p) copy pages(p) mark apply commit position trouble quarantine poison(p) hold breaker(p) txn next(p) stall plan(p) journal foreign(p) lookout age(p) compact dedupe(the only file that knows sled)
-//! admin/             service http quarantine verification limits(p) client
+//! replica/           mod receive stream shipments verify admit(p) view copy pages(p) mark apply commit position trouble quarantine poison(p) hold breaker(p) txn next(p) stall plan(p) journal foreign(p) lookout age(p) compact dedupe(the only file that knows sled)
+//! admin/             service messages(p) http quarantine verification limits(p) client
 //! scan.rs            a range whole, page by page, at one revision
 //! etcd/              mod gate limits bisect(p) version(p) error watch: the narrow typed door to etcd
 //! tls/               mod (configurations) accept connect verify explain

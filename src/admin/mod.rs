@@ -6,6 +6,7 @@
 pub mod client;
 pub mod http;
 mod limits;
+mod messages;
 pub mod quarantine;
 pub mod service;
 pub mod verification;

@@ -12,9 +12,10 @@ use super::mark::Mark;
 use super::next::{self, Idle};
 use super::plan::{self, Begun, Plan, PlanError, RequestLimits, RunFacts, TxnTree, Waiting};
 use super::poison::Trial;
-use super::position::{Held, HelloAnswer, HelloFacts, HelloRefused};
+use super::position::Held;
 use super::quarantine::Retrying;
 use super::receive::Told;
+use super::view::{ApplyCommand, ApplyView};
 use crate::admin::{ReplicaCommand, next_command};
 use crate::config::{DeleteShares, Limits, OnPoison};
 use crate::etcd::gate::Gate;
@@ -24,15 +25,13 @@ use crate::model::{
 };
 use crate::retry::Backoff;
 use crate::segment::feed::FeedError;
-use crate::wire::replicate::refusal::Kind;
-use crate::wire::replicate::{CopyAck, KeysWanted};
 use bytes::Bytes;
 use std::collections::VecDeque;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -78,69 +77,6 @@ impl Applied {
     pub fn revision(&self) -> Revision {
         self.revision
     }
-}
-
-/// What the stream and the status see of applying.
-#[derive(Debug, Clone, Default)]
-pub struct ApplyView {
-    pub applied: Option<Applied>,
-    /// As [`Applied::revision`], carried on by the origin's word that nothing of the link is missing in between.
-    pub applied_revision: Revision,
-    pub position: Option<Position>,
-    /// Why applying waits; empty if it does not.
-    pub waiting: String,
-    pub transactions: u64,
-    /// Differing keys that base copies left alone because a link back exists.
-    pub conflicts: u64,
-    /// Revisions larger than a request, which were applied in parts.
-    pub in_parts: u64,
-    /// Only an operator, or a new hello, can make applying go on.
-    pub stopped: bool,
-    pub copy: CopyAck,
-    /// The session that `copy` belongs to.
-    pub copy_session: u64,
-    pub copy_keys_total: u64,
-    /// Keys that the copy had reached before it was taken up again.
-    pub copy_keys_before: u64,
-    /// Applying waits for a person, who decides here; `waiting` says for what.
-    pub held: bool,
-    /// Revisions of the transaction in flight.
-    pub applying: u64,
-    pub quarantine: Arc<Quarantine>,
-    /// Revisions that were quarantined since the sidecar started.
-    pub quarantined_ever: u64,
-    /// Revisions that were held back for their deletes since then.
-    pub held_back_ever: u64,
-    /// What a retry asks of the origin; the session that it asks.
-    pub wanted: Option<(u64, KeysWanted)>,
-    /// What ended the stream; the session that it concerns.
-    pub refusal: Option<(u64, Kind, String)>,
-}
-
-/// What the stream asks of the applier, in order.
-pub enum ApplyCommand {
-    Hello {
-        facts: HelloFacts,
-        reply: oneshot::Sender<Result<HelloAnswer, HelloRefused>>,
-    },
-    /// Everything of the link up to `through` has seq `after` or less.
-    Progress {
-        session: u64,
-        through: Revision,
-        after: Seq,
-        waymark: Waymark,
-        persist: bool,
-    },
-    Copy {
-        session: u64,
-        step: super::copy::CopyStep,
-    },
-    /// Note the replica's revision there. `taken` is answered at once: what comes after the mark must not be journaled before.
-    Mark {
-        session: u64,
-        mark: Mark,
-        taken: oneshot::Sender<()>,
-    },
 }
 
 pub struct Applier {

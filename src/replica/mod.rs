@@ -28,6 +28,7 @@ pub mod stream;
 pub mod trouble;
 pub mod txn;
 mod verify;
+pub mod view;
 
 use crate::admin::ReplicaCommand;
 use crate::config::{CompactConfig, Limits, ReceiveConfig};
@@ -40,7 +41,7 @@ use crate::model::{
     StageStatus, Term,
 };
 use admit::Admit;
-use apply::{Applier, ApplierParts, ApplyView};
+use apply::{Applier, ApplierParts};
 use compact::{Compactor, Reads};
 use dedupe::Dedupe;
 use foreign::OwnRevisions;
@@ -55,6 +56,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use view::ApplyView;
 
 /// Copy steps and progress between the stream and the applier; each page is bounded by its sender's page bytes.
 const COMMANDS_MAX: usize = 2;

@@ -4,11 +4,11 @@
 //! Always true: nothing but a small hello is read before the peer's name is checked; one stream a link.
 
 use super::admit::Admit;
-use super::apply::{ApplyCommand, ApplyView};
 use super::dedupe::Dedupe;
 use super::journal::Journal;
 use super::position::{HelloAnswer, HelloFacts, HelloRefused};
 use super::stream::Stream;
+use super::view::{ApplyCommand, ApplyView};
 use crate::config::{Limits, ReceiveConfig};
 use crate::etcd::gate::{ClusterLimits, Gate};
 use crate::model::limits::{ReplicaLimits, TxnLimits};

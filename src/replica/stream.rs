@@ -4,9 +4,9 @@
 //! Always true: received never runs ahead of what was admitted; a frame that cannot be decoded changes nothing; a refusal ends the stream.
 
 use super::admit::Admit;
-use super::apply::ApplyView;
 use super::receive::{LinkEnd, Opened};
 use super::verify::{Comparer, QUESTIONS_MAX, Question};
+use super::view::ApplyView;
 use crate::etcd::gate::ClusterLimits;
 use crate::model::limits::ReplicaLimits;
 use crate::model::{Phase, Seq};
