@@ -128,6 +128,8 @@ pub struct Applier {
     pub(super) retry_at: Option<Instant>,
     /// Set by what only an operator can cure; a new hello clears it.
     pub(super) stopped: bool,
+    /// The position moved past what the session sends: the next hello begins with an empty journal.
+    pub(super) given_up: bool,
     pub(super) session: u64,
     /// What the breaker's clock counts from.
     pub(super) began: Instant,
@@ -212,6 +214,7 @@ impl Applier {
             backoff: Backoff::new(Duration::from_millis(100), Duration::from_secs(1)),
             retry_at: Some(Instant::now()),
             stopped: false,
+            given_up: false,
             session: 0,
             began: Instant::now(),
             claim: None,
@@ -396,7 +399,7 @@ impl Applier {
         self.settle_in_flight().await;
         match command {
             ApplyCommand::Hello { facts, reply } => {
-                let answer = self.hello(facts).await;
+                let answer = Box::pin(self.hello(facts)).await;
                 let _ = reply.send(answer);
             }
             ApplyCommand::Progress { session, through, after, waymark, persist } => {

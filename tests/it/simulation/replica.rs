@@ -46,6 +46,8 @@ pub struct Replica {
     pub waymark: Waymark,
     progress: Option<Idle>,
     pub stopped: bool,
+    /// The next hello begins with an empty journal.
+    given_up: bool,
     pub session: u64,
     /// What the session's sender may write with.
     pub claim: Option<Claim>,
@@ -91,6 +93,7 @@ impl Replica {
             waymark: Waymark::default(),
             progress: None,
             stopped: false,
+            given_up: false,
             session: 0,
             claim: None,
             copying: None,
@@ -120,7 +123,7 @@ impl Replica {
         self.in_flight = None;
         self.waymark = Waymark::default();
         self.progress = None;
-        self.stopped = false;
+        (self.stopped, self.given_up) = (false, false);
         self.claim = None;
         self.copying = None;
         self.refusal = None;
@@ -195,6 +198,8 @@ impl Replica {
                 }
                 if let Some((kind, reason)) = moved {
                     context.count(&format!("align {}", kind.as_str_name()));
+                    self.stopped |= reset_journal;
+                    self.given_up |= reset_journal;
                     self.refusal = Some((self.session, kind, reason));
                 }
             }

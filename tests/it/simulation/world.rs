@@ -384,17 +384,14 @@ impl World {
         self.context.replica.write(vec![change]);
     }
 
-    /// The replica's etcd is what it was; requests that were on their way are gone with the old one.
+    /// The replica's etcd is what it was; requests that were on their way are gone with the old one. It went away and came back, which its
+    /// connections show: no applier holds on to what it read before, and none sends a request any more whose compare is of the etcd that is gone.
     fn restore_replica(&mut self) {
         let Some((snapshot, foreign)) = self.replica_snapshot.clone() else { return };
         self.context.note(|| format!("the replica is restored to its revision {}", snapshot.revision));
         self.replica_restored = true;
         self.context.restore(snapshot, foreign);
-        if self.replicas.len() > 1 {
-            // Its etcd went away and came back, which its connections show. One applier alone would see it by its next compare; of two,
-            // one could write the position at the very revision at which the other still holds an older one.
-            self.replicas.iter_mut().for_each(Replica::doubt);
-        }
+        self.replicas.iter_mut().for_each(Replica::doubt);
     }
 
     /// Where nothing was carried since the anchor, only the waymark tells a restored origin: that this is not enough for one that went back
