@@ -4,24 +4,27 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 # An etcd that .ci/install unpacked goes before the distribution's own, which may be too old.
 export PATH := $(CURDIR)/target/etcd/bin:$(PATH)
 
-.PHONY: demo test soak fuzz matrix mutants bench build lint install clean
+.PHONY: demo test soak fuzz matrix mutants bench build lint install install-tests clean
 
 # Two regions on this machine for about 30 seconds. ARGS is passed on, for example: make demo ARGS=--keep
 demo: build
 	@$(TARGET)/release/etcd-ferry demo $(ARGS)
 
+# With the failpoints, which no other build has: one build for all that tests.
+TEST := cargo test --features failpoints
+
 # Every test, with real etcd processes. ARGS is passed on, for example: make test ARGS="--test it bank"
-test: install
-	cargo test $(ARGS)
+test: install-tests
+	$(TEST) $(ARGS)
 
 # Every test with real processes again, with another etcd at one side: each of Debian's older ones as the origin and as the replica of ours.
-matrix: install
+matrix: install-tests
 	@.ci/install bookworm target/etcd/bookworm
 	@.ci/install trixie target/etcd/trixie
 	@for old in bookworm trixie; do \
 	  for side in ORIGIN REPLICA; do \
 	    echo "matrix: $$(target/etcd/$$old/etcd --version | head -n 1) as the $$side"; \
-	    env ETCD_FERRY_$${side}_ETCD=$(CURDIR)/target/etcd/$$old cargo test --test it $(ARGS) || exit 1; \
+	    env ETCD_FERRY_$${side}_ETCD=$(CURDIR)/target/etcd/$$old $(TEST) --test it $(ARGS) || exit 1; \
 	  done; \
 	done
 
@@ -38,16 +41,16 @@ fuzz: install
 
 # Breaks the product on purpose, fault by fault, and fails if the tests miss one. ARGS="--only SAN" runs those that name it, ARGS=--list
 # lists all.
-mutants: install
-	cargo test --test mutants -- $(ARGS)
+mutants: install-tests
+	$(TEST) --test mutants -- $(ARGS)
 
 # More of what `make test` does a little of. SEEDS=n: the simulation alone, over so many seeds; one that fails is printed, and run again by
 # SEED=n cargo test --test it simulation. MINUTES=n: real processes under faults alone, for so long. Neither: both, 100,000 seeds and 30 minutes,
 # after every decoder was fuzzed.
 soak: install
 	$(if $(MINUTES)$(SEEDS),,$(MAKE) --no-print-directory fuzz)
-	$(if $(MINUTES),,SEEDS=$(or $(SEEDS),100000) cargo test --test it simulation -- --nocapture)
-	$(if $(SEEDS),,MINUTES=$(or $(MINUTES),30) cargo test --test it soak -- --nocapture)
+	$(if $(MINUTES),,SEEDS=$(or $(SEEDS),100000) $(TEST) --test it simulation -- --nocapture)
+	$(if $(SEEDS),,MINUTES=$(or $(MINUTES),30) $(TEST) --test it soak -- --nocapture)
 
 # Beside etcdctl make-mirror, on real etcds; about 35 minutes, or less of everything with ARGS=--quick. Fails if a bound is not kept. The small
 # pieces: cargo bench --bench encode --bench segment
@@ -63,6 +66,9 @@ lint: install
 
 install:
 	@.ci/install
+
+install-tests:
+	@.ci/install --tests
 
 clean:
 	cargo clean

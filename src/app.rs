@@ -10,7 +10,8 @@ use crate::model::{LINKS_PREFIX, LinkStatus, Ranges, Side};
 use crate::origin::OriginLink;
 use crate::replica::receive::Receiver;
 use crate::replica::{self, ReplicaLink, ReplicaTask};
-use crate::tls::{self, accept};
+use crate::tls::reload::InUse;
+use crate::tls::{Certificates, accept};
 use crate::wire::HELLO_BYTES_MAX;
 use crate::wire::replicate::handshake_server::HandshakeServer;
 use crate::wire::replicate::replicate_server::ReplicateServer;
@@ -80,6 +81,7 @@ pub struct App {
     config: Config,
     stop: CancellationToken,
     etcd: Arc<Gate>,
+    certificates: Arc<Certificates>,
     listening: Listening,
     peer: TcpListener,
     admin: admin::service::Server,
@@ -101,7 +103,9 @@ impl App {
             })
         };
         let peer = bind("peer", config.listen.peer).await?;
-        let admin = admin::service::Server::bind(config.listen.admin, &config.tls).await?;
+        let certificates = Arc::new(Certificates::load(&config.tls)?);
+        let (in_use, admins) = (certificates.in_use(), config.tls.admins.clone());
+        let admin = admin::service::Server::bind(config.listen.admin, in_use, admins).await?;
         let http = admin::http::Server::bind(config.listen.http).await?;
         let listening = Listening { peer: peer.local_addr()?, admin: admin.local_addr(), http: http.local_addr() };
         let exporter = metrics::install()?;
@@ -125,7 +129,7 @@ impl App {
                 etcd: etcd.clone(),
                 limits: config.limits.clone(),
                 dir: config.data_dir.join("origin").join(send.link.as_str()),
-                tls: tls::client_config(&config.tls, &send.peer)?,
+                certificates: certificates.in_use(),
                 region: config.region.clone(),
                 node: config.node.clone(),
                 link_back: config.receive.iter().any(|r| r.peer == send.peer && overlaps(&r.ranges)),
@@ -163,6 +167,7 @@ impl App {
             config,
             stop,
             etcd,
+            certificates,
             listening,
             peer,
             admin,
@@ -186,6 +191,7 @@ impl App {
             config,
             stop,
             etcd,
+            certificates,
             listening,
             peer,
             admin,
@@ -208,6 +214,7 @@ impl App {
             listening,
             links,
             etcd: etcd.members(),
+            certificates: certificates.status(),
         });
         tasks.spawn({
             let (etcd, stop) = (etcd.clone(), stop.clone());
@@ -216,7 +223,14 @@ impl App {
                 Ok(())
             }
         });
-        tasks.spawn(serve_peers(config.clone(), peer, receiver, stop.clone()));
+        tasks.spawn(serve_peers(config.clone(), peer, certificates.in_use(), receiver, stop.clone()));
+        tasks.spawn({
+            let stop = stop.clone();
+            async move {
+                certificates.run(stop).await;
+                Ok(())
+            }
+        });
         tasks.spawn({
             let (directory, stop) = (directory.clone(), stop.clone());
             async move { admin.run(directory, stop).await.context("the admin service") }
@@ -295,12 +309,11 @@ async fn until(deadline: Option<tokio::time::Instant>) {
 async fn serve_peers(
     config: Config,
     listener: TcpListener,
+    in_use: watch::Receiver<Arc<InUse>>,
     receiver: Receiver,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
-    let server_config = tls::server_config(&config.tls)?;
-    let (accepting, incoming) =
-        accept::incoming(listener, server_config, accept::AcceptLimits::default(), stop.clone());
+    let (accepting, incoming) = accept::incoming(listener, in_use, accept::AcceptLimits::default(), stop.clone());
     let shipment_bytes_max = config.limits.revision_bytes_max.saturating_mul(2).saturating_add(1 << 20);
     let server = tonic::transport::Server::builder()
         .initial_stream_window_size(STREAM_WINDOW_BYTES)

@@ -6,8 +6,8 @@
 use clap::{Args, Parser, Subcommand};
 use etcd_ferry::admin::client::{self, ClientError, Connection};
 use etcd_ferry::admin::proto::Verification;
-use etcd_ferry::admin::quarantine;
 use etcd_ferry::admin::verification::{self, verification_json, verification_lines};
+use etcd_ferry::admin::{quarantine, show};
 use etcd_ferry::app;
 use etcd_ferry::certs::{self, issue::CertsError};
 use etcd_ferry::config::{Config, Fault, Faults};
@@ -272,6 +272,8 @@ fn run(path: &Path) -> Result<(), Failure> {
     let (config, _) = Config::check(path)?;
     config.prepare_files()?;
     app::log(&config.log).map_err(failed)?;
+    #[cfg(feature = "failpoints")]
+    etcd_ferry::failpoint::arm().map_err(Failure::Failed)?;
     sidecar_runtime()?.block_on(app::run(config)).map_err(failed)
 }
 
@@ -288,11 +290,11 @@ fn status(sidecar: &Sidecar, json: bool) -> Result<(), Failure> {
     let connection = sidecar.connection()?;
     let reply = runtime()?.block_on(client::status(&connection))?;
     if json {
-        say(&client::status_json(&reply))
+        say(&show::status_json(&reply))
     } else {
         let columns = || std::env::var("COLUMNS").ok()?.parse().ok();
         let width = stdout().is_terminal().then(|| columns().unwrap_or(COLUMNS));
-        say(client::status_table(&reply, width).trim_end())
+        say(show::status_table(&reply, width).trim_end())
     }
 }
 

@@ -1,10 +1,11 @@
 //! Job: every metric: its name, its unit, its meaning, and the one place that records it.
 //! Input: link statuses, measured durations. Output: the Prometheus text that `/metrics` serves.
 //! Edge: the only file that knows the recorder.
-//! Always true: names start with `etcd_ferry_` and end in their unit; labels are `link`, `side` and, on one metric, `state` (an enum); never a key.
+//! Always true: names start with `etcd_ferry_` and end in their unit; labels are `link`, `side` and, on one metric each, `state` or
+//! `certificate` (enums); never a key.
 
 use crate::model::limits::LimitsVerdict;
-use crate::model::{LinkName, LinkState, LinkStatus, Role, Side};
+use crate::model::{CertificatesStatus, ForeignStatus, LinkName, LinkState, LinkStatus, Role, Side};
 use metrics::{Label, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use std::sync::LazyLock;
@@ -33,6 +34,13 @@ pub const DIFFERING_KEYS: &str = "etcd_ferry_differing_keys";
 pub const QUARANTINED_REVISIONS: &str = "etcd_ferry_quarantined_revisions";
 pub const LIMITS_SHORT: &str = "etcd_ferry_limits_short";
 pub const QUEUE_BYTES: &str = "etcd_ferry_queue_bytes";
+pub const QUEUE_LIMIT_BYTES: &str = "etcd_ferry_queue_limit_bytes";
+pub const UNMENDED_FOREIGN_KEYS: &str = "etcd_ferry_unmended_foreign_keys";
+/// The sidecar's own: its label is `certificate`.
+pub const CERTIFICATE_EXPIRY_TIMESTAMP_SECONDS: &str = "etcd_ferry_certificate_expiry_timestamp_seconds";
+/// Of the sidecar, without labels.
+pub const CERTIFICATES_REFUSED: &str = "etcd_ferry_certificates_refused";
+pub const CERTIFICATE_RELOADS_TOTAL: &str = "etcd_ferry_certificate_reloads_total";
 pub const RAW_BYTES_TOTAL: &str = "etcd_ferry_raw_bytes_total";
 pub const SENT_BYTES_TOTAL: &str = "etcd_ferry_sent_bytes_total";
 pub const REVISION_LAG_SECONDS: &str = "etcd_ferry_revision_lag_seconds";
@@ -40,7 +48,7 @@ pub const ROUND_TRIP_SECONDS: &str = "etcd_ferry_round_trip_seconds";
 pub const APPLY_SECONDS: &str = "etcd_ferry_apply_seconds";
 pub const BATCH_REVISIONS: &str = "etcd_ferry_batch_revisions";
 
-const GAUGES: [(&str, &str); 23] = [
+const GAUGES: [(&str, &str); 27] = [
     (LINK_STATE, "1 for the state that the link is in, else 0."),
     (LAG_SECONDS, "Since when the oldest origin revision that is not applied has been in etcd."),
     (LAG_REVISIONS, "Origin revisions that are not applied at the replica."),
@@ -73,10 +81,24 @@ const GAUGES: [(&str, &str); 23] = [
     (QUARANTINED_REVISIONS, "Revisions that the replica goes on without."),
     (LIMITS_SHORT, "1 where the replica takes less in a transaction than the origin's etcd does, else 0."),
     (QUEUE_BYTES, "What waits before the link's stages, in memory and in files."),
+    (QUEUE_LIMIT_BYTES, "What may wait there: `spool_bytes_max` (origin), `journal_bytes_max` (replica)."),
+    (
+        UNMENDED_FOREIGN_KEYS,
+        "Keys under the link's prefixes that somebody else wrote at the replica since both sides were last proved equal (replica).",
+    ),
+    (
+        CERTIFICATE_EXPIRY_TIMESTAMP_SECONDS,
+        "When the sidecar's `own` certificate, its `ca` or its `crl` ends, in Unix time.",
+    ),
+    (
+        CERTIFICATES_REFUSED,
+        "1 while the files of the certificates are not sound, so that the last ones stay in use, else 0.",
+    ),
 ];
-const COUNTERS: [(&str, &str); 2] = [
+const COUNTERS: [(&str, &str); 3] = [
     (RAW_BYTES_TOTAL, "Keys and values carried, before encoding."),
     (SENT_BYTES_TOTAL, "Frames and pages carried, after encoding."),
+    (CERTIFICATE_RELOADS_TOTAL, "Times that the sidecar took new certificates into use."),
 ];
 /// The `counts` of a link's status; each becomes `etcd_ferry_<count>_total`, on the sides that are named here.
 const COUNTS: [(&str, &str); 22] = [
@@ -201,6 +223,9 @@ pub fn record_link(status: &LinkStatus) {
     let (copy, canary) = (status.copy.unwrap_or_default(), status.canary.unwrap_or_default());
     let short = status.limits.as_ref().is_some_and(|limits| limits.verdict == LimitsVerdict::Short);
     let queue_bytes: u64 = status.stages.iter().map(|stage| stage.queue_bytes).sum();
+    let queue_bytes_max: u64 = status.stages.iter().map(|stage| stage.queue_bytes_max).sum();
+    let expected = |foreign: &&ForeignStatus| foreign.expected.is_empty();
+    let foreign_keys = status.foreign_writes.as_ref().filter(expected).map_or(0, |foreign| foreign.keys);
     for (name, value) in [
         (LAG_SECONDS, status.lag_seconds),
         (LAG_REVISIONS, status.lag_revisions as f64),
@@ -224,6 +249,8 @@ pub fn record_link(status: &LinkStatus) {
         (QUARANTINED_REVISIONS, status.quarantined_revisions as f64),
         (LIMITS_SHORT, if short { 1.0 } else { 0.0 }),
         (QUEUE_BYTES, queue_bytes as f64),
+        (QUEUE_LIMIT_BYTES, queue_bytes_max as f64),
+        (UNMENDED_FOREIGN_KEYS, foreign_keys as f64),
     ] {
         gauge!(name, labels.clone()).set(value);
     }
@@ -233,6 +260,20 @@ pub fn record_link(status: &LinkStatus) {
         debug_assert!(COUNTS.iter().any(|(known, _)| known == count), "the count {count} is not described");
         counter!(count_name(count), labels.clone()).absolute(*value);
     }
+}
+
+/// Sets what there is of a sidecar's certificates.
+pub fn record_certificates(status: &CertificatesStatus) {
+    let expiries =
+        [("own", Some(status.own_expires_at)), ("ca", Some(status.ca_expires_at)), ("crl", status.crl_expires_at)];
+    for (certificate, expires_at) in expiries {
+        if let Some(expires_at) = expires_at {
+            let labels = vec![Label::new("certificate", certificate)];
+            gauge!(CERTIFICATE_EXPIRY_TIMESTAMP_SECONDS, labels).set(expires_at as f64);
+        }
+    }
+    gauge!(CERTIFICATES_REFUSED).set(if status.refused.is_empty() { 0.0 } else { 1.0 });
+    counter!(CERTIFICATE_RELOADS_TOTAL).absolute(status.reloads);
 }
 
 /// One revision, by the origin's clock: from its arrival at the origin to the ack that says it is applied.
@@ -276,7 +317,7 @@ mod tests {
         status.bytes_raw = 1000;
         status.counts.insert("repeated", 3);
         status.copy = Some(CopyProgress { keys_done: 5, keys_total: 9 });
-        let stage = |queue_bytes| StageStatus { stage: "spool", ok: true, detail: String::new(), queue_bytes };
+        let stage = |queue_bytes| StageStatus::new("spool", true, String::new()).with_queue(queue_bytes, 100);
         status.stages = vec![stage(40), stage(2)];
 
         record_link(&status);
@@ -291,6 +332,7 @@ mod tests {
             "etcd_ferry_repeated_total{link=\"metrics-snapshot\",side=\"origin\"} 3",
             "etcd_ferry_copy_done_keys{link=\"metrics-snapshot\",side=\"origin\"} 5",
             "etcd_ferry_queue_bytes{link=\"metrics-snapshot\",side=\"origin\"} 42",
+            "etcd_ferry_queue_limit_bytes{link=\"metrics-snapshot\",side=\"origin\"} 200",
             "# HELP etcd_ferry_lag_seconds Since when",
         ] {
             assert!(text.contains(line), "{line} is not in\n{text}");

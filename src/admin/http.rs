@@ -1,30 +1,35 @@
-//! Job: the http listener: `/metrics`, `/healthz`, `/readyz`, for scrapers, probes and a person with curl.
+//! Job: the http listener: the status page, `/metrics`, `/healthz`, `/readyz`, for people, scrapers and probes.
 //! Input: GET requests. Output: text or JSON.
 //! Edge: reads statuses, changes nothing.
-//! Always true: a connection serves one request and lives ten seconds at most, so that nobody can hold the listener; no answer may be read by another web origin.
+//! Always true: a connection serves one request and lives ten seconds at most, or ten minutes if it is one of the few that keep a page live, so
+//! that nobody can hold the listener; no answer may be read by another web origin.
 
+use super::history::History;
+use super::page::{self, Lasting, TELL_EVERY, VIEW_MAX, VIEWERS_MAX};
 use super::{Directory, Listening};
 use crate::metrics::{self, Exporter};
-use crate::model::{EtcdHealth, LinkState, LinkStatus};
-use axum::Router;
+use crate::model::{CertificatesStatus, EtcdHealth, LinkState, LinkStatus};
 use axum::extract::{RawQuery, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use axum::{Extension, Router};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use hyper_util::service::TowerToHyperService;
 use serde::Serialize;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-/// More wait in the kernel's queue. A scraper, two probes and a few people need a handful.
+/// More wait in the kernel's queue. A scraper, two probes and those who watch a page need half of it.
 const CONNECTIONS_MAX: usize = 64;
 /// A connection, from its acceptance to its end.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
@@ -39,6 +44,7 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
 /// What a wrong path is answered with.
 const PATHS: &str = "\
+/                 every link, live, for a browser
 /metrics          every metric, in Prometheus' text format
 /healthz          200 while this process lives
 /healthz?full=1   every link, each stage, and etcd, as JSON
@@ -72,15 +78,21 @@ impl Server {
 
     /// Serves until `stop`, then lets the answers in hand end.
     pub async fn run(self, directory: Arc<Directory>, exporter: Exporter, stop: CancellationToken) {
-        let router = router(Shared { directory, exporter: exporter.clone() });
+        let viewers = Arc::new(Semaphore::new(VIEWERS_MAX));
+        let shared =
+            Shared { directory, exporter: exporter.clone(), history: Arc::default(), viewers, stop: stop.clone() };
+        let router = router(shared.clone());
         let mut connections = JoinSet::new();
         let mut upkeep = tokio::time::interval(UPKEEP_INTERVAL);
+        let mut looks = tokio::time::interval(TELL_EVERY);
+        looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut failing = false;
         loop {
             tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
                 _ = upkeep.tick() => exporter.upkeep(),
+                _ = looks.tick() => page::note(&shared, &shared.directory.snapshots()),
                 Some(_) = connections.join_next() => {}
                 accepted = self.listener.accept(), if connections.len() < CONNECTIONS_MAX => match accepted {
                     Ok((stream, _)) => {
@@ -114,19 +126,37 @@ async fn serve(stream: TcpStream, router: Router) {
         .max_buf_size(HEAD_BYTES_MAX)
         .max_headers(HEADERS_MAX)
         .keep_alive(false);
+    let lasting = Lasting::default();
+    let router = router.layer(Extension(lasting.clone()));
     let connection = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+    let mut connection = std::pin::pin!(connection);
     // How a client's connection ends is the client's affair: nothing to log, nothing to mend.
-    let _ = tokio::time::timeout(CONNECTION_TIMEOUT, connection).await;
+    let ended = tokio::time::timeout(CONNECTION_TIMEOUT, connection.as_mut()).await.is_ok();
+    if !ended && lasting.load(Ordering::Relaxed) {
+        let _ = tokio::time::timeout(VIEW_MAX, connection).await;
+    }
 }
 
 #[derive(Clone)]
-struct Shared {
-    directory: Arc<Directory>,
+pub(super) struct Shared {
+    pub(super) directory: Arc<Directory>,
     exporter: Exporter,
+    history: Arc<Mutex<History>>,
+    /// Places for those who keep a page live.
+    pub(super) viewers: Arc<Semaphore>,
+    pub(super) stop: CancellationToken,
+}
+
+impl Shared {
+    pub(super) fn history(&self) -> MutexGuard<'_, History> {
+        self.history.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 fn router(shared: Shared) -> Router {
     Router::new()
+        .route("/", get(page::serve_page))
+        .route("/events", get(page::serve_events))
         .route("/metrics", get(serve_metrics))
         .route("/healthz", get(serve_health))
         .route("/readyz", get(serve_readiness))
@@ -151,7 +181,7 @@ async fn serve_health(State(shared): State<Shared>, RawQuery(query): RawQuery) -
     if !full {
         return plain(StatusCode::OK, "ok\n".to_owned());
     }
-    match full_health(&shared.directory) {
+    match serde_json::to_string_pretty(&full_health(&shared.directory)) {
         Ok(json) => answer(StatusCode::OK, "application/json", json),
         Err(error) => {
             plain(StatusCode::INTERNAL_SERVER_ERROR, format!("the health cannot be written as JSON: {error}\n"))
@@ -188,7 +218,7 @@ fn quarantines(links: &[LinkStatus]) -> String {
 }
 
 #[derive(Serialize)]
-struct FullHealth<'a> {
+pub(super) struct FullHealth<'a> {
     region: &'a str,
     node: &'a str,
     version: &'a str,
@@ -196,10 +226,11 @@ struct FullHealth<'a> {
     listening: Listening,
     links: Vec<LinkStatus>,
     etcd: Vec<EtcdHealth>,
+    certificates: CertificatesStatus,
 }
 
-fn full_health(directory: &Directory) -> Result<String, serde_json::Error> {
-    serde_json::to_string_pretty(&FullHealth {
+pub(super) fn full_health(directory: &Directory) -> FullHealth<'_> {
+    FullHealth {
         region: &directory.region,
         node: &directory.node,
         version: &directory.version,
@@ -207,10 +238,11 @@ fn full_health(directory: &Directory) -> Result<String, serde_json::Error> {
         listening: directory.listening,
         links: directory.snapshots(),
         etcd: directory.etcd.borrow().clone(),
-    })
+        certificates: directory.certificates.borrow().clone(),
+    }
 }
 
-fn plain(status: StatusCode, text: String) -> Response {
+pub(super) fn plain(status: StatusCode, text: String) -> Response {
     answer(status, "text/plain; charset=utf-8", text)
 }
 
@@ -269,6 +301,7 @@ mod tests {
             listening: Listening { peer: addr, admin: addr, http: addr },
             links: vec![handle],
             etcd: watch::channel(vec![member]).1,
+            certificates: watch::channel(CertificatesStatus::default()).1,
         };
         let stop = CancellationToken::new();
         let exporter = metrics::install().expect("the process' recorder");

@@ -5,8 +5,8 @@
 
 use super::limits;
 use super::proto::{
-    Canary, Copy, DifferingRange, EtcdMember, ForeignWrites, Link, Quarantined, QuarantinedKey, QuarantinedRevision,
-    Verification,
+    Canary, Certificates, Copy, DifferingRange, EtcdMember, ForeignWrites, Link, Quarantined, QuarantinedKey,
+    QuarantinedRevision, Verification,
 };
 use crate::model::{self, LinkStatus, Record};
 
@@ -99,6 +99,12 @@ pub(super) fn record_message(record: Record) -> QuarantinedRevision {
         part: record.part,
         keys: record.changes.into_iter().map(key).collect(),
     }
+}
+
+pub(super) fn certificates_message(certificates: model::CertificatesStatus) -> Certificates {
+    let model::CertificatesStatus { subject, sans, own_expires_at, ca_expires_at, crl_expires_at, reloads, refused } =
+        certificates;
+    Certificates { subject, sans, own_expires_at, ca_expires_at, crl_expires_at, reloads, refused }
 }
 
 pub(super) fn member_message(member: model::EtcdHealth) -> EtcdMember {

@@ -4,14 +4,19 @@
 //! Always true: nothing here changes a link except by a `LinkCommand` or a `ReplicaCommand`; no answer holds a key or a value.
 
 pub mod client;
+mod history;
 pub mod http;
 mod limits;
 mod messages;
+mod page;
 pub mod quarantine;
 pub mod service;
+pub mod show;
 pub mod verification;
 
-use crate::model::{EtcdHealth, HeldBack, LinkName, LinkState, LinkStatus, Mended, Record, Seq, Side};
+use crate::model::{
+    CertificatesStatus, EtcdHealth, HeldBack, LinkName, LinkState, LinkStatus, Mended, Record, Seq, Side,
+};
 use serde::Serialize;
 use std::net::SocketAddr;
 use std::time::Instant;
@@ -127,6 +132,7 @@ pub struct Directory {
     pub listening: Listening,
     pub links: Vec<LinkHandle>,
     pub etcd: watch::Receiver<Vec<EtcdHealth>>,
+    pub certificates: watch::Receiver<CertificatesStatus>,
 }
 
 impl Directory {

@@ -3,8 +3,9 @@
 //! Edge: one call for each question.
 //! Always true: keys and sizes are printed, never a value; nothing printed holds a control character.
 
-use super::client::{ClientError, Connection, ask, dialled, printable};
+use super::client::{ClientError, Connection, ask, dialled};
 use super::proto::{Link, Quarantined, QuarantinedRequest, QuarantinedRevision, RetryQuarantinedReply, StatusReply};
+use super::show::printable;
 use super::verification::{counted, moment};
 use serde::Serialize;
 

@@ -3,20 +3,18 @@
 //! Edge: decides only who may call.
 //! Always true: nothing is answered to a certificate that bears none of `tls.admins`; every admin call and every refusal is in the log.
 
-use super::messages::{link_message, member_message, record_message, verification_message};
+use super::messages::{certificates_message, link_message, member_message, record_message, verification_message};
 use super::proto::admin_server::{self, Admin, AdminServer};
 use super::proto::{
     AllowReply, AllowRequest, DiscardQuarantinedReply, QuarantinedRequest, QuarantinedRevision, RepairRequest,
     ResyncReply, ResyncRequest, RetryQuarantinedReply, StatusReply, StatusRequest, Verification, VerifyRequest,
 };
 use super::{Directory, LinkCommand, LinkHandle, ReplicaCommand};
-use crate::config::TlsConfig;
 use crate::model::{self, LinkState, LinkStatus, Seq};
 use crate::tls::accept::{self, AcceptLimits, PeerConnectInfo};
-use crate::tls::{self, TlsError};
+use crate::tls::reload::InUse;
 use axum::extract::State;
 use axum::middleware::{self, Next};
-use rustls::ServerConfig;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -54,8 +52,6 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 
 #[derive(Debug, thiserror::Error)]
 pub enum ServiceError {
-    #[error("the admin service cannot use its certificates: {0}")]
-    Tls(#[from] TlsError),
     #[error("cannot listen at {addr} (listen.admin): is another process there already?")]
     Bind { addr: SocketAddr, source: io::Error },
     #[error("reflection cannot be served: {0}")]
@@ -65,20 +61,22 @@ pub enum ServiceError {
 }
 
 /// The bound admin listener, not yet serving.
-#[derive(Debug)]
 pub struct Server {
     listener: TcpListener,
     addr: SocketAddr,
-    tls: Arc<ServerConfig>,
+    in_use: watch::Receiver<Arc<InUse>>,
     admins: Vec<String>,
 }
 
 impl Server {
-    pub async fn bind(addr: SocketAddr, tls: &TlsConfig) -> Result<Self, ServiceError> {
-        let (tls, admins) = (tls::server_config(tls)?, tls.admins.clone());
+    pub async fn bind(
+        addr: SocketAddr,
+        in_use: watch::Receiver<Arc<InUse>>,
+        admins: Vec<String>,
+    ) -> Result<Self, ServiceError> {
         let listener = TcpListener::bind(addr).await.map_err(|source| ServiceError::Bind { addr, source })?;
         let addr = listener.local_addr().map_err(|source| ServiceError::Bind { addr, source })?;
-        Ok(Self { listener, addr, tls, admins })
+        Ok(Self { listener, addr, in_use, admins })
     }
 
     /// The real address, also when port 0 was asked for.
@@ -95,7 +93,7 @@ impl Server {
             tasks.spawn(report_health(reporter.clone(), handle, stop.clone()));
         }
         let routes = routes(directory, self.admins, reporter.clone())?;
-        let (accept_loop, incoming) = accept::incoming(self.listener, self.tls, LIMITS, stop.clone());
+        let (accept_loop, incoming) = accept::incoming(self.listener, self.in_use, LIMITS, stop.clone());
         tasks.spawn(accept_loop.run());
         let serving = transport::Server::builder()
             .max_concurrent_streams(STREAMS_MAX)
@@ -286,6 +284,7 @@ impl Admin for Service {
             version: version.clone(),
             links: self.directory.snapshots().into_iter().map(link_message).collect(),
             etcd: self.directory.etcd.borrow().iter().cloned().map(member_message).collect(),
+            certificates: Some(certificates_message(self.directory.certificates.borrow().clone())),
         }))
     }
 

@@ -9,10 +9,13 @@ use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, UnixTime};
 use rustls::server::WebPkiClientVerifier;
 use rustls::sign::CertifiedKey;
+use std::fs::File;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
+use x509_parser::prelude::{CertificateRevocationList, FromDer};
 
 /// Largest PEM file that is read: a CA bundle has a few KiB, a revocation list can have a few MiB.
 const PEM_BYTES_MAX: u64 = 16 << 20;
@@ -33,12 +36,18 @@ pub struct Credentials {
     pub crls: Vec<CertificateRevocationListDer<'static>>,
     pub certified_key: Arc<CertifiedKey>,
     pub identity: PeerIdentity,
+    /// When the first of the CA's certificates ends.
+    pub ca_not_after: OffsetDateTime,
+    /// When the first revocation list is out of date; `None`: none is given, or it does not say.
+    pub crl_next_update: Option<OffsetDateTime>,
 }
 
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
     #[error("{path} cannot be read: {source}")]
     Read { path: PathBuf, source: std::io::Error },
+    #[error("{path} is open to others (mode {mode:04o}): chmod 600 {path}")]
+    Open { path: PathBuf, mode: u32 },
     #[error("{path} is larger than {PEM_BYTES_MAX} bytes: give a PEM file")]
     TooLarge { path: PathBuf },
     #[error("{path} holds no {what}: give a PEM file with a {what}")]
@@ -70,6 +79,7 @@ impl LoadError {
     pub fn path(&self) -> &Path {
         match self {
             LoadError::Read { path, .. }
+            | LoadError::Open { path, .. }
             | LoadError::TooLarge { path }
             | LoadError::Missing { path, .. }
             | LoadError::Pem { path, .. }
@@ -89,12 +99,22 @@ impl Credentials {
     /// Reads all files. The certificate's dates are not checked here, see [`check_dates`].
     pub fn load(files: TlsFiles<'_>) -> Result<Self, LoadError> {
         let roots = Arc::new(load_roots(files.ca)?);
+        let ca_not_after = ca_not_after(files.ca)?;
         let (certified_key, identity) = load_pair(files.cert, files.key)?;
         let crls = match files.crl {
             Some(path) => load_crls(path)?,
             None => Vec::new(),
         };
-        Ok(Self { roots, crls, certified_key: Arc::new(certified_key), identity })
+        let crl_next_update = crls.iter().filter_map(next_update).min();
+        Ok(Self { roots, crls, certified_key: Arc::new(certified_key), identity, ca_not_after, crl_next_update })
+    }
+
+    /// Refuses what no peer with the same CA would talk to at `now`, and a key that others may read.
+    pub fn check(&self, files: TlsFiles<'_>, now: OffsetDateTime) -> Result<(), LoadError> {
+        check_secret(files.key)?;
+        check_dates(files.cert, &self.identity, now)?;
+        check_purpose(files.cert, &self.identity)?;
+        check_chain(files.cert, &self.certified_key.cert, self.roots.as_ref().clone(), now)
     }
 }
 
@@ -140,6 +160,13 @@ pub fn load_crls(path: &Path) -> Result<Vec<CertificateRevocationListDer<'static
     let all: Result<Vec<_>, _> = CertificateRevocationListDer::pem_slice_iter(&pem).collect();
     let all = all.map_err(|e| pem_error(path, what, &e))?;
     if all.is_empty() { Err(LoadError::Missing { path: path.to_owned(), what }) } else { Ok(all) }
+}
+
+/// A secret must be there and readable, by us alone.
+pub fn check_secret(path: &Path) -> Result<(), LoadError> {
+    let unreadable = |source| LoadError::Read { path: path.to_owned(), source };
+    let mode = File::open(path).and_then(|file| file.metadata()).map_err(unreadable)?.permissions().mode() & 0o777;
+    if mode & 0o177 != 0 { Err(LoadError::Open { path: path.to_owned(), mode }) } else { Ok(()) }
 }
 
 /// Refuses a certificate outside its time of validity; `now` is the caller's clock.
@@ -189,6 +216,20 @@ fn leaf_identity(path: &Path, chain: &[CertificateDer<'static>]) -> Result<PeerI
     PeerIdentity::from_der(leaf).map_err(|source| LoadError::Certificate { path: path.to_owned(), source })
 }
 
+fn ca_not_after(path: &Path) -> Result<OffsetDateTime, LoadError> {
+    let ends = |certificate: &CertificateDer<'_>| {
+        let identity = PeerIdentity::from_der(certificate);
+        identity.map(|i| i.not_after).map_err(|source| LoadError::Certificate { path: path.to_owned(), source })
+    };
+    let all = load_certificates(path)?.iter().map(ends).collect::<Result<Vec<_>, _>>()?;
+    all.into_iter().min().ok_or(LoadError::Missing { path: path.to_owned(), what: "certificate" })
+}
+
+fn next_update(crl: &CertificateRevocationListDer<'_>) -> Option<OffsetDateTime> {
+    let (_, list) = CertificateRevocationList::from_der(crl).ok()?;
+    list.next_update().map(|time| time.to_datetime())
+}
+
 fn load_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, LoadError> {
     let what = "certificate";
     let pem = read(path)?;
@@ -197,7 +238,8 @@ fn load_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, LoadEr
     if all.is_empty() { Err(LoadError::Missing { path: path.to_owned(), what }) } else { Ok(all) }
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, LoadError> {
+/// A PEM file of bounded size.
+pub fn read(path: &Path) -> Result<Vec<u8>, LoadError> {
     let unreadable = |source| LoadError::Read { path: path.to_owned(), source };
     if std::fs::metadata(path).map_err(unreadable)?.len() > PEM_BYTES_MAX {
         return Err(LoadError::TooLarge { path: path.to_owned() });

@@ -5,7 +5,7 @@
 use super::{Config, EtcdConfig, Fault, Faults, TlsConfig};
 use crate::certs::identity::PeerIdentity;
 use crate::certs::load::{self, LoadError};
-use std::fs::{DirBuilder, File};
+use std::fs::DirBuilder;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use time::OffsetDateTime;
@@ -89,13 +89,13 @@ fn check_etcd(faults: &mut Vec<Fault>, etcd: &EtcdConfig, now: OffsetDateTime) {
             Ok((_, identity)) => note(faults, "etcd.cert", load::check_dates(cert, &identity, now)),
             Err(e) => pair_fault(faults, "etcd", key, e),
         }
-        check_secret(faults, "etcd.key", key);
+        note(faults, "etcd.key", load::check_secret(key));
     }
     if let Some(path) = &etcd.password_file {
         if std::fs::read_to_string(path).is_ok_and(|text| text.trim().is_empty()) {
             fault(faults, "etcd.password_file", format!("{} is empty: write the password into it", path.display()));
         }
-        check_secret(faults, "etcd.password_file", path);
+        note(faults, "etcd.password_file", load::check_secret(path));
     }
 }
 
@@ -104,7 +104,7 @@ fn check_tls(faults: &mut Vec<Fault>, tls: &TlsConfig, now: OffsetDateTime) -> O
     if let Some(crl) = &tls.crl {
         note(faults, "tls.crl", load::load_crls(crl).map(drop));
     }
-    check_secret(faults, "tls.key", &tls.key);
+    note(faults, "tls.key", load::check_secret(&tls.key));
     match load::load_pair(&tls.cert, &tls.key) {
         Ok((pair, identity)) => {
             let dates = load::check_dates(&tls.cert, &identity, now);
@@ -140,18 +140,5 @@ fn pair_fault(faults: &mut Vec<Fault>, table: &str, key: &Path, error: LoadError
     let of_key = error.path() == key;
     if !(of_key && matches!(error, LoadError::Read { .. })) {
         fault(faults, &format!("{table}.{}", if of_key { "key" } else { "cert" }), error);
-    }
-}
-
-/// A secret must be there and readable, by us alone.
-fn check_secret(faults: &mut Vec<Fault>, field: &str, path: &Path) {
-    let shown = path.display();
-    match File::open(path).and_then(|file| file.metadata()) {
-        Ok(found) if found.permissions().mode() & 0o177 != 0 => {
-            let mode = found.permissions().mode() & 0o777;
-            fault(faults, field, format!("{shown} is open to others (mode {mode:04o}): chmod 600 {shown}"));
-        }
-        Ok(_) => {}
-        Err(e) => fault(faults, field, format!("{shown} cannot be read: {e}")),
     }
 }

@@ -15,8 +15,8 @@ pub use quarantine::{
 };
 pub use ranges::{KeyRange, Ranges};
 pub use status::{
-    CanaryStatus, CopyProgress, DifferingRange, EtcdHealth, ForeignStatus, LinkState, LinkStatus, Outcome,
-    PartsProgress, QuarantinedStatus, Role, Side, StageStatus, Verification,
+    CanaryStatus, CertificatesStatus, CopyProgress, DifferingRange, EtcdHealth, ForeignStatus, LinkState, LinkStatus,
+    Outcome, PartsProgress, QuarantinedStatus, Role, Side, StageStatus, Verification,
 };
 
 use bytes::Bytes;

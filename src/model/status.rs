@@ -297,6 +297,19 @@ pub struct StageStatus {
     pub detail: String,
     /// What waits before it, in bytes.
     pub queue_bytes: u64,
+    /// What may wait before it, by the configuration; 0: nothing waits there.
+    pub queue_bytes_max: u64,
+}
+
+impl StageStatus {
+    /// A stage before which nothing waits.
+    pub fn new(stage: &'static str, ok: bool, detail: String) -> Self {
+        Self { stage, ok, detail, queue_bytes: 0, queue_bytes_max: 0 }
+    }
+
+    pub fn with_queue(self, queue_bytes: u64, queue_bytes_max: u64) -> Self {
+        Self { queue_bytes, queue_bytes_max, ..self }
+    }
 }
 
 /// One member of the cluster beside a sidecar, as last asked.
@@ -314,6 +327,24 @@ pub struct EtcdHealth {
     pub verdict: &'static str,
     /// What is wrong with it or with its version, and what to do, or why its version is not known; empty when all is well.
     pub detail: String,
+}
+
+/// The certificates that a sidecar shows and trusts. Times are in seconds of Unix time.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct CertificatesStatus {
+    /// Of its own certificate.
+    pub subject: String,
+    pub sans: Vec<String>,
+    /// When its own certificate ends.
+    pub own_expires_at: i64,
+    /// When the first certificate of the CA's file ends.
+    pub ca_expires_at: i64,
+    /// When the revocation list is out of date, so that nobody is let in any more; `None`: none is configured, or it does not say.
+    pub crl_expires_at: Option<i64>,
+    /// How often new files were taken into use since the start.
+    pub reloads: u64,
+    /// Why the files that are there now are not in use; empty: they are.
+    pub refused: String,
 }
 
 impl LinkStatus {

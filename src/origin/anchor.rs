@@ -10,6 +10,7 @@ use super::watch::{Begins, TailState};
 use crate::admin::next_command;
 use crate::config::Limits;
 use crate::etcd::{Columns, Etcd, EtcdError, Kv};
+use crate::failpoint;
 use crate::model::{
     Change, CopyProgress, Epoch, KeyRange, LinkState, Position, Ranges, Revision, Seq, Term, WholeRevision,
 };
@@ -75,6 +76,7 @@ pub(super) async fn copy(
     ship.learned_epoch(epoch);
     copying.show(ship, session, "base copy: looking at what it would delete");
     copying.send(ship, session, shipment::What::CopyBegin(begin)).await?;
+    failpoint::reach("copy-begun");
     if guard_pass {
         let reader = Reader::new(session, ship, ranges.clone(), None, anchor, Columns::KeysOnly);
         copying.ship_pages(ship, session, reader, true).await?;
@@ -82,6 +84,7 @@ pub(super) async fn copy(
     while !session.copy_ack.guard_passed {
         copying.wait(ship, session).await?;
     }
+    failpoint::reach("guard-passed");
     (ship.resync, ship.copy_wanted) = (None, None);
     ship.follows_in(epoch);
     // From now on this is where the replica is: a standby whose spool began later begins it anew.
@@ -91,9 +94,11 @@ pub(super) async fn copy(
     copying.ship_pages(ship, session, reader, false).await?;
     let end = CopyEnd { anchor_revision: copying.highest.0 };
     copying.send(ship, session, shipment::What::CopyEnd(end)).await?;
+    failpoint::reach("copy-ended");
     while !session.copy_ack.complete {
         copying.wait(ship, session).await?;
     }
+    failpoint::reach("copy-acknowledged");
     let ack = session.copy_ack.clone();
     tracing::info!(link = %ship.origin.send.link, %anchor, written = ack.keys_written, equal = ack.keys_equal,
         deleted = ack.keys_deleted, conflicts = ack.conflicts, "base copy is complete");
@@ -146,7 +151,10 @@ async fn open_anchor(ship: &mut Shipper, session: &mut Session) -> Result<Revisi
     for _ in 0..TRIES {
         let look = session.etcd.look(&ship.origin.send.link.waymark_key()).await.map_err(|e| at_origin(&e))?;
         match restarted(ship, session, look.head).await? {
-            Ok(()) => return Ok(look.head),
+            Ok(()) => {
+                failpoint::reach("anchor-opened");
+                return Ok(look.head);
+            }
             Err(TailState::Lost { .. }) => {}
             Err(TailState::Connecting { reason }) => return Err(not_opened(&reason)),
             Err(state) => return Err(SessionEnd::Wait(format!("the origin's watch did not open: {state:?}"))),
@@ -290,6 +298,7 @@ impl Copying {
             };
             let Some(page) = page else { return Ok(()) };
             let page = page.map_err(|e| at_origin(&e))?;
+            failpoint::reach("page-read");
             self.highest = self.highest.max(page.revision);
             let bytes_raw: usize = page.kvs.iter().map(|kv| kv.key.len() + kv.value.len()).sum();
             if !keys_only {
@@ -299,6 +308,7 @@ impl Copying {
             let bytes_sent = page.frame.len() as u64;
             let what = if keys_only { shipment::What::KeysPage(page) } else { shipment::What::Page(page) };
             self.send(ship, session, what).await?;
+            failpoint::reach("page-sent");
             self.sent += 1;
             ship.view.send_modify(|view| {
                 view.bytes_raw += bytes_raw as u64;
@@ -414,6 +424,7 @@ impl Reader {
                     return Ok(Read { kvs: page.kvs, revision, more: page.more });
                 }
                 Err(EtcdError::Compacted) if self.pin.is_some() => {
+                    failpoint::reach("pin-lost");
                     self.pin = None;
                     self.pins_lost += 1;
                 }

@@ -8,6 +8,7 @@ use super::found::{
     Compared, MendStop, Mending, answer_bytes, cut_at, found_of, guard_deletes, list_message, part_message, subs_of,
 };
 use crate::etcd::{Columns, Etcd, EtcdError};
+use crate::failpoint;
 use crate::model::{KeyRange, PartsProgress, Ranges, Revision};
 use crate::scan::{Scan, Sizes};
 use crate::wire::parts::{DifferingKey, KeyList, Narrower, PART_KEYS, Part, PartHasher, SUB_KEYS, after_key, of_value};
@@ -343,6 +344,7 @@ impl Comparison {
         if answer.mark() != round.mark.id {
             return Ok(());
         }
+        failpoint::reach("answer-heard");
         match (answer, round.open.pop_front()) {
             (Answer::MarkFailed(failed), open) => {
                 for open in open.into_iter().chain(round.open.drain(..)) {

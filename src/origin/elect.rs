@@ -9,6 +9,7 @@ use super::candidacy::{
 };
 use crate::etcd::gate::Gate;
 use crate::etcd::{Columns, Compare, CompareOp, Etcd, EtcdError, Lease, Txn, TxnOp};
+use crate::failpoint;
 use crate::model::{KeyRange, LinkName, Revision, Term};
 use std::sync::Arc;
 use std::time::Duration;
@@ -204,6 +205,7 @@ impl Election {
                 }
             };
             etcd.txn(txn, &self.right()).await?;
+            failpoint::reach("candidate-written");
         }
         Err(EtcdError::Other("the candidates' keys change all the time".to_owned()))
     }

@@ -10,6 +10,7 @@ use super::sequence::OriginWaymark;
 use super::session::{OPEN_DEADLINE, Session, SessionEnd};
 use super::ship::{Shipper, at_origin};
 use crate::etcd::{Compare, CompareOp, Etcd, EtcdError, Txn, TxnOp, TxnResponse, txn_revision};
+use crate::failpoint;
 use crate::model::{Epoch, Revision};
 use crate::wire::replicate::{Progress, Shipment, shipment};
 use std::time::Duration;
@@ -156,6 +157,7 @@ impl Session {
         if !response.succeeded() {
             return Err(SessionEnd::HelloAgain("another sidecar wrote this link's waymark, or was elected".to_owned()));
         }
+        failpoint::reach("waymark-written");
         self.waymark = next;
         self.waymark_revision = txn_revision(response);
         Ok(())
@@ -240,7 +242,7 @@ impl Session {
         }
         match (outcome, write) {
             (Ok(response), Write::Waymark(next)) => self.took_waymark(next, &response)?,
-            (Ok(response), Write::Applied) if response.succeeded() => {}
+            (Ok(response), Write::Applied) if response.succeeded() => failpoint::reach("applied-published"),
             (Ok(response), Write::Canary) if response.succeeded() => {
                 self.canary_revision = Some(txn_revision(&response));
                 let (applied, now) = (self.shipped.acked.applied_revision, ship.clock.elapsed());

@@ -6,6 +6,7 @@
 
 use super::compare::{ANSWER_DEADLINE, Answer, Ask, Comparison, Failed, MARK_PAUSE, MARKS_IN_VAIN_MAX, Shipped};
 use crate::etcd::{Columns, Etcd, EtcdError};
+use crate::failpoint;
 use crate::model::{Change, KeyRange, LinkName, Revision, Seq};
 use crate::wire::parts::after_key;
 use crate::wire::replicate as wire;
@@ -85,6 +86,7 @@ impl RepairReading {
 impl Comparison {
     /// Ships the keys that differ, as many at a time as one message takes.
     pub(super) async fn mend(&mut self) -> Result<(), Failed> {
+        failpoint::reach("difference-known");
         let keys: Vec<Bytes> = self.compared.mendable().map(|found| found.key.clone()).collect();
         let (mut puts, mut deletes, mut in_vain) = (0, 0, 0);
         let mut left = &keys[..];
@@ -103,6 +105,7 @@ impl Comparison {
                 }
             };
             let repaired = self.repaired(shipped.repair).await?;
+            failpoint::reach("repair-heard");
             if !repaired.refused.is_empty() {
                 return Err(Failed::NotMended(format!("the replica does not take the repair: {}", repaired.refused)));
             }

@@ -38,6 +38,7 @@ use crate::metrics;
 use crate::model::limits::LimitsStatus;
 use crate::model::stall::{Stalled, Verdict, Watchdog};
 use crate::model::{CanaryStatus, Epoch, LinkName, LinkState, LinkStatus, Revision, Role, Seq, Side, StageStatus};
+use crate::tls::reload::InUse;
 use crate::wire::digest;
 use elect::{ElectView, Election, Heard, Standing};
 use head::HeadView;
@@ -124,7 +125,7 @@ pub struct OriginLink {
     pub limits: Limits,
     /// The link's own folder below `data_dir`.
     pub dir: PathBuf,
-    pub tls: Arc<rustls::ClientConfig>,
+    pub certificates: watch_channel::Receiver<Arc<InUse>>,
     pub region: String,
     pub node: String,
     /// True if this process is also the replica of an overlapping link from the same peer.
@@ -150,6 +151,7 @@ impl OriginLink {
             lag.arrived_several(arrived.revision_last, arrived.at_ms, arrived.count);
         }
         lag.covered(spool.extent().borrow().covered);
+        let spool_bytes_max = self.limits.spool_bytes_max;
         let mut dog = Watchdog::new(self.limits.stall_seconds.saturating_mul(1_000));
         let mut stages = self.start(&spool, clock, status.subscribe(), commands, &stop);
         let mut stalls = 0;
@@ -172,9 +174,10 @@ impl OriginLink {
                     let (tail, head, ship) = (stages.tail.borrow(), stages.head.borrow(), stages.ship.borrow());
                     let elect = stages.elect.borrow();
                     let node = &stages.node;
-                    let (spool, stalled, limits) = (&extent, None, *stages.limits.borrow());
+                    let (elect, spool, stalled) = (&elect, &extent, None);
+                    let (tail, head, ship, limits) = (&tail, &head, &ship, *stages.limits.borrow());
                     let mut views =
-                        Views { node, tail: &tail, head: &head, ship: &ship, elect: &elect, spool, limits, stalled };
+                        Views { node, tail, head, ship, elect, spool, spool_bytes_max, limits, stalled };
                     views.watch(&mut dog, &mut stalls, &stages.help, &link, clock.now_ms());
                     status.send_modify(|status| views.write(status, &lag, stalls, clock.now_ms()));
                 }
@@ -298,6 +301,8 @@ struct Views<'a> {
     ship: &'a ShipView,
     spool: &'a SpoolExtent,
     limits: ClusterLimits,
+    /// What the spool may hold.
+    spool_bytes_max: u64,
     /// Where the link stands still.
     stalled: Option<Stalled>,
 }
@@ -372,19 +377,14 @@ impl Views<'_> {
         status.verification.clone_from(&ship.verification);
         status.quarantined_revisions = ship.quarantined;
         status.stages = vec![
-            StageStatus {
-                stage: "watch",
-                ok: matches!(self.tail.state, TailState::Running),
-                detail: self.tail_detail(),
-                queue_bytes: 0,
-            },
-            StageStatus {
-                stage: "spool",
-                ok: !self.spool.full && !self.spool.damaged,
-                detail: format!("holds revisions after {} up to {}", self.spool.base, self.spool.covered),
-                queue_bytes: self.spool.bytes,
-            },
-            StageStatus { stage: "ship", ok: ship.reason.is_empty(), detail: ship.detail.clone(), queue_bytes: 0 },
+            StageStatus::new("watch", matches!(self.tail.state, TailState::Running), self.tail_detail()),
+            StageStatus::new(
+                "spool",
+                !self.spool.full && !self.spool.damaged,
+                format!("holds revisions after {} up to {}", self.spool.base, self.spool.covered),
+            )
+            .with_queue(self.spool.bytes, self.spool_bytes_max),
+            StageStatus::new("ship", ship.reason.is_empty(), ship.detail.clone()),
         ];
     }
 

@@ -13,6 +13,7 @@ use super::verify::Verifying;
 use super::watch::TailState;
 use crate::admin::{LinkCommand, next_command};
 use crate::etcd::Etcd;
+use crate::failpoint;
 use crate::metrics;
 use crate::model::{ClusterId, Digest, Epoch, LinkState, Outcome, Position, Revision, Seq, Term, WholeRevision};
 use crate::tls;
@@ -192,6 +193,7 @@ impl Session {
     }
 
     async fn follow_on(&mut self, ship: &mut Shipper, after: Revision) -> Result<Infallible, SessionEnd> {
+        failpoint::reach("stream-opened");
         self.shipped.follow(after);
         if self.receipts.are_open() {
             self.show(ship, true);
@@ -235,6 +237,7 @@ impl Session {
                 permit = outbound.reserve(), if pending.is_some() && stream_open => match permit {
                     Ok(permit) => if let Some(shipment) = pending.take() {
                         permit.send(shipment);
+                        failpoint::reach("shipment-sent");
                         self.verifying.mark_sent();
                     },
                     // The reason comes with the receipts.
@@ -248,7 +251,10 @@ impl Session {
                 entries = read(&mut reading), if pending.is_none() && !self.verifying.is_reading() => {
                     reading = None;
                     match entries {
-                        Ok(entries) => pending = self.encode(ship, &entries),
+                        Ok(entries) => {
+                            failpoint::reach("spool-read");
+                            pending = self.encode(ship, &entries);
+                        }
                         Err(e) => return Err(unread(ship, &e)),
                     }
                 }
@@ -295,6 +301,7 @@ impl Session {
             self.shipped.frame(revisions.len() as u64, last.revision);
             self.timed.get_or_insert((self.shipped.seq, Instant::now()));
             self.unreceived.push_back((self.shipped.seq, frame.len() as u64));
+            failpoint::reach("frame-encoded");
             frame
         });
         let raw: u64 = revisions.iter().map(|r| r.bytes() as u64).sum();
@@ -366,6 +373,7 @@ impl Session {
     }
 
     async fn acknowledge(&mut self, ship: &mut Shipper, ack: Ack) -> Result<(), SessionEnd> {
+        failpoint::reach("ack-heard");
         let moved = self
             .shipped
             .acknowledge(&ack, self.copying)
@@ -389,8 +397,13 @@ impl Session {
         self.learn_verified(ship, Revision(ack.verified_revision), ack.verified_at_ms);
         self.show(ship, ack.waiting.is_empty());
         self.show_canary(ship);
+        if self.shipped.acked.durable > self.shipped.acked.applied {
+            failpoint::reach("durable-heard");
+        }
         if let Some(through) = moved.trim {
+            failpoint::reach("applied-heard");
             ship.spool.trim(through);
+            failpoint::reach("spool-trimmed");
         }
         if moved.lag {
             let acked = self.shipped.acked;

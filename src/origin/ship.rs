@@ -17,6 +17,7 @@ use super::{LinkEvent, OriginLink, anchor};
 use crate::admin::{LinkCommand, next_command};
 use crate::etcd::gate::ClusterLimits;
 use crate::etcd::{Etcd, EtcdError};
+use crate::failpoint;
 use crate::model::{Epoch, LinkState, LinkStatus, Revision, Seq, Term, Waymark};
 use crate::retry::Backoff;
 use crate::tls;
@@ -344,6 +345,7 @@ impl Shipper {
             Ok(greeted) => greeted,
             Err(end) => return end,
         };
+        failpoint::reach("greeted");
         let outcome = match self.decide(&greeted).await {
             Ok(Way::Follow { after }) => self.follow(greeted, after).await,
             Ok(Way::Copy { epoch, cursor, reason }) => Box::pin(self.copy(greeted, epoch, cursor, &reason)).await,
@@ -423,7 +425,8 @@ impl Shipper {
     }
 
     async fn channel(&self, address: &str) -> Result<Channel, SessionEnd> {
-        let connector = tls::connect::PeerConnector::new(self.origin.tls.clone()).with_timeout(CONNECT_DEADLINE);
+        let (certificates, peer) = (self.origin.certificates.clone(), &self.origin.send.peer);
+        let connector = tls::connect::PeerConnector::to_peer(certificates, peer).with_timeout(CONNECT_DEADLINE);
         let endpoint = tls::connect::endpoint(address)
             .map_err(|e| SessionEnd::Stop(e.to_string()))?
             .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)

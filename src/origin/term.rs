@@ -9,6 +9,7 @@ use super::elect::{self, Heard, Standing};
 use super::resume::{self, ReplicaFacts};
 use super::session::SessionEnd;
 use super::ship::{Greeted, Shipper, at_origin};
+use crate::failpoint;
 use crate::model::Epoch;
 use tokio::time::Instant;
 
@@ -17,6 +18,7 @@ impl Shipper {
     pub(super) async fn terms(&mut self) {
         loop {
             let Some(term) = self.stand_by().await else { return };
+            failpoint::reach("elected");
             self.term = term;
             self.forget_wishes();
             self.heard.send_replace(Heard::default());

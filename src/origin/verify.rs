@@ -13,6 +13,7 @@ use super::session::{Session, SessionEnd};
 use super::ship::Shipper;
 use crate::admin::LinkCommand;
 use crate::etcd::EtcdError;
+use crate::failpoint;
 use crate::model::{Change, DifferingRange, Outcome, PartsProgress, Revision, Seq, WholeRevision};
 use crate::scan::Sizes;
 use crate::wire::parts::DifferingKey;
@@ -132,6 +133,7 @@ impl Verifying {
     /// The mark was sent: what is asked about it comes after it.
     pub(super) fn mark_sent(&mut self) {
         if let Some((reply, mark)) = self.marking.take() {
+            failpoint::reach("mark-sent");
             let _ = reply.send(mark);
         }
     }
@@ -256,6 +258,7 @@ impl Session {
                 self.verifying.marking = Some((reply, mark));
                 let (after_seq, origin_revision) = (self.shipped.seq.0, mark.at.0);
                 let message = MarkMessage { mark: mark.id, after_seq, origin_revision };
+                failpoint::reach("mark-made");
                 Some(Shipment { what: Some(shipment::What::Mark(message)) })
             }
             VerifyEvent::Asked(Ask::Repair { keys, last, reply }) => {
@@ -321,6 +324,7 @@ impl Session {
                 return None;
             }
         };
+        failpoint::reach("repair-read");
         self.verifying.repairs += 1;
         let (repair, count) = (self.verifying.repairs, changes.len());
         let whole = WholeRevision { revision: at, changes };
@@ -329,6 +333,7 @@ impl Session {
         ship.view.send_modify(|view| view.bytes_sent += frame.len() as u64);
         let last = reading.last && count == keys;
         reading.shipped(Shipped { repair, keys: count });
+        failpoint::reach("repair-made");
         let repair = Repair { repair, after_seq: self.shipped.seq.0, frame, last, wanted };
         Some(Shipment { what: Some(shipment::What::Repair(repair)) })
     }
@@ -341,6 +346,7 @@ impl Session {
         let seconds = running.started.elapsed().as_secs_f64();
         let told = match outcome {
             Ok(compared) => {
+                failpoint::reach("compared");
                 if compared.mended.is_some() {
                     // Nothing is said to be equal that was not compared.
                     self.verifying.hurry = true;

@@ -12,6 +12,7 @@ use super::{Clock, LinkEvent};
 use crate::config::Limits;
 use crate::etcd::gate::Gate;
 use crate::etcd::{Etcd, EtcdError, Look, Watch, WatchSignal, watch_right};
+use crate::failpoint;
 use crate::model::{ClusterId, Digest, LinkName, Ranges, Revision};
 use crate::retry::Backoff;
 use crate::segment::feed::Appended;
@@ -444,6 +445,7 @@ impl Tail {
     async fn take(&mut self, sequencer: &mut Sequencer, signal: WatchSignal) -> Result<(), Ended> {
         match signal {
             WatchSignal::Events { events, fragment } => {
+                failpoint::reach("watch-read");
                 let events = events.into_iter().map(|(revision, change)| Event { revision, change }).collect();
                 let message = WatchMessage { events, fragment };
                 let whole = sequencer.push(message).map_err(Ended::Sequence)?;
@@ -475,11 +477,13 @@ impl Tail {
             whole.into_iter().filter(|w| w.is_of_the_link()).map(|w| entry_of(w, at_ms)).collect();
         if let Some(last) = entries.last().map(|e| e.revision.revision) {
             let revisions: Vec<Revision> = entries.iter().map(|e| e.revision.revision).collect();
+            failpoint::reach("sequenced");
             match self.spool.append(entries).await {
                 Ok(Appended::Taken) => {}
                 Ok(Appended::Full(_)) => return Err(Ended::Full),
                 Err(e) => return Err(Ended::Spool(e.to_string())),
             }
+            failpoint::reach("spooled");
             tracing::trace!(link = %self.link, %last, "spooled");
             let _ = self.events.send(LinkEvent::Arrived { revisions, at_ms }).await;
         }

@@ -20,6 +20,7 @@ use crate::admin::{ReplicaCommand, next_command};
 use crate::config::{DeleteShares, Limits, OnPoison};
 use crate::etcd::gate::Gate;
 use crate::etcd::{Columns, Etcd, EtcdError};
+use crate::failpoint;
 use crate::model::{
     Digest, Epoch, HeldBack, LinkName, Position, Quarantine, Ranges, Revision, Seq, Term, Waymark, skipped_bytes,
 };
@@ -276,7 +277,9 @@ impl Applier {
             }
             self.advance().await;
             // The position is the truth; the dedupe log may lag behind it, and is told again where its disk is slow.
-            self.done = self.done.take().filter(|done| self.dedupe.done_through(done.epoch, done.seq).is_err());
+            if self.done.take_if(|done| self.dedupe.done_through(done.epoch, done.seq).is_ok()).is_some() {
+                failpoint::reach("dedupe-done");
+            }
         }
     }
 
@@ -440,6 +443,7 @@ impl Applier {
         });
         if let (true, Some(applied)) = (committed, applied) {
             self.journal.trim(applied.seq);
+            failpoint::reach("journal-trimmed");
             self.done = Some(applied);
         }
     }

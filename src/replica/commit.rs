@@ -10,8 +10,9 @@ use super::plan::{Answered, Extent, Request, Settled, TxnTree, answered};
 use super::position::Held;
 use super::txn::transaction;
 use crate::etcd::{EtcdError, TxnOpResponse, TxnResponse, txn_revision};
+use crate::failpoint;
 use crate::metrics;
-use crate::model::{Position, Revision};
+use crate::model::{Phase, Position, Revision};
 use std::future::Future;
 use std::pin::Pin;
 use tokio::time::Instant;
@@ -60,6 +61,7 @@ impl Applier {
             in_parts: matches!(settled.extent, Extent::Part { .. }),
             request_bytes: settled.request_bytes,
         };
+        failpoint::reach("txn-made");
         self.send(load, next, settled.tree);
     }
 
@@ -85,8 +87,13 @@ impl Applier {
                 return Box::pin(self.refused(e, load.request_bytes, load.revisions.max(1))).await;
             }
         };
+        failpoint::reach("txn-answered");
         match self.judge(&response, next) {
             Committed::Done => {
+                failpoint::reach("txn-noted");
+                if load.in_parts && load.revisions == 0 {
+                    failpoint::reach("part-applied");
+                }
                 self.guard_failures = 0;
                 self.backoff.succeeded();
                 self.resumed();
@@ -126,6 +133,10 @@ impl Applier {
         let held = self.held.as_ref().map_or(Revision(0), |h| h.mod_revision);
         match answered(response.succeeded(), found, held) {
             Answered::Committed => {
+                let before = self.held.as_ref().and_then(|held| held.position.as_ref()).map(|p| p.state);
+                if (before, next.state) == (Some(Phase::Copying), Phase::Following) {
+                    failpoint::reach("following-written");
+                }
                 self.knows(&next);
                 if next.equal_revision >= self.proved {
                     self.proved = Revision(0);

@@ -8,6 +8,7 @@ use super::next;
 use super::pages::{Begin, Begun, Copying, Place, Refused, read_edge};
 use super::plan::{GuardCount, LimitRefusal, PlanError, PlanReaction, TxnTree, copy_chunks, copy_diff};
 use crate::etcd::{Columns, EtcdError};
+use crate::failpoint;
 use crate::model::{KeyRange, Phase, Position, Revision, Seq};
 use crate::wire::digest;
 use crate::wire::parts::part_of;
@@ -164,10 +165,12 @@ impl Applier {
     async fn open_with(&mut self, first: Position) -> Result<(), StepError> {
         let epoch = first.epoch;
         self.commit_step(first, self.forget_quarantine(), 0).await?;
+        failpoint::reach("epoch-opened");
         self.quarantine_is_over();
         if let Err(e) = self.journal.reset(epoch, Seq(0)).await {
             return Err(StepError::Etcd(EtcdError::Other(format!("the journal cannot be started afresh: {e}"))));
         }
+        failpoint::reach("journal-reset");
         self.start_afresh(Seq(0));
         Ok(())
     }
@@ -209,6 +212,7 @@ impl Applier {
             }
             from = to;
         }
+        failpoint::reach("guard-counted");
         if last {
             self.open_epoch(counted).await?;
         }
@@ -246,6 +250,7 @@ impl Applier {
             let read = KeyRange { from, to: to.clone() };
             let diff = copy_diff(part_of(kvs, &read, |(key, _)| key), &present, policy);
             let (equal, conflicts) = (diff.equal, diff.conflicts);
+            failpoint::reach("page-compared");
             for chunk in copy_chunks(diff, &to, revision, &self.limits)? {
                 self.commit_chunk(chunk, revision).await?;
             }
@@ -259,6 +264,7 @@ impl Applier {
             }
             from = to;
         }
+        failpoint::reach("page-applied");
         if let (Some(copying), Some(ranges)) = (&mut self.copying, &self.ranges) {
             copying.passed(ranges, range, false);
         }
@@ -274,7 +280,12 @@ impl Applier {
         if chunk.tree.success.is_empty() && next == position {
             return Ok(());
         }
+        let anchor_moves = next.anchor_revision > position.anchor_revision;
         self.commit_step(next, chunk.tree, chunk.request_bytes).await?;
+        failpoint::reach("cursor-moved");
+        if anchor_moves {
+            failpoint::reach("anchor-moved");
+        }
         if let Some(copying) = &mut self.copying {
             copying.ack.keys_written += chunk.puts;
             copying.ack.keys_deleted += chunk.deletes;
@@ -289,6 +300,7 @@ impl Applier {
         if position.cursor.is_some() {
             let next = next::after_copy(&position, anchor_revision);
             self.commit_step(next, TxnTree { guards: Vec::new(), success: Vec::new() }, 0).await?;
+            failpoint::reach("cursor-gone");
         }
         if let Some(copying) = &mut self.copying {
             copying.ack.complete = true;

@@ -8,6 +8,7 @@ use super::apply::Applier;
 use super::commit::Committed;
 use super::plan::{CopyDiff, LimitRefusal, copy_chunks};
 use crate::etcd::EtcdError;
+use crate::failpoint;
 use crate::model::{Change, Mended, Phase, Revision, Seq};
 use bytes::Bytes;
 use tokio::sync::oneshot;
@@ -76,6 +77,7 @@ impl Applier {
             let (there, delay) = match there {
                 There::Note(reached) => match self.note().await {
                     Ok(revision) => {
+                        failpoint::reach("mark-reached");
                         let _ = reached.send(Ok(revision));
                         continue;
                     }
@@ -83,6 +85,7 @@ impl Applier {
                 },
                 There::Mend(mend, mended) => match self.mend(&mend).await {
                     Ok(outcome) => {
+                        failpoint::reach("repair-applied");
                         if mend.wanted > 0 {
                             Box::pin(self.retried(&mend, &outcome)).await;
                         }
@@ -138,6 +141,7 @@ impl Applier {
         if !self.is_wanted(mend) {
             return Ok(Err("nobody asks for these keys any more".to_owned()));
         }
+        failpoint::reach("repair-reached");
         loop {
             let diff = CopyDiff::of_changes(&mend.changes);
             let chunks = match copy_chunks(diff, &Bytes::new(), mend.revision, &self.limits) {
@@ -155,7 +159,7 @@ impl Applier {
                 }
                 let sent_bytes = chunk.request_bytes;
                 match self.commit(next, chunk.tree).await {
-                    Ok(Committed::Done) => {}
+                    Ok(Committed::Done) => failpoint::reach("repair-committed"),
                     Ok(Committed::GuardFailed | Committed::PositionMoved) => return Err(Delay::Moved),
                     Err(EtcdError::TooManyOps) => learned = Some(LimitRefusal::TooManyOps),
                     Err(EtcdError::TooLarge) => learned = Some(LimitRefusal::TooLarge { sent_bytes }),

@@ -367,26 +367,17 @@ impl Views<'_> {
         status.quarantined = QuarantinedStatus::all(&self.view.quarantine);
         status.quarantined_revisions = status.quarantined.len() as u64;
         status.foreign_writes = (self.seen.checked > Revision(0)).then(|| self.seen.status());
+        let (connected, applies) = (self.told.connected, self.view.waiting.is_empty());
         status.stages = vec![
-            StageStatus { stage: "receive", ok: self.told.connected, detail: self.receive_detail(), queue_bytes: 0 },
-            StageStatus {
-                stage: "journal",
-                ok: !self.extent.full && !self.extent.disk_full && !self.extent.damaged,
-                detail: format!("holds seqs after {} up to {}", self.extent.base, self.extent.end),
-                queue_bytes: self.extent.bytes,
-            },
-            StageStatus {
-                stage: "apply",
-                ok: self.view.waiting.is_empty(),
-                detail: self.apply_detail(applied, same_epoch),
-                queue_bytes: 0,
-            },
-            StageStatus {
-                stage: "lookout",
-                ok: self.seen.waiting.is_empty(),
-                detail: self.seen.detail(),
-                queue_bytes: 0,
-            },
+            StageStatus::new("receive", connected, self.receive_detail()),
+            StageStatus::new(
+                "journal",
+                !self.extent.full && !self.extent.disk_full && !self.extent.damaged,
+                format!("holds seqs after {} up to {}", self.extent.base, self.extent.end),
+            )
+            .with_queue(self.extent.bytes, self.end.limits.journal_bytes_max),
+            StageStatus::new("apply", applies, self.apply_detail(applied, same_epoch)),
+            StageStatus::new("lookout", self.seen.waiting.is_empty(), self.seen.detail()),
         ];
     }
 

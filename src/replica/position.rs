@@ -10,6 +10,7 @@ use super::next::{self, Alignment, Claim, Claimed, JournalFacts};
 use super::plan::TxnTree;
 use super::poison::Trial;
 use crate::etcd::{Columns, EtcdError};
+use crate::failpoint;
 use crate::model::{ClusterId, Digest, Epoch, Position, Ranges, Revision, Seq, Term};
 use crate::wire::replicate::CopyAck;
 use crate::wire::replicate::refusal::Kind;
@@ -193,7 +194,10 @@ impl Applier {
             };
             let tree = TxnTree { guards: Vec::new(), success: Vec::new() };
             match self.commit(*next, tree).await.map_err(unavailable)? {
-                Committed::Done => break (replica_cluster, Some(claim)),
+                Committed::Done => {
+                    failpoint::reach("term-taken");
+                    break (replica_cluster, Some(claim));
+                }
                 Committed::GuardFailed | Committed::PositionMoved if tries < TERM_TRIES_MAX => tries += 1,
                 Committed::GuardFailed | Committed::PositionMoved => {
                     return Err(HelloRefused(

@@ -11,6 +11,7 @@ use super::stream::Stream;
 use super::view::{ApplyCommand, ApplyView};
 use crate::config::{Limits, ReceiveConfig};
 use crate::etcd::gate::{ClusterLimits, Gate};
+use crate::failpoint;
 use crate::model::limits::{ReplicaLimits, TxnLimits};
 use crate::model::{ClusterId, Epoch, KeyRange, LinkName, Ranges, Revision, Seq, Term};
 use crate::tls::accept::PeerConnectInfo;
@@ -399,6 +400,7 @@ impl Handshake for Receiver {
         end.told.send_modify(|told| told.shipper.clone_from(&hello.node));
         tracing::info!(link = %end.config.link, region = %hello.region, node = %hello.node, software = %hello.software,
             epoch = %epoch, term = hello.term, seq = %answer.received.0, "hello");
+        failpoint::reach("session-opened");
         Ok(Response::new(self.reply(&end, &answer, &session, link_back)))
     }
 }

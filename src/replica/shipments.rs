@@ -13,6 +13,7 @@ use super::receive::LinkEnd;
 use super::stream::{Placing, Stream};
 use super::verify::{Asked, QUESTIONS_MAX, Question};
 use super::view::ApplyCommand;
+use crate::failpoint;
 use crate::model::{Change, Epoch, KeyRange, Ranges, Revision, Seq, Term, Waymark};
 use crate::segment::feed::Appended;
 use crate::wire::frame;
@@ -129,6 +130,7 @@ impl Stream {
     }
 
     fn take_frame(&mut self, admit: &mut Admit, frame: &Bytes) -> Result<Option<Placing>, (Kind, String)> {
+        failpoint::reach("frame-received");
         let counters = &self.end.counters;
         counters.frames.fetch_add(1, Ordering::Relaxed);
         counters.bytes_sent.fetch_add(frame.len() as u64, Ordering::Relaxed);
@@ -169,6 +171,7 @@ impl Stream {
             self.due.ack = true;
             return Ok(None);
         }
+        failpoint::reach("frame-admitted");
         Ok(Some(Box::pin(journal_all(self.end.clone(), entries))))
     }
 
@@ -272,7 +275,9 @@ async fn journal_all(end: Arc<LinkEnd>, entries: Vec<JournalEntry>) -> Result<()
             }
         }
     }
+    failpoint::reach("journaled");
     // A dedupe log that cannot be written costs the sight of conflicts with old seqs, never a revision.
     let _ = end.dedupe.note(epoch, notes);
+    failpoint::reach("dedupe-noted");
     Ok(())
 }

@@ -8,6 +8,7 @@ use super::receive::{LinkEnd, Opened};
 use super::verify::{Comparer, QUESTIONS_MAX, Question};
 use super::view::ApplyView;
 use crate::etcd::gate::ClusterLimits;
+use crate::failpoint;
 use crate::model::limits::ReplicaLimits;
 use crate::model::{Phase, Seq};
 use crate::wire::frame::FrameLimits;
@@ -164,7 +165,9 @@ impl Stream {
                 permit = out.reserve(), if self.due.urgent() || (self.due.ack && !quiet) => match permit {
                     Ok(permit) => {
                         let receipt = self.next_receipt(admit);
-                        if matches!(receipt.what, Some(receipt::What::Ack(_))) {
+                        let is_ack = matches!(receipt.what, Some(receipt::What::Ack(_)));
+                        if is_ack {
+                            failpoint::reach("ack-made");
                             told_at = Instant::now();
                         }
                         if let Some(receipt::What::Refusal(refusal)) = &receipt.what {
@@ -173,6 +176,9 @@ impl Stream {
                             return reason;
                         }
                         permit.send(Ok(receipt));
+                        if is_ack {
+                            failpoint::reach("ack-sent");
+                        }
                     }
                     Err(_) => return "the origin closed the stream".to_owned(),
                 },

@@ -5,6 +5,7 @@
 
 use super::receive::LinkEnd;
 use crate::etcd::{Columns, Etcd, EtcdError};
+use crate::failpoint;
 use crate::model::{Digest, KeyRange, Mended, Quarantine, Revision};
 use crate::scan::{Scan, Sizes};
 use crate::wire::parts::{self, Difference, DifferingKey, KeyList, PART_KEYS, Part, Splitter, after_key, of_value};
@@ -99,6 +100,7 @@ impl Comparer {
                     receipt::What::MarkFailed(wire::MarkFailed { mark, reason })
                 }
             };
+            failpoint::reach("answer-made");
             if self.answers.send(answer).await.is_err() {
                 return;
             }

@@ -11,6 +11,7 @@ mod file;
 mod open;
 mod writer;
 
+use crate::failpoint;
 use file::{HEADER_BYTES, Header, OpenFile, RECORD_HEADER_BYTES, record_header};
 pub use open::{Cut, OnDamage, Opened};
 use rustix::io::Errno;
@@ -156,6 +157,7 @@ impl SegmentLog {
                 self.in_doubt = true;
                 return Err(failed("syncing", &self.active_path())(error));
             }
+            failpoint::reach("segment-synced");
             self.unsynced = false;
         }
         Ok(())
@@ -192,6 +194,7 @@ impl SegmentLog {
         let padded_bytes = self.limits.segment_bytes;
         let number = self.files[self.files.len() - 1].number + 1;
         self.create(Header { number, after: base, tag, padded_bytes, starts_anew: true })?;
+        failpoint::reach("segment-cleared");
         self.tag = tag;
         self.unsynced = false;
         while self.files.len() > 1 {
@@ -243,9 +246,12 @@ impl SegmentLog {
 
     fn rotate(&mut self) -> Result<(), SegmentError> {
         self.sync()?;
+        failpoint::reach("segment-full");
         let Span { number, last, .. } = self.files[self.files.len() - 1];
         let padded_bytes = self.limits.segment_bytes;
-        self.create(Header { number: number + 1, after: last, tag: self.tag, padded_bytes, starts_anew: false })
+        self.create(Header { number: number + 1, after: last, tag: self.tag, padded_bytes, starts_anew: false })?;
+        failpoint::reach("segment-rolled");
+        Ok(())
     }
 
     /// Makes the next file and goes on in it.
@@ -260,6 +266,7 @@ impl SegmentLog {
     fn unlink_first(&mut self) -> Result<(), SegmentError> {
         let path = file_path(&self.dir, self.files[0].number);
         fs::remove_file(&path).map_err(failed("removing", &path))?;
+        failpoint::reach("segment-unlinked");
         self.files.pop_front();
         sync_dir(&self.dir)
     }
@@ -278,6 +285,7 @@ fn create_file(dir: &Path, header: &Header) -> Result<File, SegmentError> {
         file.write_all(&header.encode())?;
         file.set_len(header.padded_bytes.max(HEADER_BYTES))?;
         file.sync_all()?;
+        failpoint::reach("segment-unnamed");
         fs::rename(&unnamed, &path)?;
         Ok(file)
     };

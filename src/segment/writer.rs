@@ -6,6 +6,7 @@
 
 use super::feed::{FeedEntry, FeedError, Shared, State, lock};
 use super::{SegmentError, SegmentLog};
+use crate::failpoint;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
@@ -178,6 +179,7 @@ impl<T: FeedEntry> Writer<T> {
                 (written, bytes) = (written + run.len(), bytes + record.len());
             }
         }
+        failpoint::reach("segment-written");
         let now = Instant::now();
         (self.write_at, self.cover_at) = (now + self.shared.limits.write_every, now + COVER_EVERY);
         if written > 0 {

@@ -4,9 +4,11 @@
 //! after shutdown; at most `handshakes_max` are under way and `connections_max` open, and further connections wait in the kernel.
 
 use super::explain::explain;
+use super::recheck::{As, Peer, Rechecked};
+use super::reload::InUse;
 use crate::certs::identity::PeerIdentity;
 use crate::retry::Backoff;
-use rustls::ServerConfig;
+use rustls::pki_types::CertificateDer;
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
@@ -16,7 +18,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
@@ -65,7 +67,7 @@ pub type Incoming = ReceiverStream<Result<PeerConnection, Infallible>>;
 
 /// A connection with a known peer.
 pub struct PeerConnection {
-    stream: TlsStream<TcpStream>,
+    stream: Rechecked<TlsStream<TcpStream>>,
     peer: PeerConnectInfo,
     /// Given back when the connection ends.
     _place: OwnedSemaphorePermit,
@@ -74,7 +76,7 @@ pub struct PeerConnection {
 /// The loop behind one [`Incoming`]; its owner runs and joins it.
 pub struct AcceptLoop {
     listener: TcpListener,
-    acceptor: TlsAcceptor,
+    in_use: watch::Receiver<Arc<InUse>>,
     limits: AcceptLimits,
     places: Arc<Semaphore>,
     ready: mpsc::Sender<Result<PeerConnection, Infallible>>,
@@ -97,14 +99,13 @@ enum Event {
 /// The stream for the server, and the loop that feeds it.
 pub fn incoming(
     listener: TcpListener,
-    config: Arc<ServerConfig>,
+    in_use: watch::Receiver<Arc<InUse>>,
     limits: AcceptLimits,
     shutdown: CancellationToken,
 ) -> (AcceptLoop, Incoming) {
     let (ready, taken) = mpsc::channel(READY_MAX);
-    let acceptor = TlsAcceptor::from(config);
     let places = Arc::new(Semaphore::new(limits.connections_max.clamp(1, Semaphore::MAX_PERMITS)));
-    (AcceptLoop { listener, acceptor, limits, places, ready, shutdown }, ReceiverStream::new(taken))
+    (AcceptLoop { listener, in_use, limits, places, ready, shutdown }, ReceiverStream::new(taken))
 }
 
 impl AcceptLoop {
@@ -126,7 +127,7 @@ impl AcceptLoop {
                 Event::Shutdown => false,
                 Event::Accepted(Ok((tcp, remote)), place) => {
                     backoff.succeeded();
-                    let handshake = handshake(self.acceptor.clone(), tcp, remote, self.limits.handshake_timeout, place);
+                    let handshake = handshake(self.in_use.clone(), tcp, remote, self.limits.handshake_timeout, place);
                     handshakes.spawn(Box::pin(handshake));
                     true
                 }
@@ -188,7 +189,7 @@ async fn accept(
 }
 
 async fn handshake(
-    acceptor: TlsAcceptor,
+    mut in_use: watch::Receiver<Arc<InUse>>,
     tcp: TcpStream,
     remote: SocketAddr,
     timeout: Duration,
@@ -197,6 +198,7 @@ async fn handshake(
     let refused = |reason| Refused { remote, reason, left: false };
     // Without it the last part of each small frame would wait for an acknowledgement.
     tcp.set_nodelay(true).map_err(|e| refused(explain(&e)))?;
+    let acceptor = TlsAcceptor::from(in_use.borrow_and_update().server.clone());
     match tokio::time::timeout(timeout, acceptor.accept(tcp).into_fallible()).await {
         Err(_) => Err(refused(format!("it did not finish its TLS handshake within {} ms", timeout.as_millis()))),
         Ok(Err((error, tcp))) => {
@@ -205,8 +207,10 @@ async fn handshake(
             Err(Refused { left, ..refused(explain(&error)) })
         }
         Ok(Ok(stream)) => match identity(&stream) {
-            Ok(identity) => {
-                let peer = PeerConnectInfo { remote, identity };
+            Ok((identity, chain)) => {
+                let at = format!("{identity} from {remote}");
+                let stream = Rechecked::new(stream, Peer { chain, of: As::Client, at }, in_use);
+                let peer = PeerConnectInfo { remote, identity: Arc::new(identity) };
                 Ok(Box::new(PeerConnection { stream, peer, _place: place }))
             }
             Err(reason) => Err(refused(reason)),
@@ -224,11 +228,12 @@ async fn linger(mut tcp: TcpStream) {
     let _ = tokio::time::timeout(LINGER, read_out).await;
 }
 
-fn identity(stream: &TlsStream<TcpStream>) -> Result<Arc<PeerIdentity>, String> {
+fn identity(stream: &TlsStream<TcpStream>) -> Result<(PeerIdentity, Vec<CertificateDer<'static>>), String> {
     let (_, session) = stream.get_ref();
-    let leaf = session.peer_certificates().and_then(<[_]>::first).ok_or("the peer presented no certificate")?;
+    let chain = session.peer_certificates().unwrap_or_default();
+    let leaf = chain.first().ok_or("the peer presented no certificate")?;
     let identity = PeerIdentity::from_der(leaf).map_err(|e| format!("the peer's certificate is refused: {e}"))?;
-    Ok(Arc::new(identity))
+    Ok((identity, chain.iter().map(|c| c.clone().into_owned()).collect()))
 }
 
 /// Lets a few lines through in each window, so that nobody can fill our disk by knocking.

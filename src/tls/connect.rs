@@ -3,6 +3,9 @@
 //! Always true: tonic sees `http://`, since TLS is made here; a dial ends within its time-out.
 
 use super::explain::explain;
+use super::recheck::{As, Peer, Rechecked};
+use super::reload::InUse;
+use super::{TlsError, client_config_from};
 use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
@@ -12,6 +15,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::net::TcpStream;
+use tokio::sync::watch;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tonic::transport::Endpoint;
@@ -32,6 +36,8 @@ pub enum ConnectError {
     Tls { at: String, source: std::io::Error },
     #[error("{at}: the peer does not speak HTTP/2")]
     Protocol { at: String },
+    #[error("our own certificates cannot be used: {0}")]
+    Own(#[from] TlsError),
 }
 
 /// True if a dial failed before either side had judged the other: no answer, a refusal or a reset by the network, not by TLS.
@@ -41,15 +47,23 @@ pub fn found_nobody(error: &(dyn std::error::Error + 'static)) -> bool {
         Some(ConnectError::Tcp { .. } | ConnectError::TimedOut { .. }) => true,
         // What rustls decides comes as invalid data.
         Some(ConnectError::Tls { source, .. }) => source.kind() != std::io::ErrorKind::InvalidData,
-        Some(ConnectError::Address(_) | ConnectError::Protocol { .. }) | None => false,
+        Some(ConnectError::Address(_) | ConnectError::Protocol { .. } | ConnectError::Own(_)) | None => false,
     }
 }
 
 /// Makes connections for one [`Endpoint`].
 #[derive(Clone)]
 pub struct PeerConnector {
-    config: Arc<ClientConfig>,
+    with: With,
     timeout: Duration,
+}
+
+/// What a dial shows and trusts.
+#[derive(Clone)]
+enum With {
+    Config(Arc<ClientConfig>),
+    /// What is in use at the time; the server must bear this SAN, then and whenever that changes.
+    InUse(watch::Receiver<Arc<InUse>>, String),
 }
 
 /// The endpoint of `https://host:port`, for `connect_with_connector` (or `_lazy`) with a [`PeerConnector`]. With `https`
@@ -61,8 +75,14 @@ pub fn endpoint(url: &str) -> Result<Endpoint, ConnectError> {
 }
 
 impl PeerConnector {
+    /// Dials always with the same certificates.
     pub fn new(config: Arc<ClientConfig>) -> Self {
-        Self { config, timeout: CONNECT_TIMEOUT }
+        Self { with: With::Config(config), timeout: CONNECT_TIMEOUT }
+    }
+
+    /// Dials with the certificates in use, whoever bears the SAN `peer`; a connection ends when they refuse it.
+    pub fn to_peer(in_use: watch::Receiver<Arc<InUse>>, peer: &str) -> Self {
+        Self { with: With::InUse(in_use, peer.to_owned()), timeout: CONNECT_TIMEOUT }
     }
 
     /// Dials within another time than 10 s.
@@ -72,7 +92,7 @@ impl PeerConnector {
 
     /// Dials `host:port`. In TLS 1.3 this succeeds before the server has judged our certificate: a refusal comes as an
     /// error of the first read ([`explain`] finds it there).
-    async fn dial(self, uri: http::Uri) -> Result<TokioIo<TlsStream<TcpStream>>, ConnectError> {
+    async fn dial(mut self, uri: http::Uri) -> Result<TokioIo<Rechecked<TlsStream<TcpStream>>>, ConnectError> {
         let invalid = || ConnectError::Address(uri.to_string());
         let host = uri.host().ok_or_else(invalid)?.trim_start_matches('[').trim_end_matches(']').to_owned();
         let port = uri.port_u16().ok_or_else(invalid)?;
@@ -85,18 +105,40 @@ impl PeerConnector {
             let stream = TcpStream::connect((host.as_str(), port)).await.map_err(tcp)?;
             stream.set_nodelay(true).map_err(tcp)?;
             let tls = |source| ConnectError::Tls { at: at.clone(), source };
-            let stream = TlsConnector::from(self.config).connect(name, stream).await.map_err(tls)?;
+            let stream = TlsConnector::from(self.with.config()?).connect(name, stream).await.map_err(tls)?;
             if stream.get_ref().1.alpn_protocol() != Some(super::ALPN) {
                 return Err(ConnectError::Protocol { at: at.clone() });
             }
-            Ok(TokioIo::new(stream))
+            Ok(TokioIo::new(self.with.hold(stream, at.clone())))
         };
         tokio::time::timeout(self.timeout, dial).await.unwrap_or(Err(timed_out))
     }
 }
 
+impl With {
+    fn config(&mut self) -> Result<Arc<ClientConfig>, TlsError> {
+        match self {
+            With::Config(config) => Ok(config.clone()),
+            With::InUse(in_use, peer) => {
+                client_config_from(&in_use.borrow_and_update().credentials, vec![peer.clone()])
+            }
+        }
+    }
+
+    fn hold(self, stream: TlsStream<TcpStream>, at: String) -> Rechecked<TlsStream<TcpStream>> {
+        match self {
+            With::Config(_) => Rechecked::never(stream),
+            With::InUse(in_use, peer) => {
+                let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
+                let chain = chain.iter().map(|c| c.clone().into_owned()).collect();
+                Rechecked::new(stream, Peer { chain, of: As::Server(vec![peer]), at }, in_use)
+            }
+        }
+    }
+}
+
 impl Service<http::Uri> for PeerConnector {
-    type Response = TokioIo<TlsStream<TcpStream>>;
+    type Response = TokioIo<Rechecked<TlsStream<TcpStream>>>;
     type Error = ConnectError;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, ConnectError>> + Send>>;
 

@@ -6,11 +6,14 @@
 pub mod accept;
 pub mod connect;
 pub mod explain;
+mod recheck;
+pub mod reload;
 mod verify;
 
 use crate::certs::load::{self, Credentials, LoadError, TlsFiles};
 use crate::config::TlsConfig;
 use rustls::client::Resumption;
+use rustls::server::danger::ClientCertVerifier;
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::sign::SingleCertAndKey;
 use rustls::{ClientConfig, ServerConfig};
@@ -19,6 +22,7 @@ use std::sync::Arc;
 
 pub use crate::certs::identity::PeerIdentity;
 pub use explain::explain;
+pub use reload::Certificates;
 
 /// HTTP/2, the only protocol spoken inside.
 const ALPN: &[u8] = b"h2";
@@ -33,18 +37,18 @@ pub enum TlsError {
     Verifier(#[from] rustls::server::VerifierBuilderError),
     #[error("TLS cannot be set up: {0}")]
     Rustls(#[from] rustls::Error),
+    #[error(
+        "the certificate does not name {san} any more, by which peers know this sidecar: if that is meant, restart the sidecar"
+    )]
+    NameLost { san: String },
+    #[error("{0}")]
+    Name(String),
 }
 
 impl<'a> From<&'a TlsConfig> for TlsFiles<'a> {
     fn from(tls: &'a TlsConfig) -> Self {
         Self { ca: &tls.ca, cert: &tls.cert, key: &tls.key, crl: tls.crl.as_deref() }
     }
-}
-
-/// For the peer and the admin port: any certificate of our CA is let in; whose it is, is checked by what is called
-/// ([`accept::PeerConnectInfo`]).
-pub fn server_config(tls: &TlsConfig) -> Result<Arc<ServerConfig>, TlsError> {
-    server_config_from(&Credentials::load(tls.into())?)
 }
 
 /// For a link: the other side must bear the SAN `peer`, wherever it was dialled.
@@ -62,16 +66,12 @@ pub fn admin_client_config(ca: &Path, cert: &Path, key: &Path, own_cert: &Path) 
     client_config_from(&Credentials::load(TlsFiles { ca, cert, key, crl: None })?, names)
 }
 
-/// [`server_config`] from what is loaded already.
-pub fn server_config_from(credentials: &Credentials) -> Result<Arc<ServerConfig>, TlsError> {
-    let provider = load::provider();
-    let mut clients = WebPkiClientVerifier::builder_with_provider(credentials.roots.clone(), provider.clone());
-    if !credentials.crls.is_empty() {
-        clients = clients.with_crls(credentials.crls.iter().cloned()).enforce_revocation_expiration();
-    }
-    let mut config = ServerConfig::builder_with_provider(provider)
+/// For the peer and the admin port: any certificate of our CA is let in; whose it is, is checked by what is called
+/// ([`accept::PeerConnectInfo`]).
+fn server_config_from(credentials: &Credentials) -> Result<Arc<ServerConfig>, TlsError> {
+    let mut config = ServerConfig::builder_with_provider(load::provider())
         .with_protocol_versions(&[&rustls::version::TLS13])?
-        .with_client_cert_verifier(clients.build()?)
+        .with_client_cert_verifier(client_verifier(credentials)?)
         .with_cert_resolver(Arc::new(SingleCertAndKey::from(credentials.certified_key.clone())));
     config.alpn_protocols = vec![ALPN.to_vec()];
     config.send_tls13_tickets = 0;
@@ -81,13 +81,24 @@ pub fn server_config_from(credentials: &Credentials) -> Result<Arc<ServerConfig>
 
 /// [`client_config`] from what is loaded already; the server must bear one of `names`.
 pub fn client_config_from(credentials: &Credentials, names: Vec<String>) -> Result<Arc<ClientConfig>, TlsError> {
-    let servers = verify::NamedServer::new(credentials.roots.clone(), credentials.crls.clone(), names)?;
     let mut config = ClientConfig::builder_with_provider(load::provider())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(servers))
+        .with_custom_certificate_verifier(Arc::new(server_verifier(credentials, names)?))
         .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(credentials.certified_key.clone())));
     config.alpn_protocols = vec![ALPN.to_vec()];
     config.resumption = Resumption::disabled();
     Ok(Arc::new(config))
+}
+
+fn client_verifier(credentials: &Credentials) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
+    let mut clients = WebPkiClientVerifier::builder_with_provider(credentials.roots.clone(), load::provider());
+    if !credentials.crls.is_empty() {
+        clients = clients.with_crls(credentials.crls.iter().cloned()).enforce_revocation_expiration();
+    }
+    Ok(clients.build()?)
+}
+
+fn server_verifier(credentials: &Credentials, names: Vec<String>) -> Result<verify::NamedServer, TlsError> {
+    Ok(verify::NamedServer::new(credentials.roots.clone(), credentials.crls.clone(), names)?)
 }

@@ -9,6 +9,7 @@ use etcd_ferry::admin::{Directory, LinkCommand, LinkHandle, Listening, proto, ve
 use etcd_ferry::certs;
 use etcd_ferry::config::TlsConfig;
 use etcd_ferry::model::{LinkName, LinkState, LinkStatus, Outcome, PartsProgress, Revision, Seq, Side};
+use etcd_ferry::tls::Certificates;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -76,7 +77,8 @@ async fn start() -> Running {
         admins: vec![ADMIN.to_owned()],
         crl: None,
     };
-    let server = Server::bind(LOOPBACK, &tls).await.unwrap();
+    let certificates = Certificates::load(&tls).unwrap();
+    let server = Server::bind(LOOPBACK, certificates.in_use(), tls.admins).await.unwrap();
     let addr = server.local_addr();
     let (origin, mut config) = handle("config", Side::Origin, LinkState::Following);
     let (replica, orders) = handle("orders", Side::Replica, LinkState::Copying);
@@ -90,6 +92,7 @@ async fn start() -> Running {
         listening: Listening { peer: addr, admin: addr, http: addr },
         links: vec![config, orders],
         etcd: watch::channel(Vec::new()).1,
+        certificates: certificates.status(),
     };
     let stop = CancellationToken::new();
     let task = tokio::spawn(server.run(Arc::new(directory), stop.clone()));
@@ -338,7 +341,8 @@ async fn a_port_that_is_taken_is_named() {
         admins: Vec::new(),
         crl: None,
     };
-    let error = Server::bind(running.addr, &tls).await.unwrap_err().to_string();
+    let in_use = Certificates::load(&tls).unwrap().in_use();
+    let error = Server::bind(running.addr, in_use, tls.admins).await.err().expect("the port is taken").to_string();
     assert!(error.contains(&running.addr.to_string()) && error.contains("listen.admin"), "{error}");
 }
 

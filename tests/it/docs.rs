@@ -1,4 +1,4 @@
-//! Job: hold the README against the product: its metrics, its configuration, its example configurations.
+//! Job: hold the README against the product: its metrics, its failpoints, its configuration, its example configurations.
 //! Input: README.md, what the code says of its metrics and keys, the metrics of a running pair. Output: passes or fails, with the rows that are right.
 //! Edge: reads the README; one pair of real sidecars.
 //! Always true: a key, a default or a metric that is added, changed or removed without the README fails here.
@@ -6,6 +6,7 @@
 use crate::bed::pair::{LINK, Pair, PairOptions};
 use crate::bed::traffic::{Write, commit};
 use etcd_ferry::config::{Config, Fault, Faults, ForeignWrites, LogFormat, OnPoison, OtherHistory, SendConfig};
+use etcd_ferry::failpoint::{POINTS, Point};
 use etcd_ferry::metrics::{self, Metric};
 use etcd_ferry::model::Ranges;
 use std::collections::{BTreeMap, BTreeSet};
@@ -92,6 +93,19 @@ async fn every_metric_of_a_running_pair_is_in_the_readme_with_its_type() {
     // Counts start with what they count; everything else is there from the first revision on.
     let unseen: Vec<_> = told.difference(&seen).filter(|(_, kind)| kind != "counter").collect();
     assert!(unseen.is_empty(), "in the README, and not in /metrics: {unseen:?}");
+}
+
+#[test]
+fn the_readme_s_table_of_failpoints_is_what_the_code_has() {
+    let sides = |point: &Point| point.sides.iter().map(|side| side.as_str()).collect::<Vec<_>>().join(", ");
+    let row = |point: &Point| {
+        format!("| `{}` | {} | {} | {} |", point.name, sides(point), point.during.as_str(), point.stands)
+    };
+    let wanted: Vec<String> = POINTS.iter().map(row).collect();
+    let readme = readme();
+    let from_header = readme.lines().skip_while(|line| !line.starts_with("| failpoint | side |"));
+    let found: Vec<&str> = from_header.skip(2).take_while(|line| line.starts_with('|')).collect();
+    assert_eq!(found, wanted, "the README's table of failpoints must be:\n{}\n", wanted.join("\n"));
 }
 
 fn faults(text: &str) -> Vec<Fault> {

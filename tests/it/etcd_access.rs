@@ -20,7 +20,7 @@ const USER: &str = "ferry";
 const PASSWORD: &str = "ferry-password";
 
 /// A pair of a CA of its own, as an operator's etcd has it.
-fn etcd_tls(dir: &Path) -> EtcdTls {
+pub fn etcd_tls(dir: &Path) -> EtcdTls {
     make_certificates(dir, &["etcd"]);
     let file = |name: &str| dir.join(name);
     EtcdTls { ca: file("ca.pem"), cert: file("etcd.pem"), key: file("etcd.key"), client_certificates: true }

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "clippy knows #[test] functions, not the functions that they call")]
 
 mod admin;
+mod alerts;
 mod bank;
 mod bed;
 mod both_ways;
@@ -15,6 +16,7 @@ mod demo;
 mod docs;
 mod elections;
 mod etcd_access;
+mod failpoints;
 mod fencing;
 mod flips;
 mod following;
@@ -29,10 +31,12 @@ mod memory;
 mod mutants_apply;
 mod origin_trouble;
 mod other_history;
+mod page;
 mod peers;
 mod power_cut;
 mod quarantine;
 mod remember;
+mod renewal;
 mod repair;
 mod replica_trouble;
 mod resume;

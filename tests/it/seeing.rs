@@ -15,7 +15,7 @@ use std::fs;
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 
-const TOP: [&str; 5] = ["region", "node", "version", "links", "etcd"];
+const TOP: [&str; 6] = ["region", "node", "version", "links", "etcd", "certificates"];
 const FIELDS: [&str; 19] = [
     "link",
     "side",

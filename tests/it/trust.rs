@@ -7,9 +7,9 @@ use etcd_ferry::certs::issue::{IssueRequest, Issuer, Pair};
 use etcd_ferry::config::TlsConfig;
 use etcd_ferry::tls::accept::{AcceptLimits, PeerConnectInfo, incoming};
 use etcd_ferry::tls::connect::{PeerConnector, endpoint, found_nobody};
-use etcd_ferry::tls::{admin_client_config, client_config, explain, server_config};
+use etcd_ferry::tls::{Certificates, admin_client_config, client_config, explain};
 use rustls::pki_types::ServerName;
-use rustls::{ClientConfig, HandshakeKind, ServerConfig};
+use rustls::{ClientConfig, HandshakeKind};
 use std::io::Write;
 use std::net::SocketAddr;
 use std::path::Path;
@@ -110,14 +110,15 @@ struct Server {
 
 impl Server {
     async fn start(tls: &TlsConfig) -> Self {
-        Self::start_with(server_config(tls).unwrap(), AcceptLimits::default()).await
+        Self::start_with(tls, AcceptLimits::default()).await
     }
 
-    async fn start_with(config: Arc<ServerConfig>, limits: AcceptLimits) -> Self {
+    async fn start_with(tls: &TlsConfig, limits: AcceptLimits) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let shutdown = CancellationToken::new();
-        let (accept, connections) = incoming(listener, config, limits, shutdown.clone());
+        let certificates = Certificates::load(tls).unwrap();
+        let (accept, connections) = incoming(listener, certificates.in_use(), limits, shutdown.clone());
         let (_reporter, health) = tonic_health::server::health_reporter();
         let callers = Arc::new(Mutex::new(Vec::new()));
         let seen = callers.clone();
@@ -398,7 +399,7 @@ async fn a_handshake_that_stalls_is_dropped_at_its_time_out() {
     let (log, _guard) = Log::capture();
     let authority = Authority::new();
     let limits = AcceptLimits { handshake_timeout: Duration::from_millis(100), ..AcceptLimits::default() };
-    let server = Server::start_with(server_config(&authority.west()).unwrap(), limits).await;
+    let server = Server::start_with(&authority.west(), limits).await;
     let mut stalled = TcpStream::connect(server.address).await.unwrap();
     let read = tokio::time::timeout(Duration::from_secs(10), stalled.read_u8()).await.expect("it is dropped");
     assert!(read.is_err());
@@ -412,7 +413,7 @@ async fn handshakes_beyond_the_limit_wait_and_are_served_later() {
     let (east, west) = (authority.east(), authority.west());
     let limits =
         AcceptLimits { handshakes_max: 1, handshake_timeout: Duration::from_millis(300), ..AcceptLimits::default() };
-    let server = Server::start_with(server_config(&west).unwrap(), limits).await;
+    let server = Server::start_with(&west, limits).await;
     let start = Instant::now();
     let _stalled = TcpStream::connect(server.address).await.unwrap();
     server.call(client_config(&east, WEST).unwrap()).await.unwrap();
@@ -425,7 +426,7 @@ async fn connections_beyond_the_limit_wait_until_one_ends() {
     let authority = Authority::new();
     let (east, west) = (authority.east(), authority.west());
     let limits = AcceptLimits { connections_max: 1, ..AcceptLimits::default() };
-    let server = Server::start_with(server_config(&west).unwrap(), limits).await;
+    let server = Server::start_with(&west, limits).await;
     let endpoint = endpoint(&format!("https://{}", server.address)).unwrap();
     let connector = || PeerConnector::new(client_config(&east, WEST).unwrap());
     let held = endpoint.connect_with_connector(connector()).await.unwrap();

@@ -151,7 +151,7 @@ fn build(root: &Path, tree: &Path, target: &Path, mutants: &[Mutant]) -> Result<
     write(&tree.join(tests), &format!("{}pub use etcd_ferry::mutants;\n", carried.get(tests).unwrap_or(&plain)))?;
     println!("building {} mutants into one copy of the tree", mutants.len());
     let built = Command::new(env!("CARGO"))
-        .args(["test", "--no-run", "--lib", "--test", "it", "--message-format", "json"])
+        .args(["test", "--no-run", "--features", "failpoints", "--lib", "--test", "it", "--message-format", "json"])
         .env("CARGO_TARGET_DIR", target)
         .current_dir(tree)
         .stderr(Stdio::inherit())

@@ -6,7 +6,7 @@
 use super::sidecar::region_name;
 use bytes::{Bytes, BytesMut};
 use etcd_ferry::config::TlsConfig;
-use etcd_ferry::tls::{client_config, server_config};
+use etcd_ferry::tls::{Certificates, client_config};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rustls::pki_types::ServerName;
@@ -114,7 +114,9 @@ impl Bender {
         let plan = Plan { random, aim: Aim::FRAMES, bytes_between: 1, flips_left: 0, next: 0, flips: 0 };
         let middle = Middle {
             target,
-            acceptor: TlsAcceptor::from(server_config(&tls(replica)).expect("the replica's certificate")),
+            acceptor: TlsAcceptor::from(
+                Certificates::load(&tls(replica)).expect("the replica's certificate").in_use().borrow().server.clone(),
+            ),
             connector: TlsConnector::from(
                 client_config(&tls(origin), &region_name(replica)).expect("the origin's certificate"),
             ),

@@ -158,6 +158,14 @@ pub struct PairRecorder {
     replica: Recorder,
 }
 
+impl PairRecorder {
+    /// Waits until the origin is recorded up to a revision: from then on a compaction does not overtake the recorder.
+    pub async fn origin_seen(&self, revision: Revision) {
+        let seen = async || (self.origin.seen() >= revision).then_some(());
+        until("the recorder to see the origin's revision", PATIENCE, seen).await;
+    }
+}
+
 pub fn link_name(name: &str) -> LinkName {
     LinkName::new(name).expect("the bed's links have good names")
 }

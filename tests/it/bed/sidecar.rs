@@ -101,6 +101,8 @@ pub struct SidecarOptions {
     pub ports: Ports,
     /// As `make_certificates` left it.
     pub certs: PathBuf,
+    /// `tls.crl`.
+    pub crl: Option<PathBuf>,
     pub send: Vec<SendLink>,
     pub receive: Vec<ReceiveLink>,
     /// Keys of `[limits]`.
@@ -108,6 +110,8 @@ pub struct SidecarOptions {
     pub log_level: String,
     /// Of `[etcd]`.
     pub allow_corrupting_versions: bool,
+    /// Of the next start's environment, such as `spooled=return`; empty: none.
+    pub failpoints: String,
 }
 
 impl SidecarOptions {
@@ -121,11 +125,13 @@ impl SidecarOptions {
             etcd,
             ports,
             certs: certs.to_owned(),
+            crl: None,
             send: Vec::new(),
             receive: Vec::new(),
             limits: BTreeMap::new(),
             log_level: "info,etcd_ferry=debug".to_owned(),
             allow_corrupting_versions: false,
+            failpoints: String::new(),
         }
     }
 }
@@ -181,6 +187,8 @@ struct TlsTable<'a> {
     ca: PathBuf,
     cert: PathBuf,
     key: PathBuf,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    crl: Option<&'a Path>,
     admins: [&'a str; 1],
 }
 
@@ -251,6 +259,7 @@ impl Sidecar {
                 ca: options.certs.join("ca.pem"),
                 cert: options.certs.join(format!("{}.pem", options.region)),
                 key: options.certs.join(format!("{}.key", options.region)),
+                crl: options.crl.as_deref(),
                 admins: ["spiffe://etcd-ferry.dev/admin"],
             },
             log: LogTable { format: "text", level: &options.log_level },
@@ -274,8 +283,9 @@ impl Sidecar {
         self.process = None;
         let mut command = Command::new(env!("CARGO_BIN_EXE_etcd-ferry"));
         command.args(["run", "--config"]).arg(self.config_path());
+        command.env("ETCD_FERRY_FAILPOINTS", &self.options.failpoints);
         let name = format!("etcd-ferry {}", self.options.node);
-        self.process = Some(Process::start(&name, &mut command, &self.dir.join("ferry.log")));
+        self.process = Some(Process::start(&name, &mut command, &self.log_path()));
     }
 
     /// Starts it where it was, killing it if it still runs, and waits until it answers over http.
@@ -302,8 +312,17 @@ impl Sidecar {
         until("the sidecar to end", PATIENCE, async || process.ended()).await
     }
 
+    /// How it ended, if it has.
+    pub fn try_ended(&mut self) -> Option<ExitStatus> {
+        self.process.as_mut().expect("this sidecar was not started").ended()
+    }
+
     pub fn log(&self) -> String {
-        fs::read_to_string(self.dir.join("ferry.log")).unwrap_or_default()
+        fs::read_to_string(self.log_path()).unwrap_or_default()
+    }
+
+    pub fn log_path(&self) -> PathBuf {
+        self.dir.join("ferry.log")
     }
 
     /// SIGKILL.
@@ -345,6 +364,11 @@ impl Sidecar {
     pub async fn health(&self) -> Option<Value> {
         let (_, body) = get(self.options.ports.http, "/healthz?full=1").await?;
         serde_json::from_str(&body).ok()
+    }
+
+    /// What `pick` finds in `/healthz?full=1`, as soon as it finds something.
+    pub async fn wait_for_health<T>(&self, what: &str, pick: impl Fn(&Value) -> Option<T>) -> T {
+        until(what, PATIENCE, async || pick(&self.health().await?)).await
     }
 
     /// A page of the http listener: status code and body.

@@ -1,0 +1,506 @@
+//! Job: print a sidecar's status: as JSON for scripts, as a table for people.
+//! Input: a reply; the terminal's width. Output: text.
+//! Pure: no clock, no I/O.
+//! Always true: nothing printed holds a control character; the JSON's names and their order are part of the product.
+
+use super::limits::{self, LimitsJson};
+use super::proto::{Canary, Certificates, Copy, EtcdMember, ForeignWrites, Link, StatusReply};
+use super::quarantine::{QuarantinedJson, note};
+use super::verification::{VerificationJson, counted, verification_lines};
+use serde::Serialize;
+use std::collections::BTreeMap;
+
+/// The JSON of `status --json`; its names and their order are part of the product.
+#[derive(Serialize)]
+struct StatusJson<'a> {
+    region: &'a str,
+    node: &'a str,
+    version: &'a str,
+    links: Vec<LinkJson<'a>>,
+    etcd: Vec<MemberJson<'a>>,
+    certificates: Option<CertificatesJson<'a>>,
+}
+
+#[derive(Serialize)]
+struct CertificatesJson<'a> {
+    subject: &'a str,
+    sans: &'a [String],
+    own_expires_at: i64,
+    ca_expires_at: i64,
+    crl_expires_at: Option<i64>,
+    reloads: u64,
+    refused: &'a str,
+}
+
+#[derive(Serialize)]
+struct MemberJson<'a> {
+    endpoint: &'a str,
+    ok: bool,
+    version: &'a str,
+    leader: bool,
+    verdict: &'a str,
+    detail: &'a str,
+}
+
+#[derive(Serialize)]
+struct LinkJson<'a> {
+    link: &'a str,
+    side: &'a str,
+    state: &'a str,
+    role: Option<&'a str>,
+    shipper: &'a str,
+    reason: &'a str,
+    peer: &'a str,
+    epoch: u64,
+    term: u64,
+    seq: u64,
+    origin_revision: u64,
+    head_revision: u64,
+    applied_seq: u64,
+    durable_seq: u64,
+    lag_revisions: u64,
+    lag_seconds: f64,
+    rpo_revisions: u64,
+    rpo_seconds: f64,
+    stalled_seconds: f64,
+    bytes_raw: u64,
+    bytes_sent: u64,
+    counts: BTreeMap<&'a str, u64>,
+    copy: Option<CopyJson>,
+    canary: Option<CanaryJson>,
+    limits: Option<LimitsJson<'a>>,
+    verification: Option<VerificationJson<'a>>,
+    foreign_writes: Option<ForeignJson<'a>>,
+    quarantined_revisions: u64,
+    quarantined: Vec<QuarantinedJson<'a>>,
+}
+
+#[derive(Serialize)]
+struct ForeignJson<'a> {
+    checked_revision: u64,
+    revisions: u64,
+    keys: u64,
+    first_revision: u64,
+    last_revision: u64,
+    first_keys: &'a [String],
+    expected: &'a str,
+    trouble: &'a str,
+}
+
+#[derive(Serialize)]
+struct CanaryJson {
+    seconds: f64,
+    waiting_seconds: f64,
+}
+
+#[derive(Serialize)]
+struct CopyJson {
+    keys_done: u64,
+    keys_total: u64,
+}
+
+/// For scripts.
+pub fn status_json(reply: &StatusReply) -> String {
+    let status = StatusJson {
+        region: &reply.region,
+        node: &reply.node,
+        version: &reply.version,
+        links: reply.links.iter().map(link_json).collect(),
+        etcd: reply.etcd.iter().map(member_json).collect(),
+        certificates: reply.certificates.as_ref().map(certificates_json),
+    };
+    // Strings, numbers and lists of them: serde_json has no way to fail on these.
+    serde_json::to_string_pretty(&status).unwrap_or_default()
+}
+
+fn certificates_json(certificates: &Certificates) -> CertificatesJson<'_> {
+    let Certificates { subject, sans, own_expires_at, ca_expires_at, crl_expires_at, reloads, refused } = certificates;
+    CertificatesJson {
+        subject,
+        sans,
+        own_expires_at: *own_expires_at,
+        ca_expires_at: *ca_expires_at,
+        crl_expires_at: *crl_expires_at,
+        reloads: *reloads,
+        refused,
+    }
+}
+
+fn member_json(member: &EtcdMember) -> MemberJson<'_> {
+    let EtcdMember { endpoint, ok, version, leader, verdict, detail } = member;
+    MemberJson { endpoint, ok: *ok, version, leader: *leader, verdict, detail }
+}
+
+fn link_json(link: &Link) -> LinkJson<'_> {
+    LinkJson {
+        link: &link.link,
+        side: &link.side,
+        state: &link.state,
+        role: Some(link.role.as_str()).filter(|role| !role.is_empty()),
+        shipper: &link.shipper,
+        reason: &link.reason,
+        peer: &link.peer,
+        epoch: link.epoch,
+        term: link.term,
+        seq: link.seq,
+        origin_revision: link.origin_revision,
+        head_revision: link.head_revision,
+        applied_seq: link.applied_seq,
+        durable_seq: link.durable_seq,
+        lag_revisions: link.lag_revisions,
+        lag_seconds: link.lag_seconds,
+        rpo_revisions: link.rpo_revisions,
+        rpo_seconds: link.rpo_seconds,
+        stalled_seconds: link.stalled_seconds,
+        bytes_raw: link.bytes_raw,
+        bytes_sent: link.bytes_sent,
+        counts: link.counts.iter().map(|(name, count)| (name.as_str(), *count)).collect(),
+        copy: link.copy.as_ref().map(|copy| CopyJson { keys_done: copy.keys_done, keys_total: copy.keys_total }),
+        canary: link.canary.map(|Canary { seconds, waiting_seconds }| CanaryJson { seconds, waiting_seconds }),
+        limits: link.limits.as_ref().map(LimitsJson::of),
+        verification: link.verification.as_ref().map(VerificationJson::of),
+        foreign_writes: link.foreign_writes.as_ref().map(|foreign| ForeignJson {
+            checked_revision: foreign.checked_revision,
+            revisions: foreign.revisions,
+            keys: foreign.keys,
+            first_revision: foreign.first_revision,
+            last_revision: foreign.last_revision,
+            first_keys: &foreign.first_keys,
+            expected: &foreign.expected,
+            trouble: &foreign.trouble,
+        }),
+        quarantined_revisions: link.quarantined_revisions,
+        quarantined: link.quarantined.iter().map(QuarantinedJson::of).collect(),
+    }
+}
+
+/// For people. `width` is that of the terminal, in columns; `None` when the output is not a terminal: then there are no bars.
+pub fn status_table(reply: &StatusReply, width: Option<usize>) -> String {
+    let mut text = line(&format!("{} in {}, etcd-ferry {}", reply.node, reply.region, reply.version));
+    if reply.links.is_empty() {
+        text.push_str("no links are configured\n");
+        return text;
+    }
+    text.push('\n');
+    text.push_str(&aligned(&reply.links));
+    let links = reply.links.iter().map(|link| notes(link, width));
+    let others = reply.etcd.iter().map(member_note).chain(reply.certificates.iter().map(certificates_note));
+    let notes: String = links.chain(others).collect();
+    if !notes.is_empty() {
+        text.push('\n');
+        text.push_str(&notes);
+    }
+    text
+}
+
+fn line(text: &str) -> String {
+    format!("{}\n", printable(text.trim_end()))
+}
+
+/// A reason may hold what a peer said: it must neither drive the terminal nor forge a line.
+pub(super) fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
+const COLUMNS: [&str; 9] = ["LINK", "SIDE", "STATE", "SEQ", "APPLIED", "LAG", "RPO", "RATIO", "PEER"];
+
+fn row(link: &Link) -> [String; 9] {
+    [
+        link.link.clone(),
+        link.side.clone(),
+        if link.role == "standby" { format!("{} (standby)", link.state) } else { link.state.clone() },
+        link.seq.to_string(),
+        link.applied_seq.to_string(),
+        behind(link.lag_seconds, link.lag_revisions),
+        behind(link.rpo_seconds, link.rpo_revisions),
+        ratio(link.bytes_raw, link.bytes_sent),
+        link.peer.clone(),
+    ]
+}
+
+/// Each column as wide as its widest cell; the last one is not padded.
+fn aligned(links: &[Link]) -> String {
+    let header = COLUMNS.map(str::to_owned);
+    let rows: Vec<[String; 9]> = std::iter::once(header).chain(links.iter().map(row)).collect();
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let mut text = String::new();
+    for row in &rows {
+        let cells: Vec<String> =
+            row.iter().enumerate().map(|(column, cell)| format!("{cell:<0$}", width(column))).collect();
+        text.push_str(&line(&cells.join("  ")));
+    }
+    text
+}
+
+/// What a link has to say beside its row: its reason, and how far its base copy is.
+fn notes(link: &Link, width: Option<usize>) -> String {
+    let mut text = String::new();
+    let who = format!("{} ({})", link.link, link.side);
+    if !link.reason.is_empty() {
+        text.push_str(&line(&format!("{who}: {}", link.reason)));
+    }
+    if let Some(copy) = &link.copy {
+        let columns = width.map(|columns| columns.saturating_sub(who.len() + 2));
+        text.push_str(&line(&format!("{who}: {}", progress(copy, columns))));
+    }
+    if let Some(canary) = &link.canary {
+        text.push_str(&line(&format!("{who}: {}", canary_words(canary))));
+    }
+    for said in link.limits.iter().map(limits::line).filter(|said| !said.is_empty()) {
+        text.push_str(&line(&format!("{who}: {said}")));
+    }
+    for said in link.verification.iter().flat_map(verification_lines) {
+        text.push_str(&line(&format!("{who}: {said}")));
+    }
+    if let Some(said) = note(link) {
+        text.push_str(&line(&format!("{who}: {said}")));
+    }
+    for said in link.foreign_writes.iter().flat_map(foreign_lines) {
+        text.push_str(&line(&format!("{who}: {said}")));
+    }
+    text
+}
+
+fn canary_words(canary: &Canary) -> String {
+    let Canary { seconds, waiting_seconds } = *canary;
+    if waiting_seconds > seconds.max(1.0) {
+        return format!("a canary has been on its way to the replica for {}", duration(waiting_seconds));
+    }
+    format!("the last canary was applied {} after its write", duration(seconds))
+}
+
+/// Of a member whose version is no good; that one is down is said by the links that miss it.
+fn member_note(member: &EtcdMember) -> String {
+    let EtcdMember { endpoint, version, verdict, detail, .. } = member;
+    match &verdict[..] {
+        "" | "fine" => String::new(),
+        _ => line(&format!("etcd {version} at {endpoint} ({verdict}): {detail}")),
+    }
+}
+
+/// Of files that are not in use.
+fn certificates_note(certificates: &Certificates) -> String {
+    match &certificates.refused[..] {
+        "" => String::new(),
+        reason => line(&format!("certificates: new files are refused, the last ones stay in use: {reason}")),
+    }
+}
+
+fn foreign_lines(foreign: &ForeignWrites) -> Vec<String> {
+    let ForeignWrites { revisions, keys, first_revision, last_revision, first_keys, trouble, .. } = foreign;
+    let mut lines = Vec::new();
+    if *revisions > 0 {
+        let more = if *keys > first_keys.len() as u64 { ", ..." } else { "" };
+        let at = if first_revision == last_revision {
+            format!("revision {first_revision}")
+        } else {
+            format!("revisions {first_revision} to {last_revision}")
+        };
+        let (count, names) = (counted(*keys), first_keys.join(", "));
+        lines
+            .push(format!("somebody else wrote {count} here, in {at}: {names}{more}; `repair` at the origin mends it"));
+    }
+    if !trouble.is_empty() {
+        lines.push(format!("foreign writes cannot be looked for: {trouble}"));
+    }
+    lines
+}
+
+const BAR_COLUMNS_MIN: usize = 10;
+const BAR_COLUMNS_MAX: usize = 40;
+
+/// `columns` is the room for the line; without it, or with too little, the words stand alone.
+fn progress(copy: &Copy, columns: Option<usize>) -> String {
+    if copy.keys_total == 0 {
+        return format!("{} keys copied", copy.keys_done);
+    }
+    let done = copy.keys_done.min(copy.keys_total);
+    let share = done as f64 / copy.keys_total as f64;
+    let words = format!("{:3.0} %, {} of {} keys copied", (share * 100.0).floor(), done, copy.keys_total);
+    let room = columns.unwrap_or(0).saturating_sub(words.len() + 3).min(BAR_COLUMNS_MAX);
+    if room < BAR_COLUMNS_MIN {
+        return words;
+    }
+    let filled = (0..room).filter(|column| ((column + 1) as f64) <= share * room as f64).count();
+    format!("[{}{}] {words}", "#".repeat(filled), ".".repeat(room - filled))
+}
+
+/// How far behind: a time, and revisions if there are any.
+fn behind(seconds: f64, revisions: u64) -> String {
+    let time = duration(seconds);
+    if revisions == 0 { time } else { format!("{time}, {revisions} rev") }
+}
+
+/// Two units at most: enough to judge, short enough for a column.
+fn duration(seconds: f64) -> String {
+    let seconds = seconds.max(0.0);
+    if seconds < 1.0 {
+        return format!("{:.0} ms", (seconds * 1000.0).floor());
+    }
+    if seconds < 60.0 {
+        return format!("{seconds:.1} s");
+    }
+    let whole = |unit: f64| (seconds / unit).floor();
+    if seconds < 3600.0 {
+        return format!("{} min {:.0} s", whole(60.0), (seconds % 60.0).floor());
+    }
+    if seconds < 86_400.0 {
+        return format!("{} h {:.0} min", whole(3600.0), (seconds % 3600.0 / 60.0).floor());
+    }
+    format!("{} d {:.0} h", whole(86_400.0), (seconds % 86_400.0 / 3600.0).floor())
+}
+
+fn ratio(bytes_raw: u64, bytes_sent: u64) -> String {
+    if bytes_sent == 0 {
+        return "-".to_owned();
+    }
+    format!("{:.1}", bytes_raw as f64 / bytes_sent as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn link() -> Link {
+        Link {
+            link: "config".to_owned(),
+            side: "origin".to_owned(),
+            state: "following".to_owned(),
+            peer: "spiffe://etcd-ferry.dev/region/cn-hangzhou".to_owned(),
+            epoch: 2,
+            seq: 120,
+            applied_seq: 118,
+            origin_revision: 4000,
+            head_revision: 4002,
+            durable_seq: 119,
+            lag_revisions: 2,
+            lag_seconds: 0.0421,
+            rpo_revisions: 1,
+            rpo_seconds: 0.0209,
+            bytes_raw: 14_000,
+            bytes_sent: 1000,
+            ..Link::default()
+        }
+    }
+
+    fn member(version: &str, verdict: &str, detail: &str) -> EtcdMember {
+        EtcdMember {
+            endpoint: "http://127.0.0.1:2379".to_owned(),
+            ok: true,
+            version: version.to_owned(),
+            leader: true,
+            verdict: verdict.to_owned(),
+            detail: detail.to_owned(),
+        }
+    }
+
+    fn reply(links: Vec<Link>) -> StatusReply {
+        let (region, node) = ("us-east-1".to_owned(), "us-east-1-a".to_owned());
+        StatusReply { region, node, version: "0.1.0".to_owned(), links, etcd: Vec::new(), certificates: None }
+    }
+
+    #[test]
+    fn the_json_has_the_promised_names_in_the_promised_order() {
+        let mut link = link();
+        link.counts = [("skipped".to_owned(), 1), ("repeated".to_owned(), 4)].into();
+        link.copy = Some(Copy { keys_done: 5, keys_total: 9 });
+        link.canary = Some(Canary { seconds: 0.08, waiting_seconds: 0.0 });
+        (link.role, link.shipper) = ("shipper".to_owned(), "us-east-1-a".to_owned());
+        let mut reply = reply(vec![link]);
+        reply.etcd.push(member("3.5.1", "refused", "upgrade it"));
+        reply.certificates = Some(Certificates {
+            subject: "CN=us-east-1".to_owned(),
+            sans: vec!["spiffe://etcd-ferry.dev/region/us-east-1".to_owned()],
+            own_expires_at: 1_800_000_000,
+            ca_expires_at: 1_900_000_000,
+            reloads: 2,
+            ..Certificates::default()
+        });
+        let json = status_json(&reply);
+        let one_line: String = json.lines().map(str::trim_start).collect::<Vec<_>>().join(" ");
+        assert_eq!(
+            one_line,
+            "{ \"region\": \"us-east-1\", \"node\": \"us-east-1-a\", \"version\": \"0.1.0\", \"links\": [ { \
+             \"link\": \"config\", \"side\": \"origin\", \"state\": \"following\", \
+             \"role\": \"shipper\", \"shipper\": \"us-east-1-a\", \"reason\": \"\", \"peer\": \"spiffe://etcd-ferry.dev/region/cn-hangzhou\", \"epoch\": 2, \"term\": 0, \"seq\": 120, \
+             \"origin_revision\": 4000, \"head_revision\": 4002, \"applied_seq\": 118, \"durable_seq\": 119, \
+             \"lag_revisions\": 2, \"lag_seconds\": 0.0421, \"rpo_revisions\": 1, \"rpo_seconds\": 0.0209, \"stalled_seconds\": 0.0, \
+             \"bytes_raw\": 14000, \"bytes_sent\": 1000, \"counts\": { \"repeated\": 4, \"skipped\": 1 }, \
+             \"copy\": { \"keys_done\": 5, \"keys_total\": 9 }, \"canary\": { \"seconds\": 0.08, \"waiting_seconds\": 0.0 }, \"limits\": null, \"verification\": null, \
+             \"foreign_writes\": null, \"quarantined_revisions\": 0, \"quarantined\": [] } ], \"etcd\": [ { \"endpoint\": \"http://127.0.0.1:2379\", \"ok\": true, \
+             \"version\": \"3.5.1\", \"leader\": true, \"verdict\": \"refused\", \"detail\": \"upgrade it\" } ], \"certificates\": { \"subject\": \"CN=us-east-1\", \"sans\": [ \"spiffe://etcd-ferry.dev/region/us-east-1\" ], \
+             \"own_expires_at\": 1800000000, \"ca_expires_at\": 1900000000, \"crl_expires_at\": null, \"reloads\": 2, \"refused\": \"\" } }"
+        );
+    }
+
+    #[test]
+    fn the_table_is_aligned_and_reasons_stand_below_it() {
+        let stopped = Link {
+            link: "orders-of-the-shop".to_owned(),
+            side: "replica".to_owned(),
+            state: "stopped".to_owned(),
+            reason: "the origin was restored: run `etcd-ferry resync`".to_owned(),
+            ..Link::default()
+        };
+        assert_eq!(
+            status_table(&reply(vec![link(), stopped]), None),
+            "us-east-1-a in us-east-1, etcd-ferry 0.1.0\n\
+             \n\
+             LINK                SIDE     STATE      SEQ  APPLIED  LAG           RPO           RATIO  PEER\n\
+             config              origin   following  120  118      42 ms, 2 rev  20 ms, 1 rev  14.0   spiffe://etcd-ferry.dev/region/cn-hangzhou\n\
+             orders-of-the-shop  replica  stopped    0    0        0 ms          0 ms          -\n\
+             \n\
+             orders-of-the-shop (replica): the origin was restored: run `etcd-ferry resync`\n"
+        );
+        assert!(status_table(&reply(Vec::new()), None).ends_with("no links are configured\n"));
+    }
+
+    #[test]
+    fn a_member_of_a_version_that_is_no_good_stands_below_the_table_and_any_other_does_not() {
+        let mut reply = reply(vec![link()]);
+        reply.etcd =
+            vec![member("3.5.30", "fine", ""), member("", "", "no answer"), member("3.5.16", "warned", "upgrade it")];
+        let table = status_table(&reply, None);
+        let below = table.rsplit("\n\n").next();
+        assert_eq!(below, Some("etcd 3.5.16 at http://127.0.0.1:2379 (warned): upgrade it\n"), "{table}");
+    }
+
+    #[test]
+    fn a_canary_is_told_by_the_time_that_it_took_unless_one_has_been_on_its_way_for_longer() {
+        let words = |seconds, waiting_seconds| canary_words(&Canary { seconds, waiting_seconds });
+        assert_eq!(words(0.044, 0.02), "the last canary was applied 44 ms after its write");
+        assert_eq!(words(0.044, 0.9), "the last canary was applied 44 ms after its write");
+        assert_eq!(words(0.044, 12.0), "a canary has been on its way to the replica for 12.0 s");
+        assert_eq!(words(0.0, 61.0), "a canary has been on its way to the replica for 1 min 1 s");
+    }
+
+    #[test]
+    fn a_copy_shows_a_bar_on_a_terminal_and_words_elsewhere() {
+        let mut copying = link();
+        copying.copy = Some(Copy { keys_done: 45_000, keys_total: 100_000 });
+        let note = |width| status_table(&reply(vec![copying.clone()]), width).lines().last().map(str::to_owned);
+        assert_eq!(note(None).unwrap(), "config (origin):  45 %, 45000 of 100000 keys copied");
+        assert_eq!(note(Some(40)), note(None), "too narrow for a bar");
+        let bar = note(Some(80)).unwrap();
+        assert_eq!(bar, "config (origin): [###########...............]  45 %, 45000 of 100000 keys copied");
+        assert_eq!(bar.len(), 80);
+        assert_eq!(note(Some(500)).unwrap().matches(['#', '.']).count(), BAR_COLUMNS_MAX);
+
+        copying.copy = Some(Copy { keys_done: 7, keys_total: 0 });
+        assert_eq!(notes(&copying, Some(80)), "config (origin): 7 keys copied\n");
+    }
+
+    #[test]
+    fn what_a_peer_says_neither_drives_the_terminal_nor_forges_a_line() {
+        let mut hostile = link();
+        hostile.reason = "\u{1b}[2Jgone\nconfig (origin): all is well".to_owned();
+        let table = status_table(&reply(vec![hostile]), None);
+        assert!(table.ends_with("\nconfig (origin):  [2Jgone config (origin): all is well\n"), "{table}");
+    }
+
+    #[test]
+    fn a_time_has_two_units_at_most() {
+        let shown = [-1.0, f64::NAN, 0.9999, 59.94, 61.0, 3599.0, 3661.0, 90_000.0].map(duration);
+        assert_eq!(shown, ["0 ms", "0 ms", "999 ms", "59.9 s", "1 min 1 s", "59 min 59 s", "1 h 1 min", "1 d 1 h"]);
+    }
+}

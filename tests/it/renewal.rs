@@ -1,0 +1,275 @@
+//! Job: certificates change under running links: what is sound is taken, what is not is refused and told, and a peer that is not to be
+//! trusted any more is cut.
+//! Input: pairs whose certificates' files are replaced, as people, scripts and Kubernetes replace them. Output: passes or fails.
+//! Always true: no revision is lost, and both sides end equal.
+
+use crate::bed::etcd::EtcdOptions;
+use crate::bed::pair::{LINK, ORIGIN_REGION, Pair, PairOptions, REPLICA_REGION};
+use crate::bed::sidecar::Sidecar;
+use crate::etcd_access::etcd_tls;
+use etcd_ferry::certs::issue::{IssueRequest, Issuer, Pair as KeyPair};
+use etcd_ferry::model::Revision;
+use serde_json::Value;
+use std::fs;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use time::OffsetDateTime;
+
+/// After the reload of a revocation list.
+const CUT_WITHIN: Duration = Duration::from_secs(5);
+
+/// One sidecar's files, in a folder of its own.
+struct Files {
+    dir: PathBuf,
+    region: &'static str,
+}
+
+impl Files {
+    fn new(pair: &Pair, region: &'static str) -> Self {
+        let dir = pair.dir().join(format!("certs-{region}"));
+        fs::create_dir(&dir).unwrap();
+        Self { dir, region }
+    }
+
+    /// As a careful person replaces a file.
+    fn put(&self, name: &str, content: &str, mode: u32) {
+        let (new, old) = (self.dir.join(format!("{name}.new")), self.dir.join(name));
+        let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&new).unwrap();
+        std::io::Write::write_all(&mut file, content.as_bytes()).unwrap();
+        fs::rename(new, old).unwrap();
+    }
+
+    fn put_ca(&self, issuers: &[&Issuer]) {
+        self.put("ca.pem", &issuers.iter().map(|issuer| issuer.ca_pem()).collect::<String>(), 0o644);
+    }
+
+    fn put_pair(&self, pair: &KeyPair) {
+        self.put(&format!("{}.pem", self.region), &pair.cert_pem, 0o644);
+        self.put(&format!("{}.key", self.region), &pair.key_pem, 0o600);
+    }
+
+    /// The next pair, of the same name.
+    fn issue(&self, issuer: &Issuer) -> KeyPair {
+        issuer.issue(&IssueRequest::region(self.region)).unwrap()
+    }
+}
+
+/// A pair whose sidecars have their own files, of one CA.
+async fn prepared() -> (Pair, Issuer, [Files; 2]) {
+    let mut pair = Box::pin(Pair::prepare(PairOptions::default())).await;
+    let certs = pair.origin_sidecar.options.certs.clone();
+    let issuer = Issuer::load(&certs.join("ca.pem"), &certs.join("ca.key")).unwrap();
+    let files = [ORIGIN_REGION, REPLICA_REGION].map(|region| Files::new(&pair, region));
+    for (files, sidecar) in files.iter().zip([&mut pair.origin_sidecar, &mut pair.replica_sidecar]) {
+        files.put_ca(&[&issuer]);
+        files.put_pair(&files.issue(&issuer));
+        sidecar.options.certs.clone_from(&files.dir);
+        for name in ["admin.pem", "admin.key"] {
+            fs::copy(certs.join(name), files.dir.join(name)).unwrap();
+        }
+        sidecar.write_config();
+    }
+    (pair, issuer, files)
+}
+
+async fn following(pair: &mut Pair) {
+    pair.origin_sidecar.restart().await;
+    pair.replica_sidecar.restart().await;
+    let revision = pair.origin.put("/app/first", "1").await;
+    pair.wait_applied(revision).await;
+}
+
+async fn certificates(sidecar: &Sidecar, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+    sidecar.wait_for_health(what, |health| Some(health["certificates"].clone()).filter(|c| wanted(c))).await
+}
+
+async fn reloaded(sidecar: &Sidecar, reloads: u64) {
+    certificates(sidecar, &format!("{reloads} reloads"), |c| c["reloads"] == reloads && c["refused"] == "").await;
+}
+
+/// How often the origin's sidecar has opened a stream.
+fn streams(pair: &Pair) -> usize {
+    pair.origin_sidecar.log().matches(": following link=").count()
+}
+
+async fn writes(pair: &Pair, round: usize) -> Revision {
+    let mut last = Revision(0);
+    for key in 0..20 {
+        last = pair.origin.put(&*format!("/app/{key}"), &*round.to_string()).await;
+    }
+    last
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn renewed_pairs_are_taken_into_use_while_the_stream_goes_on() {
+    let (mut pair, issuer, files) = prepared().await;
+    following(&mut pair).await;
+    let before = streams(&pair);
+    for round in 1..=3 {
+        for files in &files {
+            files.put_pair(&files.issue(&issuer));
+        }
+        writes(&pair, round).await;
+        for sidecar in [&pair.origin_sidecar, &pair.replica_sidecar] {
+            reloaded(sidecar, round as u64).await;
+        }
+        let last = writes(&pair, round).await;
+        pair.wait_applied(last).await;
+    }
+    assert_eq!(streams(&pair), before, "no stream was given up for a renewal: {}", pair.origin_sidecar.log());
+    let (_, metrics) = pair.origin_sidecar.http("/metrics").await;
+    assert!(metrics.contains("\netcd_ferry_certificate_reloads_total 3\n"), "{metrics}");
+    // What is dialled from now on shows the new certificate, and is shown it.
+    pair.proxy.cut();
+    pair.proxy.heal();
+    let last = writes(&pair, 9).await;
+    pair.wait_applied(last).await;
+    assert!(streams(&pair) > before);
+    pair.assert_equal().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_not_sound_is_refused_in_words_and_the_last_pair_stays_in_use() {
+    let (mut pair, issuer, [files, _]) = prepared().await;
+    following(&mut pair).await;
+    let request = || IssueRequest::region(ORIGIN_REGION);
+    let good = issuer.issue(&request()).unwrap();
+    let stranger = Issuer::new("another CA").unwrap();
+    let bad: [(&str, KeyPair, u32); 4] = [
+        ("expired on", issuer.issue(&request().expired()).unwrap(), 0o600),
+        ("was not issued by the configured CA", stranger.issue(&request()).unwrap(), 0o600),
+        ("does not name spiffe://", issuer.issue(&IssueRequest::region("elsewhere")).unwrap(), 0o600),
+        ("is open to others", issuer.issue(&request()).unwrap(), 0o644),
+    ];
+    let texts = bad.iter().map(|(words, pair, mode)| (*words, &pair.cert_pem[..], &pair.key_pem[..], *mode));
+    let halves = ("is not the key of", &good.cert_pem[..], &issuer.issue(&request()).unwrap().key_pem[..], 0o600);
+    for (nth, (words, cert, key, mode)) in texts.chain([halves]).enumerate() {
+        files.put(&format!("{ORIGIN_REGION}.pem"), cert, 0o644);
+        files.put(&format!("{ORIGIN_REGION}.key"), key, mode);
+        let told = |c: &Value| c["refused"].as_str().is_some_and(|reason| reason.contains(words));
+        certificates(&pair.origin_sidecar, words, told).await;
+        let (_, metrics) = pair.origin_sidecar.http("/metrics").await;
+        assert!(metrics.contains("\netcd_ferry_certificates_refused 1\n"), "{metrics}");
+        // A new dial shows the last one.
+        pair.proxy.cut();
+        pair.proxy.heal();
+        let last = writes(&pair, 1).await;
+        pair.wait_applied(last).await;
+        files.put_pair(&files.issue(&issuer));
+        reloaded(&pair.origin_sidecar, nth as u64 + 1).await;
+    }
+    let said = pair.origin_sidecar.log();
+    assert_eq!(said.matches("new certificates are refused").count(), 5, "each once: {said}");
+    assert!(!said.contains("BEGIN"), "no file's content is told");
+    pair.assert_equal().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_ca_is_replaced_by_steps_and_no_handshake_fails() {
+    let (mut pair, old, files) = prepared().await;
+    following(&mut pair).await;
+    let new = Issuer::new("the next CA").unwrap();
+    let both = [&pair.origin_sidecar, &pair.replica_sidecar];
+    for files in &files {
+        files.put_ca(&[&old, &new]);
+    }
+    for sidecar in both {
+        reloaded(sidecar, 1).await;
+    }
+    writes(&pair, 1).await;
+    for (files, sidecar) in files.iter().zip(both) {
+        files.put_pair(&files.issue(&new));
+        reloaded(sidecar, 2).await;
+        writes(&pair, 2).await;
+    }
+    for (files, sidecar) in files.iter().zip(both) {
+        files.put_ca(&[&new]);
+        reloaded(sidecar, 3).await;
+        writes(&pair, 3).await;
+    }
+    let last = writes(&pair, 4).await;
+    pair.wait_applied(last).await;
+    for sidecar in both {
+        let said = sidecar.log();
+        assert!(!said.contains("a connection was refused") && !said.contains("cannot be reached"), "{said}");
+    }
+    pair.assert_equal().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_that_is_revoked_is_cut_off_its_live_stream_and_comes_back_with_another_certificate() {
+    let (mut pair, issuer, [origin, replica]) = prepared().await;
+    let tomorrow = OffsetDateTime::now_utc() + time::Duration::days(1);
+    let stolen = origin.issue(&issuer);
+    origin.put_pair(&stolen);
+    replica.put("crl.pem", &issuer.revoke(&[], tomorrow).unwrap(), 0o644);
+    pair.replica_sidecar.options.crl = Some(replica.dir.join("crl.pem"));
+    pair.replica_sidecar.write_config();
+    following(&mut pair).await;
+    replica.put("crl.pem", &issuer.revoke(&[&stolen], tomorrow).unwrap(), 0o644);
+    reloaded(&pair.replica_sidecar, 1).await;
+    let since = Instant::now();
+    let refused = |link: &Value| link["reason"].as_str().is_some_and(|reason| reason.contains("revoked"));
+    pair.origin_sidecar.wait_for(LINK, "its certificate to be refused", refused).await;
+    let at_replica = pair.replica_sidecar.log();
+    assert!(at_replica.contains("a connection is cut"), "{at_replica}");
+    assert!(since.elapsed() < CUT_WITHIN, "it took {:?}", since.elapsed());
+    let waiting = writes(&pair, 1).await;
+    origin.put_pair(&origin.issue(&issuer));
+    pair.wait_applied(waiting).await;
+    pair.assert_equal().await;
+}
+
+/// Kubernetes mounts a secret as links into a folder that a link names, and swaps that link.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_swapped_link_is_a_new_pair() {
+    let (mut pair, issuer, [files, _]) = prepared().await;
+    let names = [format!("{ORIGIN_REGION}.pem"), format!("{ORIGIN_REGION}.key"), "ca.pem".to_owned()];
+    let data = |version: &str| files.dir.join(format!("..{version}"));
+    let mount = |version: &str, content: &KeyPair| {
+        let there = data(version);
+        fs::create_dir(&there).unwrap();
+        for (name, text) in names.iter().zip([&content.cert_pem[..], &content.key_pem, issuer.ca_pem()]) {
+            fs::write(there.join(name), text).unwrap();
+            fs::set_permissions(there.join(name), fs::Permissions::from_mode(0o600)).unwrap();
+        }
+        swap(&files.dir, &there);
+    };
+    mount("1", &files.issue(&issuer));
+    for name in &names {
+        fs::remove_file(files.dir.join(name)).unwrap();
+        symlink(Path::new("..data").join(name), files.dir.join(name)).unwrap();
+    }
+    following(&mut pair).await;
+    let before = streams(&pair);
+    mount("2", &files.issue(&issuer));
+    reloaded(&pair.origin_sidecar, 1).await;
+    let last = writes(&pair, 1).await;
+    pair.wait_applied(last).await;
+    assert_eq!(streams(&pair), before);
+    pair.assert_equal().await;
+}
+
+fn swap(dir: &Path, to: &Path) {
+    let (new, old) = (dir.join("..data_tmp"), dir.join("..data"));
+    symlink(to.file_name().unwrap(), &new).unwrap();
+    fs::rename(new, old).unwrap();
+}
+
+/// etcd itself takes new certificates at a restart; the sidecar takes its own then, from the same places.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_etcd_that_comes_back_with_another_ca_is_reached_with_what_is_in_the_files_then() {
+    let dir = tempfile::tempdir().unwrap();
+    let certs = dir.path().join("etcd");
+    let origin = EtcdOptions { tls: Some(etcd_tls(&certs)), ..EtcdOptions::origin() };
+    let mut pair = Box::pin(Pair::start(PairOptions { origin, ..PairOptions::default() })).await;
+    let revision = pair.origin.put("/app/first", "1").await;
+    pair.wait_applied(revision).await;
+    fs::remove_dir_all(&certs).unwrap();
+    etcd_tls(&certs);
+    pair.origin.restart().await;
+    let last = writes(&pair, 1).await;
+    pair.wait_applied(last).await;
+    pair.assert_equal().await;
+}
