@@ -6,7 +6,7 @@ use crate::admin::{self, Directory, LinkHandle, Listening};
 use crate::config::{Config, LogConfig, LogFormat};
 use crate::etcd::gate::Gate;
 use crate::metrics;
-use crate::model::{LinkStatus, Ranges, Side};
+use crate::model::{LINKS_PREFIX, LinkStatus, Ranges, Side};
 use crate::origin::OriginLink;
 use crate::replica::receive::Receiver;
 use crate::replica::{self, ReplicaLink, ReplicaTask};
@@ -16,6 +16,7 @@ use crate::wire::HELLO_BYTES_MAX;
 use crate::wire::replicate::handshake_server::HandshakeServer;
 use crate::wire::replicate::replicate_server::ReplicateServer;
 use anyhow::Context;
+use bytes::Bytes;
 use std::io::IsTerminal;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -108,7 +109,7 @@ impl App {
         let http = admin::http::Server::bind(config.listen.http).await?;
         let listening = Listening { peer: peer.local_addr()?, admin: admin.local_addr(), http: http.local_addr() };
         let exporter = metrics::install()?;
-        let etcd = Arc::new(Gate::new(config.etcd.clone()));
+        let etcd = Arc::new(Gate::new(config.etcd.clone(), readable_key(&config)));
         let mut links = Vec::new();
         let mut origins = Vec::new();
         for send in &config.send {
@@ -288,6 +289,13 @@ impl App {
         tracing::info!("stopped");
         outcome
     }
+}
+
+/// One that this sidecar's user may read in its etcd, as the README states the rights.
+fn readable_key(config: &Config) -> Bytes {
+    let positions = config.receive.iter().map(|receive| receive.link.position_key());
+    let waymarks = config.send.iter().map(|send| send.link.waymark_key());
+    positions.chain(waymarks).next().unwrap_or_else(|| Bytes::from_static(LINKS_PREFIX))
 }
 
 async fn until(deadline: Option<tokio::time::Instant>) {

@@ -4,6 +4,7 @@
 //! Always true: names start with `etcd_ferry_` and end in their unit; labels are `link`, `side` and, on one metric each, `state` or
 //! `certificate` (enums); never a key.
 
+use crate::model::limits::LimitsVerdict;
 use crate::model::{CertificatesStatus, ForeignStatus, LinkName, LinkState, LinkStatus, Role, Side};
 use metrics::{Label, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
@@ -31,6 +32,7 @@ pub const VERIFIED_TIMESTAMP_SECONDS: &str = "etcd_ferry_verified_timestamp_seco
 pub const VERIFIED_REVISION: &str = "etcd_ferry_verified_revision";
 pub const DIFFERING_KEYS: &str = "etcd_ferry_differing_keys";
 pub const QUARANTINED_REVISIONS: &str = "etcd_ferry_quarantined_revisions";
+pub const LIMITS_SHORT: &str = "etcd_ferry_limits_short";
 pub const QUEUE_BYTES: &str = "etcd_ferry_queue_bytes";
 pub const QUEUE_LIMIT_BYTES: &str = "etcd_ferry_queue_limit_bytes";
 pub const UNMENDED_FOREIGN_KEYS: &str = "etcd_ferry_unmended_foreign_keys";
@@ -46,7 +48,7 @@ pub const ROUND_TRIP_SECONDS: &str = "etcd_ferry_round_trip_seconds";
 pub const APPLY_SECONDS: &str = "etcd_ferry_apply_seconds";
 pub const BATCH_REVISIONS: &str = "etcd_ferry_batch_revisions";
 
-const GAUGES: [(&str, &str); 26] = [
+const GAUGES: [(&str, &str); 27] = [
     (LINK_STATE, "1 for the state that the link is in, else 0."),
     (LAG_SECONDS, "Since when the oldest origin revision that is not applied has been in etcd."),
     (LAG_REVISIONS, "Origin revisions that are not applied at the replica."),
@@ -77,6 +79,7 @@ const GAUGES: [(&str, &str); 26] = [
     (VERIFIED_REVISION, "The origin revision at which both sides were last proved equal; 0: none yet."),
     (DIFFERING_KEYS, "Keys that differed at the last comparison of both sides."),
     (QUARANTINED_REVISIONS, "Revisions that the replica goes on without."),
+    (LIMITS_SHORT, "1 where the replica takes less in a transaction than the origin's etcd does, else 0."),
     (QUEUE_BYTES, "What waits before the link's stages, in memory and in files."),
     (QUEUE_LIMIT_BYTES, "What may wait there: `spool_bytes_max` (origin), `journal_bytes_max` (replica)."),
     (
@@ -218,6 +221,7 @@ pub fn record_link(status: &LinkStatus) {
         gauge!(LINK_STATE, labels).set(if state == status.state { 1.0 } else { 0.0 });
     }
     let (copy, canary) = (status.copy.unwrap_or_default(), status.canary.unwrap_or_default());
+    let short = status.limits.as_ref().is_some_and(|limits| limits.verdict == LimitsVerdict::Short);
     let queue_bytes: u64 = status.stages.iter().map(|stage| stage.queue_bytes).sum();
     let queue_bytes_max: u64 = status.stages.iter().map(|stage| stage.queue_bytes_max).sum();
     let expected = |foreign: &&ForeignStatus| foreign.expected.is_empty();
@@ -243,6 +247,7 @@ pub fn record_link(status: &LinkStatus) {
         (VERIFIED_REVISION, status.verification.verified_revision.0 as f64),
         (DIFFERING_KEYS, status.verification.differing_keys as f64),
         (QUARANTINED_REVISIONS, status.quarantined_revisions as f64),
+        (LIMITS_SHORT, if short { 1.0 } else { 0.0 }),
         (QUEUE_BYTES, queue_bytes as f64),
         (QUEUE_LIMIT_BYTES, queue_bytes_max as f64),
         (UNMENDED_FOREIGN_KEYS, foreign_keys as f64),

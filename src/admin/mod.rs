@@ -6,6 +6,8 @@
 pub mod client;
 mod history;
 pub mod http;
+mod limits;
+mod messages;
 mod page;
 pub mod quarantine;
 pub mod service;

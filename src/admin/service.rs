@@ -3,14 +3,14 @@
 //! Edge: decides only who may call.
 //! Always true: nothing is answered to a certificate that bears none of `tls.admins`; every admin call and every refusal is in the log.
 
+use super::messages::{certificates_message, link_message, member_message, record_message, verification_message};
 use super::proto::admin_server::{self, Admin, AdminServer};
 use super::proto::{
-    AllowReply, AllowRequest, Canary, Certificates, Copy, DifferingRange, DiscardQuarantinedReply, EtcdMember,
-    ForeignWrites, Link, Quarantined, QuarantinedKey, QuarantinedRequest, QuarantinedRevision, RepairRequest,
+    AllowReply, AllowRequest, DiscardQuarantinedReply, QuarantinedRequest, QuarantinedRevision, RepairRequest,
     ResyncReply, ResyncRequest, RetryQuarantinedReply, StatusReply, StatusRequest, Verification, VerifyRequest,
 };
 use super::{Directory, LinkCommand, LinkHandle, ReplicaCommand};
-use crate::model::{self, LinkState, LinkStatus, Record, Seq};
+use crate::model::{self, LinkState, LinkStatus, Seq};
 use crate::tls::accept::{self, AcceptLimits, PeerConnectInfo};
 use crate::tls::reload::InUse;
 use axum::extract::State;
@@ -217,39 +217,6 @@ async fn tell_verification(link: String, run: u64, mut status: Told, out: mpsc::
     }
 }
 
-fn verification_message(verification: model::Verification) -> Verification {
-    let model::Verification {
-        verified_revision,
-        verified_at_ms,
-        differing_keys,
-        expected_keys,
-        differing_ranges,
-        runs,
-        outcome,
-        detail,
-        running,
-    } = verification;
-    let range = |range: model::DifferingRange| DifferingRange {
-        from: range.first.escape_ascii().to_string(),
-        to: range.last.escape_ascii().to_string(),
-        keys: range.keys,
-    };
-    let progress = running.unwrap_or_default();
-    Verification {
-        verified_revision: verified_revision.0,
-        verified_at: verified_at_ms as f64 / 1000.0,
-        differing_keys,
-        differing_ranges: differing_ranges.into_iter().map(range).collect(),
-        runs,
-        outcome: outcome.as_str().to_owned(),
-        detail,
-        running: running.is_some(),
-        parts_done: progress.parts_done,
-        parts_total: progress.parts_total,
-        expected_keys,
-    }
-}
-
 impl Service {
     /// Asks the link's task for a comparison, and tells how it goes.
     async fn compare<T>(
@@ -420,119 +387,6 @@ async fn command<T, C>(
         Status::unavailable(format!("link {link} is busy and did not answer yet: see its status, then repeat the call"))
     };
     tokio::time::timeout(COMMAND_TIMEOUT, exchange).await.unwrap_or_else(|_| Err(busy()))
-}
-
-fn link_message(status: LinkStatus) -> Link {
-    // Taken apart by name, so that a field that is added there is not forgotten here. Stages are for `/healthz?full=1`.
-    let LinkStatus {
-        link,
-        side,
-        state,
-        role,
-        shipper,
-        reason,
-        peer,
-        epoch,
-        term,
-        seq,
-        origin_revision,
-        head_revision,
-        applied_seq,
-        durable_seq,
-        lag_revisions,
-        lag_seconds,
-        rpo_revisions,
-        rpo_seconds,
-        stalled_seconds,
-        bytes_raw,
-        bytes_sent,
-        counts,
-        copy,
-        canary,
-        verification,
-        foreign_writes,
-        quarantined_revisions,
-        quarantined,
-        stages: _,
-    } = status;
-    Link {
-        link: link.to_string(),
-        side: side.as_str().to_owned(),
-        state: state.as_str().to_owned(),
-        role: role.map_or_else(String::new, |role| role.as_str().to_owned()),
-        shipper,
-        reason,
-        peer,
-        epoch: epoch.0,
-        term: term.0,
-        seq: seq.0,
-        origin_revision: origin_revision.0,
-        head_revision: head_revision.0,
-        applied_seq: applied_seq.0,
-        durable_seq: durable_seq.0,
-        lag_revisions,
-        lag_seconds,
-        rpo_revisions,
-        rpo_seconds,
-        stalled_seconds,
-        bytes_raw,
-        bytes_sent,
-        counts: counts.into_iter().map(|(name, count)| (name.to_owned(), count)).collect(),
-        copy: copy.map(|copy| Copy { keys_done: copy.keys_done, keys_total: copy.keys_total }),
-        canary: canary.map(|canary| Canary { seconds: canary.seconds, waiting_seconds: canary.waiting_seconds }),
-        verification: Some(verification_message(verification)),
-        foreign_writes: foreign_writes.map(foreign_message),
-        quarantined_revisions,
-        quarantined: quarantined.into_iter().map(quarantined_message).collect(),
-    }
-}
-
-fn quarantined_message(entry: model::QuarantinedStatus) -> Quarantined {
-    let model::QuarantinedStatus { seq, revision, keys, at_ms, reason } = entry;
-    Quarantined { seq: seq.0, origin_revision: revision.0, keys, at: at_ms as f64 / 1000.0, reason }
-}
-
-fn record_message(record: Record) -> QuarantinedRevision {
-    let key = |changed: model::Changed| QuarantinedKey {
-        key: changed.key.escape_ascii().to_string(),
-        deleted: changed.value_bytes.is_none(),
-        value_bytes: changed.value_bytes.unwrap_or(0),
-    };
-    QuarantinedRevision {
-        epoch: record.epoch.0,
-        seq: record.seq.0,
-        origin_revision: record.revision.0,
-        digest: record.digest.to_string(),
-        reason: record.reason,
-        refusals: record.refusals.into(),
-        at: record.at_ms as f64 / 1000.0,
-        part: record.part,
-        keys: record.changes.into_iter().map(key).collect(),
-    }
-}
-
-fn certificates_message(certificates: model::CertificatesStatus) -> Certificates {
-    let model::CertificatesStatus { subject, sans, own_expires_at, ca_expires_at, crl_expires_at, reloads, refused } =
-        certificates;
-    Certificates { subject, sans, own_expires_at, ca_expires_at, crl_expires_at, reloads, refused }
-}
-
-fn member_message(member: model::EtcdHealth) -> EtcdMember {
-    let model::EtcdHealth { endpoint, ok, version, leader, verdict, detail } = member;
-    EtcdMember { endpoint, ok, version, leader, verdict: verdict.to_owned(), detail }
-}
-
-fn foreign_message(foreign: model::ForeignStatus) -> ForeignWrites {
-    ForeignWrites {
-        checked_revision: foreign.checked_revision.0,
-        revisions: foreign.revisions,
-        keys: foreign.keys,
-        first_revision: foreign.first_revision.0,
-        last_revision: foreign.last_revision.0,
-        first_keys: foreign.first_keys,
-        expected: foreign.expected,
-        trouble: foreign.trouble,
-    }
 }
 
 /// The name under which grpc.health.v1 tells a link's health.

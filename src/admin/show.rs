@@ -3,6 +3,7 @@
 //! Pure: no clock, no I/O.
 //! Always true: nothing printed holds a control character; the JSON's names and their order are part of the product.
 
+use super::limits::{self, LimitsJson};
 use super::proto::{Canary, Certificates, Copy, EtcdMember, ForeignWrites, Link, StatusReply};
 use super::quarantine::{QuarantinedJson, note};
 use super::verification::{VerificationJson, counted, verification_lines};
@@ -67,6 +68,7 @@ struct LinkJson<'a> {
     counts: BTreeMap<&'a str, u64>,
     copy: Option<CopyJson>,
     canary: Option<CanaryJson>,
+    limits: Option<LimitsJson<'a>>,
     verification: Option<VerificationJson<'a>>,
     foreign_writes: Option<ForeignJson<'a>>,
     quarantined_revisions: u64,
@@ -155,6 +157,7 @@ fn link_json(link: &Link) -> LinkJson<'_> {
         counts: link.counts.iter().map(|(name, count)| (name.as_str(), *count)).collect(),
         copy: link.copy.as_ref().map(|copy| CopyJson { keys_done: copy.keys_done, keys_total: copy.keys_total }),
         canary: link.canary.map(|Canary { seconds, waiting_seconds }| CanaryJson { seconds, waiting_seconds }),
+        limits: link.limits.as_ref().map(LimitsJson::of),
         verification: link.verification.as_ref().map(VerificationJson::of),
         foreign_writes: link.foreign_writes.as_ref().map(|foreign| ForeignJson {
             checked_revision: foreign.checked_revision,
@@ -242,6 +245,9 @@ fn notes(link: &Link, width: Option<usize>) -> String {
     }
     if let Some(canary) = &link.canary {
         text.push_str(&line(&format!("{who}: {}", canary_words(canary))));
+    }
+    for said in link.limits.iter().map(limits::line).filter(|said| !said.is_empty()) {
+        text.push_str(&line(&format!("{who}: {said}")));
     }
     for said in link.verification.iter().flat_map(verification_lines) {
         text.push_str(&line(&format!("{who}: {said}")));
@@ -420,7 +426,7 @@ mod tests {
              \"origin_revision\": 4000, \"head_revision\": 4002, \"applied_seq\": 118, \"durable_seq\": 119, \
              \"lag_revisions\": 2, \"lag_seconds\": 0.0421, \"rpo_revisions\": 1, \"rpo_seconds\": 0.0209, \"stalled_seconds\": 0.0, \
              \"bytes_raw\": 14000, \"bytes_sent\": 1000, \"counts\": { \"repeated\": 4, \"skipped\": 1 }, \
-             \"copy\": { \"keys_done\": 5, \"keys_total\": 9 }, \"canary\": { \"seconds\": 0.08, \"waiting_seconds\": 0.0 }, \"verification\": null, \
+             \"copy\": { \"keys_done\": 5, \"keys_total\": 9 }, \"canary\": { \"seconds\": 0.08, \"waiting_seconds\": 0.0 }, \"limits\": null, \"verification\": null, \
              \"foreign_writes\": null, \"quarantined_revisions\": 0, \"quarantined\": [] } ], \"etcd\": [ { \"endpoint\": \"http://127.0.0.1:2379\", \"ok\": true, \
              \"version\": \"3.5.1\", \"leader\": true, \"verdict\": \"refused\", \"detail\": \"upgrade it\" } ], \"certificates\": { \"subject\": \"CN=us-east-1\", \"sans\": [ \"spiffe://etcd-ferry.dev/region/us-east-1\" ], \
              \"own_expires_at\": 1800000000, \"ca_expires_at\": 1900000000, \"crl_expires_at\": null, \"reloads\": 2, \"refused\": \"\" } }"

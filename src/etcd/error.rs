@@ -144,6 +144,9 @@ fn status_reaction(status: &tonic::Status, endpoints: &str) -> EtcdError {
         denied(text)
     } else if has("user name is empty") {
         EtcdError::LoginLost(format!("{text}: it asks for a user, see [etcd] username"))
+    } else if has("user name not found") {
+        // The one that etcd reads from a client certificate, where nobody logs in.
+        EtcdError::LoginLost(format!("{text}: it is the client certificate's common name, see [etcd] username"))
     } else if has("invalid auth token") || has("auth: revision in header is old") || has("authentication failed") {
         EtcdError::LoginLost(text.to_owned())
     } else if has("transport error") {

@@ -1,12 +1,17 @@
-//! Job: the gate before etcd: ask each configured member for its version, and let nothing through where one of them corrupts.
-//! Input: an `EtcdConfig`, what members say of themselves. Output: connections, or why there is none; an `EtcdHealth` for each member.
-//! Edge: what is to be thought of a version is in version.rs.
+//! Job: the gate before etcd: ask each configured member for its version and its limits, and let nothing through where one of them corrupts.
+//! Input: an `EtcdConfig`, what members say of themselves. Output: connections, or why there is none; an `EtcdHealth` for each member, the
+//! cluster's limits.
+//! Edge: what is to be thought of a version is in version.rs, how limits are asked for in limits.rs.
 //! Always true: every connection of a link is made here; a member that does not answer holds nobody up for longer than `ASK_MAX`.
 
+use super::limits::{self, Found, Pulse};
 use super::version::{self, Verdict, Version};
 use super::{Etcd, EtcdError, Member};
 use crate::config::EtcdConfig;
 use crate::model::EtcdHealth;
+use crate::model::limits::TxnLimits;
+use bytes::Bytes;
+use futures::stream::{FuturesUnordered, StreamExt};
 use std::time::Duration;
 use tokio::sync::{Mutex, watch};
 use tokio::time::Instant;
@@ -16,14 +21,48 @@ use tokio_util::sync::CancellationToken;
 const ASK_MAX: Duration = Duration::from_secs(1);
 /// How often each member is asked while nobody connects.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
+/// A handful of small questions.
+const MEASURE_MAX: Duration = Duration::from_secs(5);
+/// What a member did not tell is asked for again.
+const MEASURE_AGAIN: Duration = Duration::from_secs(60);
+/// Nothing is asked more often than this, whatever ends pulses.
+const MEASURE_AGAIN_MIN: Duration = Duration::from_secs(5);
 
 /// The cluster beside this sidecar, whose members are asked who they are before anything else is.
 pub struct Gate {
     config: EtcdConfig,
+    /// One that the configured user may read, wherever the rights are as they must be.
+    readable_key: Bytes,
     /// When members began to be asked last; held until they have answered, so that whoever came before shares the next answer.
     asked: Mutex<Option<Instant>>,
     members: watch::Sender<Vec<EtcdHealth>>,
     refusal: watch::Sender<Option<Refusal>>,
+    limits: watch::Sender<ClusterLimits>,
+}
+
+/// What the members of a cluster take that were asked. What goes to a cluster may meet the least, and what comes from it may be of the most.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ClusterLimits {
+    pub least: TxnLimits,
+    pub most: TxnLimits,
+}
+
+/// One member's limits. Others take a restart of the member, so they are asked for again when it answers again, and when its pulse has stopped:
+/// a restart can be over before the next look.
+#[derive(Default)]
+struct Measured {
+    limits: TxnLimits,
+    at: Option<Instant>,
+    /// It did not answer since.
+    was_down: bool,
+    pulse: Option<Pulse>,
+}
+
+impl Measured {
+    fn is_due(&self) -> bool {
+        let again = if self.was_down { MEASURE_AGAIN_MIN } else { MEASURE_AGAIN };
+        self.at.is_none_or(|at| (self.was_down || !self.limits.is_known()) && at.elapsed() >= again)
+    }
 }
 
 /// Why nothing goes through to etcd.
@@ -49,10 +88,18 @@ enum Who {
 }
 
 impl Gate {
-    pub fn new(config: EtcdConfig) -> Self {
+    /// `readable_key`: what the configured user may read.
+    pub fn new(config: EtcdConfig, readable_key: Bytes) -> Self {
         let unasked = |endpoint: &String| EtcdHealth { endpoint: endpoint.clone(), ..EtcdHealth::default() };
         let members = config.endpoints.iter().map(unasked).collect();
-        Self { config, asked: Mutex::new(None), members: watch::channel(members).0, refusal: watch::channel(None).0 }
+        Self {
+            config,
+            readable_key,
+            asked: Mutex::new(None),
+            members: watch::channel(members).0,
+            refusal: watch::channel(None).0,
+            limits: watch::channel(ClusterLimits::default()).0,
+        }
     }
 
     /// How the cluster is reached.
@@ -63,6 +110,11 @@ impl Gate {
     /// What each member said last, in the configuration's order.
     pub fn members(&self) -> watch::Receiver<Vec<EtcdHealth>> {
         self.members.subscribe()
+    }
+
+    /// What its transactions may hold, as far as it is known.
+    pub fn limits(&self) -> watch::Receiver<ClusterLimits> {
+        self.limits.subscribe()
     }
 
     /// A connection to the cluster, unless one of its members is of a version that corrupts. It takes no calls any more once such a member is
@@ -79,10 +131,15 @@ impl Gate {
     pub async fn run(&self, stop: CancellationToken) {
         let mut ticks = tokio::time::interval(LOOK_EVERY);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut measured: Vec<Measured> = self.config.endpoints.iter().map(|_| Measured::default()).collect();
         loop {
             let look = async {
-                ticks.tick().await;
+                tokio::select! {
+                    _ = ticks.tick() => {}
+                    () = pulse_stops(&mut measured) => {}
+                }
                 self.ask(Who::User).await;
+                self.measure(&mut measured).await;
             };
             tokio::select! {
                 biased;
@@ -90,6 +147,35 @@ impl Gate {
                 () = look => {}
             }
         }
+    }
+
+    /// Asks the members whose limits may be others than they were when they were asked last.
+    async fn measure(&self, measured: &mut [Measured]) {
+        if self.refusal.borrow().is_some() {
+            return;
+        }
+        let members = self.members.borrow().clone();
+        for (known, member) in measured.iter_mut().zip(&members) {
+            known.was_down |= !member.ok;
+            // It has told what it can: that it ends once is enough.
+            known.was_down |= known.pulse.take_if(|pulse| pulse.has_stopped()).is_some();
+        }
+        let asking = measured.iter_mut().zip(&members).filter(|(known, member)| member.ok && known.is_due());
+        let asking = asking.map(|(known, member)| async move {
+            let one = EtcdConfig { endpoints: vec![member.endpoint.clone()], ..self.config.clone() };
+            let asked = tokio::time::timeout(MEASURE_MAX, Box::pin(limits::of_member(&one, &self.readable_key))).await;
+            let Found { limits, pulse, reasons } =
+                asked.unwrap_or_else(|_| Found { reasons: vec![EtcdError::TimedOut], ..Found::default() });
+            for reason in &reasons {
+                tracing::info!(endpoint = %member.endpoint, %reason, "how large a transaction etcd takes is not known");
+            }
+            *known = Measured { limits, at: Some(Instant::now()), was_down: false, pulse };
+        });
+        futures::future::join_all(asking).await;
+        let all = || measured.iter().map(|known| known.limits);
+        let (least, most) = (all().reduce(TxnLimits::lesser), all().reduce(TxnLimits::greater));
+        let now = ClusterLimits { least: least.unwrap_or_default(), most: most.unwrap_or_default() };
+        self.limits.send_if_modified(|before| std::mem::replace(before, now) != now);
     }
 
     /// Asks all members at once, unless that was begun after this call.
@@ -178,6 +264,15 @@ impl Gate {
             ),
         };
         EtcdHealth { endpoint, ok: true, version: member.version, leader: member.leader, verdict: shown, detail }
+    }
+}
+
+/// Until the first of them stops. Cancel-safe.
+async fn pulse_stops(measured: &mut [Measured]) {
+    let beating = measured.iter_mut().filter_map(|known| known.pulse.as_mut()).filter(|pulse| !pulse.has_stopped());
+    let mut beating: FuturesUnordered<_> = beating.map(Pulse::stops).collect();
+    if beating.next().await.is_none() {
+        std::future::pending().await
     }
 }
 

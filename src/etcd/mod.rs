@@ -3,8 +3,10 @@
 //! Always true: each call ends within its deadline, but for `Watch::next`, which waits for what comes; reads are linearizable unless they
 //! name a revision; a connection believes one cluster, in answers and on a watch alike; nothing retries by itself.
 
+mod bisect;
 mod error;
 pub mod gate;
+pub mod limits;
 pub mod version;
 mod watch;
 
@@ -328,18 +330,25 @@ fn connect_options(config: &EtcdConfig) -> Result<ConnectOptions, EtcdError> {
             .map_err(|e| EtcdError::Config(format!("password_file {}: {e}", file.display())))?;
         options = options.with_user(user, password.trim_end_matches(['\r', '\n']));
     }
-    if config.endpoints.iter().any(|e| e.starts_with("https://")) {
-        let read = |file: &std::path::Path| {
-            std::fs::read(file).map_err(|e| EtcdError::Config(format!("{}: {e}", file.display())))
-        };
-        let mut tls = TlsOptions::new();
-        if let Some(ca) = &config.ca {
-            tls = tls.ca_certificate(Certificate::from_pem(read(ca)?));
-        }
-        if let (Some(cert), Some(key)) = (&config.cert, &config.key) {
-            tls = tls.identity(Identity::from_pem(read(cert)?, read(key)?));
-        }
+    if let Some(tls) = tls_options(config)? {
         options = options.with_tls(tls);
     }
     Ok(options)
+}
+
+/// `None`: without TLS.
+fn tls_options(config: &EtcdConfig) -> Result<Option<TlsOptions>, EtcdError> {
+    if !config.endpoints.iter().any(|e| e.starts_with("https://")) {
+        return Ok(None);
+    }
+    let read =
+        |file: &std::path::Path| std::fs::read(file).map_err(|e| EtcdError::Config(format!("{}: {e}", file.display())));
+    let mut tls = TlsOptions::new();
+    if let Some(ca) = &config.ca {
+        tls = tls.ca_certificate(Certificate::from_pem(read(ca)?));
+    }
+    if let (Some(cert), Some(key)) = (&config.cert, &config.key) {
+        tls = tls.identity(Identity::from_pem(read(cert)?, read(key)?));
+    }
+    Ok(Some(tls))
 }

@@ -4,6 +4,7 @@
 //! Pure: no clock, no I/O, no async.
 //! Always true: a `WholeRevision` holds each key once, in key order.
 
+pub mod limits;
 mod quarantine;
 mod ranges;
 pub mod stall;
@@ -271,6 +272,11 @@ impl LinkName {
         Bytes::from(format!("/etcd-ferry/v1/links/{}/canary", self.0))
     }
 
+    /// In the origin's etcd: that this origin was found to have another history than the replica.
+    pub fn other_history_key(&self) -> Bytes {
+        Bytes::from(format!("/etcd-ferry/v1/links/{}/other-history", self.0))
+    }
+
     /// The key of this link's waymark in the origin's etcd.
     pub fn waymark_key(&self) -> Bytes {
         Bytes::from(format!("/etcd-ferry/v1/links/{}/waymark", self.0))
@@ -334,6 +340,9 @@ pub struct Position {
     /// The next revision deletes so much that a person has to allow it; it goes with that revision.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held_back: Option<HeldBack>,
+    /// The last revision of the replica's own etcd at which both sides were proved equal after somebody else had written there (0: none).
+    #[serde(default, skip_serializing_if = "is_unproved")]
+    pub equal_revision: Revision,
 }
 
 /// A revision that is not applied until a person allows it.
@@ -360,6 +369,10 @@ impl HeldBack {
 
 fn is_false(flag: &bool) -> bool {
     !flag
+}
+
+fn is_unproved(revision: &Revision) -> bool {
+    *revision == Revision(0)
 }
 
 fn is_zero(n: &u64) -> bool {
@@ -436,6 +449,7 @@ mod tests {
             part_digest: None,
             skipped: Vec::new(),
             held_back: None,
+            equal_revision: Revision(0),
         }
     }
 
@@ -446,6 +460,7 @@ mod tests {
             assert_eq!(Position::from_json(&position.to_json()).unwrap(), position);
         }
         let part = Position { part: 7, part_digest: Some(Digest([3; 16])), skipped: vec![Seq(4)], ..position(None) };
+        let part = Position { equal_revision: Revision(8), ..part };
         assert_eq!(Position::from_json(&part.to_json()).unwrap(), part);
     }
 

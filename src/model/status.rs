@@ -3,6 +3,7 @@
 //! Pure: no clock, no I/O, no async.
 //! Always true: every state and side has one spelling, in JSON, metrics and text.
 
+use super::limits::LimitsStatus;
 use super::{Epoch, LinkName, Quarantine, Revision, Seq, Term};
 use bytes::Bytes;
 use serde::Serialize;
@@ -140,6 +141,8 @@ pub struct LinkStatus {
     pub copy: Option<CopyProgress>,
     /// At the sidecar that ships the link, where canaries are on and one was written.
     pub canary: Option<CanaryStatus>,
+    /// Whether the replica takes what the origin does; `None` while nothing is known of either.
+    pub limits: Option<LimitsStatus>,
     pub verification: Verification,
     /// At a replica, once it was looked.
     pub foreign_writes: Option<ForeignStatus>,
@@ -371,6 +374,7 @@ impl LinkStatus {
             counts: BTreeMap::new(),
             copy: None,
             canary: None,
+            limits: None,
             verification: Verification::default(),
             foreign_writes: None,
             quarantined_revisions: 0,

@@ -86,6 +86,7 @@ pub(super) async fn copy(
     }
     failpoint::reach("guard-passed");
     (ship.resync, ship.copy_wanted) = (None, None);
+    ship.follows_in(epoch);
     // From now on this is where the replica is: a standby whose spool began later begins it anew.
     session.publish(ship, epoch, anchor);
     copying.sent = session.copy_ack.pages;

@@ -47,6 +47,7 @@ impl Shipper {
                 (view.received_seq, view.applied_revision) = (position.seq, position.origin_revision);
             });
         }
+        let met = self.recall(greeted, position.as_deref(), origin.cluster).await?;
         if self.resync.is_some() {
             return self.act(resume::resync(position.as_deref()), None).await?.ok_or_else(no_way);
         }
@@ -55,6 +56,9 @@ impl Shipper {
             return self.act(decided, None).await?.ok_or_else(no_way);
         }
         let same_origin = position.as_ref().is_some_and(|p| p.origin_cluster == origin.cluster);
+        if let Some(reason) = met {
+            return Err(SessionEnd::OtherHistory(reason));
+        }
         let usable = match &self.tail.borrow().state {
             TailState::OtherHistory { reason } if same_origin => return Err(SessionEnd::OtherHistory(reason.clone())),
             TailState::Lost { compacted } => {

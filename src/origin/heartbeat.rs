@@ -109,6 +109,7 @@ impl Session {
             rpo_revisions: status.rpo_revisions,
             persist,
             after_seq: self.shipped.seq.0,
+            limits: Some(ship.limits.borrow().most.into()),
         };
         let sent = self.outbound.try_send(Shipment { what: Some(shipment::What::Progress(progress)) }).is_ok();
         if sent {

@@ -1,12 +1,14 @@
 //! Job: what becomes of a link whose origin has another history than the one that was carried: a restored cluster, or another one.
-//! Input: the configured policy, when it was last followed, the replica's position. Output: go on or stop; then a `Resume`.
+//! Input: the configured policy, when it was last followed, the replica's position, what was written down. Output: go on or stop; then a
+//! `Resume`.
 //! Pure: no clock, no I/O.
 //! Always true: without the policy nothing goes on by itself; with it, no key of the replica is deleted past the guards, and two
-//! origins that take turns stop the link.
+//! origins that take turns stop the link. What was met once is met again, until the position is of another epoch.
 
 use super::resume::{CopyReason, Resume};
 use crate::config::OtherHistory;
-use crate::model::{Digest, Epoch, Position};
+use crate::model::{Digest, Epoch, Position, Seq};
+use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
 /// A cluster is not restored twice within this time; two clusters that answer at one place look like it.
@@ -54,10 +56,36 @@ pub fn by_digests(position: Option<&Position>, ranges_digest: Digest) -> Resume 
     }
 }
 
+/// That this origin has another history than a replica that has come so far, as it is written down in the origin's etcd.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Met {
+    pub epoch: Epoch,
+    /// Of the position at the hello after which it was met.
+    pub seq: Seq,
+    /// As it was told.
+    pub reason: String,
+}
+
+impl Met {
+    /// The bytes kept in etcd: JSON, readable with etcdctl.
+    pub fn to_json(&self) -> Vec<u8> {
+        serde_json::to_vec(self).unwrap_or_default()
+    }
+
+    pub fn from_json(bytes: &[u8]) -> Result<Self, serde_json::Error> {
+        serde_json::from_slice(bytes)
+    }
+
+    /// A base copy or a repair has opened another epoch since, or the replica went back to before.
+    pub fn is_outlived(&self, position: Option<&Position>) -> bool {
+        position.is_none_or(|position| position.epoch != self.epoch || position.seq < self.seq)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{ClusterId, Phase, Revision, Seq, Term, Waymark};
+    use crate::model::{ClusterId, Phase, Revision, Term, Waymark};
 
     const RANGES: Digest = Digest([1; 16]);
 
@@ -79,6 +107,7 @@ mod tests {
             part_digest: None,
             skipped: Vec::new(),
             held_back: None,
+            equal_revision: Revision(0),
         }
     }
 
@@ -93,6 +122,25 @@ mod tests {
         assert_eq!(follows(OtherHistory::Resync, seconds(599)), Follows::StopAgain);
         assert_eq!(follows(OtherHistory::Resync, seconds(600)), Follows::Resync);
         assert!(told_again().contains("10 minutes"));
+    }
+
+    #[test]
+    fn another_history_that_was_met_stands_for_all_that_came_of_that_position_and_for_nothing_else() {
+        let met = Met { epoch: Epoch(3), seq: Seq(40), reason: "the origin was restored".to_owned() };
+        let at = |epoch, seq| Position { epoch: Epoch(epoch), seq: Seq(seq), ..position(Phase::Following) };
+        assert!(!met.is_outlived(Some(&at(3, 40))) && !met.is_outlived(Some(&at(3, 41))));
+        assert!(met.is_outlived(Some(&at(3, 39))), "the replica was restored to before");
+        assert!(met.is_outlived(Some(&at(4, 40))) && met.is_outlived(Some(&at(2, 40))) && met.is_outlived(None));
+    }
+
+    /// It lies in etcds, written by other versions.
+    #[test]
+    fn what_was_met_is_written_in_the_form_that_lies_in_etcds_and_read_again() {
+        let met = Met { epoch: Epoch(3), seq: Seq(40), reason: "the origin was restored".to_owned() };
+        let json = "{\"epoch\":3,\"seq\":40,\"reason\":\"the origin was restored\"}";
+        assert_eq!(String::from_utf8(met.to_json()).unwrap(), json);
+        assert_eq!(Met::from_json(json.as_bytes()).unwrap(), met);
+        assert!(Met::from_json(b"").is_err() && Met::from_json(b"{\"epoch\":3}").is_err());
     }
 
     #[test]

@@ -15,6 +15,7 @@ pub mod history;
 pub mod lag;
 mod mend;
 mod probe;
+mod remember;
 pub mod reopen;
 pub mod resume;
 pub mod sequence;
@@ -31,8 +32,10 @@ pub mod watch;
 
 use crate::admin::LinkCommand;
 use crate::config::{Limits, SendConfig};
-use crate::etcd::gate::Gate;
+use crate::etcd::gate::{ClusterLimits, Gate};
+use crate::etcd::limits;
 use crate::metrics;
+use crate::model::limits::LimitsStatus;
 use crate::model::stall::{Stalled, Verdict, Watchdog};
 use crate::model::{CanaryStatus, Epoch, LinkName, LinkState, LinkStatus, Revision, Role, Seq, Side, StageStatus};
 use crate::tls::reload::InUse;
@@ -172,8 +175,9 @@ impl OriginLink {
                     let elect = stages.elect.borrow();
                     let node = &stages.node;
                     let (elect, spool, stalled) = (&elect, &extent, None);
+                    let (tail, head, ship, limits) = (&tail, &head, &ship, *stages.limits.borrow());
                     let mut views =
-                        Views { node, tail: &tail, head: &head, ship: &ship, elect, spool, spool_bytes_max, stalled };
+                        Views { node, tail, head, ship, elect, spool, spool_bytes_max, limits, stalled };
                     views.watch(&mut dog, &mut stalls, &stages.help, &link, clock.now_ms());
                     status.send_modify(|status| views.write(status, &lag, stalls, clock.now_ms()));
                 }
@@ -195,7 +199,7 @@ impl OriginLink {
         commands: mpsc::Receiver<LinkCommand>,
         stop: &CancellationToken,
     ) -> Stages {
-        let link = self.send.link.clone();
+        let (link, limits) = (self.send.link.clone(), self.etcd.limits());
         let covered = spool.extent().borrow().covered;
         let (events, incoming) = mpsc::channel(EVENTS_MAX);
         let (head_sender, head) = watch_channel::channel(HeadView::default());
@@ -244,7 +248,7 @@ impl OriginLink {
         );
         tasks.spawn(shipper.run(stop.clone()));
         let help = Helps { reopen, hello_again };
-        Stages { node, tasks, events: incoming, tail, head, elect, ship, help }
+        Stages { node, tasks, events: incoming, tail, head, elect, ship, limits, help }
     }
 }
 
@@ -257,6 +261,8 @@ struct Stages {
     head: watch_channel::Receiver<HeadView>,
     elect: watch_channel::Receiver<ElectView>,
     ship: watch_channel::Receiver<ShipView>,
+    /// What the origin's etcd takes.
+    limits: watch_channel::Receiver<ClusterLimits>,
     help: Helps,
 }
 
@@ -294,6 +300,7 @@ struct Views<'a> {
     elect: &'a ElectView,
     ship: &'a ShipView,
     spool: &'a SpoolExtent,
+    limits: ClusterLimits,
     /// What the spool may hold.
     spool_bytes_max: u64,
     /// Where the link stands still.
@@ -364,6 +371,9 @@ impl Views<'_> {
         status.counts.insert("stalls", stalls);
         status.copy = ship.copy;
         status.canary = self.canary();
+        let told = LimitsStatus::of(self.limits.most, &ship.replica_limits);
+        limits::tell(&status.link, status.side, status.limits.as_ref(), told.as_ref());
+        status.limits = told;
         status.verification.clone_from(&ship.verification);
         status.quarantined_revisions = ship.quarantined;
         status.stages = vec![
@@ -435,6 +445,7 @@ impl Views<'_> {
             TailState::Stopped { reason } => reasons.push(reason.clone()),
             TailState::Connecting { reason } if is_new(&reasons, reason) => reasons.push(format!("the origin's watch: {reason}")),
             TailState::OtherHistory { reason } if *reason != self.ship.reason => reasons.push(reason.clone()),
+            TailState::Lost { .. } if self.ship.state == LinkState::Stopped => {}
             TailState::Lost { compacted } => reasons.push(format!(
                 "etcd has compacted up to {compacted}, past the spool's end: once the replica answers, both sides are compared and what differs is shipped"
             )),

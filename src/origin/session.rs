@@ -171,6 +171,7 @@ impl Session {
     pub(super) async fn opened_epoch(&mut self, ship: &mut Shipper, epoch: Epoch, anchor: Revision) {
         self.copying = false;
         self.epoch = epoch;
+        ship.follows_in(epoch);
         self.shipped.open_epoch(anchor);
         self.timed = None;
         self.unreceived.clear();
@@ -388,6 +389,9 @@ impl Session {
             view.counts.insert("transactions", ack.transactions);
             view.counts.insert("conflicts", ack.conflicts);
             view.quarantined = ack.quarantined;
+            if let Some(limits) = ack.limits {
+                view.replica_limits = limits.into();
+            }
             view.reason.clone_from(&ack.waiting);
         });
         self.learn_verified(ship, Revision(ack.verified_revision), ack.verified_at_ms);

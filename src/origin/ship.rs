@@ -7,7 +7,7 @@ use super::canary::Canary;
 use super::decide::Way;
 use super::elect::{ElectView, Heard};
 use super::head::HeadView;
-use super::history::{self, Follows};
+use super::history::{self, Follows, Met};
 use super::sequence::OriginWaymark;
 use super::session::{Session, SessionEnd};
 use super::spool::Spool;
@@ -15,9 +15,10 @@ use super::view::ShipView;
 use super::watch::{TailCommand, TailView};
 use super::{LinkEvent, OriginLink, anchor};
 use crate::admin::{LinkCommand, next_command};
+use crate::etcd::gate::ClusterLimits;
 use crate::etcd::{Etcd, EtcdError};
 use crate::failpoint;
-use crate::model::{Epoch, LinkState, LinkStatus, Revision, Term, Waymark};
+use crate::model::{Epoch, LinkState, LinkStatus, Revision, Seq, Term, Waymark};
 use crate::retry::Backoff;
 use crate::tls;
 use crate::wire::replicate::handshake_client::HandshakeClient;
@@ -36,6 +37,8 @@ const WAIT_MAX: Duration = Duration::from_secs(1);
 const DIAL_WAIT_MAX: Duration = Duration::from_millis(400);
 /// A stream that lasted so long was a good one: what ended it is a new trouble.
 const STEADY: Duration = Duration::from_secs(5);
+/// A stop that could not be written down is tried again so often: an etcd without room or leader may be cured any moment.
+const REMEMBER_AGAIN: Duration = Duration::from_secs(5);
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 const HELLO_DEADLINE: Duration = Duration::from_secs(15);
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
@@ -53,6 +56,8 @@ pub struct Shipper {
     pub(super) tail_commands: mpsc::Sender<TailCommand>,
     pub(super) tail: watch::Receiver<TailView>,
     pub(super) head: watch::Receiver<HeadView>,
+    /// What the origin's etcd takes.
+    pub(super) limits: watch::Receiver<ClusterLimits>,
     pub(super) commands: mpsc::Receiver<LinkCommand>,
     pub(super) view: watch::Sender<ShipView>,
     pub(super) events: mpsc::Sender<LinkEvent>,
@@ -72,6 +77,10 @@ pub struct Shipper {
     pub(super) resync: Option<Resync>,
     /// A repair gave up on so many differing keys. Not an operator's word: every stop of the resume table stands before it.
     pub(super) copy_wanted: Option<u64>,
+    /// Where the replica was at the last hello, if that was of this cluster: what another history is to be written down for.
+    pub(super) followed: Option<(Epoch, Seq)>,
+    /// What is to be written down and is not, and why.
+    pub(super) unwritten: Option<(Met, String)>,
     /// What the link's policy made of an origin with another history.
     pub(super) other_history: OtherHistoryMet,
     /// When both sides are compared next, unless somebody asks.
@@ -132,6 +141,7 @@ impl Shipper {
         hello_again: watch::Receiver<()>,
     ) -> Self {
         let mut shipper = Self {
+            limits: origin.etcd.limits(),
             origin,
             spool,
             tail_commands,
@@ -150,6 +160,8 @@ impl Shipper {
             known_epoch: Epoch(0),
             resync: None,
             copy_wanted: None,
+            followed: None,
+            unwritten: None,
             other_history: OtherHistoryMet::default(),
             verify_due: None,
             next_address: 0,
@@ -201,14 +213,17 @@ impl Shipper {
                         return;
                     }
                 }
-                SessionEnd::OtherHistory(reason) => match self.other_history(&reason) {
-                    Ok(()) => tokio::time::sleep(backoff.after_failure(rand::random())).await,
-                    Err(reason) => {
-                        if !self.stopped(&reason).await {
-                            return;
+                SessionEnd::OtherHistory(reason) => {
+                    self.remember(&reason).await;
+                    match self.other_history(&reason) {
+                        Ok(()) => tokio::time::sleep(backoff.after_failure(rand::random())).await,
+                        Err(reason) => {
+                            if !self.stopped(&reason).await {
+                                return;
+                            }
                         }
                     }
-                },
+                }
                 SessionEnd::HelloAgain(reason) => {
                     tracing::info!(link = %self.origin.send.link, %reason, "saying hello again");
                     self.rest(LinkState::Connecting, reason);
@@ -231,7 +246,16 @@ impl Shipper {
         tracing::error!(link = %self.origin.send.link, %reason, "the link stops");
         self.rest(LinkState::Stopped, reason);
         self.heard.send_replace(Heard { at: None, stopped: true });
-        let goes_on = self.resync_asked().await;
+        let goes_on = loop {
+            self.show_unwritten();
+            let unwritten = self.unwritten.is_some();
+            tokio::select! {
+                biased;
+                goes_on = self.resync_asked() => break goes_on,
+                () = tokio::time::sleep(REMEMBER_AGAIN), if unwritten => self.write_down().await,
+            }
+        };
+        self.unwritten = None;
         self.heard();
         goes_on
     }

@@ -73,6 +73,8 @@ impl Shipper {
             }
             Fencing::WentBack => {
                 self.went_back = Some(position.epoch);
+                let same_cluster = position.origin_cluster == origin.cluster;
+                self.followed = same_cluster.then_some((position.epoch, position.seq));
                 if self.opens_next_epoch() {
                     return Ok(SessionEnd::HelloAgain(
                         "the next epoch opens, whose claim goes past the fence".to_owned(),

@@ -2,6 +2,7 @@
 //! Input: what the shipper and its session write. Output: a `ShipView`.
 //! Always true: only the shipper and what it runs write it; a count never falls.
 
+use crate::model::limits::ReplicaLimits;
 use crate::model::{CopyProgress, Epoch, LinkState, Outcome, Revision, Seq, Term, Verification};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -37,6 +38,8 @@ pub struct ShipView {
     pub verification: Verification,
     /// Revisions that the replica goes on without.
     pub quarantined: u64,
+    /// As the replica told them last.
+    pub replica_limits: ReplicaLimits,
     /// Once so many comparisons have ended, everyone who asked for one has an answer.
     pub runs_promised: u64,
     /// Since when a base copy is wanted and not complete: all that it is to bring is behind since then.
@@ -67,6 +70,7 @@ impl Default for ShipView {
             unwritten: None,
             verification: Verification::default(),
             quarantined: 0,
+            replica_limits: ReplicaLimits::default(),
             runs_promised: 0,
             copy_since: None,
         }

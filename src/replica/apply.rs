@@ -12,9 +12,10 @@ use super::mark::Mark;
 use super::next::{self, Idle};
 use super::plan::{self, Begun, Plan, PlanError, RequestLimits, RunFacts, TxnTree, Waiting};
 use super::poison::Trial;
-use super::position::{Held, HelloAnswer, HelloFacts, HelloRefused};
+use super::position::Held;
 use super::quarantine::Retrying;
 use super::receive::Told;
+use super::view::{ApplyCommand, ApplyView};
 use crate::admin::{ReplicaCommand, next_command};
 use crate::config::{DeleteShares, Limits, OnPoison};
 use crate::etcd::gate::Gate;
@@ -25,15 +26,13 @@ use crate::model::{
 };
 use crate::retry::Backoff;
 use crate::segment::feed::FeedError;
-use crate::wire::replicate::refusal::Kind;
-use crate::wire::replicate::{CopyAck, KeysWanted};
 use bytes::Bytes;
 use std::collections::VecDeque;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -81,69 +80,6 @@ impl Applied {
     }
 }
 
-/// What the stream and the status see of applying.
-#[derive(Debug, Clone, Default)]
-pub struct ApplyView {
-    pub applied: Option<Applied>,
-    /// As [`Applied::revision`], carried on by the origin's word that nothing of the link is missing in between.
-    pub applied_revision: Revision,
-    pub position: Option<Position>,
-    /// Why applying waits; empty if it does not.
-    pub waiting: String,
-    pub transactions: u64,
-    /// Differing keys that base copies left alone because a link back exists.
-    pub conflicts: u64,
-    /// Revisions larger than a request, which were applied in parts.
-    pub in_parts: u64,
-    /// Only an operator, or a new hello, can make applying go on.
-    pub stopped: bool,
-    pub copy: CopyAck,
-    /// The session that `copy` belongs to.
-    pub copy_session: u64,
-    pub copy_keys_total: u64,
-    /// Keys that the copy had reached before it was taken up again.
-    pub copy_keys_before: u64,
-    /// Applying waits for a person, who decides here; `waiting` says for what.
-    pub held: bool,
-    /// Revisions of the transaction in flight.
-    pub applying: u64,
-    pub quarantine: Arc<Quarantine>,
-    /// Revisions that were quarantined since the sidecar started.
-    pub quarantined_ever: u64,
-    /// Revisions that were held back for their deletes since then.
-    pub held_back_ever: u64,
-    /// What a retry asks of the origin; the session that it asks.
-    pub wanted: Option<(u64, KeysWanted)>,
-    /// What ended the stream; the session that it concerns.
-    pub refusal: Option<(u64, Kind, String)>,
-}
-
-/// What the stream asks of the applier, in order.
-pub enum ApplyCommand {
-    Hello {
-        facts: HelloFacts,
-        reply: oneshot::Sender<Result<HelloAnswer, HelloRefused>>,
-    },
-    /// Everything of the link up to `through` has seq `after` or less.
-    Progress {
-        session: u64,
-        through: Revision,
-        after: Seq,
-        waymark: Waymark,
-        persist: bool,
-    },
-    Copy {
-        session: u64,
-        step: super::copy::CopyStep,
-    },
-    /// Note the replica's revision there. `taken` is answered at once: what comes after the mark must not be journaled before.
-    Mark {
-        session: u64,
-        mark: Mark,
-        taken: oneshot::Sender<()>,
-    },
-}
-
 pub struct Applier {
     pub(super) link: LinkName,
     gate: Arc<Gate>,
@@ -167,6 +103,10 @@ pub struct Applier {
     /// The last hello knew of a link back over the same ranges.
     pub(super) link_back: bool,
     pub(super) told: watch::Receiver<Told>,
+    /// Where both sides were proved equal, as the lookout tells it.
+    closed: watch::Receiver<Revision>,
+    /// The same, until the position says it; 0: it does.
+    pub(super) proved: Revision,
     operator: mpsc::Receiver<ReplicaCommand>,
     /// What the dedupe log has not been told yet.
     done: Option<Applied>,
@@ -189,6 +129,8 @@ pub struct Applier {
     pub(super) retry_at: Option<Instant>,
     /// Set by what only an operator can cure; a new hello clears it.
     pub(super) stopped: bool,
+    /// The position moved past what the session sends: the next hello begins with an empty journal.
+    pub(super) given_up: bool,
     pub(super) session: u64,
     /// What the breaker's clock counts from.
     pub(super) began: Instant,
@@ -220,6 +162,8 @@ pub struct ApplierParts {
     /// What an operator asks.
     pub operator: mpsc::Receiver<ReplicaCommand>,
     pub told: watch::Receiver<Told>,
+    /// Where both sides were proved equal after somebody else wrote.
+    pub closed: watch::Receiver<Revision>,
     pub hello_waiting: watch::Receiver<u64>,
     pub commands: mpsc::Receiver<ApplyCommand>,
     pub view: watch::Sender<ApplyView>,
@@ -253,6 +197,8 @@ impl Applier {
             wanted: 0,
             link_back: false,
             told: parts.told,
+            closed: parts.closed,
+            proved: Revision(0),
             operator: parts.operator,
             done: None,
             held: None,
@@ -269,6 +215,7 @@ impl Applier {
             backoff: Backoff::new(Duration::from_millis(100), Duration::from_secs(1)),
             retry_at: Some(Instant::now()),
             stopped: false,
+            given_up: false,
             session: 0,
             began: Instant::now(),
             claim: None,
@@ -309,6 +256,7 @@ impl Applier {
                     None => return,
                 },
                 Some(command) = next_command(&mut self.operator) => Box::pin(self.operate(command)).await,
+                Ok(()) = self.closed.changed() => self.proved = *self.closed.borrow_and_update(),
                 () = sleep_until(self.retry_at) => self.retry().await,
                 entries = read(&mut reading), if may_read => match entries {
                     Ok(entries) => {
@@ -454,7 +402,7 @@ impl Applier {
         self.settle_in_flight().await;
         match command {
             ApplyCommand::Hello { facts, reply } => {
-                let answer = self.hello(facts).await;
+                let answer = Box::pin(self.hello(facts)).await;
                 let _ = reply.send(answer);
             }
             ApplyCommand::Progress { session, through, after, waymark, persist } => {
@@ -500,15 +448,16 @@ impl Applier {
         }
     }
 
-    /// Writes the position without a change: when the origin asks for it, and when a base copy's last page is passed.
+    /// Writes the position without a change: when the origin asks for it, when a base copy's last page is passed, and when what somebody else
+    /// wrote is mended.
     async fn persist_idle(&mut self) {
-        let Some(idle) = self.progress else { return };
         let Some(position) = self.held.as_ref().and_then(|h| h.position.as_ref()) else { return };
         if self.in_flight.is_some() || !self.waiting.is_empty() {
             return;
         }
-        let Some(next) = next::after_idle(position, idle) else { return };
-        self.progress = Some(Idle { persist: false, ..idle });
+        let idle = self.progress.and_then(|idle| next::after_idle(position, idle));
+        let Some(next) = idle.or_else(|| next::after_proved(position, self.proved)) else { return };
+        self.progress = self.progress.map(|idle| Idle { persist: false, ..idle });
         match self.commit(next, TxnTree { guards: Vec::new(), success: Vec::new() }).await {
             Ok(Committed::Done) => {}
             Ok(Committed::GuardFailed | Committed::PositionMoved) => self.retry().await,

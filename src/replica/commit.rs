@@ -68,7 +68,7 @@ impl Applier {
     /// Sends a transaction without waiting for it.
     fn send(&mut self, load: Load, next: Position, tree: TxnTree) {
         let (Some(held), Some(etcd)) = (&self.held, self.etcd.clone()) else { return };
-        let next = next::to_write(next, self.waymark);
+        let next = next::to_write(next, self.waymark, self.proved);
         let txn = transaction(Request::new(&self.link, held.mod_revision, &next, tree));
         let answer = Box::pin(async move { etcd.txn(txn, APPLY_RIGHT).await });
         self.in_flight = Some(InFlight { load, next, started: Instant::now(), answer });
@@ -138,6 +138,9 @@ impl Applier {
                     failpoint::reach("following-written");
                 }
                 self.knows(&next);
+                if next.equal_revision >= self.proved {
+                    self.proved = Revision(0);
+                }
                 self.expected = Some(next.clone());
                 let revision = txn_revision(response);
                 lock(&self.own).note(revision);

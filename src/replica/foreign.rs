@@ -186,10 +186,13 @@ impl Account {
     }
 
     /// Both sides were equal at a mark that the replica reached at this revision: what was foreign before it is mended, or made no difference.
-    pub fn proved_equal(&mut self, at: Revision) {
-        if self.open.revisions > 0 && self.open.last <= at {
+    /// True if that closes something.
+    pub fn proved_equal(&mut self, at: Revision) -> bool {
+        let closes = self.open.revisions > 0 && self.open.last <= at;
+        if closes {
             self.open = Open::default();
         }
+        closes
     }
 }
 
@@ -310,9 +313,9 @@ mod tests {
     fn equal_sides_close_what_was_foreign_before_the_mark_and_nothing_after_it() {
         let open = Open { revisions: 2, keys: 2, first: Revision(20), last: Revision(30), named: Vec::new() };
         let mut account = Account { open: open.clone(), keys_ever: 2, ..Account::default() };
-        account.proved_equal(Revision(29));
+        assert!(!account.proved_equal(Revision(29)));
         assert_eq!(account.open, open);
-        account.proved_equal(Revision(30));
+        assert!(account.proved_equal(Revision(30)) && !account.proved_equal(Revision(31)));
         assert_eq!((account.open, account.keys_ever), (Open::default(), 2));
     }
 }

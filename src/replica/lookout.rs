@@ -7,7 +7,7 @@ use super::foreign::{Account, Judge, Open, OwnRevisions};
 use super::receive::LinkEnd;
 use crate::config::ForeignWrites;
 use crate::etcd::{Etcd, EtcdError, WatchSignal, watch_right};
-use crate::model::{ForeignStatus, Ranges, Revision};
+use crate::model::{ForeignStatus, Position, Ranges, Revision};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -174,11 +174,15 @@ impl Lookout {
         let position_key = self.end.config.link.position_key();
         let look = etcd.look(&position_key).await?;
         // Without a position nothing here is the link's yet.
-        let Some(position) = look.kv.map(|kv| kv.mod_revision) else { return Ok(()) };
-        let mut account = Account::begin(self.account.take(), look.cluster, position, look.head);
+        let Some(position) = look.kv else { return Ok(()) };
+        let mut account = Account::begin(self.account.take(), look.cluster, position.mod_revision, look.head);
         account.link_back = self.end.link_back().unwrap_or(account.link_back);
         let told = self.end.told.borrow().equal_through;
-        account.proved_equal(told);
+        if told <= look.head && account.proved_equal(told) {
+            self.end.closed.send_replace(told);
+        }
+        // Of a comparison that another sidecar's stream has brought the position tells.
+        account.proved_equal(Position::from_json(&position.value).map_or(Revision(0), |p| p.equal_revision));
         let account = self.account.insert(account);
         if self.end.config.foreign_writes == ForeignWrites::Expect || account.link_back {
             (account.checked, account.open) = (look.head, Open::default());

@@ -28,17 +28,20 @@ pub mod stream;
 pub mod trouble;
 pub mod txn;
 mod verify;
+pub mod view;
 
 use crate::admin::ReplicaCommand;
 use crate::config::{CompactConfig, Limits, ReceiveConfig};
-use crate::etcd::gate::Gate;
+use crate::etcd::gate::{ClusterLimits, Gate};
+use crate::etcd::limits;
+use crate::model::limits::LimitsStatus;
 use crate::model::stall::{Stalled, Verdict, Watchdog};
 use crate::model::{
     CopyProgress, Digest, Epoch, LinkState, LinkStatus, Phase, QuarantinedStatus, Ranges, Revision, Seq, Side,
     StageStatus, Term,
 };
 use admit::Admit;
-use apply::{Applier, ApplierParts, ApplyView};
+use apply::{Applier, ApplierParts};
 use compact::{Compactor, Reads};
 use dedupe::Dedupe;
 use foreign::OwnRevisions;
@@ -53,6 +56,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use view::ApplyView;
 
 /// Copy steps and progress between the stream and the applier; each page is bounded by its sender's page bytes.
 const COMMANDS_MAX: usize = 2;
@@ -115,6 +119,7 @@ impl ReplicaLink {
         let (latest_session, _) = watch::channel(0);
         let (hellos, hello_waiting) = watch::channel(0);
         let (told_sender, told) = watch::channel(Told::default());
+        let (closed_sender, closed) = watch::channel(Revision(0));
         let own = Arc::new(Mutex::new(OwnRevisions::default()));
         let applier = Applier::new(ApplierParts {
             link,
@@ -129,6 +134,7 @@ impl ReplicaLink {
             trial: failed_before(&journal, remembered.failed),
             operator: self.commands,
             told: told.clone(),
+            closed,
             hello_waiting,
             commands: incoming,
             view: view_sender,
@@ -146,6 +152,7 @@ impl ReplicaLink {
             hello_again: watch::channel(()).0,
             hellos,
             told: told_sender,
+            closed: closed_sender,
             counters: receive::Counters::default(),
             repair_wanted: AtomicBool::new(false),
             sends_back: self.sends_back,
@@ -168,7 +175,7 @@ impl ReplicaTask {
     /// Runs until `stop`, then flushes journal and dedupe log.
     pub async fn run(self, status: watch::Sender<LinkStatus>, stop: CancellationToken) -> Result<(), ReplicaError> {
         let Self { end, applier, view, told, lookout, seen } = self;
-        let started = Instant::now();
+        let (started, limits) = (Instant::now(), end.etcd.limits());
         let mut applying = tokio::task::JoinSet::new();
         applying.spawn(applier.run(stop.clone()));
         let mut looking = tokio::task::JoinSet::new();
@@ -195,6 +202,7 @@ impl ReplicaTask {
                         seen: &seen.borrow(),
                         extent: &extent,
                         durable,
+                        limits: *limits.borrow(),
                         stalled: None,
                     };
                     views.watch(&mut dog, &mut stalls, started.elapsed());
@@ -270,6 +278,8 @@ struct Views<'a> {
     seen: &'a LookoutView,
     extent: &'a JournalExtent,
     durable: Seq,
+    /// Of its etcd.
+    limits: ClusterLimits,
     /// Where the link stands still.
     stalled: Option<Stalled>,
 }
@@ -351,6 +361,9 @@ impl Views<'_> {
         status.verification.verified_at_ms = verified.at_ms;
         status.verification.differing_keys = verified.differing_keys;
         status.verification.expected_keys = verified.expected_keys;
+        let told = LimitsStatus::of(self.told.limits, &self.end.limits(self.limits));
+        limits::tell(&status.link, status.side, status.limits.as_ref(), told.as_ref());
+        status.limits = told;
         status.quarantined = QuarantinedStatus::all(&self.view.quarantine);
         status.quarantined_revisions = status.quarantined.len() as u64;
         status.foreign_writes = (self.seen.checked > Revision(0)).then(|| self.seen.status());

@@ -52,8 +52,9 @@ pub fn revisions_done(settled: &Settled) -> usize {
 
 /// What every position gets before it is written: the origin's waymark, and `following` once a base copy's last page is passed. In one epoch
 /// the waymark only grows: an older one is a late word of another sender, or that of an origin that was restored meanwhile, which the next
-/// hello must be able to tell.
-pub fn to_write(mut next: Position, waymark: Waymark) -> Position {
+/// hello must be able to tell. `proved`: the replica's revision at which both sides were equal, to be told to other sidecars; 0: none.
+pub fn to_write(mut next: Position, waymark: Waymark, proved: Revision) -> Position {
+    next.equal_revision = next.equal_revision.max(proved);
     if waymark.counter > next.waymark.counter {
         next.waymark = waymark;
     }
@@ -79,6 +80,11 @@ pub fn after_idle(position: &Position, idle: Idle) -> Option<Position> {
     let moves = ends_copy || (persist && through > position.origin_revision);
     let origin_revision = through.max(position.origin_revision);
     (position.seq >= after && moves).then(|| Position { origin_revision, ..position.clone() })
+}
+
+/// The position without a change, where other sidecars are to see that both sides were proved equal at this revision of the replica.
+pub fn after_proved(position: &Position, proved: Revision) -> Option<Position> {
+    (proved > position.equal_revision).then(|| position.clone())
 }
 
 /// Everything that the origin committed up to it is in, by the position and the origin's word.
@@ -239,6 +245,7 @@ mod tests {
             part_digest: None,
             skipped: Vec::new(),
             held_back: None,
+            equal_revision: Revision(0),
         }
     }
 
@@ -256,6 +263,16 @@ mod tests {
             Alignment::StartsAfresh { moved: Some((kind, _)), .. } => Some(kind),
             Alignment::StartsAfresh { moved: None, .. } | Alignment::Fenced { .. } | Alignment::GoesOn => None,
         }
+    }
+
+    #[test]
+    fn a_position_says_once_that_both_sides_were_proved_equal_and_never_less_than_it_did() {
+        let proved = after_proved(&position(), Revision(7)).map(|next| to_write(next, Waymark::default(), Revision(7)));
+        let proved = proved.unwrap();
+        assert_eq!(proved, Position { equal_revision: Revision(7), ..position() });
+        assert_eq!(after_proved(&proved, Revision(7)), None);
+        assert_eq!(after_proved(&position(), Revision(0)), None);
+        assert_eq!(to_write(proved.clone(), Waymark::default(), Revision(0)), proved);
     }
 
     #[test]
@@ -304,7 +321,7 @@ mod tests {
     #[test]
     fn following_begins_once_all_pages_are_in_and_the_highest_is_passed() {
         let copying = Position { state: Phase::Copying, anchor_revision: Revision(110), ..position() };
-        let state = |p: Position| to_write(p, Waymark::default()).state;
+        let state = |p: Position| to_write(p, Waymark::default(), Revision(0)).state;
         assert_eq!(state(copying.clone()), Phase::Copying);
         let passed = Position { origin_revision: Revision(110), ..copying };
         assert_eq!(state(Position { cursor: Some(Bytes::from_static(b"/k")), ..passed.clone() }), Phase::Copying);
@@ -314,10 +331,10 @@ mod tests {
     #[test]
     fn a_position_gets_a_newer_waymark_and_never_an_older_one() {
         let waymark = Waymark { counter: 3, id: 4 };
-        assert_eq!(to_write(position(), waymark).waymark, waymark);
+        assert_eq!(to_write(position(), waymark, Revision(0)).waymark, waymark);
         let newer = Position { waymark, ..position() };
         for late in [Waymark { counter: 2, id: 9 }, Waymark { counter: 3, id: 9 }] {
-            assert_eq!(to_write(newer.clone(), late).waymark, waymark);
+            assert_eq!(to_write(newer.clone(), late, Revision(0)).waymark, waymark);
         }
     }
 

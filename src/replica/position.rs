@@ -125,8 +125,17 @@ impl Applier {
         }
         if let Some((kind, reason)) = moved {
             tracing::warn!(link = %self.link, %reason, "the position moved");
+            // What this session still says, before it hears of its end, is of another run; and so is what it still puts into the journal.
+            self.stopped |= reset_journal;
+            self.given_up |= reset_journal;
             let session = self.session;
-            self.view.send_modify(|view| view.refusal = Some((session, kind, reason)));
+            self.view.send_modify(|view| {
+                if reset_journal {
+                    // Nothing waits any more, whatever it waited for.
+                    (view.waiting, view.held) = (String::new(), false);
+                }
+                view.refusal = Some((session, kind, reason));
+            });
         }
     }
 
@@ -201,6 +210,14 @@ impl Applier {
         let etcd = self.etcd().await.map_err(unavailable)?;
         for piece in facts.ranges.pieces() {
             ranges_empty &= etcd.page(piece, 0, None, Columns::CountOnly).await.map_err(unavailable)?.count == 0;
+        }
+        if self.given_up {
+            let position = self.held.as_ref().and_then(|h| h.position.as_ref());
+            let (epoch, seq) = position.map_or((Epoch(0), Seq(0)), |p| (p.epoch, p.seq));
+            self.start_afresh(seq);
+            let reset = self.journal.reset(epoch, seq).await;
+            reset.map_err(|e| HelloRefused(format!("the journal cannot be started afresh: {e}")))?;
+            self.given_up = false;
         }
         self.session = facts.session;
         self.link_back = facts.link_back;

@@ -4,14 +4,15 @@
 //! Always true: nothing but a small hello is read before the peer's name is checked; one stream a link.
 
 use super::admit::Admit;
-use super::apply::{ApplyCommand, ApplyView};
 use super::dedupe::Dedupe;
 use super::journal::Journal;
 use super::position::{HelloAnswer, HelloFacts, HelloRefused};
 use super::stream::Stream;
+use super::view::{ApplyCommand, ApplyView};
 use crate::config::{Limits, ReceiveConfig};
-use crate::etcd::gate::Gate;
+use crate::etcd::gate::{ClusterLimits, Gate};
 use crate::failpoint;
+use crate::model::limits::{ReplicaLimits, TxnLimits};
 use crate::model::{ClusterId, Epoch, KeyRange, LinkName, Ranges, Revision, Seq, Term};
 use crate::tls::accept::PeerConnectInfo;
 use crate::wire::frame::FrameLimits;
@@ -56,6 +57,8 @@ pub struct Told {
     pub marked: Revision,
     /// Both sides were equal at a mark that the replica reached at this revision.
     pub equal_through: Revision,
+    /// What the origin's etcd takes.
+    pub limits: TxnLimits,
     /// Why the last stream ended.
     pub ended: String,
 }
@@ -109,6 +112,8 @@ pub struct LinkEnd {
     /// The last hello that came; each takes the next number.
     pub hellos: watch::Sender<u64>,
     pub told: watch::Sender<Told>,
+    /// The replica's revision at which both sides were proved equal, once that closed what somebody else had written: other sidecars are to know.
+    pub closed: watch::Sender<Revision>,
     pub counters: Counters,
     /// Somebody else wrote here, and that is to be mended; set by the lookout.
     pub repair_wanted: AtomicBool,
@@ -203,6 +208,14 @@ impl LinkEnd {
     /// Whether a link back exists over the ranges; `None`: no hello has said it yet.
     pub(super) fn link_back(&self) -> Option<bool> {
         guard(&self.opened).as_ref().map(|opened| opened.link_back)
+    }
+
+    /// What the replica takes: `etcd` as its cluster's members were asked.
+    pub(super) fn limits(&self, etcd: ClusterLimits) -> ReplicaLimits {
+        let known = |limit: usize| u64::try_from(limit).ok();
+        let Limits { txn_ops_max, request_bytes_max, .. } = self.limits;
+        let sidecar = TxnLimits { txn_ops_max: known(txn_ops_max), request_bytes_max: known(request_bytes_max) };
+        ReplicaLimits { etcd: etcd.least, sidecar }
     }
 
     /// What an origin may touch: what the configuration says, else what the first hello said.

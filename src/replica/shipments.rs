@@ -5,7 +5,6 @@
 //! nothing.
 
 use super::admit::{Admit, Refused, outside};
-use super::apply::ApplyCommand;
 use super::copy::CopyStep;
 use super::journal::{JournalEntry, JournalError};
 use super::mark::{Mark, Mend, There};
@@ -13,6 +12,7 @@ use super::pages::Begin;
 use super::receive::LinkEnd;
 use super::stream::{Placing, Stream};
 use super::verify::{Asked, QUESTIONS_MAX, Question};
+use super::view::ApplyCommand;
 use crate::failpoint;
 use crate::model::{Change, Epoch, KeyRange, Ranges, Revision, Seq, Term, Waymark};
 use crate::segment::feed::Appended;
@@ -182,6 +182,7 @@ impl Stream {
             told.rpo = Duration::from_millis(progress.rpo_ms);
             told.lag_revisions = progress.lag_revisions;
             told.rpo_revisions = progress.rpo_revisions;
+            told.limits = progress.limits.map(Into::into).unwrap_or_default();
             told.at = Some(Instant::now());
         });
         self.due.ack = true;

@@ -4,10 +4,12 @@
 //! Always true: received never runs ahead of what was admitted; a frame that cannot be decoded changes nothing; a refusal ends the stream.
 
 use super::admit::Admit;
-use super::apply::ApplyView;
 use super::receive::{LinkEnd, Opened};
 use super::verify::{Comparer, QUESTIONS_MAX, Question};
+use super::view::ApplyView;
+use crate::etcd::gate::ClusterLimits;
 use crate::failpoint;
+use crate::model::limits::ReplicaLimits;
 use crate::model::{Phase, Seq};
 use crate::wire::frame::FrameLimits;
 use crate::wire::replicate::refusal::Kind;
@@ -72,6 +74,9 @@ pub(super) struct Stream {
     verified_told: Verified,
     /// The last question of a retry that was put.
     wanted_told: u64,
+    /// What the replica's etcd takes; what the origin was last told of it, and of what the sidecar takes.
+    limits: watch::Receiver<ClusterLimits>,
+    limits_told: Option<ReplicaLimits>,
 }
 
 /// What has been taken off the stream and waits for its place.
@@ -91,6 +96,8 @@ impl Stream {
             questions,
             verified_told: Verified::default(),
             wanted_told: 0,
+            limits: end.etcd.limits(),
+            limits_told: None,
             opened,
             end,
         }
@@ -187,6 +194,7 @@ impl Stream {
                     self.look_at_applier(admit);
                 }
                 _ = self.durable.changed() => self.due.ack = true,
+                Ok(()) = self.limits.changed() => self.due.ack = true,
                 Some(answer) = answers.recv(), if self.due.answer.is_none() => self.due.answer = Some(answer),
                 placed = place(&mut placing) => {
                     placing = None;
@@ -258,6 +266,7 @@ impl Stream {
             self.due.ack = false;
             let ack = self.ack(admit);
             self.verified_told = self.end.told.borrow().verified;
+            self.limits_told = Some(self.end.limits(*self.limits.borrow()));
             receipt::What::Ack(ack)
         } else if let Some(answer) = self.due.answer.take() {
             answer
@@ -273,6 +282,7 @@ impl Stream {
         let view = self.view.borrow();
         let verified = self.end.told.borrow().verified;
         let verified = if verified == self.verified_told { Verified::default() } else { verified };
+        let limits = Some(self.end.limits(*self.limits.borrow()));
         let position = view.position.as_ref().filter(|p| p.epoch == admit.epoch().0);
         let applied = position.map_or(Seq(0), |p| p.seq);
         let durable = self.durable.borrow().0.max(applied.0).min(admit.received().0.max(applied.0));
@@ -294,6 +304,7 @@ impl Stream {
             repair_wanted: self.end.repair_wanted.load(Ordering::Relaxed),
             held: view.held,
             quarantined: view.quarantine.entries.len() as u64,
+            limits: limits.filter(|_| limits != self.limits_told).map(Into::into),
         }
     }
 }

@@ -11,6 +11,7 @@ pub mod digest;
 pub mod frame;
 #[cfg(test)]
 mod kubernetes_like;
+mod limits;
 pub mod parts;
 mod varint;
 pub mod window;

@@ -5,6 +5,7 @@
 use crate::bed::contents::{load, noise};
 use crate::bed::etcd::Etcd;
 use crate::bed::pair::{LINK, LINK_BACK, Pair, PairOptions, connect, wait_applied};
+use crate::bed::regions::{Regions, RegionsOptions};
 use crate::bed::sidecar::Sidecar;
 use crate::bed::traffic::{Traffic, TrafficOptions};
 use crate::bed::{PATIENCE, until};
@@ -174,4 +175,36 @@ async fn where_the_replica_wants_it_the_origin_mends_what_others_wrote_and_prove
     assert_eq!(closed["revisions"], 0);
     let counted = pair.replica_sidecar.health().await.unwrap()["links"][0]["counts"]["foreign_keys"].clone();
     assert_eq!(counted, 3);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_mended_through_one_of_the_replicas_sidecars_is_closed_at_the_other_too() {
+    let regions = Box::pin(Regions::start(RegionsOptions { sidecars: (1, 2), ..RegionsOptions::default() })).await;
+    let put = regions.origin[0].put("/app/a", "of the origin").await;
+    regions.wait_applied(put).await;
+    let receives = async |sidecar: &Sidecar| {
+        let open = |entry: &Value| entry["state"] == "following" && entry["reason"] == "";
+        sidecar.wait_for(LINK, "the origin's stream", open).await;
+    };
+    // First the one, then the other: the first has nothing but its own eyes from then on.
+    let [first, second] = &regions.replica_sidecars[..] else { panic!("two of them") };
+    receives(first).await;
+    looked_at(first, LINK, &regions.replica[0]).await;
+    regions.peer_lines[0][0].cut();
+    receives(second).await;
+    looked_at(second, LINK, &regions.replica[0]).await;
+
+    regions.replica[0].put("/app/a", "by hand").await;
+    for sidecar in [first, second] {
+        told(sidecar, 1, PATIENCE).await;
+    }
+    let repaired = regions.origin_sidecars[0].admin(&["repair", LINK]);
+    assert!(repaired.status.success(), "{}", String::from_utf8_lossy(&repaired.stdout));
+    for sidecar in [second, first] {
+        let closed = told(sidecar, 0, PATIENCE).await;
+        assert_eq!(closed["revisions"], 0);
+    }
+    // It is no foreign write of the other's.
+    looked_at(first, LINK, &regions.replica[0]).await;
+    assert_eq!(foreign(first, LINK)["keys"], 0);
 }

@@ -321,7 +321,10 @@ async fn begin_after(etcd: &Etcd, dir: &Path, after: Revision) -> Result<(), Tai
     let (events, _heard) = mpsc::channel(16);
     let tail = Tail {
         link: link_name(LINK),
-        etcd: Arc::new(Gate::new(EtcdConfig { endpoints: vec![etcd.url()], ..EtcdConfig::default() })),
+        etcd: Arc::new(Gate::new(
+            EtcdConfig { endpoints: vec![etcd.url()], ..EtcdConfig::default() },
+            link_name(LINK).waymark_key(),
+        )),
         ranges,
         limits,
         spool: Arc::new(spool),

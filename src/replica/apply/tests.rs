@@ -12,7 +12,7 @@ async fn applier(dir: &std::path::Path) -> Applier {
     let (dedupe, _) = Dedupe::open(&dir.join("dedupe")).await.unwrap_or_else(|error| panic!("{error}"));
     let mut applier = Applier::new(ApplierParts {
         link: LinkName::new("config").unwrap_or_else(|error| panic!("{error}")),
-        etcd: Arc::new(Gate::new(EtcdConfig::default())),
+        etcd: Arc::new(Gate::new(EtcdConfig::default(), Bytes::new())),
         limits,
         ranges: None,
         journal: Arc::new(journal),
@@ -23,6 +23,7 @@ async fn applier(dir: &std::path::Path) -> Applier {
         trial: Trial::default(),
         operator: mpsc::channel(1).1,
         told: watch::channel(Told::default()).1,
+        closed: watch::channel(Revision(0)).1,
         hello_waiting: watch::channel(0).1,
         commands: mpsc::channel(1).1,
         view: watch::channel(ApplyView::default()).0,

@@ -2,6 +2,7 @@
 //! Input: temporary folders. Output: passes or fails.
 //! Always true: no test waits for time.
 
+use super::db::{Entry, RECENT_MAX, read_key};
 use super::*;
 
 fn private_dir() -> (tempfile::TempDir, PathBuf) {

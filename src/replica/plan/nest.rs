@@ -63,6 +63,7 @@ pub(super) fn nest(ops: Vec<Op>, shape: &Shape) -> Vec<Node> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::limits::changes_max;
 
     #[test]
     fn as_many_operations_as_leave_a_place_for_the_position_stay_flat() {
@@ -92,5 +93,17 @@ mod tests {
         assert!(Shape::of(2, 0, 2).is_none());
         assert!(Shape::of(1, 0, 1).is_none());
         assert!(Shape::of(1, 0, 0).is_none());
+    }
+
+    /// Both ends of a link are compared by that.
+    #[test]
+    fn as_many_changes_as_the_comparison_of_limits_says_find_a_place_and_not_one_more() {
+        for ops_max in 2..=48 {
+            let changes = usize::try_from(changes_max(ops_max)).unwrap();
+            let ops_max = usize::try_from(ops_max).unwrap();
+            assert!(Shape::of(changes, 0, ops_max).is_some(), "{changes} with {ops_max}");
+            assert!(Shape::of(changes + 1, 0, ops_max).is_none(), "{changes} and one with {ops_max}");
+        }
+        assert!(changes_max(34) < 100_000 && changes_max(35) >= 100_000, "the README names 35");
     }
 }

@@ -30,7 +30,7 @@ const FAILURES_SHOWN: usize = 3;
 const HEADS_SHOWN: usize = 40;
 
 /// What must have happened over all seeds.
-const MUST_HAPPEN: [&str; 60] = [
+const MUST_HAPPEN: [&str; 63] = [
     "frame damaged",
     "frame dropped",
     "frame repeated",
@@ -87,6 +87,9 @@ const MUST_HAPPEN: [&str; 60] = [
     "origin replaced",
     "ranges changed",
     "operator's resync",
+    "another history written down",
+    "another history remembered",
+    "another history forgotten",
     "end GUARD",
     "end GAP",
     "end FENCED",

@@ -3,6 +3,8 @@
 //! Synchronous.
 //! Always true: whatever decides is the product's; this file only carries values from one decision to the next, as the edges do.
 
+mod remember;
+
 use super::etcd::Etcd;
 use super::line::{Line, Receipt, Shipment};
 use super::names::name_of;
@@ -21,6 +23,7 @@ use etcd_ferry::wire::frame::{FrameLimits, encode_standalone};
 use etcd_ferry::wire::replicate::refusal::Kind;
 use etcd_ferry::wire::replicate::{CopyAck, Progress};
 use etcd_ferry::wire::window::{Encoder, WindowLimits};
+use remember::write;
 
 const PAGES_IN_FLIGHT_MAX: u64 = 3;
 const FRAMES_IN_FLIGHT_MAX: usize = 64;
@@ -41,6 +44,8 @@ pub struct Origin {
     /// An operator's wish for a new base copy; true: deletes are allowed.
     pub resync: Option<bool>,
     pub stopped: Option<String>,
+    /// Where the replica was at the last hello, if that was of this cluster.
+    followed: Option<(Epoch, Seq)>,
     /// Stands for a sidecar of a version without waymarks.
     pub writes_waymarks: bool,
 }
@@ -63,6 +68,8 @@ pub struct Session {
 pub enum End {
     Again(String),
     Stop(String),
+    /// Written down at the origin before it is told.
+    OtherHistory(String),
 }
 
 struct Greeted {
@@ -82,6 +89,7 @@ impl Origin {
             known_epoch: Epoch(0),
             resync: None,
             stopped: None,
+            followed: None,
             writes_waymarks,
         }
     }
@@ -103,10 +111,13 @@ impl Origin {
         self.session.take_if(|session| session.copying.is_some());
     }
 
-    fn end(&mut self, end: End, context: &mut Context) {
+    fn end(&mut self, end: End, etcd: &mut Etcd, context: &mut Context) {
+        if let End::OtherHistory(reason) = &end {
+            self.remember(reason, etcd, context);
+        }
         match end {
             End::Again(reason) => context.note(|| format!("{} says hello again: {reason}", self.name)),
-            End::Stop(reason) => {
+            End::Stop(reason) | End::OtherHistory(reason) => {
                 context.note(|| format!("{} stops: {reason}", self.name));
                 context.count("link stopped");
                 self.stopped = Some(reason);
@@ -118,7 +129,7 @@ impl Origin {
     /// Says hello and begins to ship.
     pub fn connect(&mut self, number: u64, at: usize, replica: &mut Replica, etcd: &mut Etcd, context: &mut Context) {
         if let Err(end) = self.try_connect(number, at, replica, etcd, context) {
-            self.end(end, context);
+            self.end(end, etcd, context);
         }
     }
 
@@ -210,12 +221,17 @@ impl Origin {
             position: answer.position.clone().map(Box::new),
             received: ahead.then_some(received),
         };
+        let met = self.recall(answer.position.as_ref(), etcd, context);
         let decided = if self.resync.is_some() {
             resume::resync(answer.position.as_ref())
         } else {
+            if let Some(reason) = met {
+                context.count("another history remembered");
+                return Err(End::OtherHistory(reason));
+            }
             let same_origin = answer.position.as_ref().is_some_and(|p| p.origin_cluster == origin.cluster);
             let usable = match &self.tail.state {
-                TailState::OtherHistory { reason } if same_origin => return Err(End::Stop(reason.clone())),
+                TailState::OtherHistory { reason } if same_origin => return Err(End::OtherHistory(reason.clone())),
                 TailState::Lost { compacted } => {
                     origin.compacted = *compacted;
                     false
@@ -243,13 +259,14 @@ impl Origin {
         context: &mut Context,
     ) -> Result<(), End> {
         let failed = |state: TailState| match state {
-            TailState::OtherHistory { reason } | TailState::Stopped { reason } => End::Stop(reason),
+            TailState::OtherHistory { reason } => End::OtherHistory(reason),
+            TailState::Stopped { reason } => End::Stop(reason),
             state @ (TailState::Idle | TailState::Watching | TailState::SpoolFull | TailState::Lost { .. }) => {
                 End::Again(format!("the watch did not open: {state:?}"))
             }
         };
         match decided {
-            Resume::Stop { reason } => Err(End::Stop(reason.to_string())),
+            Resume::Stop { reason } => Err(End::OtherHistory(reason.to_string())),
             Resume::Tail { .. } => Err(End::Again("the replica did not answer".to_owned())),
             Resume::ShipFromSpool { after } => {
                 self.open(greeted, stream).follow(after);
@@ -359,7 +376,7 @@ impl Origin {
     /// Puts something on the line, if there is anything.
     pub fn ship(&mut self, etcd: &mut Etcd, context: &mut Context) {
         if let Err(end) = self.try_ship(etcd, context) {
-            self.end(end, context);
+            self.end(end, etcd, context);
         }
     }
 
@@ -368,9 +385,8 @@ impl Origin {
             TailState::Lost { compacted } => {
                 return Err(End::Again(format!("the origin has compacted up to {compacted}")));
             }
-            TailState::OtherHistory { reason } | TailState::Stopped { reason } => {
-                return Err(End::Stop(reason.clone()));
-            }
+            TailState::OtherHistory { reason } => return Err(End::OtherHistory(reason.clone())),
+            TailState::Stopped { reason } => return Err(End::Stop(reason.clone())),
             TailState::Idle | TailState::Watching | TailState::SpoolFull => {}
         }
         let Some(session) = &mut self.session else { return Ok(()) };
@@ -460,6 +476,7 @@ impl Origin {
             return Ok(());
         }
         self.resync = None;
+        self.followed = Some((copy.epoch, Seq(0)));
         if copy.guard.take().is_some() {
             copy.sent = acked.pages;
         }
@@ -483,10 +500,10 @@ impl Origin {
     }
 
     /// Takes the next receipt.
-    pub fn take_receipt(&mut self, context: &mut Context) {
+    pub fn take_receipt(&mut self, etcd: &mut Etcd, context: &mut Context) {
         let Some(receipt) = self.session.as_mut().and_then(|session| session.line.receipts.pop_front()) else { return };
         if let Err(end) = self.take(receipt, context) {
-            self.end(end, context);
+            self.end(end, etcd, context);
         }
     }
 
@@ -548,9 +565,7 @@ impl Session {
         {
             return Err(End::Again("the origin is not what it was".to_owned()));
         }
-        self.canary_revision = etcd.write(vec![Change::Put { key, value: "{}".into() }]);
-        let written = etcd.written_at(etcd.revision).to_vec();
-        context.judge.origin_wrote(etcd.head(), &written, etcd.state());
+        self.canary_revision = write(etcd, Change::Put { key, value: "{}".into() }, context);
         context.count("canary written");
         Ok(())
     }
@@ -563,9 +578,7 @@ impl Session {
         }
         self.waymark = self.waymark.next(context.random.next());
         let change = Change::Put { key, value: self.waymark.to_json().into() };
-        self.waymark_revision = etcd.write(vec![change]).unwrap_or_default();
-        let written = etcd.written_at(etcd.revision).to_vec();
-        context.judge.origin_wrote(etcd.head(), &written, etcd.state());
+        self.waymark_revision = write(etcd, change, context).unwrap_or_default();
         context.count("waymark written");
         Ok(())
     }

@@ -46,6 +46,8 @@ pub struct Replica {
     pub waymark: Waymark,
     progress: Option<Idle>,
     pub stopped: bool,
+    /// The next hello begins with an empty journal.
+    given_up: bool,
     pub session: u64,
     /// What the session's sender may write with.
     pub claim: Option<Claim>,
@@ -91,6 +93,7 @@ impl Replica {
             waymark: Waymark::default(),
             progress: None,
             stopped: false,
+            given_up: false,
             session: 0,
             claim: None,
             copying: None,
@@ -120,7 +123,7 @@ impl Replica {
         self.in_flight = None;
         self.waymark = Waymark::default();
         self.progress = None;
-        self.stopped = false;
+        (self.stopped, self.given_up) = (false, false);
         self.claim = None;
         self.copying = None;
         self.refusal = None;
@@ -195,6 +198,8 @@ impl Replica {
                 }
                 if let Some((kind, reason)) = moved {
                     context.count(&format!("align {}", kind.as_str_name()));
+                    self.stopped |= reset_journal;
+                    self.given_up |= reset_journal;
                     self.refusal = Some((self.session, kind, reason));
                 }
             }
@@ -295,7 +300,7 @@ impl Replica {
             }
         }
         let next = next::after_settled(position, &settled, (last.revision.revision, *digest));
-        let next = next::to_write(next, self.waymark);
+        let next = next::to_write(next, self.waymark, Revision(0));
         let request = Request::new(&self.link, *held, &next, settled.tree.clone());
         let number = context.send(request);
         context.note(|| format!("{} sends seq {} (revision {})", self.name, next.seq, next.origin_revision));
@@ -371,7 +376,7 @@ impl Replica {
     /// Commits at once and waits: for what is not a journal entry.
     pub fn commit(&mut self, next: Position, tree: TxnTree, context: &mut Context) -> Result<Answered, Trouble> {
         let Some((_, held)) = self.held else { return Ok(Answered::PositionMoved) };
-        let next = next::to_write(next, self.waymark);
+        let next = next::to_write(next, self.waymark, Revision(0));
         let request = Request::new(&self.link, held, &next, tree);
         context.note(|| format!("{} writes {:?} at epoch {}, seq {}", self.name, next.state, next.epoch, next.seq));
         match context.commit_and_wait(&request) {

@@ -197,7 +197,7 @@ impl World {
             14..32 => self.origins[origin].tail.step(&self.origin, &mut self.context),
             32..38 => step_disk(&mut self.origins[origin].tail.spool, &mut self.context),
             38..56 => (0..2).for_each(|_| self.ship(origin)),
-            56..64 => (0..2).for_each(|_| self.origins[origin].take_receipt(&mut self.context)),
+            56..64 => (0..2).for_each(|_| self.origins[origin].take_receipt(&mut self.origin, &mut self.context)),
             64..76 => (0..2).for_each(|_| self.receive(replica)),
             76..80 => self.tell(replica),
             80..91 => (0..2).for_each(|_| self.replicas[replica].apply(&mut self.context)),
@@ -384,17 +384,14 @@ impl World {
         self.context.replica.write(vec![change]);
     }
 
-    /// The replica's etcd is what it was; requests that were on their way are gone with the old one.
+    /// The replica's etcd is what it was; requests that were on their way are gone with the old one. It went away and came back, which its
+    /// connections show: no applier holds on to what it read before, and none sends a request any more whose compare is of the etcd that is gone.
     fn restore_replica(&mut self) {
         let Some((snapshot, foreign)) = self.replica_snapshot.clone() else { return };
         self.context.note(|| format!("the replica is restored to its revision {}", snapshot.revision));
         self.replica_restored = true;
         self.context.restore(snapshot, foreign);
-        if self.replicas.len() > 1 {
-            // Its etcd went away and came back, which its connections show. One applier alone would see it by its next compare; of two,
-            // one could write the position at the very revision at which the other still holds an older one.
-            self.replicas.iter_mut().for_each(Replica::doubt);
-        }
+        self.replicas.iter_mut().for_each(Replica::doubt);
     }
 
     /// Where nothing was carried since the anchor, only the waymark tells a restored origin: that this is not enough for one that went back
@@ -541,7 +538,7 @@ impl World {
                 self.replicas[at].apply(&mut self.context);
             }
             self.context.commit_pending();
-            (0..4).for_each(|_| self.origins[0].take_receipt(&mut self.context));
+            (0..4).for_each(|_| self.origins[0].take_receipt(&mut self.origin, &mut self.context));
         }
         flush(&mut self.origins[0].tail.spool, &mut self.context);
         for at in 0..self.replicas.len() {

@@ -53,6 +53,11 @@ impl Replica {
                 Some(claim)
             }
         };
+        if std::mem::take(&mut self.given_up) {
+            let (epoch, seq) = self.position().map_or((Epoch(0), Seq(0)), |p| (p.epoch, p.seq));
+            self.start_afresh(seq);
+            self.journal.reset(epoch.0, seq.0);
+        }
         self.claim = claim;
         self.session = hello.number;
         self.ranges = Some(hello.ranges.clone());
