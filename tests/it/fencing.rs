@@ -6,7 +6,7 @@ use crate::bed::contents::{load, noise};
 use crate::bed::pair::{LINK, link_name};
 use crate::bed::regions::{Regions, RegionsOptions, TAKEOVER_LIMIT};
 use crate::bed::{PATIENCE, until};
-use crate::resume::{last, write};
+use crate::resume::{last, spool_holds, write};
 use etcd_ferry::demo::proxy::Direction;
 use etcd_ferry::model::{Phase, Position};
 use serde_json::Value;
@@ -60,14 +60,12 @@ async fn paused_in_the_middle_of_a_copy(options: RegionsOptions) {
     regions.peer_lines.iter().flatten().for_each(|line| line.set_rate(Some(400_000)));
     regions.start_sidecars().await;
     let middle = regions.wait_copying().await;
-    let at_anchor = |entry: &Value| {
-        let stage =
-            entry["stages"].as_array().and_then(|stages| stages.iter().find(|s| s["stage"] == "spool")).cloned();
-        stage.is_some_and(|stage| {
-            stage["detail"].as_str().is_some_and(|d| d.contains(&format!("after {} up", middle.origin_revision)))
-        })
+    // What it holds from the anchor on is its own only once its watch has read it: until then etcd may compact it away.
+    let read = regions.origin[0].put("/app/read", "by the standby too").await;
+    let from_anchor = |entry: &Value| {
+        spool_holds(entry).is_some_and(|(after, end)| after == middle.origin_revision.0 && end >= read.0)
     };
-    regions.origin_sidecars[1].wait_for(LINK, "the standby's spool to begin at the anchor", at_anchor).await;
+    regions.origin_sidecars[1].wait_for(LINK, "the standby's spool to hold what follows the anchor", from_anchor).await;
     regions.origin_sidecars[0].pause();
     // What is written now is in the standby's spool alone.
     let acknowledged = write(&regions.origin[0].access(), "/app/000", 100, 100).await;

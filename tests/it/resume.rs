@@ -78,10 +78,15 @@ pub async fn wait_spooled(pair: &Pair, revision: Revision) {
     pair.origin_sidecar.wait_for(LINK, &what, |entry| spool_end(entry).is_some_and(|end| end >= revision.0)).await;
 }
 
-/// The spool's end, from `holds revisions after N up to M`.
-pub fn spool_end(entry: &serde_json::Value) -> Option<u64> {
+/// What the origin's spool holds, from `holds revisions after N up to M`: N and M.
+pub fn spool_holds(entry: &serde_json::Value) -> Option<(u64, u64)> {
     let stage = entry["stages"].as_array()?.iter().find(|stage| stage["stage"] == "spool")?;
-    stage["detail"].as_str()?.rsplit(' ').next()?.parse().ok()
+    let (after, end) = stage["detail"].as_str()?.strip_prefix("holds revisions after ")?.split_once(" up to ")?;
+    Some((after.parse().ok()?, end.parse().ok()?))
+}
+
+pub fn spool_end(entry: &serde_json::Value) -> Option<u64> {
+    spool_holds(entry).map(|(_, end)| end)
 }
 
 /// The first copy writes the first waymark, and following the second: from then on it is one a minute. Returns its number.
