@@ -2,6 +2,7 @@
 //! Input: a stream after its handshake, the peer's certificates, the sets in use. Output: the same stream, until its peer fails.
 //! Always true: a peer that a new handshake would refuse is cut at the first change that says so; nothing else is cut.
 
+use super::explain::explain;
 use super::reload::InUse;
 use rustls::pki_types::CertificateDer;
 use std::io;
@@ -58,7 +59,8 @@ impl<S> Rechecked<S> {
             match Pin::new(changes).poll_next(cx) {
                 Poll::Ready(Some(in_use)) => {
                     if let Err(error) = in_use.judge(peer) {
-                        tracing::warn!(peer = %peer.at, %error, "a connection is cut: its certificate is refused since the last reload");
+                        let reason = explain(&error);
+                        tracing::warn!(peer = %peer.at, %reason, "a connection is cut since certificates were reloaded");
                         (self.refused, self.again) = (true, None);
                     }
                 }

@@ -215,7 +215,14 @@ async fn a_peer_that_is_revoked_is_cut_off_its_live_stream_and_comes_back_with_a
     replica.put("crl.pem", &issuer.revoke(&[&stolen], tomorrow).unwrap(), 0o644);
     reloaded(&pair.replica_sidecar, 1).await;
     let since = Instant::now();
-    let cut = async || pair.replica_sidecar.log().contains("a connection is cut").then_some(());
+    let told = "reason=the peer's certificate is refused: it is revoked";
+    let cut = async || {
+        pair.replica_sidecar
+            .log()
+            .lines()
+            .any(|line| line.contains("a connection is cut") && line.contains(told))
+            .then_some(())
+    };
     until("the live stream to be cut", PATIENCE, cut).await;
     assert!(since.elapsed() < CUT_WITHIN, "it took {:?}", since.elapsed());
     let refused = |link: &Value| link["reason"].as_str().is_some_and(|reason| reason.contains("revoked"));
