@@ -277,6 +277,11 @@ impl LinkName {
         Bytes::from(format!("/etcd-ferry/v1/links/{}/other-history", self.0))
     }
 
+    /// In the origin's etcd: written where only an event shows how far a watch is.
+    pub fn progress_key(&self) -> Bytes {
+        Bytes::from(format!("/etcd-ferry/v1/links/{}/progress", self.0))
+    }
+
     /// The key of this link's waymark in the origin's etcd.
     pub fn waymark_key(&self) -> Bytes {
         Bytes::from(format!("/etcd-ferry/v1/links/{}/waymark", self.0))
