@@ -14,7 +14,7 @@
 //! tls/               mod (configurations) reload accept connect recheck verify explain
 //! wire/              mod codec window(p) frame(p) body(p) cache(p) delta(p) digest(p) parts(p) limits(p) varint(p) kubernetes_like (tests)
 //! segment/           mod open file writer (append-only files) feed (memory first, then files), under spool and journal
-//! config/            mod check(p) read(p) files: raw to checked, all faults at once
+//! config/            mod layers(p) check(p) read(p) files: raw to checked, all faults at once
 //! certs/             mod identity load issue(the only file that knows rcgen)
 //! retry.rs(p) metrics.rs failpoint.rs
 //! model/             mod(p) limits(p) quarantine(p) ranges(p) stall(p) status(p)

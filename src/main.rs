@@ -10,7 +10,7 @@ use etcd_ferry::admin::verification::{self, verification_json, verification_line
 use etcd_ferry::admin::{quarantine, show};
 use etcd_ferry::app;
 use etcd_ferry::certs::{self, issue::CertsError};
-use etcd_ferry::config::{Config, Fault, Faults};
+use etcd_ferry::config::{Checked, Fault, Faults, Layers, Override};
 use etcd_ferry::demo;
 use std::io::{ErrorKind, IsTerminal, Write, stdout};
 use std::path::{Path, PathBuf};
@@ -33,16 +33,14 @@ enum Command {
     /// Check a configuration and every file that it names; reports all faults at once
     #[command(after_help = "Example: etcd-ferry check --config /etc/etcd-ferry/us-east-1.toml")]
     Check {
-        /// The configuration file (TOML); paths in it are relative to the current directory
-        #[arg(long, value_name = "FILE")]
-        config: PathBuf,
+        #[command(flatten)]
+        configuration: Configuration,
     },
     /// Run the sidecar, until SIGTERM or Ctrl-C
     #[command(after_help = "Example: etcd-ferry run --config /etc/etcd-ferry/us-east-1.toml")]
     Run {
-        /// The configuration file (TOML); paths in it are relative to the current directory
-        #[arg(long, value_name = "FILE")]
-        config: PathBuf,
+        #[command(flatten)]
+        configuration: Configuration,
     },
     /// Show every link of a running sidecar: state, position, lag, and why it is not following
     #[command(after_help = "Example: etcd-ferry status --config /etc/etcd-ferry/us-east-1.toml --json")]
@@ -188,6 +186,23 @@ enum CertsCommand {
     },
 }
 
+/// What a sidecar is configured with: the file, over it the environment, over both the flags.
+#[derive(Args)]
+struct Configuration {
+    /// The configuration file (TOML); paths in it are relative to the current directory
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Goes before the file and the environment, such as limits.txn_ops_max=64; may be given several times
+    #[arg(long, value_name = "SECTION.KEY=VALUE")]
+    set: Vec<String>,
+}
+
+impl Configuration {
+    fn layers(&self) -> Layers {
+        Layers::new(&self.config, &self.set)
+    }
+}
+
 /// Which running sidecar is meant, and who asks.
 #[derive(Args)]
 struct Sidecar {
@@ -224,8 +239,8 @@ impl From<ClientError> for Failure {
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
-        Command::Check { config } => check(&config),
-        Command::Run { config } => run(&config),
+        Command::Check { configuration } => check(&configuration.layers()),
+        Command::Run { configuration } => run(&configuration.layers()),
         Command::Status { sidecar, json } => status(&sidecar, json),
         Command::Resync { link, sidecar, allow_deletes } => resync(&sidecar, &link, allow_deletes),
         Command::Verify { link, sidecar, json } => verify(&sidecar, &link, json),
@@ -256,22 +271,28 @@ fn say(line: &str) -> Result<(), Failure> {
     }
 }
 
-fn check(path: &Path) -> Result<(), Failure> {
-    let (config, identity) = Config::check(path)?;
+fn check(layers: &Layers) -> Result<(), Failure> {
+    let Checked { config, identity, overrides } = layers.check()?;
     say(&format!(
         "{} is sound; links to send: {}, to receive: {}",
-        path.display(),
+        layers.file().display(),
         config.send.len(),
         config.receive.len()
     ))?;
+    for Override { key, value, source } in &overrides {
+        say(&format!("{key} = {value} is not from the file: {source} goes before it"))?;
+    }
     say(&format!("this sidecar's certificate is for {}", identity.sans.join(", ")))?;
     say(&format!("and is valid until {}", certs::load::rfc3339(identity.not_after)))
 }
 
-fn run(path: &Path) -> Result<(), Failure> {
-    let (config, _) = Config::check(path)?;
+fn run(layers: &Layers) -> Result<(), Failure> {
+    let Checked { config, overrides, .. } = layers.check()?;
     config.prepare_files()?;
     app::log(&config.log).map_err(failed)?;
+    for Override { key, value, source } in &overrides {
+        tracing::info!(key, value, %source, "a key is not as the configuration file says");
+    }
     #[cfg(feature = "failpoints")]
     etcd_ferry::failpoint::arm().map_err(Failure::Failed)?;
     sidecar_runtime()?.block_on(app::run(config)).map_err(failed)
@@ -404,7 +425,7 @@ fn told(link: &str, verification: &Verification, json: bool) -> Result<(), Failu
 
 impl Sidecar {
     fn connection(&self) -> Result<Connection, Failure> {
-        let config = Config::load(&self.config)?;
+        let config = Layers::new(&self.config, &[]).load()?;
         let beside = |name| config.tls.cert.with_file_name(name);
         Ok(Connection {
             admin: config.listen.admin,

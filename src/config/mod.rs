@@ -1,14 +1,20 @@
-//! Job: the configuration file, from raw TOML to checked values.
-//! Input: text. Output: a `Config`, or every fault at once, each with its field and rule.
+//! Job: the configuration, from a file, the environment and flags to checked values.
+//! Input: text. Output: a `Config`, or every fault at once, each with its field and rule, and where its value stands.
 //! Always true: a `Config` is complete and consistent; its `Debug` shows no secret (secrets stay in files of their own).
 
 mod check;
 mod files;
+mod layers;
 mod read;
+
+pub use layers::{Override, Source, is_variable};
 
 use crate::certs::identity::PeerIdentity;
 use crate::model::{LinkName, Ranges};
 use bytes::Bytes;
+use files::NamedFiles;
+use layers::Layered;
+use std::ffi::OsString;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -47,23 +53,71 @@ impl Config {
         check::config(&read::parse(text)?).0
     }
 
-    /// Reads and checks a configuration file; looks at no other file (see [`Config::check`]).
-    pub fn load(path: &Path) -> Result<Config, Faults> {
-        Config::from_toml(&read_file(path)?)
+}
+
+/// What a configuration is read from: a file, over it the environment, over both the flags.
+#[derive(Debug, Clone)]
+pub struct Layers {
+    file: PathBuf,
+    variables: Vec<(String, OsString)>,
+    flags: Vec<String>,
+}
+
+/// A sound configuration with sound files.
+#[derive(Debug, Clone)]
+pub struct Checked {
+    pub config: Config,
+    /// Whom this sidecar's own certificate names.
+    pub identity: PeerIdentity,
+    /// What is not as the file says.
+    pub overrides: Vec<Override>,
+}
+
+impl Layers {
+    /// A file, this process's environment as it is now, and what `--set` said: `section.key=value`.
+    pub fn new(file: &Path, flags: &[String]) -> Self {
+        let variables = std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value)));
+        let variables = variables.filter(|(name, _)| is_variable(name)).collect();
+        Self { file: file.to_owned(), variables, flags: flags.to_vec() }
     }
 
-    /// Reads and checks a configuration file and every file that it names, also where a rule is broken; changes nothing. Returns also whom
-    /// this sidecar's own certificate names.
-    pub fn check(path: &Path) -> Result<(Config, PeerIdentity), Faults> {
-        let (config, files) = check::config(&read::parse(&read_file(path)?)?);
+    pub fn file(&self) -> &Path {
+        &self.file
+    }
+
+    /// Reads and checks the configuration; looks at no file that it names.
+    pub fn load(&self) -> Result<Config, Faults> {
+        let (_, config, _) = self.read()?;
+        config
+    }
+
+    /// Reads and checks the configuration and every file that it names, also where a rule is broken; changes nothing.
+    pub fn check(&self) -> Result<Checked, Faults> {
+        let (layered, config, files) = self.read()?;
         match (config, files.check()) {
-            (Ok(config), Ok(identity)) => Ok((config, identity)),
+            (Ok(config), Ok(identity)) => Ok(Checked { config, identity, overrides: layered.overrides }),
             (config, identity) => {
                 let of_rules = config.err().map_or(Vec::new(), |faults| faults.0);
                 let of_files = identity.err().map_or(Vec::new(), |faults| faults.0);
-                Err(Faults([of_rules, of_files].concat()))
+                Err(Faults([of_rules, layered.locate(of_files)].concat()))
             }
         }
+    }
+
+    /// All layers in one table, what its rules make of it, and what it names.
+    fn read(&self) -> Result<(Layered, Result<Config, Faults>, NamedFiles), Faults> {
+        let text = read_file(&self.file)?;
+        let mut layered = layers::lay(&text, read::parse(&text)?, &self.variables, &self.flags);
+        let (config, files) = check::config(&layered.table);
+        let of_layers = std::mem::take(&mut layered.faults);
+        let config = match config {
+            Ok(config) if of_layers.is_empty() => Ok(config),
+            config => {
+                let of_rules = config.err().map_or(Vec::new(), |faults| faults.0);
+                Err(Faults([of_layers, layered.locate(of_rules)].concat()))
+            }
+        };
+        Ok((layered, config, files))
     }
 }
 

@@ -3,6 +3,7 @@
 //! Always true: the child is killed and reaped when its value is dropped, on every way out of the demo, a panic included; a Ctrl-C at the
 //! terminal does not reach it, so it ends only by our hand.
 
+use crate::config::is_variable;
 use anyhow::Context;
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
@@ -20,6 +21,10 @@ impl Process {
     /// Starts `command` in a process group of its own; both of its outputs are appended to `log`.
     pub fn start(command: &mut Command, log: PathBuf) -> anyhow::Result<Self> {
         let open = || File::options().create(true).append(true).open(&log);
+        // The demo's sidecars are as the demo configures them.
+        for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_str().is_some_and(is_variable)) {
+            command.env_remove(name);
+        }
         command.stdin(Stdio::null()).stdout(open()?).stderr(open()?).process_group(0);
         let program = command.get_program().to_string_lossy().into_owned();
         let child = command

@@ -116,6 +116,57 @@ fn check_reports_faults_of_files_beside_those_of_rules() {
 }
 
 #[test]
+fn each_fault_says_which_line_variable_or_flag_it_is_about() {
+    let place = Place::new();
+    let file = place.path("ferry.toml");
+    std::fs::write(&file, place.text().replace("node = \"us-east-1-a\"", "node = \"a b\"")).unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_etcd-ferry"))
+        .args(["check", "--set", "log.format=xml", "--set", "limits.stall=60", "--config"])
+        .arg(&file)
+        .env("ETCD_FERRY_LIMITS_TXN_OPS_MAX", "1")
+        .env("ETCD_FERRY_TLS_CA", place.path("none.pem"))
+        .env("ETCD_FERRY_LOGLEVEL", "debug")
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    for (field, place) in [
+        ("node: ", " [line 3]"),
+        ("limits.txn_ops_max: ", " [ETCD_FERRY_LIMITS_TXN_OPS_MAX]"),
+        ("tls.ca: ", " [ETCD_FERRY_TLS_CA]"),
+        ("log.format: ", " [--set]"),
+        ("ETCD_FERRY_LOGLEVEL: ", ""),
+        ("--set limits.stall: ", ""),
+    ] {
+        assert!(stderr.lines().any(|l| l.starts_with(field) && l.ends_with(place)), "{field}{place}:\n{stderr}");
+    }
+    assert_eq!(stderr.lines().count(), 6, "{stderr}");
+}
+
+#[test]
+fn check_shows_what_goes_before_the_file_and_that_it_does() {
+    let place = Place::new();
+    let file = place.path("ferry.toml");
+    std::fs::write(&file, place.text().replace("region = \"us-east-1\"", "region = \"not/good\"")).unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_etcd-ferry"))
+        .args(["check", "--set", "region=us-east-1", "--config"])
+        .arg(&file)
+        .env("ETCD_FERRY_REGION", "from/the/environment")
+        .env("ETCD_FERRY_TLS_ADMINS", "spiffe://etcd-ferry.dev/admin,admin.example")
+        .env("ETCD_FERRY_PORT_7443_TCP_ADDR", "10.0.0.1")
+        .output()
+        .unwrap();
+    let stdout = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    let told: Vec<&str> = stdout.lines().filter(|line| line.contains("goes before")).collect();
+    let wanted = [
+        "region = \"us-east-1\" is not from the file: --set goes before it",
+        "tls.admins = [\"spiffe://etcd-ferry.dev/admin\", \"admin.example\"] is not from the file: ETCD_FERRY_TLS_ADMINS goes before it",
+    ];
+    assert_eq!(told, wanted);
+}
+
+#[test]
 fn a_missing_configuration_and_bad_usage_exit_with_2() {
     let place = Place::new();
     let output = ferry(&["check", "--config", &place.path("none.toml").display().to_string()]);

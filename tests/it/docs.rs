@@ -116,7 +116,7 @@ fn faults(text: &str) -> Vec<Fault> {
 }
 
 /// Every key that the configuration knows, as `etcd.endpoints` or `send[].link`: asked by way of a key that it does not know.
-fn known_keys() -> BTreeSet<String> {
+pub fn known_keys() -> BTreeSet<String> {
     let mut keys = BTreeSet::new();
     for head in ["", "[etcd]", "[listen]", "[tls]", "[[send]]", "[[receive]]", "[limits]", "[log]"] {
         let text = format!("{head}\n{head_line}", head_line = "unheard_of = 1");
@@ -137,7 +137,7 @@ fn known_keys() -> BTreeSet<String> {
 }
 
 /// The keys that `SOUND` cannot do without.
-fn required_keys() -> BTreeSet<String> {
+pub fn required_keys() -> BTreeSet<String> {
     let mut required = BTreeSet::new();
     let mut table = String::new();
     for (number, line) in SOUND.lines().enumerate() {
@@ -154,7 +154,7 @@ fn required_keys() -> BTreeSet<String> {
 }
 
 /// What a key that is left out becomes, where that is a value.
-fn defaults(config: &Config) -> BTreeMap<String, String> {
+pub fn defaults(config: &Config) -> BTreeMap<String, String> {
     // `Limits { spool_bytes_max: 8589934592, ... }`: every field with its value.
     let limits = format!("{:?}", config.limits);
     let fields = limits.trim_start_matches("Limits {").trim_end_matches('}').split(", ");

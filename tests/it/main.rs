@@ -16,6 +16,7 @@ mod demo;
 mod docs;
 mod elections;
 mod etcd_access;
+mod example;
 mod failpoints;
 mod fencing;
 mod flips;
