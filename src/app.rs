@@ -2,14 +2,17 @@
 //! Input: a checked configuration. Output: a running sidecar, until SIGTERM or Ctrl-C.
 //! Always true: nothing runs before everything is bound and open; every task is joined; a second Ctrl-C exits at once.
 
-use crate::admin::{self, Directory, LinkHandle, Listening};
-use crate::config::{Config, LogConfig, LogFormat};
+mod links;
+mod reload;
+
+use crate::admin::reload::ReloadCommand;
+use crate::admin::{self, Directory, Listening};
+use crate::config::{Config, Layers, LogConfig, LogFormat};
 use crate::etcd::gate::Gate;
 use crate::metrics;
-use crate::model::{LINKS_PREFIX, LinkStatus, Ranges, Side};
-use crate::origin::OriginLink;
+use crate::model::LINKS_PREFIX;
 use crate::replica::receive::Receiver;
-use crate::replica::{self, ReplicaLink, ReplicaTask};
+use crate::replica;
 use crate::tls::reload::InUse;
 use crate::tls::{Certificates, accept};
 use crate::wire::HELLO_BYTES_MAX;
@@ -17,14 +20,19 @@ use crate::wire::replicate::handshake_server::HandshakeServer;
 use crate::wire::replicate::replicate_server::ReplicateServer;
 use anyhow::Context;
 use bytes::Bytes;
+use links::{Ended, Links};
+use reload::Reloader;
 use std::io::IsTerminal;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer, reload as reloadable};
 
 /// A link over 100 ms of round trip needs windows of this size to fill 50 MB/s.
 const STREAM_WINDOW_BYTES: u32 = 8 << 20;
@@ -36,36 +44,59 @@ const STREAMS_MAX: u32 = 256;
 /// SIGTERM stops within 5 s.
 const STOP_DEADLINE: Duration = Duration::from_millis(4_500);
 
-/// Sets up logging; call once.
-pub fn log(config: &LogConfig) -> anyhow::Result<()> {
-    let filter = tracing_subscriber::EnvFilter::try_new(&config.level)
-        .with_context(|| format!("[log] level {:?}", config.level))?;
-    let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours);
-    let installed = match config.format {
-        LogFormat::Text => builder.try_init(),
-        LogFormat::Json => builder.json().try_init(),
-    };
-    installed.map_err(|e| anyhow::anyhow!("logging cannot be set up: {e}"))
+/// Changes what the log tells, while the sidecar runs.
+pub struct LogLevel(Box<dyn Fn(EnvFilter) -> Result<(), reloadable::Error> + Send>);
+
+impl LogLevel {
+    /// `level`: as of `log.level`.
+    fn set(&self, level: &str) -> anyhow::Result<()> {
+        Ok((self.0)(filter(level)?)?)
+    }
 }
 
-/// Runs until SIGTERM or Ctrl-C.
-pub async fn run(config: Config) -> anyhow::Result<()> {
+fn filter(level: &str) -> anyhow::Result<EnvFilter> {
+    EnvFilter::try_new(level).with_context(|| format!("[log] level {level:?}"))
+}
+
+/// Sets up logging; call once.
+pub fn log(config: &LogConfig) -> anyhow::Result<LogLevel> {
+    let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let (filter, handle) = reloadable::Layer::new(filter(&config.level)?);
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(colours);
+    let lines = match config.format {
+        LogFormat::Text => lines.boxed(),
+        LogFormat::Json => lines.json().boxed(),
+    };
+    let installed = tracing_subscriber::registry().with(filter).with(lines).try_init();
+    installed.map_err(|e| anyhow::anyhow!("logging cannot be set up: {e}"))?;
+    Ok(LogLevel(Box::new(move |filter| handle.reload(filter))))
+}
+
+/// Runs until SIGTERM or Ctrl-C. `layers`: what `config` was read from, to be read again.
+pub async fn run(config: Config, layers: Layers, log_level: LogLevel) -> anyhow::Result<()> {
     // What lies below data_dir holds values: whatever makes a file there, also sled, makes it for this user alone.
     rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
     let stop = CancellationToken::new();
-    let app = App::bind(config, stop.clone()).await?;
+    let (reloads, reloading) = mpsc::channel(1);
     let mut signals = JoinSet::new();
-    signals.spawn(wait_for_signals(stop.clone()));
-    app.run().await
+    signals.spawn(wait_for_signals(stop.clone(), reloads.clone()));
+    let app = App::bind(config, stop.clone()).await?;
+    app.run(layers, log_level, reloads, reloading).await
 }
 
-async fn wait_for_signals(stop: CancellationToken) -> anyhow::Result<()> {
+async fn wait_for_signals(stop: CancellationToken, reloads: mpsc::Sender<ReloadCommand>) -> anyhow::Result<()> {
     use tokio::signal::unix::{SignalKind, signal};
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hangup = signal(SignalKind::hangup())?;
     loop {
         tokio::select! {
+            _ = hangup.recv() => {
+                tracing::info!("SIGHUP: reading the configuration again");
+                // One that waits already will read what is there now.
+                let _ = reloads.try_send(oneshot::channel().0);
+                continue;
+            }
             _ = terminate.recv() => tracing::info!("SIGTERM: stopping"),
             _ = interrupt.recv() => tracing::info!("Ctrl-C: stopping; once more exits at once"),
         }
@@ -89,9 +120,7 @@ pub struct App {
     exporter: metrics::Exporter,
     receiver: Receiver,
     streams: TaskTracker,
-    replicas: Vec<(ReplicaTask, watch::Sender<LinkStatus>)>,
-    origins: Vec<(OriginLink, watch::Sender<LinkStatus>, mpsc::Receiver<admin::LinkCommand>)>,
-    links: Vec<LinkHandle>,
+    links: Links,
 }
 
 impl App {
@@ -110,59 +139,10 @@ impl App {
         let listening = Listening { peer: peer.local_addr()?, admin: admin.local_addr(), http: http.local_addr() };
         let exporter = metrics::install()?;
         let etcd = Arc::new(Gate::new(config.etcd.clone(), readable_key(&config)));
-        let mut links = Vec::new();
-        let mut origins = Vec::new();
-        for send in &config.send {
-            let (status, watching) =
-                watch::channel(LinkStatus::new(send.link.clone(), Side::Origin, send.peer.clone()));
-            let (commands, incoming) = mpsc::channel(1);
-            links.push(LinkHandle {
-                link: send.link.clone(),
-                side: Side::Origin,
-                status: watching,
-                commands: Some(commands),
-                replica_commands: None,
-            });
-            // What a [[receive]] without prefixes will bring, the peer knows: it tells in its answer to the hello.
-            let overlaps = |ranges: &Option<Ranges>| ranges.as_ref().is_some_and(|r| r.overlaps(&send.ranges));
-            let origin = OriginLink {
-                etcd: etcd.clone(),
-                limits: config.limits.clone(),
-                dir: config.data_dir.join("origin").join(send.link.as_str()),
-                certificates: certificates.in_use(),
-                region: config.region.clone(),
-                node: config.node.clone(),
-                link_back: config.receive.iter().any(|r| r.peer == send.peer && overlaps(&r.ranges)),
-                send: send.clone(),
-            };
-            origins.push((origin, status, incoming));
-        }
-        let (mut replicas, mut ends) = (Vec::new(), Vec::new());
-        for receive in &config.receive {
-            let (status, watching) =
-                watch::channel(LinkStatus::new(receive.link.clone(), Side::Replica, receive.peer.clone()));
-            let (commands, incoming) = mpsc::channel(1);
-            links.push(LinkHandle {
-                link: receive.link.clone(),
-                side: Side::Replica,
-                status: watching,
-                commands: None,
-                replica_commands: Some(commands),
-            });
-            let replica = ReplicaLink {
-                etcd: etcd.clone(),
-                limits: config.limits.clone(),
-                dir: config.data_dir.join("replica").join(receive.link.as_str()),
-                sends_back: config.send.iter().filter(|s| s.peer == receive.peer).map(|s| s.ranges.clone()).collect(),
-                receive: receive.clone(),
-                commands: incoming,
-            };
-            let (end, task) = replica.open().await.with_context(|| format!("link {}", receive.link))?;
-            ends.push(end);
-            replicas.push((task, status));
-        }
+        let mut links = Links::new(etcd.clone(), certificates.in_use(), stop.clone());
+        links.open_all(&config).await?;
         let streams = TaskTracker::new();
-        let receiver = Receiver::new(ends, &config.region, &config.node, streams.clone(), stop.clone());
+        let receiver = Receiver::new(links.ends(), &config.region, &config.node, streams.clone());
         Ok(Self {
             config,
             stop,
@@ -175,8 +155,6 @@ impl App {
             exporter,
             receiver,
             streams,
-            replicas,
-            origins,
             links,
         })
     }
@@ -185,8 +163,14 @@ impl App {
         self.listening
     }
 
-    /// Runs everything until `stop`, or until something fails that must not.
-    pub async fn run(self) -> anyhow::Result<()> {
+    /// Runs everything until `stop`, or until something fails that must not. `reloading`: what is asked by `reloads`.
+    pub async fn run(
+        self,
+        layers: Layers,
+        log_level: LogLevel,
+        reloads: mpsc::Sender<ReloadCommand>,
+        mut reloading: mpsc::Receiver<ReloadCommand>,
+    ) -> anyhow::Result<()> {
         let Self {
             config,
             stop,
@@ -199,9 +183,7 @@ impl App {
             exporter,
             receiver,
             streams,
-            replicas,
-            origins,
-            links,
+            mut links,
         } = self;
         tracing::info!(region = %config.region, node = %config.node, version = env!("CARGO_PKG_VERSION"), peer = %listening.peer,
             admin = %listening.admin, http = %listening.http, "running");
@@ -212,7 +194,8 @@ impl App {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             started: Instant::now(),
             listening,
-            links,
+            links: links.shown(),
+            reloads,
             etcd: etcd.members(),
             certificates: certificates.status(),
         });
@@ -243,26 +226,19 @@ impl App {
             }
         });
         if let Some(compact) = config.compact {
-            let compactor = replica::compactor(etcd.clone(), compact, replicas.iter().map(|(task, _)| task));
+            let compactor = replica::compactor(etcd.clone(), compact, links.reads());
             let stop = stop.clone();
             tasks.spawn(async move {
                 Box::pin(compactor.run(stop)).await;
                 Ok(())
             });
         }
-        for (replica, status) in replicas {
-            let (link, stop) = (status.borrow().link.clone(), stop.clone());
-            tasks.spawn(async move { replica.run(status, stop).await.with_context(|| format!("link {link}")) });
-        }
-        for (origin, status, commands) in origins {
-            let (link, stop) = (origin.send.link.clone(), stop.clone());
-            tasks
-                .spawn(async move { origin.run(status, commands, stop).await.with_context(|| format!("link {link}")) });
-        }
+        links.start(&config);
+        let mut reloader = Reloader::new(layers, config, log_level);
         let mut outcome = Ok(());
         let mut deadline = None;
-        loop {
-            let ended = tokio::select! {
+        while !(tasks.is_empty() && links.is_over()) {
+            let failed = tokio::select! {
                 biased;
                 () = stop.cancelled(), if deadline.is_none() => {
                     deadline = Some(tokio::time::Instant::now() + STOP_DEADLINE);
@@ -272,13 +248,34 @@ impl App {
                     tracing::warn!("not everything stopped in time");
                     break;
                 }
-                ended = tasks.join_next() => ended,
-            };
-            let failed = match ended {
-                None => break,
-                Some(Ok(Ok(()))) => continue,
-                Some(Ok(Err(e))) => e,
-                Some(Err(e)) => anyhow::anyhow!("a task failed: {e}"),
+                Some(ended) = tasks.join_next() => match ended {
+                    Ok(Ok(())) => continue,
+                    Ok(Err(e)) => e,
+                    Err(e) => anyhow::anyhow!("a task failed: {e}"),
+                },
+                Some(ended) = links.next_end(), if !links.is_over() => {
+                    reloader.ended(&ended);
+                    match ended {
+                        Ended { result: Ok(()), .. } => continue,
+                        Ended { result: Err(e), from_start: true, .. } => e,
+                        Ended { link, side, result: Err(e), from_start: false } => {
+                            let side = side.as_str();
+                            tracing::error!(%link, side, error = format!("{e:#}"), "a link of the last reload has ended; the others go on");
+                            continue;
+                        }
+                    }
+                }
+                Some(reply) = reloading.recv(), if deadline.is_none() => {
+                    tokio::select! {
+                        biased;
+                        () = stop.cancelled() => {}
+                        reloaded = reloader.reload(&mut links) => {
+                            // Whoever asked may have gone; the log has it.
+                            let _ = reply.send(reloaded.map_err(|faults| faults.to_string().lines().map(str::to_owned).collect()));
+                        }
+                    }
+                    continue;
+                }
             };
             tracing::error!(error = format!("{failed:#}"), "stopping: a task failed");
             outcome = Err(failed);

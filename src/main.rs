@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand};
 use etcd_ferry::admin::client::{self, ClientError, Connection};
 use etcd_ferry::admin::proto::Verification;
 use etcd_ferry::admin::verification::{self, verification_json, verification_lines};
-use etcd_ferry::admin::{quarantine, show};
+use etcd_ferry::admin::{quarantine, reload, show};
 use etcd_ferry::app;
 use etcd_ferry::certs::{self, issue::CertsError};
 use etcd_ferry::config::{Checked, Fault, Faults, Layers, Override};
@@ -96,6 +96,15 @@ enum Command {
         link: String,
         #[command(flatten)]
         sidecar: Sidecar,
+    },
+    /// Have a running sidecar read its configuration again, as SIGHUP does: links, limits and the log's level are taken
+    #[command(after_help = "Example: etcd-ferry reload --config /etc/etcd-ferry/us-east-1.toml")]
+    Reload {
+        #[command(flatten)]
+        sidecar: Sidecar,
+        /// JSON instead of lines
+        #[arg(long)]
+        json: bool,
     },
     /// The revisions that a link's replica refused and goes on without. Ask the sidecar at the link's replica
     Quarantine {
@@ -246,6 +255,7 @@ fn main() -> ExitCode {
         Command::Verify { link, sidecar, json } => verify(&sidecar, &link, json),
         Command::Repair { link, sidecar, allow_deletes, json } => repair(&sidecar, &link, allow_deletes, json),
         Command::Allow { link, sidecar } => allow(&sidecar, &link),
+        Command::Reload { sidecar, json } => reload_configuration(&sidecar, json),
         Command::Quarantine { command } => quarantine(command),
         Command::Demo { keep, seconds, json } => demo(keep, seconds, json),
         Command::Certs { command: CertsCommand::Dev { out, regions } } => certs_dev(&out, &regions),
@@ -289,13 +299,13 @@ fn check(layers: &Layers) -> Result<(), Failure> {
 fn run(layers: &Layers) -> Result<(), Failure> {
     let Checked { config, overrides, .. } = layers.check()?;
     config.prepare_files()?;
-    app::log(&config.log).map_err(failed)?;
+    let log_level = app::log(&config.log).map_err(failed)?;
     for Override { key, value, source } in &overrides {
         tracing::info!(key, value, %source, "a key is not as the configuration file says");
     }
     #[cfg(feature = "failpoints")]
     etcd_ferry::failpoint::arm().map_err(Failure::Failed)?;
-    sidecar_runtime()?.block_on(app::run(config)).map_err(failed)
+    sidecar_runtime()?.block_on(app::run(config, layers.clone(), log_level)).map_err(failed)
 }
 
 fn demo(keep: bool, seconds: u64, json: bool) -> Result<(), Failure> {
@@ -351,6 +361,15 @@ fn allow(sidecar: &Sidecar, link: &str) -> Result<(), Failure> {
         format!("it deletes {many}")
     };
     say(&format!("link {link}: revision {} (seq {}) goes through; {what}", allowed.origin_revision, allowed.seq))
+}
+
+fn reload_configuration(sidecar: &Sidecar, json: bool) -> Result<(), Failure> {
+    let reply = runtime()?.block_on(reload::reload(&sidecar.connection()?))?;
+    if json { say(&reload::json(&reply)) } else { say_all(&reload::lines(&reply)) }?;
+    match reply.failed.len() {
+        0 => Ok(()),
+        count => Err(Failure::Failed(format!("{count} of the changes could not be taken: mend that, and reload"))),
+    }
 }
 
 fn quarantine(command: QuarantineCommand) -> Result<(), Failure> {

@@ -41,6 +41,9 @@ pub const CERTIFICATE_EXPIRY_TIMESTAMP_SECONDS: &str = "etcd_ferry_certificate_e
 /// Of the sidecar, without labels.
 pub const CERTIFICATES_REFUSED: &str = "etcd_ferry_certificates_refused";
 pub const CERTIFICATE_RELOADS_TOTAL: &str = "etcd_ferry_certificate_reloads_total";
+pub const CONFIGURATION_REFUSED: &str = "etcd_ferry_configuration_refused";
+pub const CONFIGURATION_NEEDS_RESTART: &str = "etcd_ferry_configuration_needs_restart";
+pub const CONFIGURATION_RELOADS_TOTAL: &str = "etcd_ferry_configuration_reloads_total";
 pub const RAW_BYTES_TOTAL: &str = "etcd_ferry_raw_bytes_total";
 pub const SENT_BYTES_TOTAL: &str = "etcd_ferry_sent_bytes_total";
 pub const REVISION_LAG_SECONDS: &str = "etcd_ferry_revision_lag_seconds";
@@ -48,7 +51,7 @@ pub const ROUND_TRIP_SECONDS: &str = "etcd_ferry_round_trip_seconds";
 pub const APPLY_SECONDS: &str = "etcd_ferry_apply_seconds";
 pub const BATCH_REVISIONS: &str = "etcd_ferry_batch_revisions";
 
-const GAUGES: [(&str, &str); 27] = [
+const GAUGES: [(&str, &str); 29] = [
     (LINK_STATE, "1 for the state that the link is in, else 0."),
     (LAG_SECONDS, "Since when the oldest origin revision that is not applied has been in etcd."),
     (LAG_REVISIONS, "Origin revisions that are not applied at the replica."),
@@ -94,11 +97,14 @@ const GAUGES: [(&str, &str); 27] = [
         CERTIFICATES_REFUSED,
         "1 while the files of the certificates are not sound, so that the last ones stay in use, else 0.",
     ),
+    (CONFIGURATION_REFUSED, "1 if the configuration was not sound when it was last read, so that the one before stays in use, else 0."),
+    (CONFIGURATION_NEEDS_RESTART, "1 if the configuration that was last read has keys that wait for a restart, else 0."),
 ];
-const COUNTERS: [(&str, &str); 3] = [
+const COUNTERS: [(&str, &str); 4] = [
     (RAW_BYTES_TOTAL, "Keys and values carried, before encoding."),
     (SENT_BYTES_TOTAL, "Frames and pages carried, after encoding."),
     (CERTIFICATE_RELOADS_TOTAL, "Times that the sidecar took new certificates into use."),
+    (CONFIGURATION_RELOADS_TOTAL, "Times that the sidecar took something of a changed configuration into use."),
 ];
 /// The `counts` of a link's status; each becomes `etcd_ferry_<count>_total`, on the sides that are named here.
 const COUNTS: [(&str, &str); 22] = [
@@ -182,6 +188,13 @@ impl Exporter {
     /// All metrics in Prometheus' text format.
     pub fn render(&self) -> String {
         self.handle.render()
+    }
+
+    /// Records these links, and renders their metrics and the sidecar's own: a link that was removed is told of no more.
+    pub fn render_links(&self, links: &[LinkStatus]) -> String {
+        links.iter().for_each(record_link);
+        let known: Vec<String> = links.iter().map(|link| label_text(&link.link, link.side)).collect();
+        only_of(&known, &self.render())
     }
 
     /// Folds recorded samples into their buckets. To be called every few seconds: without it they pile up until the next scrape.
@@ -276,6 +289,13 @@ pub fn record_certificates(status: &CertificatesStatus) {
     counter!(CERTIFICATE_RELOADS_TOTAL).absolute(status.reloads);
 }
 
+/// Sets what became of the configuration when it was last read.
+pub fn record_configuration(refused: bool, needs_restart: bool, reloads: u64) {
+    gauge!(CONFIGURATION_REFUSED).set(if refused { 1.0 } else { 0.0 });
+    gauge!(CONFIGURATION_NEEDS_RESTART).set(if needs_restart { 1.0 } else { 0.0 });
+    counter!(CONFIGURATION_RELOADS_TOTAL).absolute(reloads);
+}
+
 /// One revision, by the origin's clock: from its arrival at the origin to the ack that says it is applied.
 pub fn observe_lag(link: &LinkName, seconds: f64) {
     histogram!(REVISION_LAG_SECONDS, labels(link, Side::Origin)).record(seconds);
@@ -295,6 +315,22 @@ pub fn observe_apply(link: &LinkName, seconds: f64, revisions: u64) {
 
 fn labels(link: &LinkName, side: Side) -> Vec<Label> {
     vec![Label::new("link", link.as_str().to_owned()), Label::new("side", side.as_str())]
+}
+
+/// As [`labels`] are rendered.
+fn label_text(link: &LinkName, side: Side) -> String {
+    format!("link=\"{link}\",side=\"{}\"", side.as_str())
+}
+
+/// The lines that are about none of the links, or about one of the `known`. The recorder forgets nothing, and a frozen figure of a link that
+/// is gone would raise alarms for ever.
+fn only_of(known: &[String], text: &str) -> String {
+    let is_known = |labels: &str| known.iter().any(|known| labels.starts_with(known.as_str()));
+    let is_told = |line: &&str| match line.split_once('{') {
+        Some((_, labels)) if !line.starts_with('#') && labels.starts_with("link=") => is_known(labels),
+        Some(_) | None => true,
+    };
+    text.split_inclusive('\n').filter(is_told).collect()
 }
 
 #[cfg(test)]
@@ -348,6 +384,18 @@ mod tests {
         status.bytes_sent = 4;
         record_link(&status);
         assert!(exporter.render().contains("sent_bytes_total{link=\"metrics-monotonic\",side=\"origin\"} 9"));
+    }
+
+    #[test]
+    fn a_link_that_was_removed_is_told_of_no_more_and_one_of_a_longer_name_is_another() {
+        let exporter = install().unwrap();
+        let (stays, gone) = (status("metrics-gone-not"), status("metrics-gone"));
+        observe_lag(&gone.link, 0.04);
+        assert!(exporter.render_links(&[stays.clone(), gone]).contains("seq{link=\"metrics-gone\",side=\"origin\"} 0"));
+        let text = exporter.render_links(&[stays]);
+        assert!(!text.contains("link=\"metrics-gone\""), "{text}");
+        assert!(text.contains("etcd_ferry_seq{link=\"metrics-gone-not\",side=\"origin\"} 0"), "{text}");
+        assert!(text.contains("# HELP etcd_ferry_revision_lag_seconds"), "{text}");
     }
 
     #[test]

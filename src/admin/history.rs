@@ -63,25 +63,26 @@ pub struct History {
 }
 
 impl History {
-    /// Looks at every link.
+    /// Looks at every link; one that is not there any more is forgotten.
     pub fn look(&mut self, now_ms: u64, links: &[LinkStatus]) {
+        let is = |curve: &Curve, link: &LinkStatus| curve.link == link.link.as_str() && curve.side == link.side;
+        self.links.retain(|(curve, _)| links.iter().any(|link| is(curve, link)));
         for link in links {
-            let is = Was::of(link);
-            let known =
-                self.links.iter_mut().find(|(curve, _)| curve.link == link.link.as_str() && curve.side == link.side);
+            let seen = Was::of(link);
+            let known = self.links.iter_mut().find(|(curve, _)| is(curve, link));
             let was = match known {
                 Some((curve, was)) => {
                     curve.add(now_ms / STEP_MS, link.lag_seconds);
-                    std::mem::replace(was, is.clone())
+                    std::mem::replace(was, seen.clone())
                 }
                 None => {
                     let (name, lag) = (link.link.as_str().to_owned(), VecDeque::from([Some(link.lag_seconds)]));
                     let curve = Curve { link: name, side: link.side, last_step: now_ms / STEP_MS, lag_seconds: lag };
-                    self.links.push((curve, is.clone()));
+                    self.links.push((curve, seen.clone()));
                     continue;
                 }
             };
-            for text in is.since(&was, link) {
+            for text in seen.since(&was, link) {
                 self.told += 1;
                 let (name, side) = (link.link.as_str().to_owned(), link.side);
                 self.events.push_back(Event { number: self.told, at_ms: now_ms, link: name, side, text });

@@ -165,8 +165,8 @@ fn router(shared: Shared) -> Router {
 }
 
 async fn serve_metrics(State(shared): State<Shared>) -> Response {
-    shared.directory.snapshots().iter().for_each(metrics::record_link);
-    answer(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", shared.exporter.render())
+    let text = shared.exporter.render_links(&shared.directory.snapshots());
+    answer(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", text)
 }
 
 async fn serve_readiness(State(shared): State<Shared>) -> Response {
@@ -286,7 +286,8 @@ mod tests {
         let following = link("config", LinkState::Following, "");
         let name = following.link.clone();
         let (sender, status) = watch::channel(following);
-        let handle = LinkHandle { link: name, side: Side::Origin, status, commands: None, replica_commands: None };
+        let (before, commands, replica_commands) = (None, None, None);
+        let handle = LinkHandle { link: name, side: Side::Origin, status, before, commands, replica_commands };
         let member = EtcdHealth {
             endpoint: "http://127.0.0.1:2379".to_owned(),
             ok: true,
@@ -299,7 +300,8 @@ mod tests {
             version: "9.9.9".to_owned(),
             started: Instant::now(),
             listening: Listening { peer: addr, admin: addr, http: addr },
-            links: vec![handle],
+            links: watch::channel(Arc::from([handle])).1,
+            reloads: tokio::sync::mpsc::channel(1).0,
             etcd: watch::channel(vec![member]).1,
             certificates: watch::channel(CertificatesStatus::default()).1,
         };

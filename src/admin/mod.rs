@@ -4,12 +4,14 @@
 //! Always true: nothing here changes a link except by a `LinkCommand` or a `ReplicaCommand`; no answer holds a key or a value.
 
 pub mod client;
+mod health;
 mod history;
 pub mod http;
 mod limits;
 mod messages;
 mod page;
 pub mod quarantine;
+pub mod reload;
 pub mod service;
 pub mod show;
 pub mod verification;
@@ -19,6 +21,7 @@ use crate::model::{
 };
 use serde::Serialize;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -95,6 +98,8 @@ pub struct LinkHandle {
     pub link: LinkName,
     pub side: Side,
     pub status: watch::Receiver<LinkStatus>,
+    /// The last status of its earlier task, if a reload has started it anew: what is counted goes on from there.
+    pub before: Option<Arc<LinkStatus>>,
     /// `None`: this is the replica's side, or it takes none.
     pub commands: Option<mpsc::Sender<LinkCommand>>,
     /// `None`: this is the origin's side, or it takes none.
@@ -109,6 +114,9 @@ impl LinkHandle {
             status.state = LinkState::Stopped;
             status.reason = "the link's task has ended: see the log, and start the sidecar again".to_owned();
         }
+        if let Some(before) = &self.before {
+            status.count_on(before);
+        }
         status
     }
 }
@@ -121,7 +129,7 @@ pub struct Listening {
     pub http: SocketAddr,
 }
 
-/// Everything that admin may show or command. Fixed when the sidecar starts; what moves is behind the receivers.
+/// Everything that admin may show or command. What moves is behind the receivers.
 #[derive(Debug, Clone)]
 pub struct Directory {
     pub region: String,
@@ -130,15 +138,22 @@ pub struct Directory {
     pub version: String,
     pub started: Instant,
     pub listening: Listening,
-    pub links: Vec<LinkHandle>,
+    pub links: watch::Receiver<Arc<[LinkHandle]>>,
+    /// Where to ask for the configuration to be read again.
+    pub reloads: mpsc::Sender<reload::ReloadCommand>,
     pub etcd: watch::Receiver<Vec<EtcdHealth>>,
     pub certificates: watch::Receiver<CertificatesStatus>,
 }
 
 impl Directory {
-    /// The latest status of every link, in the configuration's order.
+    /// The links that there are now, in the configuration's order.
+    pub fn links(&self) -> Arc<[LinkHandle]> {
+        self.links.borrow().clone()
+    }
+
+    /// The latest status of each.
     pub fn snapshots(&self) -> Vec<LinkStatus> {
-        self.links.iter().map(LinkHandle::snapshot).collect()
+        self.links().iter().map(LinkHandle::snapshot).collect()
     }
 }
 
@@ -168,12 +183,30 @@ mod tests {
         let mut following = LinkStatus::new(link.clone(), Side::Origin, String::new());
         following.state = LinkState::Following;
         let (sender, status) = watch::channel(following);
-        let handle = LinkHandle { link, side: Side::Origin, status, commands: None, replica_commands: None };
+        let (before, commands, replica_commands) = (None, None, None);
+        let handle = LinkHandle { link, side: Side::Origin, status, before, commands, replica_commands };
         assert_eq!(handle.snapshot().state, LinkState::Following);
 
         drop(sender);
 
         assert_eq!(handle.snapshot().state, LinkState::Stopped);
         assert!(handle.snapshot().reason.contains("the link's task has ended"));
+    }
+
+    #[test]
+    fn what_a_link_counts_goes_on_where_its_earlier_task_ended() {
+        let link = LinkName::new("config").unwrap();
+        let mut before = LinkStatus::new(link.clone(), Side::Origin, String::new());
+        (before.bytes_raw, before.bytes_sent) = (100, 10);
+        before.counts = [("revisions", 7), ("copies", 1)].into();
+        let mut now = before.clone();
+        (now.bytes_raw, now.bytes_sent) = (1, 2);
+        now.counts = [("revisions", 3), ("stalls", 0)].into();
+        let (_sender, status) = watch::channel(now);
+        let (commands, replica_commands) = (None, None);
+        let before = Some(Arc::new(before));
+        let seen = LinkHandle { link, side: Side::Origin, status, before, commands, replica_commands }.snapshot();
+        assert_eq!((seen.bytes_raw, seen.bytes_sent), (101, 12));
+        assert_eq!(seen.counts, [("revisions", 10), ("copies", 1), ("stalls", 0)].into());
     }
 }

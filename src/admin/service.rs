@@ -6,11 +6,12 @@
 use super::messages::{certificates_message, link_message, member_message, record_message, verification_message};
 use super::proto::admin_server::{self, Admin, AdminServer};
 use super::proto::{
-    AllowReply, AllowRequest, DiscardQuarantinedReply, QuarantinedRequest, QuarantinedRevision, RepairRequest,
-    ResyncReply, ResyncRequest, RetryQuarantinedReply, StatusReply, StatusRequest, Verification, VerifyRequest,
+    AllowReply, AllowRequest, DiscardQuarantinedReply, QuarantinedRequest, QuarantinedRevision,
+    ReloadConfigurationReply, ReloadConfigurationRequest, RepairRequest, ResyncReply, ResyncRequest, RetryQuarantinedReply, StatusReply, StatusRequest, Verification, VerifyRequest,
 };
-use super::{Directory, LinkCommand, LinkHandle, ReplicaCommand};
-use crate::model::{self, LinkState, LinkStatus, Seq};
+use super::health::{end_health, health_name, report_all};
+use super::{Directory, LinkCommand, LinkHandle, ReplicaCommand, reload};
+use crate::model::{self, LinkStatus, Seq};
 use crate::tls::accept::{self, AcceptLimits, PeerConnectInfo};
 use crate::tls::reload::InUse;
 use axum::extract::State;
@@ -27,7 +28,6 @@ use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic::transport;
 use tonic::{Request, Response, Status};
-use tonic_health::ServingStatus;
 use tonic_health::pb::health_server;
 use tonic_health::server::HealthReporter;
 use tonic_reflection::pb::v1::server_reflection_server;
@@ -87,11 +87,9 @@ impl Server {
     /// Serves until `stop`, then ends the health watches and lets the calls in hand end.
     pub async fn run(self, directory: Arc<Directory>, stop: CancellationToken) -> Result<(), ServiceError> {
         let mut reporter = HealthReporter::new();
-        let names: Vec<String> = directory.links.iter().map(health_name).collect();
+        let links = directory.links.clone();
         let mut tasks = JoinSet::new();
-        for handle in directory.links.clone() {
-            tasks.spawn(report_health(reporter.clone(), handle, stop.clone()));
-        }
+        tasks.spawn(report_all(reporter.clone(), links.clone(), stop.clone()));
         let routes = routes(directory, self.admins, reporter.clone())?;
         let (accept_loop, incoming) = accept::incoming(self.listener, self.in_use, LIMITS, stop.clone());
         tasks.spawn(accept_loop.run());
@@ -109,6 +107,7 @@ impl Server {
             ended = &mut serving => return ended.map_err(ServiceError::Serve),
         }
         while tasks.join_next().await.is_some() {}
+        let names = links.borrow().iter().map(health_name).collect();
         end_health(&mut reporter, names).await;
         // A call that does not end by then dies with the process.
         match tokio::time::timeout(DRAIN_TIMEOUT, serving).await {
@@ -226,7 +225,7 @@ impl Service {
         link: &str,
         build: impl FnOnce(oneshot::Sender<Result<u64, String>>) -> LinkCommand,
     ) -> Result<Response<ReceiverStream<Result<Verification, Status>>>, Status> {
-        let asked = match commands(&self.directory.links, link, |handle| handle.commands.clone()) {
+        let asked = match commands(&self.directory.links(), link, |handle| handle.commands.clone()) {
             Ok((commands, status)) => command(&commands, link, build).await.map(|run| (run, status)),
             Err(refusal) => Err(refusal),
         };
@@ -249,7 +248,7 @@ impl Service {
         build: impl FnOnce(Seq, oneshot::Sender<Result<T, String>>) -> ReplicaCommand,
     ) -> Result<T, Status> {
         let QuarantinedRequest { link, seq } = request.get_ref();
-        let outcome = match commands(&self.directory.links, link, |handle| handle.replica_commands.clone()) {
+        let outcome = match commands(&self.directory.links(), link, |handle| handle.replica_commands.clone()) {
             Ok((commands, _)) => command(&commands, link, |reply| build(Seq(*seq), reply)).await,
             Err(refusal) => Err(refusal),
         };
@@ -316,7 +315,7 @@ impl Admin for Service {
 
     async fn allow(&self, request: Request<AllowRequest>) -> Result<Response<AllowReply>, Status> {
         let link = &request.get_ref().link;
-        let outcome = match commands(&self.directory.links, link, |handle| handle.replica_commands.clone()) {
+        let outcome = match commands(&self.directory.links(), link, |handle| handle.replica_commands.clone()) {
             Ok((commands, _)) => command(&commands, link, |reply| ReplicaCommand::Allow { reply }).await,
             Err(refusal) => Err(refusal),
         };
@@ -325,9 +324,18 @@ impl Admin for Service {
         Ok(Response::new(AllowReply { seq: seq.0, origin_revision: revision.0, deletes, keys, minute }))
     }
 
+    async fn reload_configuration(
+        &self,
+        request: Request<ReloadConfigurationRequest>,
+    ) -> Result<Response<ReloadConfigurationReply>, Status> {
+        let outcome = reload::ask(&self.directory.reloads).await;
+        audit(&request, "ReloadConfiguration", "", &outcome.as_ref().map(|_| ()).map_err(Clone::clone));
+        outcome.map(Response::new)
+    }
+
     async fn resync(&self, request: Request<ResyncRequest>) -> Result<Response<ResyncReply>, Status> {
         let ResyncRequest { link, allow_deletes } = request.get_ref();
-        let outcome = match commands(&self.directory.links, link, |handle| handle.commands.clone()) {
+        let outcome = match commands(&self.directory.links(), link, |handle| handle.commands.clone()) {
             Ok((commands, _)) => {
                 command(&commands, link, |reply| LinkCommand::Resync { allow_deletes: *allow_deletes, reply }).await
             }
@@ -387,51 +395,4 @@ async fn command<T, C>(
         Status::unavailable(format!("link {link} is busy and did not answer yet: see its status, then repeat the call"))
     };
     tokio::time::timeout(COMMAND_TIMEOUT, exchange).await.unwrap_or_else(|_| Err(busy()))
-}
-
-/// The name under which grpc.health.v1 tells a link's health.
-fn health_name(handle: &LinkHandle) -> String {
-    format!("link/{}/{}", handle.link, handle.side.as_str())
-}
-
-fn health(status: &LinkStatus) -> ServingStatus {
-    match status.state {
-        LinkState::Following | LinkState::Copying => ServingStatus::Serving,
-        LinkState::Connecting
-        | LinkState::Repairing
-        | LinkState::Held
-        | LinkState::SpoolFull
-        | LinkState::Paused
-        | LinkState::Stalled
-        | LinkState::Stopped => ServingStatus::NotServing,
-    }
-}
-
-/// Keeps one link's health true. Says only what changed: each word wakes every watcher.
-async fn report_health(reporter: HealthReporter, mut handle: LinkHandle, stop: CancellationToken) {
-    let name = health_name(&handle);
-    let mut said = None;
-    loop {
-        let now = health(&handle.snapshot());
-        if said != Some(now) {
-            reporter.set_service_status(&name, now).await;
-            said = Some(now);
-        }
-        tokio::select! {
-            biased;
-            () = stop.cancelled() => return,
-            changed = handle.status.changed() => if changed.is_err() {
-                reporter.set_service_status(&name, ServingStatus::NotServing).await;
-                return;
-            },
-        }
-    }
-}
-
-/// Tells every watcher that the sidecar stops, and ends their streams: they would keep their connections open for ever.
-async fn end_health(reporter: &mut HealthReporter, links: Vec<String>) {
-    for name in links.into_iter().chain([String::new()]) {
-        reporter.set_service_status(&name, ServingStatus::NotServing).await;
-        reporter.clear_service_status(&name).await;
-    }
 }

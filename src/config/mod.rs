@@ -2,6 +2,7 @@
 //! Input: text. Output: a `Config`, or every fault at once, each with its field and rule, and where its value stands.
 //! Always true: a `Config` is complete and consistent; its `Debug` shows no secret (secrets stay in files of their own).
 
+pub mod change;
 mod check;
 mod files;
 mod layers;
@@ -79,6 +80,11 @@ impl Layers {
         let variables = std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value)));
         let variables = variables.filter(|(name, _)| is_variable(name)).collect();
         Self { file: file.to_owned(), variables, flags: flags.to_vec() }
+    }
+
+    /// The same file and flags, with the environment as it is now.
+    pub fn again(&self) -> Self {
+        Self::new(&self.file, &self.flags)
     }
 
     pub fn file(&self) -> &Path {

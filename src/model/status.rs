@@ -382,4 +382,13 @@ impl LinkStatus {
             stages: Vec::new(),
         }
     }
+
+    /// Adds what an earlier task of the same link had counted, so that counts only grow while the sidecar lives.
+    pub fn count_on(&mut self, before: &LinkStatus) {
+        self.bytes_raw += before.bytes_raw;
+        self.bytes_sent += before.bytes_sent;
+        for (count, value) in &before.counts {
+            *self.counts.entry(count).or_default() += value;
+        }
+    }
 }

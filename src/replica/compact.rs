@@ -16,10 +16,10 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 /// What of one link tells which revisions it still reads at.
-pub(super) struct Reads {
-    pub end: Arc<LinkEnd>,
-    pub told: watch::Receiver<Told>,
-    pub seen: watch::Receiver<LookoutView>,
+pub struct Reads {
+    pub(super) end: Arc<LinkEnd>,
+    pub(super) told: watch::Receiver<Told>,
+    pub(super) seen: watch::Receiver<LookoutView>,
 }
 
 impl Reads {
@@ -35,7 +35,7 @@ impl Reads {
 pub struct Compactor {
     pub(super) etcd: Arc<Gate>,
     pub(super) config: CompactConfig,
-    pub(super) reads: Vec<Reads>,
+    pub(super) reads: watch::Receiver<Vec<Arc<Reads>>>,
 }
 
 impl Compactor {
@@ -68,13 +68,14 @@ impl Compactor {
     }
 
     async fn turn(&self, connected: &mut Option<Etcd>, ages: &mut Ages, now: Duration) -> Result<(), EtcdError> {
-        let Some(first) = self.reads.first() else { return Ok(()) };
+        let reads = self.reads.borrow().clone();
+        let Some(first) = reads.first() else { return Ok(()) };
         let etcd = match connected {
             Some(etcd) => etcd,
             None => connected.insert(self.etcd.connect().await?),
         };
         ages.saw(now, etcd.look(&first.end.config.link.position_key()).await?.head);
-        let read_at: Vec<Revision> = self.reads.iter().flat_map(Reads::read_at).collect();
+        let read_at: Vec<Revision> = reads.iter().flat_map(|reads| reads.read_at()).collect();
         if let Some(through) = ages.due(now, &read_at) {
             match etcd.compact(through).await {
                 // Another sidecar of this cluster, or an operator, was first.

@@ -88,6 +88,8 @@ pub struct ReplicaLink {
     pub sends_back: Vec<Ranges>,
     /// What an operator asks of it.
     pub commands: mpsc::Receiver<ReplicaCommand>,
+    /// Ends its streams; the same that ends its task.
+    pub stop: CancellationToken,
 }
 
 /// A replica link whose disks are open; [`ReplicaTask::run`] runs it.
@@ -159,6 +161,7 @@ impl ReplicaLink {
             ranges,
             opened: std::sync::Mutex::default(),
             admit: Arc::new(tokio::sync::Mutex::new(admit)),
+            stop: self.stop,
         });
         let (lookout_view, seen) = watch::channel(LookoutView::default());
         let lookout = Lookout::new(end.clone(), own, AccountFile::new(self.dir.join("foreign.json")), lookout_view);
@@ -168,7 +171,7 @@ impl ReplicaLink {
 
 impl ReplicaTask {
     /// Which of the replica's revisions this link still reads at, from now on.
-    fn reads(&self) -> Reads {
+    pub fn reads(&self) -> Reads {
         Reads { end: self.end.clone(), told: self.told.clone(), seen: self.seen.clone() }
     }
 
@@ -222,13 +225,9 @@ impl ReplicaTask {
     }
 }
 
-/// Compacts the etcd that these links are applied to.
-pub fn compactor<'a>(
-    etcd: Arc<Gate>,
-    config: CompactConfig,
-    links: impl Iterator<Item = &'a ReplicaTask>,
-) -> Compactor {
-    Compactor { etcd, config, reads: links.map(ReplicaTask::reads).collect() }
+/// Compacts the etcd that these links are applied to, which may come and go.
+pub fn compactor(etcd: Arc<Gate>, config: CompactConfig, reads: watch::Receiver<Vec<Arc<Reads>>>) -> Compactor {
+    Compactor { etcd, config, reads }
 }
 
 /// What the dedupe log remembers of the newest epoch: the digests of the seqs that end it without a gap.

@@ -124,6 +124,8 @@ pub struct LinkEnd {
     pub(super) opened: Mutex<Option<Opened>>,
     /// Admission goes from one stream to the next; the lock is its hand-over.
     pub(super) admit: Arc<tokio::sync::Mutex<Admit>>,
+    /// Ends the link's streams.
+    pub stop: CancellationToken,
 }
 
 /// The ranges that the first hello named, or where the configuration says what is accepted, the last; kept across restarts.
@@ -205,6 +207,11 @@ fn unhex(text: &str) -> Option<Bytes> {
 }
 
 impl LinkEnd {
+    /// Returns once no stream of the link is open; one that comes later, after `stop`, ends at once. Cancel-safe.
+    pub async fn stream_ended(&self) {
+        drop(self.admit.lock().await);
+    }
+
     /// Whether a link back exists over the ranges; `None`: no hello has said it yet.
     pub(super) fn link_back(&self) -> Option<bool> {
         guard(&self.opened).as_ref().map(|opened| opened.link_back)
@@ -227,25 +234,19 @@ impl LinkEnd {
 /// Both services, over all links that this sidecar receives.
 #[derive(Clone)]
 pub struct Receiver {
-    links: Arc<Vec<Arc<LinkEnd>>>,
+    /// Those that there are now.
+    links: watch::Receiver<Vec<Arc<LinkEnd>>>,
     region: Arc<str>,
     node: Arc<str>,
     streams: TaskTracker,
-    stop: CancellationToken,
     /// Held while a first hello's ranges are compared with the other links' and stored.
     storing: Arc<Mutex<()>>,
 }
 
 impl Receiver {
-    pub fn new(
-        links: Vec<Arc<LinkEnd>>,
-        region: &str,
-        node: &str,
-        streams: TaskTracker,
-        stop: CancellationToken,
-    ) -> Self {
+    pub fn new(links: watch::Receiver<Vec<Arc<LinkEnd>>>, region: &str, node: &str, streams: TaskTracker) -> Self {
         let storing = Arc::new(Mutex::new(()));
-        Self { links: Arc::new(links), region: region.into(), node: node.into(), streams, stop, storing }
+        Self { links, region: region.into(), node: node.into(), streams, storing }
     }
 
     /// The link, if the caller's certificate bears the name that it is configured with.
@@ -254,7 +255,8 @@ impl Receiver {
             return Err(Status::unauthenticated("no client certificate"));
         };
         let names = peer.identity.sans.join(", ");
-        let Some(end) = self.links.iter().find(|end| end.config.link.as_str() == link) else {
+        let end = self.links.borrow().iter().find(|end| end.config.link.as_str() == link).cloned();
+        let Some(end) = end else {
             tracing::warn!(%link, remote = %peer.remote, %names, "refused: no such link to receive");
             return Err(Status::permission_denied(format!(
                 "{} receives no link named {link:?}: add a [[receive]] with that name to its configuration",
@@ -268,7 +270,7 @@ impl Receiver {
                 end.config.peer
             )));
         }
-        Ok(end.clone())
+        Ok(end)
     }
 
     /// The ranges of a hello, if this replica takes them.
@@ -295,7 +297,7 @@ impl Receiver {
     }
 
     fn check_overlaps(&self, link: &LinkName, ranges: &Ranges) -> Result<(), Status> {
-        for other in self.links.iter().filter(|other| other.config.link != *link) {
+        for other in self.links.borrow().iter().filter(|other| other.config.link != *link) {
             if other.accepted().is_some_and(|theirs| theirs.overlaps(ranges)) {
                 tracing::warn!(%link, other = %other.config.link, "refused: overlapping ranges");
                 return Err(Status::failed_precondition(format!(
@@ -448,7 +450,7 @@ impl Replicate for Receiver {
             *admit = Admit::new(opened.epoch, opened.term, opened.received, []);
         }
         let (out, receipts) = mpsc::channel(RECEIPTS_MAX);
-        let stop = self.stop.clone();
+        let stop = end.stop.clone();
         self.streams.spawn(async move {
             Box::pin(Stream::run(end, opened, &mut admit, request.into_inner(), out, stop)).await;
         });

@@ -63,7 +63,7 @@ fn handle(name: &str, side: Side, state: LinkState) -> (watch::Sender<LinkStatus
     first.applied_seq = Seq(7);
     first.counts.insert("repeated", 2);
     let (sender, status) = watch::channel(first);
-    (sender, LinkHandle { link, side, status, commands: None, replica_commands: None })
+    (sender, LinkHandle { link, side, status, before: None, commands: None, replica_commands: None })
 }
 
 /// A sidecar `us-east-1-a` that is the origin of `config` and the replica of `orders`.
@@ -90,7 +90,8 @@ async fn start() -> Running {
         version: "9.9.9".to_owned(),
         started: Instant::now(),
         listening: Listening { peer: addr, admin: addr, http: addr },
-        links: vec![config, orders],
+        links: watch::channel(Arc::from([config, orders])).1,
+        reloads: mpsc::channel(1).0,
         etcd: watch::channel(Vec::new()).1,
         certificates: certificates.status(),
     };

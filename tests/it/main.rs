@@ -36,6 +36,7 @@ mod page;
 mod peers;
 mod power_cut;
 mod quarantine;
+mod reload;
 mod remember;
 mod renewal;
 mod repair;

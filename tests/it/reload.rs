@@ -1,0 +1,255 @@
+//! Job: a configuration that changes under running sidecars: links come, go and change, by SIGHUP and by the admin call, and the others go on.
+//! Input: a pair under load, configurations that are written anew. Output: passes or fails.
+//! Always true: a link that is not touched is judged by recordings of both ends, and by the hellos that its replica has answered: one.
+
+use crate::bed::etcd::EtcdOptions;
+use crate::bed::pair::{LINK, Pair, PairOptions, connect, link_name, wait_applied};
+use crate::bed::sidecar::Sidecar;
+use crate::bed::traffic::{Traffic, TrafficOptions};
+use crate::bed::{PATIENCE, until};
+use bytes::Bytes;
+use serde_json::{Value, json};
+use std::fs;
+use std::process::Output;
+
+const EXTRA: &str = "extra";
+
+fn over(prefix: &str) -> PairOptions {
+    let quick = |options| EtcdOptions { sync: false, ..options };
+    PairOptions {
+        origin: quick(EtcdOptions::origin()),
+        replica: quick(EtcdOptions::replica()),
+        prefixes: vec![prefix.to_owned()],
+        ..PairOptions::default()
+    }
+}
+
+/// The second link, at both sides.
+fn add_extra(pair: &mut Pair) {
+    let (origin, replica) = (&mut pair.origin_sidecar.options, &mut pair.replica_sidecar.options);
+    connect(origin, replica, EXTRA, &pair.proxy, &over("/extra/"));
+}
+
+fn remove_extra(pair: &mut Pair) {
+    pair.origin_sidecar.options.send.retain(|send| send.link != EXTRA);
+    pair.replica_sidecar.options.receive.retain(|receive| receive.link != EXTRA);
+}
+
+fn lines_with(sidecar: &Sidecar, words: &[&str]) -> usize {
+    sidecar.log().lines().filter(|line| words.iter().all(|word| line.contains(word))).count()
+}
+
+/// Writes the configuration, says SIGHUP, and waits until the sidecar has dealt with it.
+async fn hang_up(sidecar: &Sidecar) {
+    let read = || lines_with(sidecar, &["etcd_ferry::app::reload: the configuration is"]);
+    let before = read();
+    sidecar.write_config();
+    sidecar.process().hang_up();
+    until("the configuration to be read again", PATIENCE, async || (read() > before).then_some(())).await;
+}
+
+async fn hang_up_both(pair: &Pair) {
+    hang_up(&pair.replica_sidecar).await;
+    hang_up(&pair.origin_sidecar).await;
+}
+
+/// `etcd-ferry reload --json`, after the configuration was written.
+fn reload(sidecar: &Sidecar) -> Value {
+    sidecar.write_config();
+    let output = sidecar.admin(&["reload", "--json"]);
+    assert!(output.status.success(), "{}", words(&output));
+    serde_json::from_slice(&output.stdout).expect("reload --json prints JSON")
+}
+
+fn words(output: &Output) -> String {
+    String::from_utf8_lossy(&[&output.stdout[..], &output.stderr[..]].concat()).into_owned()
+}
+
+async fn links_of(sidecar: &Sidecar) -> Vec<String> {
+    let health = sidecar.health().await.expect("the sidecar answers");
+    let links = health["links"].as_array().expect("links").iter();
+    links.map(|link| link["link"].as_str().expect("a name").to_owned()).collect()
+}
+
+async fn metric(sidecar: &Sidecar, name: &str) -> String {
+    let (_, text) = sidecar.http("/metrics").await;
+    let value = text.lines().find_map(|line| line.strip_prefix(&format!("{name} ")));
+    value.unwrap_or_else(|| panic!("{name} is not there")).to_owned()
+}
+
+/// Puts a key at the origin; it arrives by the second link.
+async fn carries(pair: &Pair, key: &str) {
+    let revision = pair.origin.put(key, "of the origin").await;
+    wait_applied(&pair.replica, EXTRA, revision, PATIENCE).await;
+    assert_eq!(pair.replica.get(key).await, Some(Bytes::from("of the origin")));
+}
+
+#[tokio::test]
+async fn a_link_that_is_added_removed_and_added_again_by_sighup_carries_and_the_others_are_not_touched() {
+    let mut pair = Box::pin(Pair::start(over("/registry/"))).await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    let recorder = pair.record().await;
+    let options = TrafficOptions {
+        writers: 1,
+        writes_per_writer: 1_000_000,
+        rate_per_writer: Some(50),
+        value_bytes_max: 2_048,
+        ..TrafficOptions::default()
+    };
+    let traffic = Traffic::start(&pair.origin.access(), &options);
+    pair.origin.put("/extra/before", "of the origin").await;
+
+    add_extra(&mut pair);
+    hang_up_both(&pair).await;
+    carries(&pair, "/extra/added").await;
+    assert_eq!(pair.replica.get("/extra/before").await, Some(Bytes::from("of the origin")), "by its base copy");
+    pair.origin_sidecar.wait_for_state(EXTRA, "following").await;
+    assert_eq!(links_of(&pair.origin_sidecar).await, [LINK, EXTRA]);
+    let position = pair.replica.position(&link_name(EXTRA)).await.expect("a position");
+
+    remove_extra(&mut pair);
+    hang_up_both(&pair).await;
+    for sidecar in [&pair.origin_sidecar, &pair.replica_sidecar] {
+        assert_eq!(links_of(sidecar).await, [LINK]);
+        assert!(!sidecar.http("/metrics").await.1.contains("link=\"extra\""), "its metrics would freeze");
+        let said = ["removed and stopped; its files stay in"];
+        assert_eq!(lines_with(sidecar, &said), 1);
+    }
+    assert!(pair.origin_sidecar.data_dir().join("origin/extra/spool").is_dir());
+    let missed = pair.origin.put("/extra/while-it-was-gone", "of the origin").await;
+    let other = pair.origin.put("/registry/other", "x").await;
+    pair.wait_applied(other).await;
+    assert_eq!(pair.replica.get("/extra/while-it-was-gone").await, None);
+
+    add_extra(&mut pair);
+    hang_up_both(&pair).await;
+    let caught_up = wait_applied(&pair.replica, EXTRA, missed, PATIENCE).await;
+    assert_eq!(caught_up.epoch, position.epoch, "it goes on where it was");
+    carries(&pair, "/extra/again").await;
+
+    let acknowledged = traffic.stop().await;
+    pair.wait_applied(acknowledged.last().expect("something was written").revision).await;
+    pair.wait_equal().await;
+    let recording = pair.recorded(recorder).await;
+    assert_eq!(recording.complete(&acknowledged).unwrap(), acknowledged.len());
+    assert!(recording.check().unwrap() > 0);
+    let hello = "etcd_ferry::replica::receive: hello ";
+    assert_eq!(lines_with(&pair.replica_sidecar, &[hello, "link=config "]), 1, "its session was never given up");
+    assert_eq!(lines_with(&pair.replica_sidecar, &[hello, "link=extra "]), 2);
+}
+
+#[tokio::test]
+async fn a_link_that_is_changed_by_the_admin_call_goes_on_from_its_spool_and_its_journal() {
+    let mut pair = Box::pin(Pair::prepare(over("/registry/"))).await;
+    add_extra(&mut pair);
+    for sidecar in [&mut pair.origin_sidecar, &mut pair.replica_sidecar] {
+        sidecar.write_config();
+        sidecar.restart().await;
+    }
+    carries(&pair, "/extra/a").await;
+    pair.wait_applied(pair.origin.put("/registry/a", "x").await).await;
+    let before = pair.replica.position(&link_name(EXTRA)).await.expect("a position");
+    let shipped = pair.origin_sidecar.wait_for_state(EXTRA, "following").await["counts"]["revisions"].clone();
+
+    // What is spooled and not shipped is there when the link begins anew, though etcd has it no more.
+    pair.proxy.cut();
+    let mut last = before.origin_revision;
+    for i in 0..20 {
+        last = pair.origin.put(format!("/extra/{i}"), "in the outage").await;
+    }
+    let spooled = |entry: &Value| entry["lag_revisions"].as_u64() >= Some(20);
+    pair.origin_sidecar.wait_for(EXTRA, "everything to be spooled", spooled).await;
+    pair.origin.compact(last).await;
+    pair.origin_sidecar.options.send[1].verify_interval_seconds = Some(3_600);
+    let told = reload(&pair.origin_sidecar);
+    let wanted = "link extra (origin): changed (verify_interval_seconds), and goes on from what it has on disk";
+    assert_eq!(told, json!({ "taken": [wanted], "failed": [], "needs_restart": [] }));
+    pair.proxy.heal();
+    let after = wait_applied(&pair.replica, EXTRA, last, PATIENCE).await;
+    assert_eq!(after.epoch, before.epoch, "no base copy");
+    let counted = |entry: &Value| entry["counts"]["revisions"].as_u64() == shipped.as_u64().map(|n| n + 20);
+    pair.origin_sidecar.wait_for(EXTRA, "counts to go on where they were", counted).await;
+
+    pair.replica_sidecar.options.receive[1].foreign_writes = Some("expect".to_owned());
+    let told = reload(&pair.replica_sidecar);
+    assert_eq!(
+        told["taken"],
+        json!(["link extra (replica): changed (foreign_writes), and goes on from what it has on disk"])
+    );
+    carries(&pair, "/extra/after").await;
+    assert_eq!(pair.replica.position(&link_name(EXTRA)).await.expect("a position").epoch, before.epoch);
+    let expects = |entry: &Value| entry["foreign_writes"]["expected"].as_str().is_some_and(|why| !why.is_empty());
+    pair.replica_sidecar.wait_for(EXTRA, "others' writes to be expected", expects).await;
+    let config_back = pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    assert_eq!(config_back["counts"]["stalls"], 0);
+}
+
+#[tokio::test]
+async fn a_configuration_that_is_not_sound_is_refused_whole_and_what_needs_a_restart_is_named() {
+    let mut pair = Box::pin(Pair::start(over("/registry/"))).await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    pair.origin_sidecar.options.log_level = "info".to_owned();
+    add_extra(&mut pair);
+    pair.origin_sidecar.options.limits.insert("txn_ops_max".to_owned(), 1);
+    hang_up(&pair.origin_sidecar).await;
+    let sidecar = &pair.origin_sidecar;
+    assert_eq!(links_of(sidecar).await, [LINK], "also what is sound in it is not taken");
+    assert_eq!(metric(sidecar, "etcd_ferry_configuration_refused").await, "1");
+    let fault = ["ERROR", "is refused as a whole", "field=limits.txn_ops_max", "must be from 4 to 65536 (found 1) [line "];
+    assert_eq!(lines_with(sidecar, &fault), 1);
+    let refused = sidecar.admin(&["reload"]);
+    assert_eq!(refused.status.code(), Some(1), "{}", words(&refused));
+    assert!(words(&refused).contains("limits.txn_ops_max: must be from 4 to 65536"), "{}", words(&refused));
+
+    remove_extra(&mut pair);
+    let sidecar = &mut pair.origin_sidecar;
+    sidecar.options.limits = [("revision_bytes_max".to_owned(), 1 << 29), ("spool_bytes_max".to_owned(), 1 << 30)].into();
+    sidecar.options.allow_corrupting_versions = true;
+    let told = reload(sidecar);
+    let taken = [
+        "log.level: info",
+        "limits.spool_bytes_max: taken by each link that they bind",
+        "link config (origin): changed (limits.spool_bytes_max), and goes on from what it has on disk",
+    ];
+    let needs_restart = ["limits.revision_bytes_max", "etcd.allow_corrupting_versions"];
+    let told_keys: std::collections::BTreeSet<&str> =
+        told["needs_restart"].as_array().expect("keys").iter().filter_map(Value::as_str).collect();
+    assert_eq!(told_keys, needs_restart.into());
+    assert_eq!((&told["taken"], &told["failed"]), (&json!(taken), &json!([])));
+    for (name, value) in [("refused", "0"), ("needs_restart", "1"), ("reloads_total", "1")] {
+        assert_eq!(metric(sidecar, &format!("etcd_ferry_configuration_{name}")).await, value, "{name}");
+    }
+    let roomy = |entry: &Value| entry["stages"][1]["queue_bytes_max"] == 1_u64 << 30;
+    sidecar.wait_for(LINK, "the spool to have its new limit", roomy).await;
+    pair.wait_applied(pair.origin.put("/registry/a", "x").await).await;
+
+    // The level in force tells no details any more; what waits for a restart is told again, and nothing else has changed.
+    let details = || lines_with(&pair.origin_sidecar, &["DEBUG", "admin port called"]);
+    let before = details();
+    let again = reload(&pair.origin_sidecar);
+    assert_eq!((&again["taken"], &again["needs_restart"]), (&json!([]), &told["needs_restart"]));
+    assert_eq!(details(), before);
+}
+
+#[tokio::test]
+async fn a_link_that_cannot_be_opened_is_told_and_shown_and_comes_with_the_next_reload() {
+    let mut pair = Box::pin(Pair::start(over("/registry/"))).await;
+    pair.wait_applied(pair.origin.put("/registry/a", "x").await).await;
+    add_extra(&mut pair);
+    let folder = pair.replica_sidecar.data_dir().join("replica/extra");
+    fs::create_dir(folder.parent().expect("a parent")).ok();
+    fs::write(&folder, "no folder").expect("a file in its way");
+    pair.replica_sidecar.write_config();
+    let output = pair.replica_sidecar.admin(&["reload"]);
+    assert_eq!(output.status.code(), Some(1), "{}", words(&output));
+    assert!(words(&output).contains("not taken: link extra (replica): "), "{}", words(&output));
+    let stopped = pair.replica_sidecar.wait_for_state(EXTRA, "stopped").await;
+    let reason = stopped["reason"].as_str().expect("a reason");
+    assert!(reason.contains("it could not be opened") && reason.contains("mend that, and reload"), "{reason}");
+    pair.wait_applied(pair.origin.put("/registry/b", "x").await).await;
+
+    fs::remove_file(&folder).expect("the way is free");
+    assert_eq!(reload(&pair.replica_sidecar)["taken"], json!(["link extra (replica): added and started"]));
+    hang_up(&pair.origin_sidecar).await;
+    carries(&pair, "/extra/a").await;
+}
