@@ -5,6 +5,7 @@
 //! ```text
 //! main.rs            the command line: parse, call, print, exit code
 //! demo/              mod faults compare regions process load objects(p) ports proxy meter(p) report(p) show: two regions on one machine
+//! top/               mod past(p) screen(p): every link of several sidecars, live on a terminal
 //! app.rs             bind everything, then run it; owns tasks and shutdown
 //! app/               links reload: start, stop and change links while it runs
 //! origin/            mod ship decide remember term standby session heartbeat canary(p) stall shipped(p) verify compare mend found(p) anchor elect candidacy(p) resume(p) history(p) watch reopen(p) head probe view sequence(p) spool lag(p)
@@ -36,4 +37,5 @@ pub mod retry;
 pub mod scan;
 pub mod segment;
 pub mod tls;
+pub mod top;
 pub mod wire;

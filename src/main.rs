@@ -12,6 +12,7 @@ use etcd_ferry::app;
 use etcd_ferry::certs::{self, issue::CertsError};
 use etcd_ferry::config::{Checked, Fault, Faults, Layers, Override};
 use etcd_ferry::demo;
+use etcd_ferry::top::{self, Source};
 use std::io::{ErrorKind, IsTerminal, Write, stdout};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -50,6 +51,21 @@ enum Command {
         /// JSON instead of a table
         #[arg(long)]
         json: bool,
+    },
+    /// Show every link of one or several sidecars, live: state, lag, rates, spool, last proof of equality
+    #[command(
+        after_help = "Once, as text, if standard output is no terminal. Example: etcd-ferry top --config /etc/etcd-ferry/us-east-1.toml"
+    )]
+    Top {
+        /// The configuration file of a running sidecar; may be given several times
+        #[arg(long = "config", value_name = "FILE", required = true)]
+        configs: Vec<PathBuf>,
+        /// The operator's certificate [default: admin.pem beside each tls.cert]
+        #[arg(long, value_name = "FILE", requires = "key")]
+        cert: Option<PathBuf>,
+        /// Its key [default: admin.key beside each tls.cert]
+        #[arg(long, value_name = "FILE", requires = "cert")]
+        key: Option<PathBuf>,
     },
     /// Start a new base copy of a link; ask the sidecar at the link's origin
     #[command(after_help = "Example: etcd-ferry resync config --config /etc/etcd-ferry/us-east-1.toml --allow-deletes")]
@@ -251,6 +267,7 @@ fn main() -> ExitCode {
         Command::Check { configuration } => check(&configuration.layers()),
         Command::Run { configuration } => run(&configuration.layers()),
         Command::Status { sidecar, json } => status(&sidecar, json),
+        Command::Top { configs, cert, key } => top(configs, cert.as_deref(), key.as_deref()),
         Command::Resync { link, sidecar, allow_deletes } => resync(&sidecar, &link, allow_deletes),
         Command::Verify { link, sidecar, json } => verify(&sidecar, &link, json),
         Command::Repair { link, sidecar, allow_deletes, json } => repair(&sidecar, &link, allow_deletes, json),
@@ -327,6 +344,19 @@ fn status(sidecar: &Sidecar, json: bool) -> Result<(), Failure> {
         let width = stdout().is_terminal().then(|| columns().unwrap_or(COLUMNS));
         say(show::status_table(&reply, width).trim_end())
     }
+}
+
+fn top(configs: Vec<PathBuf>, cert: Option<&Path>, key: Option<&Path>) -> Result<(), Failure> {
+    let mut sources = Vec::new();
+    for config in configs {
+        sources.push(Source { connection: connection(&config, cert, key)?, name: config.display().to_string() });
+    }
+    let runtime = runtime()?;
+    if stdout().is_terminal() {
+        let ended = runtime.block_on(top::live(sources));
+        return ended.map_err(|e| Failure::Failed(format!("the terminal cannot be used: {e}")));
+    }
+    say(runtime.block_on(top::once(sources))?.trim_end())
 }
 
 fn resync(sidecar: &Sidecar, link: &str, allow_deletes: bool) -> Result<(), Failure> {
@@ -444,16 +474,21 @@ fn told(link: &str, verification: &Verification, json: bool) -> Result<(), Failu
 
 impl Sidecar {
     fn connection(&self) -> Result<Connection, Failure> {
-        let config = Layers::new(&self.config, &[]).load()?;
-        let beside = |name| config.tls.cert.with_file_name(name);
-        Ok(Connection {
-            admin: config.listen.admin,
-            cert: self.cert.clone().unwrap_or_else(|| beside("admin.pem")),
-            key: self.key.clone().unwrap_or_else(|| beside("admin.key")),
-            ca: config.tls.ca,
-            own_cert: config.tls.cert,
-        })
+        connection(&self.config, self.cert.as_deref(), self.key.as_deref())
     }
+}
+
+/// To the sidecar of this configuration; with the operator's pair, or what lies beside `tls.cert`.
+fn connection(config: &Path, cert: Option<&Path>, key: Option<&Path>) -> Result<Connection, Failure> {
+    let config = Layers::new(config, &[]).load()?;
+    let beside = |name| config.tls.cert.with_file_name(name);
+    Ok(Connection {
+        admin: config.listen.admin,
+        cert: cert.map_or_else(|| beside("admin.pem"), Path::to_owned),
+        key: key.map_or_else(|| beside("admin.key"), Path::to_owned),
+        ca: config.tls.ca,
+        own_cert: config.tls.cert,
+    })
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime, Failure> {

@@ -11,7 +11,7 @@ use super::proto::{
 use crate::model::{self, LinkStatus, Record};
 
 pub(super) fn link_message(status: LinkStatus) -> Link {
-    // Taken apart by name, so that a field that is added there is not forgotten here. Stages are for `/healthz?full=1`.
+    // Taken apart by name, so that a field that is added there is not forgotten here. The rest of stages is for `/healthz?full=1`.
     let LinkStatus {
         link,
         side,
@@ -42,7 +42,7 @@ pub(super) fn link_message(status: LinkStatus) -> Link {
         foreign_writes,
         quarantined_revisions,
         quarantined,
-        stages: _,
+        stages,
     } = status;
     Link {
         link: link.to_string(),
@@ -74,6 +74,8 @@ pub(super) fn link_message(status: LinkStatus) -> Link {
         foreign_writes: foreign_writes.map(foreign_message),
         quarantined_revisions,
         quarantined: quarantined.into_iter().map(quarantined_message).collect(),
+        queue_bytes: stages.iter().map(|stage| stage.queue_bytes).sum(),
+        queue_bytes_max: stages.iter().map(|stage| stage.queue_bytes_max).sum(),
     }
 }
 

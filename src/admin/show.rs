@@ -198,7 +198,7 @@ fn line(text: &str) -> String {
 }
 
 /// A reason may hold what a peer said: it must neither drive the terminal nor forge a line.
-pub(super) fn printable(text: &str) -> String {
+pub fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
@@ -326,13 +326,13 @@ fn progress(copy: &Copy, columns: Option<usize>) -> String {
 }
 
 /// How far behind: a time, and revisions if there are any.
-fn behind(seconds: f64, revisions: u64) -> String {
+pub fn behind(seconds: f64, revisions: u64) -> String {
     let time = duration(seconds);
     if revisions == 0 { time } else { format!("{time}, {revisions} rev") }
 }
 
 /// Two units at most: enough to judge, short enough for a column.
-fn duration(seconds: f64) -> String {
+pub fn duration(seconds: f64) -> String {
     let seconds = seconds.max(0.0);
     if seconds < 1.0 {
         return format!("{:.0} ms", (seconds * 1000.0).floor());

@@ -51,6 +51,7 @@ mod spool_full;
 mod stalls;
 mod takeover;
 mod tidy;
+mod top;
 mod trust;
 mod verify;
 mod versions;

@@ -1,0 +1,128 @@
+//! Job: `etcd-ferry top` at a real terminal: what it shows, and that the terminal is as it was when it ends.
+//! Input: the binary behind a pseudo-terminal, a running pair. Output: passes or fails.
+//! Edge: a pseudo-terminal of its own.
+//! Always true: what is judged is what a terminal would have been sent.
+
+use crate::bed::pair::{LINK, Pair, PairOptions};
+use crate::bed::{PATIENCE, until};
+use rustix::fs::{Mode, OFlags};
+use rustix::process::{Pid, Signal, kill_process};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::{Winsize, tcgetattr, tcsetwinsize};
+use std::fs::File;
+use std::io::{Read, Write};
+use std::process::{Child, Command, ExitStatus};
+use std::sync::{Arc, Mutex};
+
+/// What switches to the second screen of a terminal, and back.
+const ENTER: &str = "\u{1b}[?1049h";
+const LEAVE: &str = "\u{1b}[?1049l";
+
+/// A command at a terminal of its own.
+struct AtTerminal {
+    child: Child,
+    /// The terminal's other end.
+    master: File,
+    /// Held, so that what was sent last can be read after the command has ended.
+    terminal: File,
+    seen: Arc<Mutex<Vec<u8>>>,
+}
+
+impl AtTerminal {
+    fn start(arguments: &[&str]) -> Self {
+        let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).expect("a pseudo-terminal");
+        grantpt(&master).expect("it is ours");
+        unlockpt(&master).expect("it can be opened");
+        let name = ptsname(&master, Vec::new()).expect("its name");
+        let open = || rustix::fs::open(name.as_c_str(), OFlags::RDWR | OFlags::NOCTTY, Mode::empty()).expect("it opens");
+        let terminal = File::from(open());
+        let size = Winsize { ws_row: 30, ws_col: 190, ws_xpixel: 0, ws_ypixel: 0 };
+        tcsetwinsize(&terminal, size).expect("it has a size");
+        let child = Command::new(env!("CARGO_BIN_EXE_etcd-ferry"))
+            .args(arguments)
+            .env("TERM", "xterm-256color")
+            .env_remove("NO_COLOR")
+            .stdin(File::from(open()))
+            .stdout(File::from(open()))
+            .stderr(File::from(open()))
+            .spawn()
+            .expect("etcd-ferry starts");
+        let master = File::from(master);
+        let (mut reading, seen) = (master.try_clone().expect("a second handle"), Arc::new(Mutex::new(Vec::new())));
+        let kept = seen.clone();
+        // It ends with the terminal.
+        std::thread::spawn(move || {
+            let mut piece = [0; 4_096];
+            while let Ok(count @ 1..) = reading.read(&mut piece) {
+                kept.lock().unwrap().extend_from_slice(&piece[..count]);
+            }
+        });
+        Self { child, master, terminal, seen }
+    }
+
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.seen.lock().unwrap()).into_owned()
+    }
+
+    async fn shows(&self, words: &str) {
+        until(&format!("the terminal to show {words:?}"), PATIENCE, async || self.text().contains(words).then_some(()))
+            .await;
+    }
+
+    /// True while keys are shown as they are typed, as a shell wants it.
+    fn echoes(&self) -> bool {
+        tcgetattr(&self.terminal).expect("its modes").local_modes.contains(rustix::termios::LocalModes::ECHO)
+    }
+
+    async fn ended(&mut self) -> ExitStatus {
+        let child = &mut self.child;
+        until("top to end", PATIENCE, async || child.try_wait().expect("a child can be waited for")).await
+    }
+}
+
+impl Drop for AtTerminal {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[tokio::test]
+async fn a_terminal_shows_every_link_live_until_a_key_or_a_signal_and_is_then_as_it_was() {
+    let pair = Box::pin(Pair::start(PairOptions::default())).await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    let configs = [&pair.origin_sidecar, &pair.replica_sidecar].map(|sidecar| sidecar.config_path());
+    let [origin, replica] = configs.each_ref().map(|path| path.to_str().expect("a plain name"));
+    let arguments = ["top", "--config", origin, "--config", replica];
+
+    let once = Command::new(env!("CARGO_BIN_EXE_etcd-ferry")).args(arguments).output().unwrap();
+    let text = String::from_utf8(once.stdout).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    assert!(once.status.success() && lines.len() >= 3 && !text.contains('\u{1b}'), "{text}");
+    assert!(lines[1].starts_with("us-east-1-a") && lines[2].starts_with("cn-hangzhou-a"), "{text}");
+
+    for way in ["q", "\u{3}", "SIGTERM"] {
+        let mut top = AtTerminal::start(&arguments);
+        assert!(top.echoes());
+        top.shows("2 of 2 sidecars answer, 2 links").await;
+        top.shows("cn-hangzhou-a").await;
+        assert!(top.text().contains(ENTER) && !top.text().contains(LEAVE) && !top.echoes(), "{way}");
+        match way {
+            "SIGTERM" => kill_process(Pid::from_child(&top.child), Signal::TERM).unwrap(),
+            key => top.master.write_all(key.as_bytes()).unwrap(),
+        }
+        let status = top.ended().await;
+        assert!(status.success(), "{way}: {status}\n{}", top.text());
+        top.shows(LEAVE).await;
+        assert!(top.echoes(), "{way}");
+    }
+}
+
+#[tokio::test]
+async fn top_without_a_sidecar_says_so_and_fails() {
+    let pair = Box::pin(Pair::prepare(PairOptions::default())).await;
+    let output = pair.origin_sidecar.admin(&["top"]);
+    assert_eq!(output.status.code(), Some(1));
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(stderr.contains("no sidecar answers at") && stderr.lines().count() == 1, "{stderr}");
+}
