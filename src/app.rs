@@ -11,8 +11,8 @@ use crate::config::{Config, Layers, LogConfig, LogFormat};
 use crate::etcd::gate::Gate;
 use crate::metrics;
 use crate::model::LINKS_PREFIX;
-use crate::replica::receive::Receiver;
 use crate::replica;
+use crate::replica::receive::Receiver;
 use crate::tls::reload::InUse;
 use crate::tls::{Certificates, accept};
 use crate::wire::HELLO_BYTES_MAX;
@@ -143,20 +143,7 @@ impl App {
         links.open_all(&config).await?;
         let streams = TaskTracker::new();
         let receiver = Receiver::new(links.ends(), &config.region, &config.node, streams.clone());
-        Ok(Self {
-            config,
-            stop,
-            etcd,
-            certificates,
-            listening,
-            peer,
-            admin,
-            http,
-            exporter,
-            receiver,
-            streams,
-            links,
-        })
+        Ok(Self { config, stop, etcd, certificates, listening, peer, admin, http, exporter, receiver, streams, links })
     }
 
     pub fn listening(&self) -> Listening {

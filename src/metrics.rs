@@ -97,8 +97,14 @@ const GAUGES: [(&str, &str); 29] = [
         CERTIFICATES_REFUSED,
         "1 while the files of the certificates are not sound, so that the last ones stay in use, else 0.",
     ),
-    (CONFIGURATION_REFUSED, "1 if the configuration was not sound when it was last read, so that the one before stays in use, else 0."),
-    (CONFIGURATION_NEEDS_RESTART, "1 if the configuration that was last read has keys that wait for a restart, else 0."),
+    (
+        CONFIGURATION_REFUSED,
+        "1 if the configuration was not sound when it was last read, so that the one before stays in use, else 0.",
+    ),
+    (
+        CONFIGURATION_NEEDS_RESTART,
+        "1 if the configuration that was last read has keys that wait for a restart, else 0.",
+    ),
 ];
 const COUNTERS: [(&str, &str); 4] = [
     (RAW_BYTES_TOTAL, "Keys and values carried, before encoding."),

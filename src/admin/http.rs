@@ -7,7 +7,7 @@
 use super::history::History;
 use super::page::{self, Lasting, TELL_EVERY, VIEW_MAX, VIEWERS_MAX};
 use super::{Directory, Listening};
-use crate::metrics::{self, Exporter};
+use crate::metrics::Exporter;
 use crate::model::{CertificatesStatus, EtcdHealth, LinkState, LinkStatus};
 use axum::extract::{RawQuery, State};
 use axum::http::{HeaderValue, StatusCode, header};
@@ -259,6 +259,7 @@ fn answer(status: StatusCode, content_type: &'static str, body: String) -> Respo
 mod tests {
     use super::*;
     use crate::admin::LinkHandle;
+    use crate::metrics;
     use crate::model::{LinkName, Side};
     use std::time::Instant;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};

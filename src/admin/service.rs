@@ -3,13 +3,14 @@
 //! Edge: decides only who may call.
 //! Always true: nothing is answered to a certificate that bears none of `tls.admins`; every admin call and every refusal is in the log.
 
+use super::health::{end_health, health_name, report_all};
 use super::messages::{certificates_message, link_message, member_message, record_message, verification_message};
 use super::proto::admin_server::{self, Admin, AdminServer};
 use super::proto::{
     AllowReply, AllowRequest, DiscardQuarantinedReply, QuarantinedRequest, QuarantinedRevision,
-    ReloadConfigurationReply, ReloadConfigurationRequest, RepairRequest, ResyncReply, ResyncRequest, RetryQuarantinedReply, StatusReply, StatusRequest, Verification, VerifyRequest,
+    ReloadConfigurationReply, ReloadConfigurationRequest, RepairRequest, ResyncReply, ResyncRequest,
+    RetryQuarantinedReply, StatusReply, StatusRequest, Verification, VerifyRequest,
 };
-use super::health::{end_health, health_name, report_all};
 use super::{Directory, LinkCommand, LinkHandle, ReplicaCommand, reload};
 use crate::model::{self, LinkStatus, Seq};
 use crate::tls::accept::{self, AcceptLimits, PeerConnectInfo};

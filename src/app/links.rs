@@ -188,9 +188,9 @@ impl Links {
                 end.stream_ended().await;
             }
         };
-        tokio::time::timeout(STOP_MAX, ending)
-            .await
-            .map_err(|_| anyhow::anyhow!("it has not stopped within {} s: restart the sidecar", STOP_MAX.as_secs_f32()))?;
+        tokio::time::timeout(STOP_MAX, ending).await.map_err(|_| {
+            anyhow::anyhow!("it has not stopped within {} s: restart the sidecar", STOP_MAX.as_secs_f32())
+        })?;
         self.untold.retain(|ended| (&ended.link, ended.side) != (link, side));
         if let Some(at) = self.entries.iter().position(|entry| entry.is(link, side)) {
             let entry = self.entries.remove(at);
@@ -220,18 +220,12 @@ impl Links {
             if let (Err(error), true) = (&result, entry.stop.is_cancelled()) {
                 tracing::warn!(%link, side = side.as_str(), error = format!("{error:#}"), "the link has not ended well");
             }
-            self.untold.push_back(Ended {
-                link: link.clone(),
-                side: *side,
-                result,
-                from_start: entry.from_start,
-            });
+            self.untold.push_back(Ended { link: link.clone(), side: *side, result, from_start: entry.from_start });
         }
     }
 
     fn open_origin(&mut self, config: &Config, send: &SendConfig) {
-        let (status, watching) =
-            watch::channel(LinkStatus::new(send.link.clone(), Side::Origin, send.peer.clone()));
+        let (status, watching) = watch::channel(LinkStatus::new(send.link.clone(), Side::Origin, send.peer.clone()));
         let (commands, incoming) = mpsc::channel(1);
         let origin = OriginLink {
             etcd: self.etcd.clone(),
@@ -318,10 +312,12 @@ impl Links {
 
     /// Shows what there is, in the order of the configuration.
     fn arrange(&mut self, config: &Config) {
+        // Last what does not run: it is not among what is configured to.
         let place = |entry: &Entry| match entry.handle.side {
-            Side::Origin => (0, config.send.iter().position(|send| send.link == entry.handle.link)),
-            Side::Replica => (1, config.receive.iter().position(|receive| receive.link == entry.handle.link)),
+            Side::Origin => config.send.iter().position(|send| send.link == entry.handle.link),
+            Side::Replica => config.receive.iter().position(|receive| receive.link == entry.handle.link),
         };
+        let place = |entry: &Entry| (entry.handle.side == Side::Replica, place(entry).unwrap_or(usize::MAX));
         self.entries.sort_by_key(place);
         let replicas = || self.entries.iter().filter_map(|entry| entry.replica.as_ref());
         self.ends.send_replace(replicas().map(|(end, _)| end.clone()).collect());

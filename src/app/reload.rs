@@ -81,10 +81,13 @@ impl Reloader {
                 What::Removed if went_on.contains(&(link.clone(), side)) => {
                     Err("it has not stopped in time: it does when the sidecar ends".to_owned())
                 }
-                What::Removed => Ok(format!("removed and stopped; its files stay in {}", self.dir(&link, side).display())),
-                What::Changed(keys) => self.begin(links, &link, side).await.map(|()| {
-                    format!("changed ({}), and goes on from what it has on disk", keys.join(", "))
-                }),
+                What::Removed => {
+                    Ok(format!("removed and stopped; its files stay in {}", self.dir(&link, side).display()))
+                }
+                What::Changed(keys) => self
+                    .begin(links, &link, side)
+                    .await
+                    .map(|()| format!("changed ({}), and goes on from what it has on disk", keys.join(", "))),
                 What::Added => self.begin(links, &link, side).await.map(|()| "added and started".to_owned()),
             };
             match outcome {

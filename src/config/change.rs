@@ -333,9 +333,17 @@ prefixes = ["/orders/"]
             ("prefixes = [\"/app/\"]", "prefixes = [\"/app/\"]\nexclude = [\"/app/x/\"]", "exclude"),
             ("prefixes = [\"/app/\"]", "prefixes = [\"/app/\"]\ndeletes_share_max = 0.2", "deletes_share_max"),
             ("prefixes = [\"/app/\"]", "prefixes = [\"/app/\"]\nother_history = \"resync\"", "other_history"),
-            ("prefixes = [\"/app/\"]", "prefixes = [\"/app/\"]\nverify_interval_seconds = 1", "verify_interval_seconds"),
+            (
+                "prefixes = [\"/app/\"]",
+                "prefixes = [\"/app/\"]\nverify_interval_seconds = 1",
+                "verify_interval_seconds",
+            ),
             ("prefixes = [\"/app/\"]", "prefixes = [\"/app/\"]\nverify_core_share_max = 1", "verify_core_share_max"),
-            ("prefixes = [\"/app/\"]", "prefixes = [\"/app/\"]\ncanary_interval_seconds = 1", "canary_interval_seconds"),
+            (
+                "prefixes = [\"/app/\"]",
+                "prefixes = [\"/app/\"]\ncanary_interval_seconds = 1",
+                "canary_interval_seconds",
+            ),
         ] {
             assert_eq!(told(&compared(from, to)), [format!("config origin Changed([{key:?}])")], "{to}");
         }

@@ -206,9 +206,7 @@ fn value_of(kind: Kind, text: &str) -> Result<Value, &'static str> {
     match kind {
         Kind::Text => Ok(Value::String(text.to_owned())),
         Kind::List if text.trim().is_empty() => Ok(Value::Array(Vec::new())),
-        Kind::List => {
-            Ok(Value::Array(text.split(',').map(|item| Value::String(item.trim().to_owned())).collect()))
-        }
+        Kind::List => Ok(Value::Array(text.split(',').map(|item| Value::String(item.trim().to_owned())).collect())),
         Kind::Whole => text.trim().parse().map(Value::Integer).map_err(|_| "must be a whole number, such as 1048576"),
         Kind::Switch => text.trim().parse().map(Value::Boolean).map_err(|_| "must be true or false"),
     }
@@ -262,11 +260,7 @@ fn note_value(field: &str, value: &Spanned<DeValue<'_>>, line: Lines<'_>, found:
                 note_value(&field, item, line, found);
             }
         }
-        DeValue::String(_)
-        | DeValue::Integer(_)
-        | DeValue::Float(_)
-        | DeValue::Boolean(_)
-        | DeValue::Datetime(_) => {}
+        DeValue::String(_) | DeValue::Integer(_) | DeValue::Float(_) | DeValue::Boolean(_) | DeValue::Datetime(_) => {}
     }
 }
 
@@ -348,7 +342,9 @@ mod tests {
 
     #[test]
     fn a_variable_or_a_flag_that_names_no_key_is_a_fault() {
-        for name in ["ETCD_FERRY_LIMIT_TXN_OPS_MAX", "ETCD_FERRY_", "ETCD_FERRY_LIMITS", "ETCD_FERRY_limits_txn_ops_max"] {
+        for name in
+            ["ETCD_FERRY_LIMIT_TXN_OPS_MAX", "ETCD_FERRY_", "ETCD_FERRY_LIMITS", "ETCD_FERRY_limits_txn_ops_max"]
+        {
             let (field, rule) = field_at_fault("", &[(name, "1")], &[]);
             assert_eq!(field, name);
             assert!(rule.contains("names no key"), "{rule}");

@@ -53,7 +53,6 @@ impl Config {
     pub fn from_toml(text: &str) -> Result<Config, Faults> {
         check::config(&read::parse(text)?).0
     }
-
 }
 
 /// What a configuration is read from: a file, over it the environment, over both the flags.

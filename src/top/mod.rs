@@ -34,7 +34,7 @@ pub struct Source {
 }
 
 enum Heard {
-    Looked { sidecar: usize, answer: Result<StatusReply, ClientError> },
+    Looked { sidecar: usize, answer: Box<Result<StatusReply, ClientError>> },
     Quit,
     Resized,
     KeysLost(io::Error),
@@ -77,15 +77,19 @@ pub async fn live(sources: Vec<Source>) -> io::Result<()> {
         move || read_keys(&tell, &over)
     });
     let outcome = loop {
-        terminal.0.draw(|frame| screen::draw(frame, &past, now_ms()))?;
+        if let Err(error) = terminal.0.draw(|frame| screen::draw(frame, &past, now_ms())) {
+            break Err(error);
+        }
         let heard = tokio::select! {
             biased;
             () = any(&mut ends) => break Ok(()),
             heard = heard.recv() => heard,
         };
         match heard {
-            Some(Heard::Looked { sidecar, answer: Ok(reply) }) => past.answered(sidecar, reply, now_ms()),
-            Some(Heard::Looked { sidecar, answer: Err(error) }) => past.failed(sidecar, error.to_string()),
+            Some(Heard::Looked { sidecar, answer }) => match *answer {
+                Ok(reply) => past.answered(sidecar, reply, now_ms()),
+                Err(error) => past.failed(sidecar, error.to_string()),
+            },
             Some(Heard::Resized) => {}
             Some(Heard::KeysLost(error)) => break Err(error),
             Some(Heard::Quit) | None => break Ok(()),
@@ -128,7 +132,7 @@ async fn look(sidecar: usize, connection: Connection, tell: mpsc::Sender<Heard>)
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
-        let answer = client::status(&connection).await;
+        let answer = Box::new(client::status(&connection).await);
         if tell.send(Heard::Looked { sidecar, answer }).await.is_err() {
             return;
         }
@@ -155,19 +159,12 @@ fn read_keys(tell: &mpsc::Sender<Heard>, over: &AtomicBool) {
 
 /// In raw mode Ctrl-C is a key and no signal.
 fn meaning(event: &Event) -> Option<Heard> {
-    match event {
-        Event::Key(key) if key.kind == KeyEventKind::Press => {
-            let control = key.modifiers.contains(KeyModifiers::CONTROL);
-            let quits = match key.code {
-                KeyCode::Char('q') | KeyCode::Esc => true,
-                KeyCode::Char('c') => control,
-                _ => false,
-            };
-            quits.then_some(Heard::Quit)
-        }
-        Event::Resize(..) => Some(Heard::Resized),
-        _ => None,
+    if matches!(event, Event::Resize(..)) {
+        return Some(Heard::Resized);
     }
+    let key = event.as_key_event().filter(|key| key.kind == KeyEventKind::Press)?;
+    let control_c = key.code == KeyCode::Char('c') && key.modifiers.contains(KeyModifiers::CONTROL);
+    (control_c || matches!(key.code, KeyCode::Char('q') | KeyCode::Esc)).then_some(Heard::Quit)
 }
 
 fn now_ms() -> u64 {

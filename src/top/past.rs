@@ -17,8 +17,19 @@ const RATE_LOOKS: usize = 10;
 const PEAK_SECONDS_MIN: f64 = 0.1;
 const BLOCKS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
 
-pub const HEADER: [&str; 11] =
-    ["SIDECAR", "LINK", "SIDE", "STATE", "LAG", "LAG SO FAR", "RPO", "REV/S", "SENT/S", "SPOOL, JOURNAL", "PROVED EQUAL"];
+pub const HEADER: [&str; 11] = [
+    "SIDECAR",
+    "LINK",
+    "SIDE",
+    "STATE",
+    "LAG",
+    "LAG SO FAR",
+    "RPO",
+    "REV/S",
+    "SENT/S",
+    "SPOOL, JOURNAL",
+    "PROVED EQUAL",
+];
 
 /// How a link looks from afar.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -150,7 +161,7 @@ fn row(reply: &StatusReply, link: &Link, looks: Option<&VecDeque<Look>>, silent:
         looks.map_or_else(String::new, curve),
         behind(link.rpo_seconds, link.rpo_revisions),
         rate(revisions, |rate| format!("{rate:.0}")),
-        rate(sent, |rate| bytes(rate)),
+        rate(sent, bytes),
         queue(link.queue_bytes, link.queue_bytes_max),
         proof(link.verification.as_ref(), now_ms),
     ];
@@ -199,7 +210,11 @@ fn bytes(count: f64) -> String {
 
 fn queue(bytes_waiting: u64, bytes_max: u64) -> String {
     let waiting = bytes(bytes_waiting as f64);
-    if bytes_max == 0 { waiting } else { format!("{waiting}, {:.0} %", bytes_waiting as f64 * 100.0 / bytes_max as f64) }
+    if bytes_max == 0 {
+        waiting
+    } else {
+        format!("{waiting}, {:.0} %", bytes_waiting as f64 * 100.0 / bytes_max as f64)
+    }
 }
 
 fn proof(verification: Option<&Verification>, now_ms: u64) -> String {
@@ -207,7 +222,8 @@ fn proof(verification: Option<&Verification>, now_ms: u64) -> String {
     let Verification { verified_revision, verified_at, differing_keys, expected_keys, .. } = verification;
     let proved = if *verified_at > 0.0 {
         let ago = (now_ms as f64 / 1_000.0 - verified_at).max(0.0).floor();
-        format!("{} ago, at {verified_revision}", duration(ago).replace(".0 s", " s").replace("0 ms", "0 s"))
+        let ago = if ago < 60.0 { format!("{ago} s") } else { duration(ago) };
+        format!("{ago} ago, at {verified_revision}")
     } else {
         "not yet".to_owned()
     };

@@ -92,9 +92,8 @@ fn widths(rows: &[Row]) -> [usize; 11] {
 /// The columns that have room, in their order.
 fn columns(widths: &[usize; 11], room: usize) -> Vec<usize> {
     let mut columns: Vec<usize> = (0..HEADER.len()).collect();
-    let needed = |columns: &[usize]| {
-        columns.iter().map(|column| widths[*column] + GAP).sum::<usize>().saturating_sub(GAP)
-    };
+    let needed =
+        |columns: &[usize]| columns.iter().map(|column| widths[*column] + GAP).sum::<usize>().saturating_sub(GAP);
     for left_out in LEFT_OUT {
         if needed(&columns) <= room {
             break;
@@ -152,7 +151,7 @@ mod tests {
         ];
         assert_eq!(first, wanted, "{lines:#?}");
         assert!(lines[2].starts_with("SIDECAR") && lines[2].ends_with("PROVED EQUAL"), "{lines:#?}");
-        assert!(lines[5].contains("orders   replica  stopped"), "{lines:#?}");
+        assert!(lines[5].contains("orders  replica  stopped"), "{lines:#?}");
         assert_eq!(lines[6], "cn-hangzhou-a, orders (replica): the origin was restored");
     }
 

@@ -195,15 +195,24 @@ async fn a_configuration_that_is_not_sound_is_refused_whole_and_what_needs_a_res
     let sidecar = &pair.origin_sidecar;
     assert_eq!(links_of(sidecar).await, [LINK], "also what is sound in it is not taken");
     assert_eq!(metric(sidecar, "etcd_ferry_configuration_refused").await, "1");
-    let fault = ["ERROR", "is refused as a whole", "field=limits.txn_ops_max", "must be from 4 to 65536 (found 1) [line "];
+    let fault =
+        ["ERROR", "is refused as a whole", "field=limits.txn_ops_max", "must be from 4 to 65536 (found 1) [line "];
     assert_eq!(lines_with(sidecar, &fault), 1);
     let refused = sidecar.admin(&["reload"]);
-    assert_eq!(refused.status.code(), Some(1), "{}", words(&refused));
-    assert!(words(&refused).contains("limits.txn_ops_max: must be from 4 to 65536"), "{}", words(&refused));
+    assert_eq!(refused.status.code(), Some(2), "who asks reads it too: {}", words(&refused));
 
     remove_extra(&mut pair);
     let sidecar = &mut pair.origin_sidecar;
-    sidecar.options.limits = [("revision_bytes_max".to_owned(), 1 << 29), ("spool_bytes_max".to_owned(), 1 << 30)].into();
+    // A fault that only the sidecar looks for: it is in a file that the configuration names.
+    sidecar.options.limits.clear();
+    sidecar.options.crl = Some("no-such-list.pem".into());
+    sidecar.write_config();
+    let refused = sidecar.admin(&["reload"]);
+    assert_eq!(refused.status.code(), Some(1), "{}", words(&refused));
+    assert!(words(&refused).contains("the last one stays in use: tls.crl: no-such-list.pem"), "{}", words(&refused));
+    sidecar.options.crl = None;
+    sidecar.options.limits =
+        [("revision_bytes_max".to_owned(), 1 << 29), ("spool_bytes_max".to_owned(), 1 << 30)].into();
     sidecar.options.allow_corrupting_versions = true;
     let told = reload(sidecar);
     let taken = [
