@@ -16,7 +16,7 @@
 //! segment/           mod open file writer (append-only files) feed (memory first, then files), under spool and journal
 //! config/            mod check(p) read(p) files: raw to checked, all faults at once
 //! certs/             mod identity load issue(the only file that knows rcgen)
-//! retry.rs(p) metrics.rs failpoint.rs
+//! retry.rs(p) metrics.rs failpoint.rs software.rs(p)
 //! model/             mod(p) limits(p) quarantine(p) ranges(p) stall(p) status(p)
 //! ```
 
@@ -34,5 +34,6 @@ pub mod replica;
 pub mod retry;
 pub mod scan;
 pub mod segment;
+pub mod software;
 pub mod tls;
 pub mod wire;

@@ -12,6 +12,7 @@ use etcd_ferry::app;
 use etcd_ferry::certs::{self, issue::CertsError};
 use etcd_ferry::config::{Config, Fault, Faults};
 use etcd_ferry::demo;
+use etcd_ferry::software;
 use std::io::{ErrorKind, IsTerminal, Write, stdout};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -22,7 +23,7 @@ const COLUMNS: usize = 80;
 
 /// A sidecar that carries an etcd cluster's revisions to a standby cluster in another region.
 #[derive(Parser)]
-#[command(name = "etcd-ferry", version, propagate_version = true)]
+#[command(name = "etcd-ferry", version = software::SHORT, long_version = software::LONG, propagate_version = true)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

@@ -45,6 +45,7 @@ mod seeing;
 mod sidecar_kills;
 mod simulation;
 mod soak;
+mod software;
 mod spool_full;
 mod stalls;
 mod takeover;
