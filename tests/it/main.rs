@@ -34,6 +34,7 @@ mod other_history;
 mod page;
 mod peers;
 mod power_cut;
+mod protocol;
 mod quarantine;
 mod remember;
 mod renewal;
