@@ -10,7 +10,7 @@ use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKey
 use rustls::server::WebPkiClientVerifier;
 use rustls::sign::CertifiedKey;
 use std::fs::File;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use time::OffsetDateTime;
@@ -165,8 +165,15 @@ pub fn load_crls(path: &Path) -> Result<Vec<CertificateRevocationListDer<'static
 /// A secret must be there and readable, by us alone.
 pub fn check_secret(path: &Path) -> Result<(), LoadError> {
     let unreadable = |source| LoadError::Read { path: path.to_owned(), source };
-    let mode = File::open(path).and_then(|file| file.metadata()).map_err(unreadable)?.permissions().mode() & 0o777;
-    if mode & 0o177 != 0 { Err(LoadError::Open { path: path.to_owned(), mode }) } else { Ok(()) }
+    let found = File::open(path).and_then(|file| file.metadata()).map_err(unreadable)?;
+    let mode = found.permissions().mode() & 0o777;
+    let lent = found.uid() == 0 && !rustix::process::geteuid().is_root();
+    if is_open(mode, lent) { Err(LoadError::Open { path: path.to_owned(), mode }) } else { Ok(()) }
+}
+
+/// `lent`: it is root's, and we are somebody else, who can only be let in by a group: so Kubernetes mounts secrets, and so Debian keeps keys.
+fn is_open(mode: u32, lent: bool) -> bool {
+    mode & if lent { 0o137 } else { 0o177 } != 0
 }
 
 /// Refuses a certificate outside its time of validity; `now` is the caller's clock.
@@ -255,4 +262,22 @@ fn pem_error(path: &Path, what: &'static str, error: &pem::Error) -> LoadError {
     let base64 = matches!(error, pem::Error::Base64Decode(_));
     let reason = if base64 { "its base64 is broken" } else { "a section is cut off or malformed" };
     LoadError::Pem { path: path.to_owned(), reason }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_of_root_may_be_lent_to_our_group_and_one_of_our_own_to_nobody() {
+        for mode in [0o400, 0o600] {
+            assert!(!is_open(mode, false) && !is_open(mode, true), "{mode:o}");
+        }
+        for mode in [0o440, 0o640] {
+            assert!(is_open(mode, false) && !is_open(mode, true), "{mode:o}");
+        }
+        for mode in [0o444, 0o460, 0o644, 0o660, 0o700, 0o650, 0o604] {
+            assert!(is_open(mode, false) && is_open(mode, true), "{mode:o}");
+        }
+    }
 }
