@@ -174,6 +174,10 @@ impl Session {
 
     /// The number of the comparison that will answer; it begins from now on.
     fn want(&mut self, ship: &mut Shipper, wish: Wish) -> Result<u64, String> {
+        if self.shipped.acked.paused {
+            return Err("it is paused at the replica, which notes no mark meanwhile: resume it there, then ask again"
+                .to_owned());
+        }
         if !self.shipped.acked.following && !self.shipped.acked.repairing {
             return Err("the base copy is not over at the replica: ask again once the link follows".to_owned());
         }
@@ -223,6 +227,9 @@ impl Session {
 
     /// When the next comparison begins by itself. A repair that was cut short goes on, and one that the replica wants begins.
     pub(super) fn verification_due(&self, ship: &Shipper) -> Option<Instant> {
+        if self.shipped.acked.paused {
+            return None;
+        }
         let repair = || self.verifying.ended_at.map_or_else(Instant::now, |at| at + REPAIR_PAUSE);
         if self.shipped.acked.repairing {
             return Some(repair());
