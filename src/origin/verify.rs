@@ -176,6 +176,10 @@ impl Session {
 
     /// The number of the comparison that will answer; it begins from now on.
     fn want(&mut self, ship: &mut Shipper, wish: Wish) -> Result<u64, String> {
+        if self.shipped.acked.paused {
+            return Err("it is paused at the replica, which notes no mark meanwhile: resume it there, then ask again"
+                .to_owned());
+        }
         if !self.shipped.acked.following && !self.shipped.acked.repairing {
             return Err("the base copy is not over at the replica: ask again once the link follows".to_owned());
         }
@@ -225,6 +229,9 @@ impl Session {
 
     /// When the next comparison begins by itself. A repair that was cut short goes on, and one that the replica wants begins.
     pub(super) fn verification_due(&self, ship: &Shipper) -> Option<Instant> {
+        if self.shipped.acked.paused {
+            return None;
+        }
         let repair = || self.verifying.ended.map_or_else(Instant::now, |(at, times)| at + repair_pause(times));
         if self.shipped.acked.repairing {
             return Some(repair());
@@ -521,7 +528,8 @@ mod tests {
 
     #[test]
     fn a_repair_that_fails_is_begun_again_soon_and_then_less_and_less_often() {
-        let pauses: Vec<u64> = [1, 2, 3, 5, 6, 1_000, u32::MAX].into_iter().map(|n| repair_pause(n).as_secs()).collect();
+        let pauses: Vec<u64> =
+            [1, 2, 3, 5, 6, 1_000, u32::MAX].into_iter().map(|n| repair_pause(n).as_secs()).collect();
         assert_eq!(pauses, [2, 4, 8, 32, 60, 60, 60]);
     }
 }
