@@ -2,9 +2,11 @@
 //! Input: a checked configuration. Output: a running sidecar, until SIGTERM or Ctrl-C.
 //! Always true: nothing runs before everything is bound and open; every task is joined; a second Ctrl-C exits at once.
 
-use crate::admin::{self, Directory, LinkHandle, Listening};
-use crate::config::{Config, LogConfig, LogFormat};
+use crate::admin::roles::Admins;
+use crate::admin::{self, Directory, LinkHandle, Listening, Own};
+use crate::config::Config;
 use crate::etcd::gate::Gate;
+use crate::logs::Logs;
 use crate::metrics;
 use crate::model::{LINKS_PREFIX, LinkStatus, Ranges, Side};
 use crate::origin::OriginLink;
@@ -17,7 +19,6 @@ use crate::wire::replicate::handshake_server::HandshakeServer;
 use crate::wire::replicate::replicate_server::ReplicateServer;
 use anyhow::Context;
 use bytes::Bytes;
-use std::io::IsTerminal;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
@@ -36,25 +37,12 @@ const STREAMS_MAX: u32 = 256;
 /// SIGTERM stops within 5 s.
 const STOP_DEADLINE: Duration = Duration::from_millis(4_500);
 
-/// Sets up logging; call once.
-pub fn log(config: &LogConfig) -> anyhow::Result<()> {
-    let filter = tracing_subscriber::EnvFilter::try_new(&config.level)
-        .with_context(|| format!("[log] level {:?}", config.level))?;
-    let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours);
-    let installed = match config.format {
-        LogFormat::Text => builder.try_init(),
-        LogFormat::Json => builder.json().try_init(),
-    };
-    installed.map_err(|e| anyhow::anyhow!("logging cannot be set up: {e}"))
-}
-
 /// Runs until SIGTERM or Ctrl-C.
-pub async fn run(config: Config) -> anyhow::Result<()> {
+pub async fn run(config: Config, logs: Logs) -> anyhow::Result<()> {
     // What lies below data_dir holds values: whatever makes a file there, also sled, makes it for this user alone.
     rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
     let stop = CancellationToken::new();
-    let app = App::bind(config, stop.clone()).await?;
+    let app = App::bind(config, logs, stop.clone()).await?;
     let mut signals = JoinSet::new();
     signals.spawn(wait_for_signals(stop.clone()));
     app.run().await
@@ -79,6 +67,7 @@ async fn wait_for_signals(stop: CancellationToken) -> anyhow::Result<()> {
 /// A sidecar with everything bound and open.
 pub struct App {
     config: Config,
+    logs: Logs,
     stop: CancellationToken,
     etcd: Arc<Gate>,
     certificates: Arc<Certificates>,
@@ -96,7 +85,7 @@ pub struct App {
 
 impl App {
     /// Binds the listeners, opens the disks, loads the certificates.
-    pub async fn bind(config: Config, stop: CancellationToken) -> anyhow::Result<Self> {
+    pub async fn bind(config: Config, logs: Logs, stop: CancellationToken) -> anyhow::Result<Self> {
         let bind = |what: &'static str, address| async move {
             TcpListener::bind(address).await.with_context(|| {
                 format!("cannot listen at {address} (listen.{what}): is another process there already?")
@@ -104,7 +93,8 @@ impl App {
         };
         let peer = bind("peer", config.listen.peer).await?;
         let certificates = Arc::new(Certificates::load(&config.tls)?);
-        let (in_use, admins) = (certificates.in_use(), config.tls.admins.clone());
+        let (in_use, tls) = (certificates.in_use(), &config.tls);
+        let admins = Admins { admins: tls.admins.clone(), viewers: tls.viewers.clone() };
         let admin = admin::service::Server::bind(config.listen.admin, in_use, admins).await?;
         let http = admin::http::Server::bind(config.listen.http).await?;
         let listening = Listening { peer: peer.local_addr()?, admin: admin.local_addr(), http: http.local_addr() };
@@ -165,6 +155,7 @@ impl App {
         let receiver = Receiver::new(ends, &config.region, &config.node, streams.clone(), stop.clone());
         Ok(Self {
             config,
+            logs,
             stop,
             etcd,
             certificates,
@@ -189,6 +180,7 @@ impl App {
     pub async fn run(self) -> anyhow::Result<()> {
         let Self {
             config,
+            logs,
             stop,
             etcd,
             certificates,
@@ -216,6 +208,7 @@ impl App {
             etcd: etcd.members(),
             certificates: certificates.status(),
         });
+        let own = Own { config: Arc::new(config.clone()), logs, exporter: exporter.clone() };
         tasks.spawn({
             let (etcd, stop) = (etcd.clone(), stop.clone());
             async move {
@@ -233,7 +226,7 @@ impl App {
         });
         tasks.spawn({
             let (directory, stop) = (directory.clone(), stop.clone());
-            async move { admin.run(directory, stop).await.context("the admin service") }
+            async move { admin.run(directory, own, stop).await.context("the admin service") }
         });
         tasks.spawn({
             let stop = stop.clone();

@@ -33,6 +33,8 @@ pub struct TlsFiles<'a> {
 #[derive(Clone)]
 pub struct Credentials {
     pub roots: Arc<RootCertStore>,
+    /// The CA's certificates, as the file has them.
+    pub authorities: Vec<CertificateDer<'static>>,
     pub crls: Vec<CertificateRevocationListDer<'static>>,
     pub certified_key: Arc<CertifiedKey>,
     pub identity: PeerIdentity,
@@ -99,6 +101,7 @@ impl Credentials {
     /// Reads all files. The certificate's dates are not checked here, see [`check_dates`].
     pub fn load(files: TlsFiles<'_>) -> Result<Self, LoadError> {
         let roots = Arc::new(load_roots(files.ca)?);
+        let authorities = load_certificates(files.ca)?;
         let ca_not_after = ca_not_after(files.ca)?;
         let (certified_key, identity) = load_pair(files.cert, files.key)?;
         let crls = match files.crl {
@@ -106,7 +109,8 @@ impl Credentials {
             None => Vec::new(),
         };
         let crl_next_update = crls.iter().filter_map(next_update).min();
-        Ok(Self { roots, crls, certified_key: Arc::new(certified_key), identity, ca_not_after, crl_next_update })
+        let certified_key = Arc::new(certified_key);
+        Ok(Self { roots, authorities, crls, certified_key, identity, ca_not_after, crl_next_update })
     }
 
     /// Refuses what no peer with the same CA would talk to at `now`, and a key that others may read.
@@ -237,7 +241,8 @@ fn next_update(crl: &CertificateRevocationListDer<'_>) -> Option<OffsetDateTime>
     list.next_update().map(|time| time.to_datetime())
 }
 
-fn load_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, LoadError> {
+/// All certificates of a file, in its order.
+pub fn load_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, LoadError> {
     let what = "certificate";
     let pem = read(path)?;
     let all: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();

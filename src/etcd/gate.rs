@@ -123,8 +123,15 @@ impl Gate {
         let ((), etcd) = tokio::join!(Box::pin(self.ask(Who::Anyone)), Box::pin(Etcd::connect(&self.config)));
         match self.refusal.borrow().clone() {
             Some(refusal) => Err(EtcdError::VersionRefused(refusal)),
-            None => etcd.map(|etcd| etcd.behind(self.refusal.subscribe())),
+            None => etcd.map(|etcd| etcd.behind(self.refusal.subscribe(), self.progress_in_order())),
         }
+    }
+
+    /// Whether a notice of progress that a watch asks for comes after the events that it speaks of, whichever member answers. One that does not
+    /// tell its version though it answers is none of the old ones; of one that never answered nothing is known.
+    fn progress_in_order(&self) -> bool {
+        let members = self.members.borrow();
+        members.iter().all(|member| version::progress_in_order(&member.version).unwrap_or(member.ok))
     }
 
     /// Asks each member now and then until `stop`, for whoever looks at its health.

@@ -24,6 +24,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::sync::watch as watch_channel;
+use tokio::time::{Instant, Interval};
 use tonic::Code;
 
 pub use error::{EtcdError, with_sources};
@@ -40,6 +41,8 @@ const LISTENING_DEADLINE: Duration = Duration::from_millis(500);
 /// etcd answers pings more frequent than 5 s with GOAWAY.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Events that are on their way come within this.
+const WRITES_PROGRESS_AFTER: Duration = Duration::from_secs(1);
 /// A page holds at least one key, and a value may be as large as a request: far above etcd's default of 1.5 MiB.
 const READ_BYTES_MAX: usize = 256 << 20;
 
@@ -114,6 +117,8 @@ pub struct Etcd {
     cluster: Arc<OnceLock<ClusterId>>,
     /// Why it takes no calls at present, told by the gate that it was made by.
     refusal: Option<watch_channel::Receiver<Option<Refusal>>>,
+    /// A notice of progress that a watch asked for comes after the events that it speaks of.
+    progress_in_order: bool,
 }
 
 impl Etcd {
@@ -141,11 +146,11 @@ impl Etcd {
             }
         };
         let kv = client.kv_client().max_decoding_message_size(READ_BYTES_MAX).max_encoding_message_size(usize::MAX);
-        Ok(Self { client, kv, endpoints, cluster: Arc::default(), refusal: None })
+        Ok(Self { client, kv, endpoints, cluster: Arc::default(), refusal: None, progress_in_order: true })
     }
 
-    fn behind(self, refusal: watch_channel::Receiver<Option<Refusal>>) -> Self {
-        Self { refusal: Some(refusal), ..self }
+    fn behind(self, refusal: watch_channel::Receiver<Option<Refusal>>, progress_in_order: bool) -> Self {
+        Self { refusal: Some(refusal), progress_in_order, ..self }
     }
 
     /// One key and the head, linearizable.
@@ -241,6 +246,29 @@ impl Etcd {
             endpoints: self.endpoints.clone(),
             cluster: self.cluster.clone(),
         })
+    }
+
+    /// How long a watch has to show nothing before it is asked how far it is: no time; or, where asking is a write, until the events alone
+    /// would have told.
+    pub fn asks_progress_after(&self) -> Duration {
+        if self.progress_in_order { Duration::ZERO } else { WRITES_PROGRESS_AFTER }
+    }
+
+    /// When a watch that has just been opened is to be asked how far it is, again and again.
+    pub fn progress_asks(&self, every: Duration) -> Interval {
+        let first = self.asks_progress_after();
+        tokio::time::interval_at(Instant::now() + first, every.max(first))
+    }
+
+    /// Has a watch tell how far it is. Where a notice of progress may run ahead of the events, the event of `key` tells the same, since a
+    /// watcher's events come in order: it is written for that, and has to lie in the watch's range. [`LINKS_PREFIX`](crate::model::LINKS_PREFIX)
+    /// does in every link's, so that one write tells all of them.
+    pub async fn ask_progress(&self, watch: &mut Watch, key: &[u8]) -> Result<(), EtcdError> {
+        if self.progress_in_order {
+            return watch.request_progress().await;
+        }
+        let put = Txn::new().and_then([TxnOp::put(key, "", None)]);
+        self.txn(put, &format!("write {}", key.escape_ascii())).await.map(drop)
     }
 
     /// What the member that answers says of itself; connect to one endpoint alone to ask a certain one.

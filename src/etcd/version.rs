@@ -106,6 +106,16 @@ const FAULTS: [Fault; 9] = [
     Fault { minor: 6, mended: 6, what: EVENTS_DROPPED },
 ];
 
+/// Etcd's pull request 15237: before these a notice of progress that was asked for may come before events that it says were sent.
+const PROGRESS_IN_ORDER: [Version; 2] = [Version::release(3, 4, 25), Version::release(3, 5, 8)];
+
+/// Whether a notice of progress that a watch asked for can be believed; `None`: the version is not understood.
+pub fn progress_in_order(text: &str) -> Option<bool> {
+    let version = Version::parse(text)?;
+    let mended = PROGRESS_IN_ORDER.into_iter().find(|v| (v.major, v.minor) == (version.major, version.minor));
+    Some(!version.is_before(mended.unwrap_or(PROGRESS_IN_ORDER[0])))
+}
+
 /// What is known of a version, as a member says it.
 pub fn judge(text: &str) -> Verdict {
     let Some(version) = Version::parse(text) else { return Verdict::Unknown };
@@ -198,5 +208,16 @@ mod tests {
         for text in ["", "3.5", "3.5.x", "3.5.1.2", "unknown", "3.5.-1", "3..1", "99999999999.0.0", "3.5.+1"] {
             assert_eq!(judge(text), Verdict::Unknown, "{text:?}");
         }
+    }
+
+    #[test]
+    fn a_notice_of_progress_is_believed_of_those_versions_that_send_it_after_the_events() {
+        for version in ["3.4.25", "3.4.38", "3.5.8", "3.5.30", "3.6.0-rc.1", "3.6.6", "4.0.0"] {
+            assert_eq!(progress_in_order(version), Some(true), "{version}");
+        }
+        for version in ["3.3.27", "3.4.0", "3.4.23", "3.4.24", "3.4.25-rc.0", "3.5.0", "3.5.3", "3.5.7", "3.5.8-rc.0"] {
+            assert_eq!(progress_in_order(version), Some(false), "{version}");
+        }
+        assert_eq!(progress_in_order("no version"), None);
     }
 }

@@ -58,7 +58,7 @@ impl Watch {
     }
 
     /// Asks etcd how far this stream is; the answer comes as [`WatchSignal::Progress`].
-    pub async fn request_progress(&mut self) -> Result<(), EtcdError> {
+    pub(super) async fn request_progress(&mut self) -> Result<(), EtcdError> {
         let asked = tokio::time::timeout(CALL_DEADLINE, self.requests.request_progress()).await;
         asked.map_err(|_| EtcdError::TimedOut)?.map_err(|e| reaction(&e, &self.endpoints))
     }

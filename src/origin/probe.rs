@@ -11,6 +11,8 @@ use crate::wire::digest;
 use std::time::Duration;
 
 const PROBE_DEADLINE: Duration = Duration::from_secs(10);
+/// How often etcd is asked how far the watch is, while it has nothing to show.
+const ASK_EVERY: Duration = Duration::from_millis(500);
 
 /// What the origin holds at one revision of the link.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,7 +48,8 @@ pub async fn probe(
         let mut watch = etcd.watch(&ranges.covering(), at, MESSAGE_BYTES_CEILING).await?;
         let mut sequencer =
             Sequencer::new(link, ranges.clone(), Revision(at.0.saturating_sub(1)), limits.revision_bytes_max);
-        let mut ask = tokio::time::interval(Duration::from_millis(500));
+        let mut ask = etcd.progress_asks(ASK_EVERY);
+        let progress_key = link.progress_key();
         loop {
             tokio::select! {
                 biased;
@@ -54,7 +57,7 @@ pub async fn probe(
                     Some(outcome) => return outcome,
                     None => continue,
                 },
-                _ = ask.tick() => watch.request_progress().await?,
+                _ = ask.tick() => etcd.ask_progress(&mut watch, &progress_key).await?,
             }
         }
     };

@@ -406,7 +406,9 @@ impl Tail {
                         silent_since = tokio::time::Instant::now();
                     } else if silent_since.elapsed() > SILENCE_MAX {
                         return Ended::Silent;
-                    } else if let Err(e) = open.watch.request_progress().await {
+                    } else if silent_since.elapsed() >= open.etcd.asks_progress_after()
+                        && let Err(e) = open.etcd.ask_progress(&mut open.watch, &self.link.progress_key()).await
+                    {
                         return Ended::Trouble(e);
                     }
                 }

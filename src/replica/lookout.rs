@@ -209,7 +209,7 @@ impl Lookout {
         let denied = |e: EtcdError| e.needing(|| watch_right(&range));
         let mut judge = Judge::new(link, ranges, account.checked);
         let mut watch = etcd.watch(&range, account.checked.next(), MESSAGE_BYTES_MAX).await.map_err(denied)?;
-        let mut ask = tokio::time::interval(ASK_EVERY);
+        let mut ask = etcd.progress_asks(ASK_EVERY);
         let mut heard = Instant::now();
         while judge.checked() < head {
             let signal = tokio::select! {
@@ -219,7 +219,7 @@ impl Lookout {
                     if heard.elapsed() > SILENCE_MAX {
                         return Err(EtcdError::TimedOut);
                     }
-                    watch.request_progress().await?;
+                    etcd.ask_progress(&mut watch, &link.progress_key()).await?;
                     continue;
                 }
             };

@@ -3,9 +3,12 @@
 //! Always true: the etcds are real and sound; only the version that they say is another.
 
 use crate::bed::etcd::Etcd;
-use crate::bed::pair::{LINK, Pair, PairOptions};
+use crate::bed::pair::{LINK, Pair, PairOptions, link_name};
 use crate::bed::sidecar::Sidecar;
 use crate::bed::{PATIENCE, until};
+use crate::resume::spool_end;
+use bytes::Bytes;
+use etcd_ferry::etcd::version;
 use serde_json::Value;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -60,6 +63,11 @@ impl Mask {
     fn unmask(&self) {
         let mut versions = self.versions.lock().unwrap();
         versions.1 = versions.0.clone();
+    }
+
+    /// `fine`, unless the tests run with an older etcd.
+    fn real_verdict(&self) -> &'static str {
+        version::judge(&self.versions.lock().unwrap().0).as_str()
     }
 
     fn stand_before(&self, sidecar: &mut Sidecar) {
@@ -138,7 +146,7 @@ async fn nothing_is_read_from_an_origin_whose_version_corrupts_until_it_is_upgra
 
     mask.unmask();
     pair.wait_applied(first).await;
-    member(&pair.origin_sidecar, "fine").await;
+    member(&pair.origin_sidecar, mask.real_verdict()).await;
 
     // The danger is known, and the data must out.
     mask.say_patch("3.5", 2);
@@ -195,4 +203,45 @@ async fn a_version_that_loses_watch_events_is_warned_of_and_the_link_follows_all
     let lines: Vec<&str> = log.lines().filter(|line| line.contains("can lose the watch events of deletes")).collect();
     assert!(lines.len() == 1 && lines[0].contains("WARN"), "said once: {lines:?}");
     assert_eq!(pair.origin_sidecar.http("/readyz").await.0, 200, "it is no reason to be taken out of service");
+}
+
+/// How often a key was written since it is there.
+async fn times_written(etcd: &Etcd, key: Bytes) -> i64 {
+    let got = etcd.kv().await.get(key.to_vec(), None).await.unwrap();
+    got.kvs().first().map_or(0, |kv| kv.version())
+}
+
+/// The origin's head is moved by keys that the link's watch does not show, and the watch is seen to get there.
+async fn heads_that_are_covered(pair: &Pair, count: u64) {
+    for number in 0..count {
+        let head = pair.origin.put(format!("/zzz/{number}"), "no link's").await;
+        let covers = |entry: &Value| spool_end(entry).is_some_and(|end| end >= head.0);
+        pair.origin_sidecar.wait_for(LINK, "the head to be covered", covers).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_version_that_tells_of_progress_too_early_is_shown_a_key_instead_of_being_asked() {
+    let prefixes = vec!["/app/".to_owned()];
+    let mut pair = Box::pin(Pair::prepare(PairOptions { prefixes, ..PairOptions::default() })).await;
+    let mask = Mask::start(&pair.origin).await;
+    mask.stand_before(&mut pair.origin_sidecar);
+    mask.say_patch("3.5", 7);
+    pair.replica_sidecar.restart().await;
+    pair.origin_sidecar.restart().await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    let key = link_name(LINK).progress_key();
+
+    heads_that_are_covered(&pair, 3).await;
+    let written = times_written(&pair.origin, key.clone()).await;
+    assert!((1..=3).contains(&written), "{written} times for three heads: none for one of its own");
+
+    mask.say_patch("3.5", 8);
+    pair.origin_sidecar.restart().await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    heads_that_are_covered(&pair, 3).await;
+    assert_eq!(times_written(&pair.origin, key).await, written, "a notice is believed, and nothing is written for it");
+    let last = pair.origin.put("/app/last", "1").await;
+    pair.wait_applied(last).await;
+    pair.assert_equal().await;
 }
