@@ -234,6 +234,7 @@ fn receipts() -> Vec<(&'static str, receipt::What)> {
         held: true,
         quarantined: 2,
         limits: Some(ReplicaLimits { etcd: Some(limits(128)), sidecar: Some(limits(64)) }),
+        paused: false,
     };
     let copy_ack = CopyAck {
         cursor: bytes("/app/m"),
@@ -261,6 +262,7 @@ fn receipts() -> Vec<(&'static str, receipt::What)> {
     let refused = Refusal { kind: refusal::Kind::Guard.into(), reason: "why".to_owned() };
     vec![
         ("ack", What::Ack(ack)),
+        ("ack_paused", What::Ack(Ack { paused: true, ..Ack::default() })),
         ("reset", What::Reset(Reset { after_seq: 309, reason: "why".to_owned() })),
         ("refusal", What::Refusal(refused)),
         ("copy_ack", What::CopyAck(copy_ack)),
