@@ -4,7 +4,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 # An etcd that .ci/install unpacked goes before the distribution's own, which may be too old.
 export PATH := $(CURDIR)/target/etcd/bin:$(PATH)
 
-.PHONY: demo test soak fuzz matrix mutants bench build lint install install-tests clean
+.PHONY: demo test soak fuzz matrix mutants bench build deb lint install install-tests clean
 
 # Two regions on this machine for about 30 seconds. ARGS is passed on, for example: make demo ARGS=--keep
 demo: build
@@ -59,6 +59,10 @@ bench: install
 
 build: install
 	cargo build --release
+
+# A Debian package in target/debian, for Debian 12 and newer; docs/operating.md says what it does.
+deb: build
+	@deploy/debian/build $(TARGET)/release/etcd-ferry $(TARGET)/debian
 
 lint: install
 	cargo fmt --check

@@ -6,9 +6,11 @@ mod links;
 mod reload;
 
 use crate::admin::reload::ReloadCommand;
-use crate::admin::{self, Directory, Listening};
-use crate::config::{Config, Layers, LogConfig, LogFormat};
+use crate::admin::roles::Admins;
+use crate::admin::{self, Directory, Listening, Own};
+use crate::config::{Config, Layers};
 use crate::etcd::gate::Gate;
+use crate::logs::Logs;
 use crate::metrics;
 use crate::model::LINKS_PREFIX;
 use crate::replica;
@@ -22,7 +24,6 @@ use anyhow::Context;
 use bytes::Bytes;
 use links::{Ended, Links};
 use reload::Reloader;
-use std::io::IsTerminal;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
@@ -30,9 +31,6 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::util::SubscriberInitExt;
-use tracing_subscriber::{EnvFilter, Layer, reload as reloadable};
 
 /// A link over 100 ms of round trip needs windows of this size to fill 50 MB/s.
 const STREAM_WINDOW_BYTES: u32 = 8 << 20;
@@ -44,44 +42,16 @@ const STREAMS_MAX: u32 = 256;
 /// SIGTERM stops within 5 s.
 const STOP_DEADLINE: Duration = Duration::from_millis(4_500);
 
-/// Changes what the log tells, while the sidecar runs.
-pub struct LogLevel(Box<dyn Fn(EnvFilter) -> Result<(), reloadable::Error> + Send>);
-
-impl LogLevel {
-    /// `level`: as of `log.level`.
-    fn set(&self, level: &str) -> anyhow::Result<()> {
-        Ok((self.0)(filter(level)?)?)
-    }
-}
-
-fn filter(level: &str) -> anyhow::Result<EnvFilter> {
-    EnvFilter::try_new(level).with_context(|| format!("[log] level {level:?}"))
-}
-
-/// Sets up logging; call once.
-pub fn log(config: &LogConfig) -> anyhow::Result<LogLevel> {
-    let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    let (filter, handle) = reloadable::Layer::new(filter(&config.level)?);
-    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(colours);
-    let lines = match config.format {
-        LogFormat::Text => lines.boxed(),
-        LogFormat::Json => lines.json().boxed(),
-    };
-    let installed = tracing_subscriber::registry().with(filter).with(lines).try_init();
-    installed.map_err(|e| anyhow::anyhow!("logging cannot be set up: {e}"))?;
-    Ok(LogLevel(Box::new(move |filter| handle.reload(filter))))
-}
-
 /// Runs until SIGTERM or Ctrl-C. `layers`: what `config` was read from, to be read again.
-pub async fn run(config: Config, layers: Layers, log_level: LogLevel) -> anyhow::Result<()> {
+pub async fn run(config: Config, layers: Layers, logs: Logs) -> anyhow::Result<()> {
     // What lies below data_dir holds values: whatever makes a file there, also sled, makes it for this user alone.
     rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
     let stop = CancellationToken::new();
     let (reloads, reloading) = mpsc::channel(1);
     let mut signals = JoinSet::new();
     signals.spawn(wait_for_signals(stop.clone(), reloads.clone()));
-    let app = App::bind(config, stop.clone()).await?;
-    app.run(layers, log_level, reloads, reloading).await
+    let app = App::bind(config, logs, stop.clone()).await?;
+    app.run(layers, reloads, reloading).await
 }
 
 async fn wait_for_signals(stop: CancellationToken, reloads: mpsc::Sender<ReloadCommand>) -> anyhow::Result<()> {
@@ -110,6 +80,7 @@ async fn wait_for_signals(stop: CancellationToken, reloads: mpsc::Sender<ReloadC
 /// A sidecar with everything bound and open.
 pub struct App {
     config: Config,
+    logs: Logs,
     stop: CancellationToken,
     etcd: Arc<Gate>,
     certificates: Arc<Certificates>,
@@ -125,7 +96,7 @@ pub struct App {
 
 impl App {
     /// Binds the listeners, opens the disks, loads the certificates.
-    pub async fn bind(config: Config, stop: CancellationToken) -> anyhow::Result<Self> {
+    pub async fn bind(config: Config, logs: Logs, stop: CancellationToken) -> anyhow::Result<Self> {
         let bind = |what: &'static str, address| async move {
             TcpListener::bind(address).await.with_context(|| {
                 format!("cannot listen at {address} (listen.{what}): is another process there already?")
@@ -133,7 +104,8 @@ impl App {
         };
         let peer = bind("peer", config.listen.peer).await?;
         let certificates = Arc::new(Certificates::load(&config.tls)?);
-        let (in_use, admins) = (certificates.in_use(), config.tls.admins.clone());
+        let (in_use, tls) = (certificates.in_use(), &config.tls);
+        let admins = Admins { admins: tls.admins.clone(), viewers: tls.viewers.clone() };
         let admin = admin::service::Server::bind(config.listen.admin, in_use, admins).await?;
         let http = admin::http::Server::bind(config.listen.http).await?;
         let listening = Listening { peer: peer.local_addr()?, admin: admin.local_addr(), http: http.local_addr() };
@@ -143,7 +115,21 @@ impl App {
         links.open_all(&config).await?;
         let streams = TaskTracker::new();
         let receiver = Receiver::new(links.ends(), &config.region, &config.node, streams.clone());
-        Ok(Self { config, stop, etcd, certificates, listening, peer, admin, http, exporter, receiver, streams, links })
+        Ok(Self {
+            config,
+            logs,
+            stop,
+            etcd,
+            certificates,
+            listening,
+            peer,
+            admin,
+            http,
+            exporter,
+            receiver,
+            streams,
+            links,
+        })
     }
 
     pub fn listening(&self) -> Listening {
@@ -154,12 +140,12 @@ impl App {
     pub async fn run(
         self,
         layers: Layers,
-        log_level: LogLevel,
         reloads: mpsc::Sender<ReloadCommand>,
         mut reloading: mpsc::Receiver<ReloadCommand>,
     ) -> anyhow::Result<()> {
         let Self {
             config,
+            logs,
             stop,
             etcd,
             certificates,
@@ -186,6 +172,8 @@ impl App {
             etcd: etcd.members(),
             certificates: certificates.status(),
         });
+        let (in_force, told) = watch::channel(Arc::new(config.clone()));
+        let own = Own { config: told, logs: logs.clone(), exporter: exporter.clone() };
         tasks.spawn({
             let (etcd, stop) = (etcd.clone(), stop.clone());
             async move {
@@ -203,7 +191,7 @@ impl App {
         });
         tasks.spawn({
             let (directory, stop) = (directory.clone(), stop.clone());
-            async move { admin.run(directory, stop).await.context("the admin service") }
+            async move { admin.run(directory, own, stop).await.context("the admin service") }
         });
         tasks.spawn({
             let stop = stop.clone();
@@ -221,7 +209,7 @@ impl App {
             });
         }
         links.start(&config);
-        let mut reloader = Reloader::new(layers, config, log_level);
+        let mut reloader = Reloader::new(layers, config, logs, in_force);
         let mut outcome = Ok(());
         let mut deadline = None;
         while !(tasks.is_empty() && links.is_over()) {

@@ -3,32 +3,36 @@
 //! The map, in the order of imports: a file may use what stands below it, never what stands above.
 //!
 //! ```text
-//! main.rs            the command line: parse, call, print, exit code
+//! main.rs            the program
+//! cli/               mod local live sidecar links quarantine about bundle generate: the command line: parse, call, print, exit code
 //! demo/              mod faults compare regions process load objects(p) ports proxy meter(p) report(p) show: two regions on one machine
 //! top/               mod past(p) screen(p): every link of several sidecars, live on a terminal
 //! app.rs             bind everything, then run it; owns tasks and shutdown
 //! app/               links reload: start, stop and change links while it runs
 //! origin/            mod ship decide remember term standby session heartbeat canary(p) stall shipped(p) verify compare mend found(p) anchor elect candidacy(p) resume(p) history(p) watch reopen(p) head probe view sequence(p) spool lag(p)
-//! replica/           mod receive stream shipments verify admit(p) view copy pages(p) mark apply commit position trouble quarantine poison(p) hold breaker(p) txn next(p) stall plan(p) journal foreign(p) lookout age(p) compact dedupe(the only file that knows sled)
-//! admin/             service health reload messages(p) http page history(p) quarantine verification limits(p) client show(p)
+//! replica/           mod receive stream shipments verify admit(p) view copy pages(p) mark apply commit position trouble quarantine poison(p) hold pause breaker(p) txn next(p) stall plan(p) journal foreign(p) lookout age(p) compact dedupe(the only file that knows sled)
+//! admin/             service health watching reload roles(p) messages(p) http page history(p) bundle certificates quarantine verification limits(p) client show(p) table(p)
+//! logs/              mod recent(p): the log, its level, its last lines
 //! scan.rs            a range whole, page by page, at one revision
 //! etcd/              mod gate limits bisect(p) version(p) error watch: the narrow typed door to etcd
 //! tls/               mod (configurations) reload accept connect recheck verify explain
 //! wire/              mod codec window(p) frame(p) body(p) cache(p) delta(p) digest(p) parts(p) limits(p) varint(p) kubernetes_like (tests)
 //! segment/           mod open file writer (append-only files) feed (memory first, then files), under spool and journal
-//! config/            mod change(p) layers(p) check(p) read(p) files: raw to checked, all faults at once
-//! certs/             mod identity load issue(the only file that knows rcgen)
-//! retry.rs(p) metrics.rs failpoint.rs
+//! config/            mod change(p) layers(p) check(p) read(p) effective(p) files: raw to checked, all faults at once
+//! certs/             mod identity describe(p) load issue(the only file that knows rcgen)
+//! retry.rs(p) metrics.rs failpoint.rs software.rs(p)
 //! model/             mod(p) limits(p) quarantine(p) ranges(p) stall(p) status(p)
 //! ```
 
 pub mod admin;
 pub mod app;
 pub mod certs;
+pub mod cli;
 pub mod config;
 pub mod demo;
 pub mod etcd;
 pub mod failpoint;
+pub mod logs;
 pub mod metrics;
 pub mod model;
 pub mod origin;
@@ -36,6 +40,7 @@ pub mod replica;
 pub mod retry;
 pub mod scan;
 pub mod segment;
+pub mod software;
 pub mod tls;
 pub mod top;
 pub mod wire;

@@ -4,7 +4,10 @@
 //! Always true: an answer or an error that says what to do comes within ten seconds.
 
 use super::proto::admin_client::AdminClient;
-use super::proto::{AllowReply, AllowRequest, ResyncRequest, StatusReply, StatusRequest};
+use super::proto::{
+    AllowReply, AllowRequest, GetConfigurationRequest, GetLogLevelRequest, LogLevelReply, PauseRequest, Paused,
+    ResumeRequest, ResyncRequest, SetLogLevelRequest, StatusReply, StatusRequest, WatchStatusRequest,
+};
 use super::show::printable;
 use crate::tls::connect::{ConnectError, PeerConnector, endpoint};
 use crate::tls::{self, TlsError, explain};
@@ -44,6 +47,8 @@ pub enum ClientError {
     Tls { at: SocketAddr, cert: PathBuf, reason: String },
     #[error("the sidecar at {at} does not take orders from {}: {reason}", cert.display())]
     NotAdmin { at: SocketAddr, cert: PathBuf, reason: String },
+    #[error("the sidecar at {at} has stopped: see its log, and start it again")]
+    Ended { at: SocketAddr },
     #[error("the sidecar at {at} refuses: {reason}")]
     Refused { at: SocketAddr, reason: String },
 }
@@ -51,6 +56,47 @@ pub enum ClientError {
 /// Every link of the sidecar, as it is now.
 pub async fn status(connection: &Connection) -> Result<StatusReply, ClientError> {
     ask(connection, async |mut client| client.status(StatusRequest {}).await).await
+}
+
+/// Hands each status to `show`, at once and then at each interval, until `show` fails or the sidecar stops.
+pub async fn watch_status<E: From<ClientError>>(
+    connection: &Connection,
+    interval_ms: u32,
+    mut show: impl FnMut(&StatusReply) -> Result<(), E>,
+) -> Result<(), E> {
+    let at = dialled(connection.admin);
+    let late = || ClientError::Timeout { at };
+    let calling = async {
+        let mut client = AdminClient::new(connect(connection).await?);
+        let call = client.watch_status(WatchStatusRequest { interval_ms }).await;
+        call.map_err(|status| refused(connection, &status))
+    };
+    let mut statuses = tokio::time::timeout(TIMEOUT, calling).await.map_err(|_| late())??.into_inner();
+    let silence_max = TIMEOUT + Duration::from_millis(interval_ms.into());
+    loop {
+        let next = tokio::time::timeout(silence_max, statuses.message()).await.map_err(|_| late())?;
+        match next.map_err(|status| refused(connection, &status))? {
+            Some(status) => show(&status)?,
+            None => return Err(ClientError::Ended { at }.into()),
+        }
+    }
+}
+
+/// The configuration that is in force, as TOML.
+pub async fn configuration(connection: &Connection) -> Result<String, ClientError> {
+    ask(connection, async |mut client| client.get_configuration(GetConfigurationRequest {}).await)
+        .await
+        .map(|reply| reply.toml)
+}
+
+pub async fn log_level(connection: &Connection) -> Result<LogLevelReply, ClientError> {
+    ask(connection, async |mut client| client.get_log_level(GetLogLevelRequest {}).await).await
+}
+
+/// Until the sidecar ends.
+pub async fn set_log_level(connection: &Connection, level: &str) -> Result<LogLevelReply, ClientError> {
+    let request = SetLogLevelRequest { level: level.to_owned() };
+    ask(connection, async |mut client| client.set_log_level(request).await).await
 }
 
 /// Starts a new base copy of a link; to be asked of the sidecar at the link's origin.
@@ -63,6 +109,18 @@ pub async fn resync(connection: &Connection, link: &str, allow_deletes: bool) ->
 pub async fn allow(connection: &Connection, link: &str) -> Result<AllowReply, ClientError> {
     let request = AllowRequest { link: link.to_owned() };
     ask(connection, async |mut client| client.allow(request).await).await
+}
+
+/// Has a link's replica apply nothing; to be asked of its sidecar.
+pub async fn pause(connection: &Connection, link: &str) -> Result<Paused, ClientError> {
+    let request = PauseRequest { link: link.to_owned() };
+    ask(connection, async |mut client| client.pause(request).await).await.map(|reply| reply.paused.unwrap_or_default())
+}
+
+/// Has it apply again. `None`: it was not paused.
+pub async fn resume(connection: &Connection, link: &str) -> Result<Option<Paused>, ClientError> {
+    let request = ResumeRequest { link: link.to_owned() };
+    ask(connection, async |mut client| client.resume(request).await).await.map(|reply| reply.paused)
 }
 
 /// A channel to the admin port, for any of its services.

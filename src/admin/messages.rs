@@ -5,7 +5,7 @@
 
 use super::limits;
 use super::proto::{
-    Canary, Certificates, Copy, DifferingRange, EtcdMember, ForeignWrites, Link, Quarantined, QuarantinedKey,
+    Canary, Certificates, Copy, DifferingRange, EtcdMember, ForeignWrites, Link, Paused, Quarantined, QuarantinedKey,
     QuarantinedRevision, Verification,
 };
 use crate::model::{self, LinkStatus, Record};
@@ -42,6 +42,7 @@ pub(super) fn link_message(status: LinkStatus) -> Link {
         foreign_writes,
         quarantined_revisions,
         quarantined,
+        paused,
         stages,
     } = status;
     Link {
@@ -74,9 +75,15 @@ pub(super) fn link_message(status: LinkStatus) -> Link {
         foreign_writes: foreign_writes.map(foreign_message),
         quarantined_revisions,
         quarantined: quarantined.into_iter().map(quarantined_message).collect(),
+        paused: paused.map(paused_message),
         queue_bytes: stages.iter().map(|stage| stage.queue_bytes).sum(),
         queue_bytes_max: stages.iter().map(|stage| stage.queue_bytes_max).sum(),
     }
+}
+
+pub(super) fn paused_message(paused: model::Paused) -> Paused {
+    let model::Paused { at_ms, by } = paused;
+    Paused { at: at_ms as f64 / 1000.0, by }
 }
 
 fn quarantined_message(entry: model::QuarantinedStatus) -> Quarantined {

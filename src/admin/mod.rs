@@ -3,6 +3,8 @@
 //! Edge: owns no link; reads statuses by `watch` and asks by channel.
 //! Always true: nothing here changes a link except by a `LinkCommand` or a `ReplicaCommand`; no answer holds a key or a value.
 
+pub mod bundle;
+pub mod certificates;
 pub mod client;
 mod health;
 mod history;
@@ -12,12 +14,18 @@ mod messages;
 mod page;
 pub mod quarantine;
 pub mod reload;
+pub mod roles;
 pub mod service;
 pub mod show;
+mod table;
 pub mod verification;
+mod watching;
 
+use crate::config::Config;
+use crate::logs::Logs;
+use crate::metrics::Exporter;
 use crate::model::{
-    CertificatesStatus, EtcdHealth, HeldBack, LinkName, LinkState, LinkStatus, Mended, Record, Seq, Side,
+    CertificatesStatus, EtcdHealth, HeldBack, LinkName, LinkState, LinkStatus, Mended, Paused, Record, Seq, Side,
 };
 use serde::Serialize;
 use std::net::SocketAddr;
@@ -53,6 +61,10 @@ pub enum ReplicaCommand {
     Discard { seq: Seq, reply: oneshot::Sender<Result<(), String>> },
     /// Let what is held back for its deletes through, once.
     Allow { reply: oneshot::Sender<Result<HeldBack, String>> },
+    /// Apply nothing until it is resumed. Answered with who paused it, be it before.
+    Pause { by: String, reply: oneshot::Sender<Result<Paused, String>> },
+    /// Apply again. Answered with who had paused it; `None`: nobody had.
+    Resume { by: String, reply: oneshot::Sender<Result<Option<Paused>, String>> },
 }
 
 /// What is asked by a channel, with somebody who waits for the answer.
@@ -77,6 +89,8 @@ impl Command for ReplicaCommand {
             ReplicaCommand::Retry { reply, .. } => reply.is_closed(),
             ReplicaCommand::Discard { reply, .. } => reply.is_closed(),
             ReplicaCommand::Allow { reply } => reply.is_closed(),
+            ReplicaCommand::Pause { reply, .. } => reply.is_closed(),
+            ReplicaCommand::Resume { reply, .. } => reply.is_closed(),
         }
     }
 }
@@ -143,6 +157,21 @@ pub struct Directory {
     pub reloads: mpsc::Sender<reload::ReloadCommand>,
     pub etcd: watch::Receiver<Vec<EtcdHealth>>,
     pub certificates: watch::Receiver<CertificatesStatus>,
+}
+
+/// What the admin service tells of this process beside its links.
+#[derive(Clone)]
+pub struct Own {
+    /// As it is in force; a reload changes it.
+    pub config: watch::Receiver<Arc<Config>>,
+    pub logs: Logs,
+    pub exporter: Exporter,
+}
+
+impl Own {
+    pub fn config(&self) -> Arc<Config> {
+        self.config.borrow().clone()
+    }
 }
 
 impl Directory {

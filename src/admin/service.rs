@@ -1,28 +1,38 @@
 //! Job: the admin gRPC service, with reflection and health beside it.
 //! Input: calls over mutual TLS. Output: statuses of the links; commands to a link's own task.
 //! Edge: decides only who may call.
-//! Always true: nothing is answered to a certificate that bears none of `tls.admins`; every admin call and every refusal is in the log.
+//! Always true: nothing is answered to a certificate whose role is not enough (roles.rs); every admin call and every refusal is in the log.
 
 use super::health::{end_health, health_name, report_all};
-use super::messages::{certificates_message, link_message, member_message, record_message, verification_message};
+use super::messages::{
+    certificates_message, link_message, member_message, paused_message, record_message, verification_message,
+};
 use super::proto::admin_server::{self, Admin, AdminServer};
 use super::proto::{
-    AllowReply, AllowRequest, DiscardQuarantinedReply, QuarantinedRequest, QuarantinedRevision,
-    ReloadConfigurationReply, ReloadConfigurationRequest, RepairRequest, ResyncReply, ResyncRequest,
-    RetryQuarantinedReply, StatusReply, StatusRequest, Verification, VerifyRequest,
+    AllowReply, AllowRequest, BundlePart, BundleRequest, DiscardQuarantinedReply, GetCertificatesReply,
+    GetCertificatesRequest, GetConfigurationReply, GetConfigurationRequest, GetLogLevelRequest, LogLevelReply,
+    PauseReply, PauseRequest, QuarantinedRequest, QuarantinedRevision, ReloadConfigurationReply,
+    ReloadConfigurationRequest, RepairRequest, ResumeReply, ResumeRequest, ResyncReply, ResyncRequest,
+    RetryQuarantinedReply, SetLogLevelRequest, StatusReply, StatusRequest, Verification, VerifyRequest,
+    WatchStatusRequest,
 };
-use super::{Directory, LinkCommand, LinkHandle, ReplicaCommand, reload};
+use super::roles::{Admins, Denied};
+use super::{Directory, LinkCommand, LinkHandle, Own, ReplicaCommand, bundle, certificates, reload, watching};
+use crate::certs::PeerIdentity;
+use crate::config::effective_toml;
+use crate::logs::{self, Logs};
 use crate::model::{self, LinkStatus, Seq};
 use crate::tls::accept::{self, AcceptLimits, PeerConnectInfo};
 use crate::tls::reload::InUse;
 use axum::extract::State;
 use axum::middleware::{self, Next};
+use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -38,7 +48,7 @@ use tracing::{debug, info, warn};
 const REQUEST_BYTES_MAX: usize = 4 * 1024;
 /// A link's task answers a command at once or says that it is busy; the client gives up after 10 s.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(8);
-const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+pub(super) const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 
 /// Operators' tools use a handful; a stranger to the CA gets no further than these.
 const LIMITS: AcceptLimits =
@@ -66,14 +76,14 @@ pub struct Server {
     listener: TcpListener,
     addr: SocketAddr,
     in_use: watch::Receiver<Arc<InUse>>,
-    admins: Vec<String>,
+    admins: Admins,
 }
 
 impl Server {
     pub async fn bind(
         addr: SocketAddr,
         in_use: watch::Receiver<Arc<InUse>>,
-        admins: Vec<String>,
+        admins: Admins,
     ) -> Result<Self, ServiceError> {
         let listener = TcpListener::bind(addr).await.map_err(|source| ServiceError::Bind { addr, source })?;
         let addr = listener.local_addr().map_err(|source| ServiceError::Bind { addr, source })?;
@@ -86,12 +96,13 @@ impl Server {
     }
 
     /// Serves until `stop`, then ends the health watches and lets the calls in hand end.
-    pub async fn run(self, directory: Arc<Directory>, stop: CancellationToken) -> Result<(), ServiceError> {
+    pub async fn run(self, directory: Arc<Directory>, own: Own, stop: CancellationToken) -> Result<(), ServiceError> {
         let mut reporter = HealthReporter::new();
         let links = directory.links.clone();
         let mut tasks = JoinSet::new();
         tasks.spawn(report_all(reporter.clone(), links.clone(), stop.clone()));
-        let routes = routes(directory, self.admins, reporter.clone())?;
+        let service = Service::new(directory, own, self.in_use.clone(), stop.clone());
+        let routes = routes(service, self.admins, reporter.clone())?;
         let (accept_loop, incoming) = accept::incoming(self.listener, self.in_use, LIMITS, stop.clone());
         tasks.spawn(accept_loop.run());
         let serving = transport::Server::builder()
@@ -121,13 +132,13 @@ impl Server {
 /// Who calls, once it is known that they may. Put into the request by [`authorise`].
 #[derive(Debug, Clone)]
 struct Caller {
-    /// The one of `tls.admins` that the certificate bears.
+    /// The one of `tls.admins` or `tls.viewers` that the certificate bears.
     admin: String,
     from: SocketAddr,
 }
 
 /// The services of the admin port, behind [`authorise`].
-fn routes(directory: Arc<Directory>, admins: Vec<String>, health: HealthReporter) -> Result<Routes, ServiceError> {
+fn routes(service: Service, admins: Admins, health: HealthReporter) -> Result<Routes, ServiceError> {
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(DESCRIPTORS)
@@ -142,8 +153,7 @@ fn routes(directory: Arc<Directory>, admins: Vec<String>, health: HealthReporter
     // Python's client and older grpcurls know only this one.
     let reflection_v1alpha = reflection().build_v1alpha().map_err(ServiceError::Reflection)?;
     let health = tonic_health::server::HealthService::from_health_reporter(health);
-    let admin =
-        AdminServer::new(Service { directory, calls: Mutex::default() }).max_decoding_message_size(REQUEST_BYTES_MAX);
+    let admin = AdminServer::new(service).max_decoding_message_size(REQUEST_BYTES_MAX);
     let router = Routes::new(admin)
         .add_service(reflection_v1.max_decoding_message_size(REQUEST_BYTES_MAX))
         .add_service(reflection_v1alpha.max_decoding_message_size(REQUEST_BYTES_MAX))
@@ -152,9 +162,9 @@ fn routes(directory: Arc<Directory>, admins: Vec<String>, health: HealthReporter
     Ok(router.layer(middleware::from_fn_with_state(Arc::new(admins), authorise)).into())
 }
 
-/// Lets a call in only if its certificate bears one of the admins' names.
+/// Lets a call in only if its certificate bears a name whose role is enough for it.
 async fn authorise(
-    State(admins): State<Arc<Vec<String>>>,
+    State(admins): State<Arc<Admins>>,
     mut request: axum::extract::Request,
     next: Next,
 ) -> axum::response::Response {
@@ -163,24 +173,66 @@ async fn authorise(
     else {
         return Status::permission_denied("the connection has no certificate").into_http();
     };
-    let Some(admin) = admins.iter().find(|admin| identity.bears(admin)).cloned() else {
-        warn!(who = %identity, %from, call, "admin call refused: none of tls.admins");
-        let advice =
-            "an operator shows another certificate (--cert and --key), a sidecar dials the other's listen.peer";
-        return Status::permission_denied(format!(
-            "this is the admin port, and {identity} is not among its `tls.admins`: {advice}"
-        ))
-        .into_http();
+    let admin = match admins.judge(&identity, &call) {
+        Ok(admin) => admin,
+        Err(denied) => {
+            warn!(who = %identity, %from, call, "admin call refused: {denied}");
+            return Status::permission_denied(refusal_of(&denied, &identity, &call)).into_http();
+        }
     };
     debug!(admin, %from, call, "admin port called");
     request.extensions_mut().insert(Caller { admin, from });
     next.run(request).await
 }
 
+/// Why a call is refused, for whoever called.
+fn refusal_of(denied: &Denied, identity: &PeerIdentity, call: &str) -> String {
+    match denied {
+        Denied::Stranger => format!(
+            "this is the admin port, and {identity} is not among its `tls.admins` or `tls.viewers`: an operator shows another certificate (--cert \
+             and --key), a sidecar dials the other's listen.peer"
+        ),
+        Denied::AsksFor { name, asked } => {
+            let call = call.rsplit('/').next().unwrap_or_default();
+            let role = asked.as_str();
+            format!(
+                "{call} asks for the {role} role, and {name} is one of `tls.viewers`, who may only look: show a certificate of `tls.admins` \
+                 (--cert and --key)"
+            )
+        }
+    }
+}
+
 struct Service {
     directory: Arc<Directory>,
+    own: Own,
+    in_use: watch::Receiver<Arc<InUse>>,
     /// Calls that go on telling; they end with their link, or with whoever listens.
     calls: Mutex<JoinSet<()>>,
+    /// Places for those who watch the status.
+    watchers: Arc<Semaphore>,
+    stop: CancellationToken,
+}
+
+impl Service {
+    fn new(directory: Arc<Directory>, own: Own, in_use: watch::Receiver<Arc<InUse>>, stop: CancellationToken) -> Self {
+        let watchers = Arc::new(Semaphore::new(watching::WATCHERS_MAX));
+        Self { directory, own, in_use, calls: Mutex::default(), watchers, stop }
+    }
+
+    /// On a thread of its own: it reads files.
+    async fn certificates(&self) -> Result<GetCertificatesReply, Status> {
+        let (in_use, config) = (self.in_use.borrow().clone(), self.own.config());
+        let gathering = tokio::task::spawn_blocking(move || certificates::gather(&in_use.credentials, &config));
+        gathering.await.map_err(|e| Status::internal(format!("the certificates were not gathered: {e}")))
+    }
+
+    /// Runs what goes on telling.
+    fn go_on(&self, telling: impl Future<Output = ()> + Send + 'static) {
+        let mut calls = lock(&self.calls);
+        while calls.try_join_next().is_some() {}
+        calls.spawn(telling);
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -233,14 +285,28 @@ impl Service {
         audit(request, call, link, &asked.as_ref().map(|_| ()).map_err(Clone::clone));
         let (run, status) = asked?;
         let (out, words) = mpsc::channel(1);
-        let mut calls = lock(&self.calls);
-        while calls.try_join_next().is_some() {}
-        calls.spawn(tell_verification(link.to_owned(), run, status, out));
+        self.go_on(tell_verification(link.to_owned(), run, status, out));
         Ok(Response::new(ReceiverStream::new(words)))
     }
 }
 
 impl Service {
+    /// Asks a link's replica, and says so in the log as `call`.
+    async fn at_replica<R, T>(
+        &self,
+        request: &Request<R>,
+        call: &str,
+        link: &str,
+        build: impl FnOnce(oneshot::Sender<Result<T, String>>) -> ReplicaCommand,
+    ) -> Result<T, Status> {
+        let outcome = match commands(&self.directory.links(), link, |handle| handle.replica_commands.clone()) {
+            Ok((commands, _)) => command(&commands, link, build).await,
+            Err(refusal) => Err(refusal),
+        };
+        audit(request, call, link, &outcome.as_ref().map(|_| ()).map_err(Clone::clone));
+        outcome
+    }
+
     /// Asks a link's replica about one revision in quarantine.
     async fn quarantined<T>(
         &self,
@@ -249,12 +315,7 @@ impl Service {
         build: impl FnOnce(Seq, oneshot::Sender<Result<T, String>>) -> ReplicaCommand,
     ) -> Result<T, Status> {
         let QuarantinedRequest { link, seq } = request.get_ref();
-        let outcome = match commands(&self.directory.links(), link, |handle| handle.replica_commands.clone()) {
-            Ok((commands, _)) => command(&commands, link, |reply| build(Seq(*seq), reply)).await,
-            Err(refusal) => Err(refusal),
-        };
-        audit(request, &format!("{call} {seq}"), link, &outcome.as_ref().map(|_| ()).map_err(Clone::clone));
-        outcome
+        self.at_replica(request, &format!("{call} {seq}"), link, |reply| build(Seq(*seq), reply)).await
     }
 }
 
@@ -263,6 +324,10 @@ impl Admin for Service {
     type VerifyStream = ReceiverStream<Result<Verification, Status>>;
 
     type RepairStream = ReceiverStream<Result<Verification, Status>>;
+
+    type BundleStream = ReceiverStream<Result<BundlePart, Status>>;
+
+    type WatchStatusStream = ReceiverStream<Result<StatusReply, Status>>;
 
     async fn verify(&self, request: Request<VerifyRequest>) -> Result<Response<Self::VerifyStream>, Status> {
         let link = &request.get_ref().link;
@@ -277,15 +342,67 @@ impl Admin for Service {
 
     async fn status(&self, request: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
         audit(&request, "Status", "", &Ok(()));
-        let Directory { region, node, version, .. } = &*self.directory;
-        Ok(Response::new(StatusReply {
-            region: region.clone(),
-            node: node.clone(),
-            version: version.clone(),
-            links: self.directory.snapshots().into_iter().map(link_message).collect(),
-            etcd: self.directory.etcd.borrow().iter().cloned().map(member_message).collect(),
-            certificates: Some(certificates_message(self.directory.certificates.borrow().clone())),
-        }))
+        Ok(Response::new(status_reply(&self.directory)))
+    }
+
+    async fn watch_status(
+        &self,
+        request: Request<WatchStatusRequest>,
+    ) -> Result<Response<Self::WatchStatusStream>, Status> {
+        let full =
+            |_| Status::resource_exhausted("the status is watched by 16 callers already: end one, or ask Status");
+        let asked = watching::interval_of(request.get_ref().interval_ms);
+        let asked = asked.and_then(|interval| {
+            let place = self.watchers.clone().try_acquire_owned().map_err(full)?;
+            Ok((interval, place))
+        });
+        audit(&request, "WatchStatus", "", &asked.as_ref().map(|_| ()).map_err(Clone::clone));
+        let (interval, place) = asked?;
+        let (out, statuses) = mpsc::channel(1);
+        self.go_on(watching::tell_status(self.directory.clone(), interval, place, self.stop.clone(), out));
+        Ok(Response::new(ReceiverStream::new(statuses)))
+    }
+
+    async fn get_configuration(
+        &self,
+        request: Request<GetConfigurationRequest>,
+    ) -> Result<Response<GetConfigurationReply>, Status> {
+        audit(&request, "GetConfiguration", "", &Ok(()));
+        Ok(Response::new(GetConfigurationReply { toml: effective_toml(&self.own.config()) }))
+    }
+
+    async fn get_certificates(
+        &self,
+        request: Request<GetCertificatesRequest>,
+    ) -> Result<Response<GetCertificatesReply>, Status> {
+        audit(&request, "GetCertificates", "", &Ok(()));
+        self.certificates().await.map(Response::new)
+    }
+
+    async fn bundle(&self, request: Request<BundleRequest>) -> Result<Response<Self::BundleStream>, Status> {
+        audit(&request, "Bundle", "", &Ok(()));
+        let certificates = self.certificates().await?;
+        let (directory, own) = (self.directory.clone(), self.own.clone());
+        let looking = tokio::task::spawn_blocking(move || bundle::files(&directory, &own, &certificates));
+        let files = looking.await.map_err(|e| Status::internal(format!("the bundle was not made: {e}")))?;
+        let (out, pieces) = mpsc::channel(1);
+        self.go_on(bundle::tell(files, self.stop.clone(), out));
+        Ok(Response::new(ReceiverStream::new(pieces)))
+    }
+
+    async fn get_log_level(&self, request: Request<GetLogLevelRequest>) -> Result<Response<LogLevelReply>, Status> {
+        audit(&request, "GetLogLevel", "", &Ok(()));
+        Ok(Response::new(log_level(&self.own.logs)))
+    }
+
+    async fn set_log_level(&self, request: Request<SetLogLevelRequest>) -> Result<Response<LogLevelReply>, Status> {
+        let (logs, level) = (&self.own.logs, &request.get_ref().level);
+        let checked = logs::check(level).map_err(|e| Status::invalid_argument(e.to_string()));
+        // Before it changes: "off" would keep it out of the log.
+        audit(&request, &format!("SetLogLevel {level}"), "", &checked);
+        checked?;
+        logs.set_level(level).map_err(|e| Status::internal(e.to_string()))?;
+        Ok(Response::new(log_level(logs)))
     }
 
     async fn show_quarantined(
@@ -316,13 +433,21 @@ impl Admin for Service {
 
     async fn allow(&self, request: Request<AllowRequest>) -> Result<Response<AllowReply>, Status> {
         let link = &request.get_ref().link;
-        let outcome = match commands(&self.directory.links(), link, |handle| handle.replica_commands.clone()) {
-            Ok((commands, _)) => command(&commands, link, |reply| ReplicaCommand::Allow { reply }).await,
-            Err(refusal) => Err(refusal),
-        };
-        audit(&request, "Allow", link, &outcome.as_ref().map(|_| ()).map_err(Clone::clone));
-        let model::HeldBack { seq, revision, deletes, keys, minute, allowed: _ } = outcome?;
+        let allowed = self.at_replica(&request, "Allow", link, |reply| ReplicaCommand::Allow { reply }).await?;
+        let model::HeldBack { seq, revision, deletes, keys, minute, allowed: _ } = allowed;
         Ok(Response::new(AllowReply { seq: seq.0, origin_revision: revision.0, deletes, keys, minute }))
+    }
+
+    async fn pause(&self, request: Request<PauseRequest>) -> Result<Response<PauseReply>, Status> {
+        let (link, by) = (&request.get_ref().link, caller(&request));
+        let paused = self.at_replica(&request, "Pause", link, |reply| ReplicaCommand::Pause { by, reply }).await?;
+        Ok(Response::new(PauseReply { paused: Some(paused_message(paused)) }))
+    }
+
+    async fn resume(&self, request: Request<ResumeRequest>) -> Result<Response<ResumeReply>, Status> {
+        let (link, by) = (&request.get_ref().link, caller(&request));
+        let paused = self.at_replica(&request, "Resume", link, |reply| ReplicaCommand::Resume { by, reply }).await?;
+        Ok(Response::new(ResumeReply { paused: paused.map(paused_message) }))
     }
 
     async fn reload_configuration(
@@ -346,6 +471,29 @@ impl Admin for Service {
         audit(&request, call, link, &outcome);
         outcome.map(|()| Response::new(ResyncReply {}))
     }
+}
+
+/// What a sidecar says of itself and its links, now.
+pub(super) fn status_reply(directory: &Directory) -> StatusReply {
+    let Directory { region, node, version, .. } = directory;
+    StatusReply {
+        region: region.clone(),
+        node: node.clone(),
+        version: version.clone(),
+        links: directory.snapshots().into_iter().map(link_message).collect(),
+        etcd: directory.etcd.borrow().iter().cloned().map(member_message).collect(),
+        certificates: Some(certificates_message(directory.certificates.borrow().clone())),
+    }
+}
+
+fn log_level(logs: &Logs) -> LogLevelReply {
+    let (level, configured) = logs.levels();
+    LogLevelReply { level, configured }
+}
+
+/// The name by which the caller was let in.
+fn caller<T>(request: &Request<T>) -> String {
+    request.extensions().get::<Caller>().map_or_else(String::new, |caller| caller.admin.clone())
 }
 
 /// One line in the log for each admin call: who, what, on which link, how it ended.
@@ -387,10 +535,11 @@ async fn command<T, C>(
     build: impl FnOnce(oneshot::Sender<Result<T, String>>) -> C,
 ) -> Result<T, Status> {
     let ended = || Status::unavailable(format!("link {link}'s task has ended: see the log of the sidecar"));
+    let refused = |reason: String| Status::failed_precondition(format!("link {link}: {reason}"));
     let (reply, answer) = oneshot::channel();
     let exchange = async {
         commands.send(build(reply)).await.map_err(|_| ended())?;
-        answer.await.map_err(|_| ended())?.map_err(Status::failed_precondition)
+        answer.await.map_err(|_| ended())?.map_err(refused)
     };
     let busy = || {
         Status::unavailable(format!("link {link} is busy and did not answer yet: see its status, then repeat the call"))

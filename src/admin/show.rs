@@ -4,9 +4,10 @@
 //! Always true: nothing printed holds a control character; the JSON's names and their order are part of the product.
 
 use super::limits::{self, LimitsJson};
-use super::proto::{Canary, Certificates, Copy, EtcdMember, ForeignWrites, Link, StatusReply};
+use super::proto::{Canary, Certificates, Copy, EtcdMember, ForeignWrites, Link, Paused, StatusReply};
 use super::quarantine::{QuarantinedJson, note};
-use super::verification::{VerificationJson, counted, verification_lines};
+use super::table::{aligned, line};
+use super::verification::{VerificationJson, counted, moment, verification_lines};
 use serde::Serialize;
 use std::collections::BTreeMap;
 
@@ -73,6 +74,14 @@ struct LinkJson<'a> {
     foreign_writes: Option<ForeignJson<'a>>,
     quarantined_revisions: u64,
     quarantined: Vec<QuarantinedJson<'a>>,
+    paused: Option<PausedJson<'a>>,
+}
+
+#[derive(Serialize)]
+struct PausedJson<'a> {
+    /// RFC 3339.
+    at: Option<String>,
+    by: &'a str,
 }
 
 #[derive(Serialize)]
@@ -101,16 +110,24 @@ struct CopyJson {
 
 /// For scripts.
 pub fn status_json(reply: &StatusReply) -> String {
-    let status = StatusJson {
+    // Strings, numbers and lists of them: serde_json has no way to fail on these.
+    serde_json::to_string_pretty(&json_of(reply)).unwrap_or_default()
+}
+
+/// The same in one line, for scripts that read one after the other.
+pub fn status_line(reply: &StatusReply) -> String {
+    serde_json::to_string(&json_of(reply)).unwrap_or_default()
+}
+
+fn json_of(reply: &StatusReply) -> StatusJson<'_> {
+    StatusJson {
         region: &reply.region,
         node: &reply.node,
         version: &reply.version,
         links: reply.links.iter().map(link_json).collect(),
         etcd: reply.etcd.iter().map(member_json).collect(),
         certificates: reply.certificates.as_ref().map(certificates_json),
-    };
-    // Strings, numbers and lists of them: serde_json has no way to fail on these.
-    serde_json::to_string_pretty(&status).unwrap_or_default()
+    }
 }
 
 fn certificates_json(certificates: &Certificates) -> CertificatesJson<'_> {
@@ -171,6 +188,7 @@ fn link_json(link: &Link) -> LinkJson<'_> {
         }),
         quarantined_revisions: link.quarantined_revisions,
         quarantined: link.quarantined.iter().map(QuarantinedJson::of).collect(),
+        paused: link.paused.as_ref().map(|paused| PausedJson { at: moment(paused.at), by: &paused.by }),
     }
 }
 
@@ -182,7 +200,7 @@ pub fn status_table(reply: &StatusReply, width: Option<usize>) -> String {
         return text;
     }
     text.push('\n');
-    text.push_str(&aligned(&reply.links));
+    text.push_str(&aligned(COLUMNS, reply.links.iter().map(row)));
     let links = reply.links.iter().map(|link| notes(link, width));
     let others = reply.etcd.iter().map(member_note).chain(reply.certificates.iter().map(certificates_note));
     let notes: String = links.chain(others).collect();
@@ -193,13 +211,14 @@ pub fn status_table(reply: &StatusReply, width: Option<usize>) -> String {
     text
 }
 
-fn line(text: &str) -> String {
-    format!("{}\n", printable(text.trim_end()))
-}
-
 /// A reason may hold what a peer said: it must neither drive the terminal nor forge a line.
 pub fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
+/// When a link was paused.
+pub fn since(paused: &Paused) -> String {
+    moment(paused.at).unwrap_or_else(|| "some time".to_owned())
 }
 
 const COLUMNS: [&str; 9] = ["LINK", "SIDE", "STATE", "SEQ", "APPLIED", "LAG", "RPO", "RATIO", "PEER"];
@@ -216,20 +235,6 @@ fn row(link: &Link) -> [String; 9] {
         ratio(link.bytes_raw, link.bytes_sent),
         link.peer.clone(),
     ]
-}
-
-/// Each column as wide as its widest cell; the last one is not padded.
-fn aligned(links: &[Link]) -> String {
-    let header = COLUMNS.map(str::to_owned);
-    let rows: Vec<[String; 9]> = std::iter::once(header).chain(links.iter().map(row)).collect();
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let mut text = String::new();
-    for row in &rows {
-        let cells: Vec<String> =
-            row.iter().enumerate().map(|(column, cell)| format!("{cell:<0$}", width(column))).collect();
-        text.push_str(&line(&cells.join("  ")));
-    }
-    text
 }
 
 /// What a link has to say beside its row: its reason, and how far its base copy is.
@@ -427,7 +432,7 @@ mod tests {
              \"lag_revisions\": 2, \"lag_seconds\": 0.0421, \"rpo_revisions\": 1, \"rpo_seconds\": 0.0209, \"stalled_seconds\": 0.0, \
              \"bytes_raw\": 14000, \"bytes_sent\": 1000, \"counts\": { \"repeated\": 4, \"skipped\": 1 }, \
              \"copy\": { \"keys_done\": 5, \"keys_total\": 9 }, \"canary\": { \"seconds\": 0.08, \"waiting_seconds\": 0.0 }, \"limits\": null, \"verification\": null, \
-             \"foreign_writes\": null, \"quarantined_revisions\": 0, \"quarantined\": [] } ], \"etcd\": [ { \"endpoint\": \"http://127.0.0.1:2379\", \"ok\": true, \
+             \"foreign_writes\": null, \"quarantined_revisions\": 0, \"quarantined\": [], \"paused\": null } ], \"etcd\": [ { \"endpoint\": \"http://127.0.0.1:2379\", \"ok\": true, \
              \"version\": \"3.5.1\", \"leader\": true, \"verdict\": \"refused\", \"detail\": \"upgrade it\" } ], \"certificates\": { \"subject\": \"CN=us-east-1\", \"sans\": [ \"spiffe://etcd-ferry.dev/region/us-east-1\" ], \
              \"own_expires_at\": 1800000000, \"ca_expires_at\": 1900000000, \"crl_expires_at\": null, \"reloads\": 2, \"refused\": \"\" } }"
         );

@@ -3,28 +3,32 @@
 //! Edge: what a change means is decided in config/change.rs.
 //! Always true: a configuration that is not sound as a whole changes nothing; what is not touched by a change goes on.
 
-use super::LogLevel;
 use super::links::{Ended, Links};
 use crate::admin::reload::Reloaded;
 use crate::config::change::{Change, LinkChange, What, compare};
 use crate::config::{Checked, Config, Fault, Faults, Layers};
+use crate::logs::Logs;
 use crate::metrics;
 use crate::model::{LinkName, Side};
 use std::path::PathBuf;
+use std::sync::Arc;
+use tokio::sync::watch;
 
 /// What runs, and what it was read from.
 pub struct Reloader {
     layers: Layers,
     running: Config,
-    log_level: LogLevel,
+    logs: Logs,
+    /// What runs, for whoever asks.
+    in_force: watch::Sender<Arc<Config>>,
     /// How often a changed configuration was taken.
     reloads: u64,
 }
 
 impl Reloader {
-    pub fn new(layers: Layers, running: Config, log_level: LogLevel) -> Self {
+    pub fn new(layers: Layers, running: Config, logs: Logs, in_force: watch::Sender<Arc<Config>>) -> Self {
         metrics::record_configuration(false, false, 0);
-        Self { layers, running, log_level, reloads: 0 }
+        Self { layers, running, logs, in_force, reloads: 0 }
     }
 
     /// Reads all layers again and takes what can be taken. Everything is told in the log, too.
@@ -64,9 +68,9 @@ impl Reloader {
         let mut reloaded = Reloaded { needs_restart: own(&needs_restart), ..Reloaded::default() };
         if log_level {
             let level = self.running.log.level.clone();
-            match self.log_level.set(&level) {
+            match self.logs.configure(&level) {
                 Ok(()) => reloaded.taken.push(format!("log.level: {level}")),
-                Err(error) => reloaded.failed.push(format!("log.level: {error:#}")),
+                Err(error) => reloaded.failed.push(format!("log.level: {error}")),
             }
         }
         if !limits.is_empty() {
@@ -99,6 +103,7 @@ impl Reloader {
             }
         }
         links.start(&self.running);
+        self.in_force.send_replace(Arc::new(self.running.clone()));
         reloaded
     }
 

@@ -10,7 +10,7 @@ use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKey
 use rustls::server::WebPkiClientVerifier;
 use rustls::sign::CertifiedKey;
 use std::fs::File;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use time::OffsetDateTime;
@@ -33,6 +33,8 @@ pub struct TlsFiles<'a> {
 #[derive(Clone)]
 pub struct Credentials {
     pub roots: Arc<RootCertStore>,
+    /// The CA's certificates, as the file has them.
+    pub authorities: Vec<CertificateDer<'static>>,
     pub crls: Vec<CertificateRevocationListDer<'static>>,
     pub certified_key: Arc<CertifiedKey>,
     pub identity: PeerIdentity,
@@ -99,6 +101,7 @@ impl Credentials {
     /// Reads all files. The certificate's dates are not checked here, see [`check_dates`].
     pub fn load(files: TlsFiles<'_>) -> Result<Self, LoadError> {
         let roots = Arc::new(load_roots(files.ca)?);
+        let authorities = load_certificates(files.ca)?;
         let ca_not_after = ca_not_after(files.ca)?;
         let (certified_key, identity) = load_pair(files.cert, files.key)?;
         let crls = match files.crl {
@@ -106,7 +109,8 @@ impl Credentials {
             None => Vec::new(),
         };
         let crl_next_update = crls.iter().filter_map(next_update).min();
-        Ok(Self { roots, crls, certified_key: Arc::new(certified_key), identity, ca_not_after, crl_next_update })
+        let certified_key = Arc::new(certified_key);
+        Ok(Self { roots, authorities, crls, certified_key, identity, ca_not_after, crl_next_update })
     }
 
     /// Refuses what no peer with the same CA would talk to at `now`, and a key that others may read.
@@ -165,8 +169,15 @@ pub fn load_crls(path: &Path) -> Result<Vec<CertificateRevocationListDer<'static
 /// A secret must be there and readable, by us alone.
 pub fn check_secret(path: &Path) -> Result<(), LoadError> {
     let unreadable = |source| LoadError::Read { path: path.to_owned(), source };
-    let mode = File::open(path).and_then(|file| file.metadata()).map_err(unreadable)?.permissions().mode() & 0o777;
-    if mode & 0o177 != 0 { Err(LoadError::Open { path: path.to_owned(), mode }) } else { Ok(()) }
+    let found = File::open(path).and_then(|file| file.metadata()).map_err(unreadable)?;
+    let mode = found.permissions().mode() & 0o777;
+    let lent = found.uid() == 0 && !rustix::process::geteuid().is_root();
+    if is_open(mode, lent) { Err(LoadError::Open { path: path.to_owned(), mode }) } else { Ok(()) }
+}
+
+/// `lent`: it is root's, and we are somebody else, who can only be let in by a group: so Kubernetes mounts secrets, and so Debian keeps keys.
+fn is_open(mode: u32, lent: bool) -> bool {
+    mode & if lent { 0o137 } else { 0o177 } != 0
 }
 
 /// Refuses a certificate outside its time of validity; `now` is the caller's clock.
@@ -230,7 +241,8 @@ fn next_update(crl: &CertificateRevocationListDer<'_>) -> Option<OffsetDateTime>
     list.next_update().map(|time| time.to_datetime())
 }
 
-fn load_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, LoadError> {
+/// All certificates of a file, in its order.
+pub fn load_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, LoadError> {
     let what = "certificate";
     let pem = read(path)?;
     let all: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
@@ -255,4 +267,22 @@ fn pem_error(path: &Path, what: &'static str, error: &pem::Error) -> LoadError {
     let base64 = matches!(error, pem::Error::Base64Decode(_));
     let reason = if base64 { "its base64 is broken" } else { "a section is cut off or malformed" };
     LoadError::Pem { path: path.to_owned(), reason }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_of_root_may_be_lent_to_our_group_and_one_of_our_own_to_nobody() {
+        for mode in [0o400, 0o600] {
+            assert!(!is_open(mode, false) && !is_open(mode, true), "{mode:o}");
+        }
+        for mode in [0o440, 0o640] {
+            assert!(is_open(mode, false) && !is_open(mode, true), "{mode:o}");
+        }
+        for mode in [0o444, 0o460, 0o644, 0o660, 0o700, 0o650, 0o604] {
+            assert!(is_open(mode, false) && is_open(mode, true), "{mode:o}");
+        }
+    }
 }

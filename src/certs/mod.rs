@@ -2,6 +2,7 @@
 //! Input: PEM files; names. Output: `PeerIdentity`, `Credentials`, key pairs on disk.
 //! Always true: a private key is written 0600 and never over an existing file; no key material is ever shown.
 
+pub mod describe;
 pub mod identity;
 pub mod issue;
 pub mod load;

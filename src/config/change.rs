@@ -93,7 +93,7 @@ fn fixed(was: &Config, is: &Config) -> Vec<&'static str> {
     let Config { region, node, data_dir, etcd, compact, listen, tls, send: _, receive: _, limits: _, log } = was;
     let EtcdConfig { endpoints, ca, cert, key, username, password_file, allow_corrupting_versions } = etcd;
     let ListenConfig { peer, admin, http } = listen;
-    let TlsConfig { ca: tls_ca, cert: tls_cert, key: tls_key, crl, admins } = tls;
+    let TlsConfig { ca: tls_ca, cert: tls_cert, key: tls_key, crl, admins, viewers } = tls;
     let LogConfig { format, level: _ } = log;
     let after = |compact: &Option<CompactConfig>| compact.map(|CompactConfig { after, defragment: _ }| after);
     let defragment = |compact: &Option<CompactConfig>| compact.is_some_and(|compact| compact.defragment);
@@ -118,6 +118,7 @@ fn fixed(was: &Config, is: &Config) -> Vec<&'static str> {
         ("tls.key", *tls_key != is.tls.key),
         ("tls.crl", *crl != is.tls.crl),
         ("tls.admins", *admins != is.tls.admins),
+        ("tls.viewers", *viewers != is.tls.viewers),
         ("log.format", *format != is.log.format),
     ])
 }
@@ -154,10 +155,10 @@ fn of_send(was: &SendConfig, is: &SendConfig) -> Vec<&'static str> {
 }
 
 fn of_receive(was: &ReceiveConfig, is: &ReceiveConfig) -> Vec<&'static str> {
-    let ReceiveConfig { link: _, peer, ranges, foreign_writes, on_poison, delete_shares } = was;
+    let ReceiveConfig { link: _, peer, ranges: _, prefixes, foreign_writes, on_poison, delete_shares } = was;
     named([
         ("peer", *peer != is.peer),
-        ("prefixes", *ranges != is.ranges),
+        ("prefixes", *prefixes != is.prefixes),
         ("foreign_writes", *foreign_writes != is.foreign_writes),
         ("on_poison", *on_poison != is.on_poison),
         ("revision_deletes_share_max", delete_shares.revision != is.delete_shares.revision),
@@ -444,6 +445,7 @@ prefixes = ["/orders/"]
             ("\"a.key\"", "\"b.key\"", &["tls.key"]),
             ("[tls]", "[tls]\ncrl = \"crl.pem\"", &["tls.crl"]),
             ("[tls]", "[tls]\nadmins = [\"a.example\"]", &["tls.admins"]),
+            ("[tls]", "[tls]\nviewers = [\"a.example\"]", &["tls.viewers"]),
             ("[log]", "[log]\nformat = \"json\"", &["log.format"]),
         ] {
             let change = compared(from, to);

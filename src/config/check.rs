@@ -170,14 +170,26 @@ fn tls(s: &mut Section<'_>) -> Option<TlsConfig> {
     let cert = s.path("cert", "certs-dev/us-east-1.pem");
     let key = s.path("key", "certs-dev/us-east-1.key");
     let crl = s.path_if_present("crl", "certs-dev/crl.pem");
-    let mut admins = Vec::new();
-    for (field, san) in s.texts("admins").unwrap_or_default() {
-        if !is_san(&san) {
-            s.fault_at(field, format!("must be {SAN_RULE} (found {san:?})"));
+    let admins = sans(s, "admins");
+    let viewers = sans(s, "viewers");
+    for (field, san) in &viewers {
+        if admins.iter().any(|(_, admin)| admin == san) {
+            s.fault_at(field.clone(), "is among admins too, who may look anyway: remove it from one of the two");
         }
-        admins.push(san);
     }
-    Some(TlsConfig { ca: ca?, cert: cert?, key: key?, crl, admins })
+    let [admins, viewers] = [admins, viewers].map(|sans| sans.into_iter().map(|(_, san)| san).collect());
+    Some(TlsConfig { ca: ca?, cert: cert?, key: key?, crl, admins, viewers })
+}
+
+/// Names of certificates, each with its field.
+fn sans(s: &mut Section<'_>, key: &'static str) -> Vec<(String, String)> {
+    let sans = s.texts(key).unwrap_or_default();
+    for (field, san) in &sans {
+        if !is_san(san) {
+            s.fault_at(field.clone(), format!("must be {SAN_RULE} (found {san:?})"));
+        }
+    }
+    sans
 }
 
 fn send(s: &mut Section<'_>) -> Option<SendConfig> {
@@ -229,7 +241,8 @@ fn send(s: &mut Section<'_>) -> Option<SendConfig> {
 fn receive(s: &mut Section<'_>) -> Option<ReceiveConfig> {
     let link = link(s);
     let peer = peer(s);
-    let ranges = prefixes(s).map(|p| Ranges::new(&p, &[]));
+    let prefixes = prefixes(s);
+    let ranges = prefixes.as_ref().map(|p| Ranges::new(p, &[]));
     let foreign_writes = match s.text_if_present("foreign_writes", "report").as_deref() {
         None | Some("report") => ForeignWrites::Report,
         Some("repair") => ForeignWrites::Repair,
@@ -255,7 +268,7 @@ fn receive(s: &mut Section<'_>) -> Option<ReceiveConfig> {
         Some(share)
     });
     let delete_shares = DeleteShares { revision, minute };
-    Some(ReceiveConfig { link: link?, peer: peer?, ranges, foreign_writes, on_poison, delete_shares })
+    Some(ReceiveConfig { link: link?, peer: peer?, ranges, prefixes, foreign_writes, on_poison, delete_shares })
 }
 
 fn link(s: &mut Section<'_>) -> Option<LinkName> {
@@ -445,11 +458,19 @@ fn log(s: &mut Section<'_>) -> Option<LogConfig> {
         }
     };
     let level = s.text_if_present("level", "info").unwrap_or_else(|| "info".to_owned());
-    if !level.split(',').all(is_log_directive) {
-        let rule = "must be off, error, warn, info, debug or trace, or a list such as \"info,etcd_ferry=debug\"";
-        s.fault("level", format!("{rule} (found {level:?})"));
+    if !is_log_level(&level) {
+        s.fault("level", format!("{LOG_LEVEL_RULE} (found {level:?})"));
     }
     Some(LogConfig { format, level })
+}
+
+/// What a log's level looks like.
+pub const LOG_LEVEL_RULE: &str =
+    "must be off, error, warn, info, debug or trace, or a list such as \"info,etcd_ferry=debug\"";
+
+/// True if `level` follows [`LOG_LEVEL_RULE`].
+pub fn is_log_level(level: &str) -> bool {
+    level.split(',').all(is_log_directive)
 }
 
 /// A level, or `target=level`. A bare target, which a `tracing` filter would also take, is most likely a typing error.

@@ -13,8 +13,11 @@ use toml::{Spanned, Table, Value};
 
 /// What the name of every variable begins with.
 const PREFIX: &str = "ETCD_FERRY_";
-/// Variables that are no keys: of the failpoints, and of this project's own tests and installation.
-const OTHER_VARIABLES: [&str; 7] = [
+/// Variables that are no keys: of the failpoints, and of this project's own build (which `cargo run` and `cargo test` hand on), tests and
+/// installation.
+const OTHER_VARIABLES: [&str; 9] = [
+    "ETCD_FERRY_COMMIT",
+    "ETCD_FERRY_BUILD",
     "ETCD_FERRY_FAILPOINTS",
     "ETCD_FERRY_MUTANT",
     "ETCD_FERRY_TEST_ETCD",
@@ -35,7 +38,7 @@ enum Kind {
 }
 
 /// Every key that a variable or a flag can override: all but those of links, which have no name of their own to be called by.
-const KEYS: [(&str, Kind); 34] = [
+const KEYS: [(&str, Kind); 35] = [
     ("region", Kind::Text),
     ("node", Kind::Text),
     ("data_dir", Kind::Text),
@@ -56,6 +59,7 @@ const KEYS: [(&str, Kind); 34] = [
     ("tls.key", Kind::Text),
     ("tls.crl", Kind::Text),
     ("tls.admins", Kind::List),
+    ("tls.viewers", Kind::List),
     ("limits.spool_bytes_max", Kind::Whole),
     ("limits.journal_bytes_max", Kind::Whole),
     ("limits.segment_bytes", Kind::Whole),
@@ -366,6 +370,7 @@ mod tests {
     fn variables_of_tests_of_kubernetes_and_of_others_are_left_alone() {
         for name in [
             "ETCD_FERRY_FAILPOINTS",
+            "ETCD_FERRY_COMMIT",
             "ETCD_FERRY_SERVICE_HOST",
             "ETCD_FERRY_SERVICE_PORT",
             "ETCD_FERRY_SERVICE_PORT_PEER",

@@ -4,10 +4,13 @@
 
 pub mod change;
 mod check;
+mod effective;
 mod files;
 mod layers;
 mod read;
 
+pub use check::{LOG_LEVEL_RULE, is_log_level};
+pub use effective::effective_toml;
 pub use layers::{Override, Source, is_variable};
 
 use crate::certs::identity::PeerIdentity;
@@ -187,8 +190,10 @@ pub struct TlsConfig {
     pub key: PathBuf,
     /// Revocation lists of the CA; with it, a certificate without a known status and a list past its time are refused.
     pub crl: Option<PathBuf>,
-    /// SANs (URI or DNS) of those who may call the admin service; none: nobody may.
+    /// SANs (URI or DNS) of those who may call everything of the admin service; none: nobody may.
     pub admins: Vec<String>,
+    /// The same of those who may only look.
+    pub viewers: Vec<String>,
 }
 
 /// This cluster is the origin of the link.
@@ -221,6 +226,8 @@ pub struct ReceiveConfig {
     pub peer: String,
     /// What the origin may touch; `None`: what its first hello says.
     pub ranges: Option<Ranges>,
+    /// The same as configured.
+    pub prefixes: Option<Vec<Bytes>>,
     pub foreign_writes: ForeignWrites,
     pub on_poison: OnPoison,
     pub delete_shares: DeleteShares,

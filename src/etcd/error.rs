@@ -77,14 +77,19 @@ impl EtcdError {
 
 /// What to do about a connection that does not come about, by what rustls and the HTTP/2 library say of it.
 fn advice(reason: &str) -> &'static str {
-    let rules: [(&[&str], &str); 4] = [
+    let rules: [(&[&str], &str); 5] = [
         (
             &["invalid peer certificate"],
             "check [etcd] ca and endpoints: its certificate is not of that CA, not for that name, or out of its time",
         ),
         (&["CertificateRequired"], "it asks for a client certificate: set [etcd] cert and key"),
+        // What an etcd says of both that is built with Go before 1.20.
         (
-            &["UnknownCA", "BadCertificate", "CertificateUnknown", "CertificateExpired", "DecryptError"],
+            &["BadCertificate"],
+            "it refuses our client certificate, or was shown none: set [etcd] cert and key to a pair of its --trusted-ca-file",
+        ),
+        (
+            &["UnknownCA", "CertificateUnknown", "CertificateExpired", "DecryptError"],
             "it refuses our client certificate: check [etcd] cert and key against its --trusted-ca-file",
         ),
         (

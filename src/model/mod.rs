@@ -345,6 +345,9 @@ pub struct Position {
     /// The next revision deletes so much that a person has to allow it; it goes with that revision.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held_back: Option<HeldBack>,
+    /// Nothing is applied, by an operator's word, until another one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub paused: Option<Paused>,
     /// The last revision of the replica's own etcd at which both sides were proved equal after somebody else had written there (0: none).
     #[serde(default, skip_serializing_if = "is_unproved")]
     pub equal_revision: Revision,
@@ -365,6 +368,15 @@ pub struct HeldBack {
     /// A person said so: it goes through, once.
     #[serde(default, skip_serializing_if = "is_false")]
     pub allowed: bool,
+}
+
+/// Since when a link is paused, and by whom.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Paused {
+    /// In milliseconds of Unix time, by the replica's clock.
+    pub at_ms: u64,
+    /// The name of the operator's certificate.
+    pub by: String,
 }
 
 impl HeldBack {
@@ -454,6 +466,7 @@ mod tests {
             part_digest: None,
             skipped: Vec::new(),
             held_back: None,
+            paused: None,
             equal_revision: Revision(0),
         }
     }
@@ -466,6 +479,8 @@ mod tests {
         }
         let part = Position { part: 7, part_digest: Some(Digest([3; 16])), skipped: vec![Seq(4)], ..position(None) };
         let part = Position { equal_revision: Revision(8), ..part };
+        let paused = Some(Paused { at_ms: u64::MAX, by: "spiffe://etcd-ferry.dev/admin \"\n".to_owned() });
+        let part = Position { paused, ..part };
         assert_eq!(Position::from_json(&part.to_json()).unwrap(), part);
     }
 

@@ -209,6 +209,7 @@ mod tests {
             part_digest: None,
             skipped: skipped.iter().copied().map(Seq).collect(),
             held_back: None,
+            paused: None,
             equal_revision: Revision(0),
         }
     }

@@ -4,7 +4,7 @@
 //! Always true: every state and side has one spelling, in JSON, metrics and text.
 
 use super::limits::LimitsStatus;
-use super::{Epoch, LinkName, Quarantine, Revision, Seq, Term};
+use super::{Epoch, LinkName, Paused, Quarantine, Revision, Seq, Term};
 use bytes::Bytes;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -150,6 +150,8 @@ pub struct LinkStatus {
     pub quarantined_revisions: u64,
     /// The same one by one, at the replica; no key.
     pub quarantined: Vec<QuarantinedStatus>,
+    /// At the replica, while it is paused.
+    pub paused: Option<Paused>,
     pub stages: Vec<StageStatus>,
 }
 
@@ -379,6 +381,7 @@ impl LinkStatus {
             foreign_writes: None,
             quarantined_revisions: 0,
             quarantined: Vec::new(),
+            paused: None,
             stages: Vec::new(),
         }
     }

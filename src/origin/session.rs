@@ -417,6 +417,7 @@ impl Session {
         ship.view.send_modify(|view| {
             let acked = self.shipped.acked;
             view.state = match (acked.following, acked.repairing) {
+                _ if acked.paused => LinkState::Paused,
                 _ if acked.held => LinkState::Held,
                 (true, _) => LinkState::Following,
                 (false, true) => LinkState::Repairing,

@@ -18,7 +18,7 @@ use crate::admin::{LinkCommand, next_command};
 use crate::etcd::gate::ClusterLimits;
 use crate::etcd::{Etcd, EtcdError};
 use crate::failpoint;
-use crate::model::{Epoch, LinkState, LinkStatus, Revision, Seq, Term, Waymark};
+use crate::model::{Epoch, LinkState, LinkStatus, Position, Revision, Seq, Term, Waymark};
 use crate::retry::Backoff;
 use crate::tls;
 use crate::wire::replicate::handshake_client::HandshakeClient;
@@ -346,7 +346,7 @@ impl Shipper {
             Err(end) => return end,
         };
         failpoint::reach("greeted");
-        let outcome = match self.decide(&greeted).await {
+        let outcome = match self.decide(&greeted).await.and_then(|way| while_paused(way, &greeted)) {
             Ok(Way::Follow { after }) => self.follow(greeted, after).await,
             Ok(Way::Copy { epoch, cursor, reason }) => Box::pin(self.copy(greeted, epoch, cursor, &reason)).await,
             Ok(Way::Repair { epoch, reason }) => {
@@ -493,6 +493,19 @@ impl From<Waymark> for crate::wire::replicate::Waymark {
 impl From<crate::wire::replicate::Waymark> for Waymark {
     fn from(waymark: crate::wire::replicate::Waymark) -> Self {
         Self { counter: waymark.counter, id: waymark.id }
+    }
+}
+
+/// A replica that is paused keeps what it holds, as an operator wished: it takes revisions into its journal, and no copy.
+fn while_paused(way: Way, greeted: &Greeted) -> Result<Way, SessionEnd> {
+    let paused = Position::from_json(&greeted.reply.position).ok().and_then(|position| position.paused);
+    match (way, paused) {
+        (Way::Copy { reason, .. } | Way::Repair { reason, .. }, Some(paused)) => Err(SessionEnd::Wait(format!(
+            "the link is paused at the replica by {}, and waits for a base copy or a repair ({reason}): run `etcd-ferry resume LINK --config F` at the \
+             replica's sidecar",
+            paused.by
+        ))),
+        (way, _) => Ok(way),
     }
 }
 

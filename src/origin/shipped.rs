@@ -30,6 +30,8 @@ pub struct Acked {
     pub repair_wanted: bool,
     /// Applying waits for a person, at the replica.
     pub held: bool,
+    /// It is paused there.
+    pub paused: bool,
 }
 
 /// One stream's account.
@@ -180,7 +182,7 @@ impl Shipped {
         acked.following = ack.following && !copying;
         acked.repairing = ack.repairing && !copying;
         acked.repair_wanted = ack.repair_wanted && acked.following;
-        acked.held = ack.held;
+        (acked.held, acked.paused) = (ack.held, ack.paused);
         acked.position_revision = acked.position_revision.max(Revision(ack.position_revision));
         let lag = acked.applied_revision > self.acked.applied_revision
             || acked.durable_revision > self.acked.durable_revision;

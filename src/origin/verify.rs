@@ -30,8 +30,10 @@ use tokio::time::Instant;
 const ASKS_MAX: usize = 1;
 /// More than the answers that a comparison has open, and the word that its mark failed.
 const ANSWERS_MAX: usize = 32;
-/// A repair that failed is begun again after so long.
-const REPAIR_PAUSE: Duration = Duration::from_secs(60);
+/// A repair that failed is begun again after so long, and then after twice as long each time: what both etcds are compacted past meanwhile
+/// fails for as long as that goes on.
+const REPAIR_PAUSE_FIRST: Duration = Duration::from_secs(2);
+const REPAIR_PAUSE_MAX: Duration = Duration::from_secs(60);
 /// Between a repair and the comparison that proves it: its outcome is seen before the next one's.
 const PROOF_PAUSE: Duration = Duration::from_secs(1);
 /// Where more keys differ, neighbours are told as one range.
@@ -45,8 +47,8 @@ pub(super) struct Verifying {
     wanted_next: Option<Wish>,
     /// The next one that is due goes at full speed: it proves what a repair did.
     hurry: bool,
-    /// When the last one ended in this stream.
-    ended_at: Option<Instant>,
+    /// When the last one ended in this stream, and how many did.
+    ended: Option<(Instant, u32)>,
     marks: u64,
     repairs: u64,
     /// A mark that waits for the way to be free, and who waits for it.
@@ -174,6 +176,10 @@ impl Session {
 
     /// The number of the comparison that will answer; it begins from now on.
     fn want(&mut self, ship: &mut Shipper, wish: Wish) -> Result<u64, String> {
+        if self.shipped.acked.paused {
+            return Err("it is paused at the replica, which notes no mark meanwhile: resume it there, then ask again"
+                .to_owned());
+        }
         if !self.shipped.acked.following && !self.shipped.acked.repairing {
             return Err("the base copy is not over at the replica: ask again once the link follows".to_owned());
         }
@@ -223,7 +229,10 @@ impl Session {
 
     /// When the next comparison begins by itself. A repair that was cut short goes on, and one that the replica wants begins.
     pub(super) fn verification_due(&self, ship: &Shipper) -> Option<Instant> {
-        let repair = || self.verifying.ended_at.map_or_else(Instant::now, |at| at + REPAIR_PAUSE);
+        if self.shipped.acked.paused {
+            return None;
+        }
+        let repair = || self.verifying.ended.map_or_else(Instant::now, |(at, times)| at + repair_pause(times));
         if self.shipped.acked.repairing {
             return Some(repair());
         }
@@ -340,7 +349,8 @@ impl Session {
 
     fn ended(&mut self, ship: &mut Shipper, outcome: Result<Compared, Failed>) -> Option<Shipment> {
         let running = self.verifying.running.take()?;
-        self.verifying.ended_at = Some(Instant::now());
+        let times = self.verifying.ended.map_or(0, |(_, times)| times);
+        self.verifying.ended = Some((Instant::now(), times.saturating_add(1)));
         ship.verified_now();
         let link = ship.origin.send.link.clone();
         let seconds = running.started.elapsed().as_secs_f64();
@@ -482,6 +492,11 @@ fn told_ranges(found: &[DifferingKey]) -> Vec<DifferingRange> {
     found.chunks(in_one).filter_map(range).collect()
 }
 
+/// After so many comparisons of this stream have ended.
+fn repair_pause(times: u32) -> Duration {
+    REPAIR_PAUSE_FIRST.saturating_mul(1 << times.saturating_sub(1).min(16)).min(REPAIR_PAUSE_MAX)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -509,5 +524,12 @@ mod tests {
             assert_eq!(ranges.iter().map(|range| range.keys).sum::<u64>(), count as u64);
             assert!(ranges.windows(2).all(|pair| pair[0].last < pair[1].first));
         }
+    }
+
+    #[test]
+    fn a_repair_that_fails_is_begun_again_soon_and_then_less_and_less_often() {
+        let pauses: Vec<u64> =
+            [1, 2, 3, 5, 6, 1_000, u32::MAX].into_iter().map(|n| repair_pause(n).as_secs()).collect();
+        assert_eq!(pauses, [2, 4, 8, 32, 60, 60, 60]);
     }
 }

@@ -303,6 +303,9 @@ impl Applier {
             // What comes next depends on how this one ends.
             return;
         }
+        if self.stays_paused() {
+            return;
+        }
         if self.in_flight.is_none() && !self.marks.is_empty() {
             Box::pin(self.reach_marks()).await;
             if !self.follows() {
@@ -392,9 +395,14 @@ impl Applier {
         self.settle_in_flight().await;
         match command {
             ReplicaCommand::Show { seq, reply } => _ = reply.send(self.recorded(seq).cloned()),
+            ReplicaCommand::Retry { reply, .. } if self.paused().is_some() => {
+                _ = reply.send(Err("the link is paused: resume it, then ask again".to_owned()));
+            }
             ReplicaCommand::Retry { seq, reply } => self.begin_retry(seq, reply),
             ReplicaCommand::Discard { seq, reply } => _ = reply.send(self.discard(seq).await),
             ReplicaCommand::Allow { reply } => _ = reply.send(self.allow().await),
+            ReplicaCommand::Pause { by, reply } => _ = reply.send(self.pause(&by).await),
+            ReplicaCommand::Resume { by, reply } => _ = reply.send(self.resume(&by).await),
         }
     }
 

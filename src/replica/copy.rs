@@ -118,6 +118,12 @@ impl Applier {
     async fn begin_copy(&mut self, begin: Begin) -> Result<(), StepError> {
         let position = self.held.as_ref().and_then(|h| h.position.clone());
         begin.check_claim(position.as_ref())?;
+        if position.as_ref().is_some_and(|position| position.paused.is_some()) {
+            return Err(StepError::Refused(
+                Kind::Closing,
+                "the link is paused at the replica: resume it there".to_owned(),
+            ));
+        }
         self.claim = Some((begin.epoch, begin.term));
         if begin.repair {
             return self.open_repair(&begin, position.as_ref()).await;

@@ -17,6 +17,7 @@ pub mod lookout;
 pub mod mark;
 pub mod next;
 pub mod pages;
+mod pause;
 pub mod plan;
 pub mod poison;
 pub mod position;
@@ -365,6 +366,7 @@ impl Views<'_> {
         status.limits = told;
         status.quarantined = QuarantinedStatus::all(&self.view.quarantine);
         status.quarantined_revisions = status.quarantined.len() as u64;
+        status.paused = position.and_then(|p| p.paused.clone());
         status.foreign_writes = (self.seen.checked > Revision(0)).then(|| self.seen.status());
         let (connected, applies) = (self.told.connected, self.view.waiting.is_empty());
         status.stages = vec![
@@ -383,6 +385,9 @@ impl Views<'_> {
     fn state(&self) -> LinkState {
         if self.view.stopped {
             return LinkState::Stopped;
+        }
+        if self.view.position.as_ref().is_some_and(|position| position.paused.is_some()) {
+            return LinkState::Paused;
         }
         if self.stalled.is_some() {
             return LinkState::Stalled;

@@ -63,6 +63,7 @@ impl Begin {
             part_digest: None,
             skipped: Vec::new(),
             held_back: None,
+            paused: None,
             equal_revision: Revision(0),
         }
     }

@@ -303,6 +303,7 @@ impl Stream {
             repairing: position.is_some_and(|p| p.state == Phase::Repairing),
             repair_wanted: self.end.repair_wanted.load(Ordering::Relaxed),
             held: view.held,
+            paused: view.position.as_ref().is_some_and(|p| p.paused.is_some()),
             quarantined: view.quarantine.entries.len() as u64,
             limits: limits.filter(|_| limits != self.limits_told).map(Into::into),
         }

@@ -146,7 +146,8 @@ impl Applier {
             self.publish(true);
         }
         // While something waits, be it in the journal, only its commit says that the trouble is over.
-        if self.waiting.is_empty() && self.journal.extent().borrow().end <= self.read_through {
+        let nothing_waits = self.waiting.is_empty() && self.journal.extent().borrow().end <= self.read_through;
+        if nothing_waits && self.paused().is_none() {
             self.resumed();
         }
     }

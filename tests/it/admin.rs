@@ -3,13 +3,17 @@
 //! Edge: loopback sockets, free ports, a temporary folder.
 //! Always true: nothing here waits for time, only for answers.
 
+use crate::bed::sidecar::region_name;
+use crate::bed::{PATIENCE, until};
 use etcd_ferry::admin::client::{self, ClientError, Connection};
+use etcd_ferry::admin::proto::admin_client::AdminClient;
+use etcd_ferry::admin::roles::Admins;
 use etcd_ferry::admin::service::{Server, ServiceError};
-use etcd_ferry::admin::{Directory, LinkCommand, LinkHandle, Listening, proto, verification};
-use etcd_ferry::certs;
-use etcd_ferry::config::TlsConfig;
+use etcd_ferry::admin::{Directory, LinkCommand, LinkHandle, Listening, Own, certificates, proto, verification};
+use etcd_ferry::config::{Config, TlsConfig};
 use etcd_ferry::model::{LinkName, LinkState, LinkStatus, Outcome, PartsProgress, Revision, Seq, Side};
 use etcd_ferry::tls::Certificates;
+use etcd_ferry::{certs, logs, metrics};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -66,19 +70,45 @@ fn handle(name: &str, side: Side, state: LinkState) -> (watch::Sender<LinkStatus
     (sender, LinkHandle { link, side, status, before: None, commands: None, replica_commands: None })
 }
 
+/// What it tells of itself; its log is nobody's.
+fn own(folder: &std::path::Path) -> Own {
+    let file = |name: &str| folder.join(name).display().to_string();
+    let text = format!(
+        "region = 'us-east-1'\nnode = 'us-east-1-a'\ndata_dir = {:?}\n\
+         [etcd]\nendpoints = ['https://127.0.0.1:2379']\nca = {:?}\ncert = {:?}\nkey = {:?}\nusername = 'ferry'\npassword_file = {:?}\n\
+         [listen]\npeer = '127.0.0.1:0'\nadmin = '127.0.0.1:0'\nhttp = '127.0.0.1:0'\n\
+         [tls]\nca = {:?}\ncert = {:?}\nkey = {:?}\n\
+         [[send]]\nlink = 'config'\nto = ['https://127.0.0.1:1']\npeer = 'a.example'\n",
+        file("data"),
+        file("ca.pem"),
+        file("cn-hangzhou.pem"),
+        file("cn-hangzhou.key"),
+        file("password"),
+        file("ca.pem"),
+        file("us-east-1.pem"),
+        file("us-east-1.key"),
+    );
+    let config = Config::from_toml(&text).unwrap_or_else(|faults| panic!("{faults}"));
+    let (logs, _) = logs::prepare(&config.log, false).unwrap();
+    Own { config: watch::channel(Arc::new(config)).1, logs, exporter: metrics::install().unwrap() }
+}
+
 /// A sidecar `us-east-1-a` that is the origin of `config` and the replica of `orders`.
 async fn start() -> Running {
     let folder = tempfile::tempdir().unwrap();
-    certs::dev(folder.path(), &["us-east-1", "cn-hangzhou"]).unwrap();
+    certs::dev(folder.path(), &["us-east-1", "cn-hangzhou", "eu-central-1"]).unwrap();
     let tls = TlsConfig {
         ca: folder.path().join("ca.pem"),
         cert: folder.path().join("us-east-1.pem"),
         key: folder.path().join("us-east-1.key"),
         admins: vec![ADMIN.to_owned()],
+        viewers: vec![region_name("eu-central-1")],
         crl: None,
     };
     let certificates = Certificates::load(&tls).unwrap();
-    let server = Server::bind(LOOPBACK, certificates.in_use(), tls.admins).await.unwrap();
+    let server = Server::bind(LOOPBACK, certificates.in_use(), Admins { admins: tls.admins, viewers: tls.viewers })
+        .await
+        .unwrap();
     let addr = server.local_addr();
     let (origin, mut config) = handle("config", Side::Origin, LinkState::Following);
     let (replica, orders) = handle("orders", Side::Replica, LinkState::Copying);
@@ -96,7 +126,7 @@ async fn start() -> Running {
         certificates: certificates.status(),
     };
     let stop = CancellationToken::new();
-    let task = tokio::spawn(server.run(Arc::new(directory), stop.clone()));
+    let task = tokio::spawn(server.run(Arc::new(directory), own(folder.path()), stop.clone()));
     Running { folder, addr, origin, _replica: replica, commands, stop, task }
 }
 
@@ -136,6 +166,96 @@ async fn another_certificate_of_the_same_ca_is_refused_with_its_name_on_every_se
     let question = tokio_stream::iter([ServerReflectionRequest::default()]);
     let refused = ServerReflectionClient::new(channel).server_reflection_info(question).await.unwrap_err();
     assert_eq!(refused.code(), Code::PermissionDenied);
+}
+
+#[tokio::test]
+async fn a_viewer_looks_and_is_told_which_role_everything_else_asks_for() {
+    let running = start().await;
+    let viewer = running.connection("eu-central-1");
+    assert_eq!(client::status(&viewer).await.unwrap().links.len(), 2);
+    let channel = client::connect(&viewer).await.unwrap();
+    assert!(is_serving(HealthClient::new(channel).check(health_of("")).await.unwrap().get_ref()));
+    let error = client::resync(&viewer, "config", false).await.unwrap_err();
+    assert!(matches!(error, ClientError::NotAdmin { .. }), "{error}");
+    let told = "Resync asks for the full role, and spiffe://etcd-ferry.dev/region/eu-central-1 is one of `tls.viewers`";
+    assert!(error.to_string().contains(told), "{error}");
+    for error in [
+        verification::verify(&viewer, "config", |_| {}).await.unwrap_err(),
+        verification::repair(&viewer, "config", false, |_| {}).await.unwrap_err(),
+        client::allow(&viewer, "orders").await.unwrap_err(),
+    ] {
+        assert!(error.to_string().contains("asks for the full role"), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_watch_of_the_status_tells_it_again_and_again_and_ends_with_the_sidecar() {
+    let running = start().await;
+    let viewer = running.connection("eu-central-1");
+    let mut states = Vec::new();
+    let ended: ClientError = client::watch_status(&viewer, 100, |reply| {
+        states.push(reply.links[0].state.clone());
+        match states.len() {
+            1 => running.origin.send_modify(|status| status.state = LinkState::Stopped),
+            3 => running.stop.cancel(),
+            _ => {}
+        }
+        Ok(())
+    })
+    .await
+    .unwrap_err();
+    assert!(matches!(ended, ClientError::Ended { .. }), "{ended}");
+    assert_eq!(states[..3], ["following", "stopped", "stopped"]);
+    tokio::time::timeout(Duration::from_secs(5), running.task).await.unwrap().unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_watch_that_is_too_fast_or_one_too_many_is_refused_and_a_place_is_given_back() {
+    let running = start().await;
+    let channel = client::connect(&running.connection("admin")).await.unwrap();
+    let mut admin = AdminClient::new(channel);
+    let watch = |interval_ms| proto::WatchStatusRequest { interval_ms };
+    let too_fast = admin.watch_status(watch(99)).await.unwrap_err();
+    assert_eq!(too_fast.code(), Code::InvalidArgument, "{too_fast}");
+    let mut watches = Vec::new();
+    for _ in 0..16 {
+        watches.push(admin.watch_status(watch(60_000)).await.unwrap().into_inner());
+    }
+    let one_more = admin.watch_status(watch(0)).await.unwrap_err();
+    assert_eq!(one_more.code(), Code::ResourceExhausted, "{one_more}");
+    assert!(watches[0].message().await.unwrap().is_some(), "the first comes at once");
+    watches.pop();
+    let again = async || admin.clone().watch_status(watch(0)).await.ok();
+    until("a place for one more", PATIENCE, again).await;
+}
+
+#[tokio::test]
+async fn the_configuration_is_told_with_its_defaults_and_without_what_secret_files_hold() {
+    let running = start().await;
+    std::fs::write(running.folder.path().join("password"), "unspeakable").unwrap();
+    let toml = client::configuration(&running.connection("eu-central-1")).await.unwrap();
+    let table: toml::Table = toml.parse().unwrap();
+    assert_eq!(table["limits"]["stall_seconds"].as_integer(), Some(30));
+    assert_eq!(table["etcd"]["username"].as_str(), Some("ferry"));
+    assert!(!toml.contains("unspeakable") && !toml.contains("PRIVATE"), "{toml}");
+}
+
+#[tokio::test]
+async fn every_certificate_is_told_and_a_file_that_is_gone_too() {
+    let running = start().await;
+    let viewer = running.connection("eu-central-1");
+    let reply = certificates::certificates(&viewer).await.unwrap();
+    let uses: Vec<_> = reply.certificates.iter().map(|c| c.r#use.as_str()).collect();
+    assert_eq!(uses, ["own", "ca", "etcd client", "etcd ca"]);
+    let own = &reply.certificates[0];
+    assert!(own.sans.contains(&region_name("us-east-1")) && own.issuer == reply.certificates[1].subject, "{own:?}");
+    assert!(own.not_before < own.not_after && own.serial.contains(':'));
+    assert!(reply.unread.is_empty() && reply.revocation_lists.is_empty());
+
+    std::fs::remove_file(running.folder.path().join("cn-hangzhou.pem")).unwrap();
+    let reply = certificates::certificates(&viewer).await.unwrap();
+    assert_eq!(reply.certificates.len(), 3);
+    assert!(reply.unread[0].file.ends_with("cn-hangzhou.pem") && reply.unread[0].reason.contains("cannot be read"));
 }
 
 #[tokio::test]
@@ -245,7 +365,7 @@ async fn calls_and_refusals_are_in_the_log_with_who_what_and_which_link() {
         [
             "spiffe://etcd-ferry.dev/region/cn-hangzhou",
             "/etcd_ferry.admin.v1.Admin/Resync",
-            "admin call refused: none of tls.admins"
+            "admin call refused: none of tls.admins or tls.viewers"
         ]
     );
 }
@@ -340,10 +460,12 @@ async fn a_port_that_is_taken_is_named() {
         cert: running.folder.path().join("us-east-1.pem"),
         key: running.folder.path().join("us-east-1.key"),
         admins: Vec::new(),
+        viewers: Vec::new(),
         crl: None,
     };
     let in_use = Certificates::load(&tls).unwrap().in_use();
-    let error = Server::bind(running.addr, in_use, tls.admins).await.err().expect("the port is taken").to_string();
+    let error =
+        Server::bind(running.addr, in_use, Admins::default()).await.err().expect("the port is taken").to_string();
     assert!(error.contains(&running.addr.to_string()) && error.contains("listen.admin"), "{error}");
 }
 

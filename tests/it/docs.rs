@@ -5,6 +5,7 @@
 
 use crate::bed::pair::{LINK, Pair, PairOptions};
 use crate::bed::traffic::{Write, commit};
+use etcd_ferry::admin::roles::CALLS;
 use etcd_ferry::config::{Config, Fault, Faults, ForeignWrites, LogFormat, OnPoison, OtherHistory, SendConfig};
 use etcd_ferry::failpoint::{POINTS, Point};
 use etcd_ferry::metrics::{self, Metric};
@@ -108,6 +109,14 @@ fn the_readme_s_table_of_failpoints_is_what_the_code_has() {
     assert_eq!(found, wanted, "the README's table of failpoints must be:\n{}\n", wanted.join("\n"));
 }
 
+#[test]
+fn the_readme_s_table_of_calls_has_every_call_with_its_role() {
+    let told: BTreeMap<String, String> =
+        table(&readme(), "| call | role |").into_iter().map(|row| (row[0].clone(), row[1].clone())).collect();
+    let calls = CALLS.iter().map(|(call, role)| ((*call).to_owned(), role.as_str().to_owned()));
+    assert_eq!(told, calls.collect(), "the README's calls (left) must be those of the code (right)");
+}
+
 fn faults(text: &str) -> Vec<Fault> {
     match Config::from_toml(text) {
         Ok(_) => Vec::new(),
@@ -167,7 +176,12 @@ pub fn defaults(config: &Config) -> BTreeMap<String, String> {
     let verify_interval = verify_interval.expect("on by default");
     assert_eq!(*ranges, Ranges::new(&[], &[]));
     assert_eq!(config.log.format, LogFormat::Text);
-    assert!(config.receive[0].ranges.is_none() && config.tls.admins.is_empty() && config.compact.is_none());
+    assert!(
+        config.receive[0].ranges.is_none()
+            && config.tls.admins.is_empty()
+            && config.tls.viewers.is_empty()
+            && config.compact.is_none()
+    );
     for (key, value) in [
         ("send[].deletes_share_max", deletes_share_max.to_string()),
         ("send[].other_history", format!("{:?}", OtherHistory::default()).to_lowercase()),
@@ -183,6 +197,7 @@ pub fn defaults(config: &Config) -> BTreeMap<String, String> {
         ("etcd.defragment", "false".to_owned()),
         ("receive[].on_poison", format!("{:?}", OnPoison::default()).to_lowercase()),
         ("tls.admins", "nobody".to_owned()),
+        ("tls.viewers", "nobody".to_owned()),
         ("log.format", "text".to_owned()),
         ("log.level", config.log.level.clone()),
     ] {

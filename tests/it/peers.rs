@@ -193,6 +193,7 @@ fn tls_of(pair: &Pair, name: &str) -> TlsConfig {
         key: file("key"),
         crl: None,
         admins: Vec::new(),
+        viewers: Vec::new(),
     }
 }
 

@@ -39,7 +39,7 @@ const FIELDS: [&str; 19] = [
 ];
 /// Beside the fields that every reader may count on: who ships the link, what was counted, how far a base copy is, what each end takes, and what is
 /// known of both sides being equal and of revisions in quarantine.
-const MORE_FIELDS: [&str; 10] = [
+const MORE_FIELDS: [&str; 11] = [
     "role",
     "shipper",
     "counts",
@@ -50,6 +50,7 @@ const MORE_FIELDS: [&str; 10] = [
     "foreign_writes",
     "quarantined_revisions",
     "quarantined",
+    "paused",
 ];
 
 /// The one link of `status --json`, with its fields checked.

@@ -59,7 +59,7 @@ impl Authority {
     fn tls_of(&self, name: &str, pair: &Pair) -> TlsConfig {
         let issued = pair.write(self.dir.path(), name).unwrap();
         let ca = self.dir.path().join("ca.pem");
-        TlsConfig { ca, cert: issued.cert, key: issued.key, crl: None, admins: Vec::new() }
+        TlsConfig { ca, cert: issued.cert, key: issued.key, crl: None, admins: Vec::new(), viewers: Vec::new() }
     }
 }
 

@@ -209,6 +209,12 @@ fn each_side_has_its_rules() {
         ("127.0.0.1:7444", "127.0.0.1:7445", "listen.http"),
         ("127.0.0.1:7444", "127.0.0.1:7443", "listen.admin"),
         (", admins = [\"spiffe://etcd-ferry.dev/admin\"]", ", admins = [\"*.example\"]", "tls.admins[0]"),
+        (", admins = [\"spiffe://etcd-ferry.dev/admin\"]", ", viewers = [\"two words\"]", "tls.viewers[0]"),
+        (
+            "dev/admin\"] }",
+            "dev/admin\"], viewers = [\"a.example\", \"spiffe://etcd-ferry.dev/admin\"] }",
+            "tls.viewers[1]",
+        ),
         (", admins = [\"spiffe://etcd-ferry.dev/admin\"]", ", crl = \"\"", "tls.crl"),
         ("\"https://ferry.cn-hangzhou.example:7443\"", "\"http://ferry.example:7443\"", "send[0].to[0]"),
         ("ferry.us-east-1.example", "127.0.0.1", "receive[0].peer"),

@@ -28,6 +28,7 @@ fn position() -> Position {
         part_digest: None,
         skipped: Vec::new(),
         held_back: None,
+        paused: None,
         equal_revision: Revision(0),
     }
 }

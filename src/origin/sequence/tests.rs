@@ -52,6 +52,7 @@ fn position(origin_cluster: ClusterId) -> String {
         part_digest: None,
         skipped: Vec::new(),
         held_back: None,
+        paused: None,
         equal_revision: Revision(0),
     };
     String::from_utf8(position.to_json()).unwrap()

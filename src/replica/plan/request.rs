@@ -83,6 +83,7 @@ mod tests {
             part_digest: None,
             skipped: Vec::new(),
             held_back: None,
+            paused: None,
             equal_revision: Revision(0),
         }
     }

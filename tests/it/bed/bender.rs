@@ -109,6 +109,7 @@ impl Bender {
             key: certs.join(format!("{region}.key")),
             crl: None,
             admins: Vec::new(),
+            viewers: Vec::new(),
         };
         let random = StdRng::seed_from_u64(0);
         let plan = Plan { random, aim: Aim::FRAMES, bytes_between: 1, flips_left: 0, next: 0, flips: 0 };

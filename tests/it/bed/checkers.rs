@@ -353,6 +353,7 @@ mod tests {
             part_digest: None,
             skipped: Vec::new(),
             held_back: None,
+            paused: None,
             equal_revision: Revision(0),
         };
         Change::Put { key: LinkName::new("config").unwrap().position_key(), value: position.to_json().into() }

@@ -103,6 +103,8 @@ pub struct SidecarOptions {
     pub certs: PathBuf,
     /// `tls.crl`.
     pub crl: Option<PathBuf>,
+    /// `tls.viewers`.
+    pub viewers: Vec<String>,
     pub send: Vec<SendLink>,
     pub receive: Vec<ReceiveLink>,
     /// Keys of `[limits]`.
@@ -126,6 +128,7 @@ impl SidecarOptions {
             ports,
             certs: certs.to_owned(),
             crl: None,
+            viewers: Vec::new(),
             send: Vec::new(),
             receive: Vec::new(),
             limits: BTreeMap::new(),
@@ -190,6 +193,8 @@ struct TlsTable<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     crl: Option<&'a Path>,
     admins: [&'a str; 1],
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    viewers: &'a [String],
 }
 
 #[derive(Serialize)]
@@ -261,6 +266,7 @@ impl Sidecar {
                 key: options.certs.join(format!("{}.key", options.region)),
                 crl: options.crl.as_deref(),
                 admins: ["spiffe://etcd-ferry.dev/admin"],
+                viewers: &options.viewers,
             },
             log: LogTable { format: "text", level: &options.log_level },
             limits: &options.limits,

@@ -1,0 +1,79 @@
+//! Job: which running sidecar a command is for, which link, who asks, and in which form the answer is wanted.
+//! Input: options. Output: a connection; an answer of the sidecar.
+//! Edge: reads the configuration, starts a runtime for one call.
+//! Always true: what is not given beside the configuration is taken from it.
+
+use super::Failure;
+use crate::admin::client::Connection;
+use crate::config::Layers;
+use clap::Args;
+use std::future::Future;
+use std::path::{Path, PathBuf};
+
+/// Which running sidecar is meant, and who asks.
+#[derive(Args)]
+pub(super) struct Sidecar {
+    /// The configuration file of the running sidecar
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
+    /// The operator's certificate [default: admin.pem beside tls.cert]
+    #[arg(long, value_name = "FILE", requires = "key")]
+    cert: Option<PathBuf>,
+    /// Its key [default: admin.key beside tls.cert]
+    #[arg(long, value_name = "FILE", requires = "cert")]
+    key: Option<PathBuf>,
+    /// JSON instead of text, for scripts
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// One link of that sidecar.
+#[derive(Args)]
+pub(super) struct Named {
+    /// The link
+    pub link: String,
+    #[command(flatten)]
+    pub sidecar: Sidecar,
+}
+
+impl Sidecar {
+    fn connection(&self) -> Result<Connection, Failure> {
+        connection(&self.config, self.cert.as_deref(), self.key.as_deref())
+    }
+
+    /// What the sidecar is called.
+    pub fn node(&self) -> Result<String, Failure> {
+        Ok(Layers::new(&self.config, &[]).load()?.node)
+    }
+
+    /// One question, and its answer.
+    pub fn ask<T, E, F>(&self, question: impl FnOnce(Connection) -> F) -> Result<T, Failure>
+    where
+        Failure: From<E>,
+        F: Future<Output = Result<T, E>>,
+    {
+        let connection = self.connection()?;
+        Ok(runtime()?.block_on(question(connection))?)
+    }
+}
+
+/// To the sidecar of this configuration; with the operator's pair, or what lies beside `tls.cert`.
+pub(super) fn connection(config: &Path, cert: Option<&Path>, key: Option<&Path>) -> Result<Connection, Failure> {
+    let config = Layers::new(config, &[]).load()?;
+    let beside = |name| config.tls.cert.with_file_name(name);
+    Ok(Connection {
+        admin: config.listen.admin,
+        cert: cert.map_or_else(|| beside("admin.pem"), Path::to_owned),
+        key: key.map_or_else(|| beside("admin.key"), Path::to_owned),
+        ca: config.tls.ca,
+        own_cert: config.tls.cert,
+    })
+}
+
+pub(super) fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
+    started(tokio::runtime::Builder::new_multi_thread().enable_all().build())
+}
+
+pub(super) fn started(runtime: std::io::Result<tokio::runtime::Runtime>) -> Result<tokio::runtime::Runtime, Failure> {
+    runtime.map_err(|e| Failure::Failed(format!("no threads can be started: {e}")))
+}

@@ -1,0 +1,275 @@
+//! Job: hold the documents against the code: every reason for a stop has its entry, links lead somewhere, commands and targets exist.
+//! Input: README.md, docs/, the sources, the built program, Makefile. Output: passes or fails, with what is wrong where.
+//! Edge: reads files; asks the program for its help.
+//! Always true: a reason is found in the sources by how it is given out there, so a new one without an entry fails here.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const DOCUMENTS: [&str; 6] =
+    ["README.md", "CHANGELOG.md", "certs-dev/README.md", "docs/operating.md", "docs/protocol.md", "docs/runbook.md"];
+
+fn file(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+fn text(path: &str) -> String {
+    fs::read_to_string(file(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
+}
+
+/// A source without its unit tests.
+fn product(path: &Path) -> String {
+    let text = fs::read_to_string(path).unwrap();
+    text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default().to_owned()
+}
+
+fn sources(folder: &str) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(file(folder)).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(sources(&path.to_string_lossy()));
+        } else if path.extension().is_some_and(|e| e == "rs") && !path.ends_with("tests.rs") {
+            found.push(path);
+        }
+    }
+    found
+}
+
+/// The string literal that `code` begins with, but for white space and what wraps it, as it is read: `{...}` for what is put in.
+fn literal(code: &str) -> Option<String> {
+    let mut code = code.trim_start();
+    while let Some(rest) = ["format!(", "Err(", "("].iter().find_map(|wrap| code.strip_prefix(wrap)) {
+        code = rest.trim_start();
+    }
+    let mut text = String::new();
+    let mut characters = code.strip_prefix('"')?.chars();
+    while let Some(c) = characters.next() {
+        match c {
+            '"' => return Some(text),
+            // A line that goes on below it.
+            '\\' => {
+                if characters.next()? == '\n' {
+                    let rest = characters.as_str().trim_start();
+                    characters = rest.chars();
+                }
+            }
+            '{' => {
+                characters.by_ref().find(|c| *c == '}');
+                text.push_str("...");
+            }
+            c => text.push(c),
+        }
+    }
+    None
+}
+
+/// The literals behind each place where `start` stands.
+fn literals(code: &str, start: &str) -> Vec<String> {
+    code.split(start).skip(1).filter_map(literal).collect()
+}
+
+/// What an enum of errors says, variant by variant.
+fn said_by(path: &str, name: &str) -> Vec<String> {
+    let code = product(&file(path));
+    let body = code.split(&format!("pub enum {name} {{")).nth(1).unwrap_or_else(|| panic!("{path} has no {name}"));
+    literals(body.split("\n}").next().unwrap(), "#[error(")
+}
+
+/// Every text in the sources with which a link stops.
+fn reasons() -> BTreeSet<String> {
+    let mut reasons = BTreeSet::new();
+    for path in sources("src/origin") {
+        let code = product(&path);
+        for start in ["SessionEnd::Stop(", "Stopped { reason: "] {
+            reasons.extend(literals(&code, start));
+        }
+    }
+    for path in sources("src/replica") {
+        let code = product(&path);
+        for kind in ["Guard", "Conflict", "Outside", "TooLarge"] {
+            reasons.extend(literals(&code, &format!("Kind::{kind},")));
+        }
+    }
+    reasons.extend(said_by("src/origin/resume.rs", "StopReason"));
+    reasons.extend(said_by("src/replica/plan/copy.rs", "GuardStop"));
+    // What each of these leads to stands in `PlanError::reaction`, and for the others beside them.
+    let goes_on = |text: &str| text.starts_with("seq ... waits") || text.contains("plan again");
+    reasons.extend(said_by("src/replica/plan/mod.rs", "PlanError").into_iter().filter(|text| !goes_on(text)));
+    let conflict = |text: &String| text.contains("came before");
+    reasons.extend(said_by("src/replica/admit.rs", "Refused").into_iter().filter(conflict));
+    let stops = |text: &String| !text.contains("starts anew");
+    reasons.extend(said_by("src/origin/sequence.rs", "SequenceError").into_iter().filter(stops));
+    for (path, fragment) in [
+        ("src/origin/history.rs", "two origins may answer by turns"),
+        ("src/origin/remember.rs", "cannot be read"),
+        ("src/origin/remember.rs", "that it stopped is not written down"),
+        ("src/replica/trouble.rs", "mend the disk"),
+        ("src/model/quarantine.rs", "it is not quarantined"),
+    ] {
+        let code = product(&file(path));
+        let told = code.split('"').enumerate().filter(|(at, _)| at % 2 == 1).map(|(_, text)| text);
+        let told = told.filter(|text| text.contains(fragment)).map(|text| literal(&format!("\"{text}\"")).unwrap());
+        let told: Vec<String> = told.collect();
+        assert_eq!(told.len(), 1, "{path}: {fragment}");
+        reasons.extend(told);
+    }
+    reasons
+}
+
+/// The entries for reasons in docs/operating.md: `#### `a reason ... with gaps``, several with `, ` or ` or ` between them.
+fn entries() -> Vec<String> {
+    let document = text("docs/operating.md");
+    let section = document.split("\n## When a link stops\n").nth(1).expect("a section on stops");
+    let section = section.split("\n## ").next().unwrap();
+    let headings = section.lines().filter_map(|line| line.strip_prefix("### "));
+    headings.flat_map(|heading| heading.split('`').skip(1).step_by(2).map(str::to_owned).collect::<Vec<_>>()).collect()
+}
+
+/// True if the pieces of the entry come in the reason, in their order, the first at its start unless the entry starts with a gap.
+fn fits(entry: &str, reason: &str) -> bool {
+    let mut rest = reason;
+    let mut first = true;
+    for piece in entry.split("...") {
+        let piece = piece.trim_end();
+        let Some(at) = rest.find(piece) else { return false };
+        if first && at > 0 {
+            return false;
+        }
+        first = false;
+        rest = &rest[at + piece.len()..];
+    }
+    true
+}
+
+#[test]
+fn every_reason_for_a_stop_has_its_entry_in_the_operating_manual() {
+    let (reasons, entries) = (reasons(), entries());
+    assert!(reasons.len() >= 30, "the sources do not look as this test expects: {reasons:#?}");
+    let untold: Vec<&String> =
+        reasons.iter().filter(|reason| !entries.iter().any(|entry| fits(entry, reason))).collect();
+    assert!(untold.is_empty(), "docs/operating.md has no entry for: {untold:#?}");
+}
+
+#[test]
+fn every_entry_of_the_operating_manual_is_a_reason_that_the_code_gives() {
+    let (reasons, entries) = (reasons(), entries());
+    assert!(entries.len() >= 20, "the manual does not look as this test expects: {entries:#?}");
+    let idle: Vec<&String> = entries.iter().filter(|entry| !reasons.iter().any(|reason| fits(entry, reason))).collect();
+    assert!(idle.is_empty(), "no link stops with: {idle:#?}");
+}
+
+#[test]
+fn an_entry_fits_only_what_it_says_in_its_order() {
+    assert!(fits("a ... c", "a b c d") && fits("... c", "a b c") && fits("a", "a b"));
+    assert!(!fits("a ... c", "a c b".replace('c', "x").as_str()) && !fits("b", "a b") && !fits("c ... a", "a b c"));
+    assert_eq!(literal("format!(\n  \"a {b:?} \\\n   c\", d)").as_deref(), Some("a ... c"));
+}
+
+/// How a heading is addressed: in small letters, blanks as hyphens, without other marks.
+fn anchor(heading: &str) -> String {
+    let kept = heading.to_lowercase();
+    let kept = kept.chars().filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_'));
+    kept.map(|c| if c == ' ' { '-' } else { c }).collect()
+}
+
+/// Without blocks of code, in which nothing is a heading or a link.
+fn prose(document: &str) -> String {
+    let parts = document.split("\n```").enumerate().filter(|(at, _)| at % 2 == 0);
+    parts.map(|(_, part)| part).collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn every_link_between_the_documents_leads_to_a_file_and_a_heading() {
+    let mut dead = Vec::new();
+    for document in DOCUMENTS {
+        for target in prose(&text(document)).split("](").skip(1).map(|rest| rest.split(')').next().unwrap_or_default())
+        {
+            if target.contains("://") {
+                continue;
+            }
+            let (path, heading) =
+                target.split_once('#').map_or((target, None), |(path, heading)| (path, Some(heading)));
+            let path = if path.is_empty() { file(document) } else { file(document).parent().unwrap().join(path) };
+            if path.is_dir() {
+                continue;
+            }
+            let Ok(found) = fs::read_to_string(&path) else {
+                dead.push(format!("{document}: {target}"));
+                continue;
+            };
+            let headings: Vec<String> = prose(&format!("\n{found}"))
+                .lines()
+                .filter(|line| line.starts_with('#'))
+                .map(|line| anchor(line.trim_start_matches('#').trim_start()))
+                .collect();
+            if heading.is_some_and(|heading| !headings.iter().any(|found| found == heading)) {
+                dead.push(format!("{document}: {target}"));
+            }
+        }
+    }
+    assert!(dead.is_empty(), "links that lead nowhere: {dead:#?}");
+}
+
+/// Each `etcd-ferry ...` of the blocks of code, as words.
+fn commands() -> Vec<(String, Vec<String>)> {
+    let mut commands = Vec::new();
+    for document in DOCUMENTS {
+        for block in text(document).split("\n```").skip(1).step_by(2) {
+            let lines = block.lines().map(|line| line.trim_start_matches("$ ").trim_start_matches("# "));
+            for line in lines.filter_map(|line| line.strip_prefix("etcd-ferry ")) {
+                let words = line
+                    .split_whitespace()
+                    .take_while(|word| !word.starts_with(['2', '>', '|', '&', '#']) || *word == "2");
+                commands.push((document.to_owned(), words.map(str::to_owned).collect()));
+            }
+        }
+    }
+    commands
+}
+
+fn help(of: &[&str]) -> String {
+    let output = Command::new(env!("CARGO_BIN_EXE_etcd-ferry")).args(of).arg("--help").output().unwrap();
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[test]
+fn every_command_in_the_documents_is_one_that_the_program_has_with_these_flags() {
+    let commands = commands();
+    assert!(commands.len() >= 15, "the documents do not look as this test expects");
+    let groups = ["quarantine", "certs"];
+    for (document, words) in commands.iter().filter(|(_, words)| words[0].starts_with(|c: char| c.is_ascii_lowercase()))
+    {
+        let of = if groups.contains(&words[0].as_str()) { &words[..2] } else { &words[..1] };
+        let help = help(&of.iter().map(String::as_str).collect::<Vec<_>>());
+        assert!(
+            help.contains(&format!("Usage: etcd-ferry {}", of.join(" "))),
+            "{document}: etcd-ferry {}",
+            words.join(" ")
+        );
+        for flag in words.iter().filter(|word| word.starts_with("--")) {
+            assert!(help.contains(flag.as_str()), "{document}: etcd-ferry {} has no {flag}", of.join(" "));
+        }
+    }
+}
+
+#[test]
+fn every_make_target_in_the_documents_exists() {
+    let makefile = text("Makefile");
+    for document in DOCUMENTS {
+        for rest in text(document).split("make ").skip(1) {
+            let target: String = rest.chars().take_while(|c| c.is_ascii_lowercase() || *c == '-').collect();
+            let before_and_after = text(document);
+            let is_command = before_and_after.contains(&format!("`make {target}"))
+                || before_and_after.contains(&format!("\n    make {target}"));
+            if is_command && !target.is_empty() {
+                assert!(
+                    makefile.lines().any(|line| line.starts_with(&format!("{target}:"))),
+                    "{document}: make {target}"
+                );
+            }
+        }
+    }
+}
