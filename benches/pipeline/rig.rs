@@ -90,18 +90,25 @@ impl std::ops::Sub for Used {
     }
 }
 
+/// On a fast disk the trials of the highest rate write more than the 2 GiB that etcd holds unless it is told otherwise.
+fn roomy(options: EtcdOptions) -> EtcdOptions {
+    EtcdOptions { quota_backend_bytes: Some(8 << 30), ..options }
+}
+
 impl Rig {
     /// Both etcds up and empty; nothing carries yet.
     pub async fn prepare(system: System, line: Line) -> Self {
         let rig = match system {
             System::MakeMirror => {
-                let origin = Box::new(Box::pin(Etcd::start(EtcdOptions::origin())).await);
-                let replica = Box::new(Box::pin(Etcd::start(EtcdOptions::replica())).await);
+                let origin = Box::new(Box::pin(Etcd::start(roomy(EtcdOptions::origin()))).await);
+                let replica = Box::new(Box::pin(Etcd::start(roomy(EtcdOptions::replica()))).await);
                 let proxy = LinkProxy::start(origin.address()).await.unwrap();
                 Self::Mirror { origin, replica, proxy, process: None, dir: tempfile::tempdir().unwrap() }
             }
             System::EtcdFerry => {
-                let mut pair = Box::pin(Pair::prepare(PairOptions::default())).await;
+                let (origin, replica) = (roomy(EtcdOptions::origin()), roomy(EtcdOptions::replica()));
+                let options = PairOptions { origin, replica, ..PairOptions::default() };
+                let mut pair = Box::pin(Pair::prepare(options)).await;
                 for sidecar in [&mut pair.origin_sidecar, &mut pair.replica_sidecar] {
                     sidecar.options.log_level = "info".to_owned();
                     sidecar.write_config();
