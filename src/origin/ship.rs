@@ -33,8 +33,9 @@ use tonic::transport::Channel;
 
 const WAIT_FIRST: Duration = Duration::from_millis(200);
 const WAIT_MAX: Duration = Duration::from_secs(1);
-/// A link that heals waits up to this long for the next dial, and all of it is lag; a dial that nobody answers costs nobody anything.
-const DIAL_WAIT_MAX: Duration = Duration::from_millis(400);
+/// A link that heals waits up to this long for the next dial, and all of it is lag: as long as the rest of the way to the first applied
+/// revision over 40 ms. A dial that finds nobody is a packet.
+const DIAL_WAIT: Duration = Duration::from_millis(200);
 /// A stream that lasted so long was a good one: what ended it is a new trouble.
 const STEADY: Duration = Duration::from_secs(5);
 /// A stop that could not be written down is tried again so often: an etcd without room or leader may be cured any moment.
@@ -189,7 +190,7 @@ impl Shipper {
 
     pub(super) async fn turns(&mut self) {
         let mut backoff = Backoff::new(WAIT_FIRST, WAIT_MAX);
-        let mut dials = Backoff::new(WAIT_FIRST, DIAL_WAIT_MAX);
+        let mut dials = Backoff::new(DIAL_WAIT, DIAL_WAIT);
         loop {
             let end = Box::pin(self.connect_and_ship()).await;
             if self.opened.take().is_some_and(|opened| opened.elapsed() >= STEADY) {
