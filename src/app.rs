@@ -13,6 +13,7 @@ use crate::etcd::gate::Gate;
 use crate::logs::Logs;
 use crate::metrics;
 use crate::model::LINKS_PREFIX;
+use crate::pki::Pki;
 use crate::replica;
 use crate::replica::receive::Receiver;
 use crate::tls::reload::InUse;
@@ -84,6 +85,7 @@ pub struct App {
     stop: CancellationToken,
     etcd: Arc<Gate>,
     certificates: Arc<Certificates>,
+    pki: Option<Pki>,
     listening: Listening,
     peer: TcpListener,
     admin: admin::service::Server,
@@ -95,8 +97,14 @@ pub struct App {
 }
 
 impl App {
-    /// Binds the listeners, opens the disks, loads the certificates.
+    /// Binds the listeners, opens the disks, loads the certificates: with a PKI, not before there are any.
     pub async fn bind(config: Config, logs: Logs, stop: CancellationToken) -> anyhow::Result<Self> {
+        let exporter = metrics::install()?;
+        let pki = config.pki.clone().map(|pki| Pki::new(config.tls.clone(), pki));
+        match &pki {
+            Some(pki) => Box::pin(pki.prepare()).await,
+            None => metrics::record_renewal(0),
+        }
         let bind = |what: &'static str, address| async move {
             TcpListener::bind(address).await.with_context(|| {
                 format!("cannot listen at {address} (listen.{what}): is another process there already?")
@@ -109,7 +117,6 @@ impl App {
         let admin = admin::service::Server::bind(config.listen.admin, in_use, admins).await?;
         let http = admin::http::Server::bind(config.listen.http).await?;
         let listening = Listening { peer: peer.local_addr()?, admin: admin.local_addr(), http: http.local_addr() };
-        let exporter = metrics::install()?;
         let etcd = Arc::new(Gate::new(config.etcd.clone(), readable_key(&config)));
         let mut links = Links::new(etcd.clone(), certificates.in_use(), stop.clone());
         links.open_all(&config).await?;
@@ -121,6 +128,7 @@ impl App {
             stop,
             etcd,
             certificates,
+            pki,
             listening,
             peer,
             admin,
@@ -149,6 +157,7 @@ impl App {
             stop,
             etcd,
             certificates,
+            pki,
             listening,
             peer,
             admin,
@@ -182,6 +191,13 @@ impl App {
             }
         });
         tasks.spawn(serve_peers(config.clone(), peer, certificates.in_use(), receiver, stop.clone()));
+        if let Some(pki) = pki {
+            let (in_use, stop) = (certificates.in_use(), stop.clone());
+            tasks.spawn(async move {
+                Box::pin(pki.run(in_use, stop)).await;
+                Ok(())
+            });
+        }
         tasks.spawn({
             let stop = stop.clone();
             async move {

@@ -15,10 +15,11 @@
 //! logs/              mod recent(p): the log, its level, its last lines
 //! scan.rs            a range whole, page by page, at one revision
 //! etcd/              mod gate limits bisect(p) version(p) error watch: the narrow typed door to etcd
+//! pki/               mod answer(p) ask files life(p): this sidecar's pair, from a PKI that speaks Vault's API
 //! tls/               mod (configurations) reload accept connect recheck verify explain
 //! wire/              mod codec window(p) frame(p) body(p) cache(p) delta(p) digest(p) parts(p) limits(p) varint(p) kubernetes_like (tests)
 //! segment/           mod open file writer (append-only files) feed (memory first, then files), under spool and journal
-//! config/            mod change(p) layers(p) check(p) read(p) effective(p) files: raw to checked, all faults at once
+//! config/            mod read(p) layers(p) check(p) limits(p) pki(p) files: raw to checked, all faults at once; effective(p) change(p)
 //! certs/             mod identity describe(p) load issue(the only file that knows rcgen)
 //! retry.rs(p) metrics.rs failpoint.rs software.rs(p)
 //! model/             mod(p) limits(p) quarantine(p) ranges(p) stall(p) status(p)
@@ -36,6 +37,7 @@ pub mod logs;
 pub mod metrics;
 pub mod model;
 pub mod origin;
+pub mod pki;
 pub mod replica;
 pub mod retry;
 pub mod scan;

@@ -40,7 +40,10 @@ pub const UNMENDED_FOREIGN_KEYS: &str = "etcd_ferry_unmended_foreign_keys";
 pub const CERTIFICATE_EXPIRY_TIMESTAMP_SECONDS: &str = "etcd_ferry_certificate_expiry_timestamp_seconds";
 /// Of the sidecar, without labels.
 pub const CERTIFICATES_REFUSED: &str = "etcd_ferry_certificates_refused";
+pub const CERTIFICATE_RENEWAL_TIMESTAMP_SECONDS: &str = "etcd_ferry_certificate_renewal_timestamp_seconds";
 pub const CERTIFICATE_RELOADS_TOTAL: &str = "etcd_ferry_certificate_reloads_total";
+pub const PKI_CERTIFICATES_TOTAL: &str = "etcd_ferry_pki_certificates_total";
+pub const PKI_FAILURES_TOTAL: &str = "etcd_ferry_pki_failures_total";
 pub const CONFIGURATION_REFUSED: &str = "etcd_ferry_configuration_refused";
 pub const CONFIGURATION_NEEDS_RESTART: &str = "etcd_ferry_configuration_needs_restart";
 pub const CONFIGURATION_RELOADS_TOTAL: &str = "etcd_ferry_configuration_reloads_total";
@@ -51,7 +54,7 @@ pub const ROUND_TRIP_SECONDS: &str = "etcd_ferry_round_trip_seconds";
 pub const APPLY_SECONDS: &str = "etcd_ferry_apply_seconds";
 pub const BATCH_REVISIONS: &str = "etcd_ferry_batch_revisions";
 
-const GAUGES: [(&str, &str); 29] = [
+const GAUGES: [(&str, &str); 30] = [
     (LINK_STATE, "1 for the state that the link is in, else 0."),
     (LAG_SECONDS, "Since when the oldest origin revision that is not applied has been in etcd."),
     (LAG_REVISIONS, "Origin revisions that are not applied at the replica."),
@@ -98,6 +101,10 @@ const GAUGES: [(&str, &str); 29] = [
         "1 while the files of the certificates are not sound, so that the last ones stay in use, else 0.",
     ),
     (
+        CERTIFICATE_RENEWAL_TIMESTAMP_SECONDS,
+        "When the PKI is asked for the next certificate, in Unix time: in the past while it does not give one; 0 where no PKI is configured.",
+    ),
+    (
         CONFIGURATION_REFUSED,
         "1 if the configuration was not sound when it was last read, so that the one before stays in use, else 0.",
     ),
@@ -106,10 +113,12 @@ const GAUGES: [(&str, &str); 29] = [
         "1 if the configuration that was last read has keys that wait for a restart, else 0.",
     ),
 ];
-const COUNTERS: [(&str, &str); 4] = [
+const COUNTERS: [(&str, &str); 6] = [
     (RAW_BYTES_TOTAL, "Keys and values carried, before encoding."),
     (SENT_BYTES_TOTAL, "Frames and pages carried, after encoding."),
     (CERTIFICATE_RELOADS_TOTAL, "Times that the sidecar took new certificates into use."),
+    (PKI_CERTIFICATES_TOTAL, "Certificates that the PKI issued to the sidecar and that were sound."),
+    (PKI_FAILURES_TOTAL, "Times that the PKI was asked for a certificate in vain."),
     (CONFIGURATION_RELOADS_TOTAL, "Times that the sidecar took something of a changed configuration into use."),
 ];
 /// The `counts` of a link's status; each becomes `etcd_ferry_<count>_total`, on the sides that are named here.
@@ -293,6 +302,22 @@ pub fn record_certificates(status: &CertificatesStatus) {
     }
     gauge!(CERTIFICATES_REFUSED).set(if status.refused.is_empty() { 0.0 } else { 1.0 });
     counter!(CERTIFICATE_RELOADS_TOTAL).absolute(status.reloads);
+}
+
+/// When the certificate in use is to be renewed; 0 where no PKI does it.
+pub fn record_renewal(renew_at: i64) {
+    gauge!(CERTIFICATE_RENEWAL_TIMESTAMP_SECONDS).set(renew_at as f64);
+    for counter in [PKI_CERTIFICATES_TOTAL, PKI_FAILURES_TOTAL] {
+        counter!(counter).increment(0);
+    }
+}
+
+pub fn count_pki_certificate() {
+    counter!(PKI_CERTIFICATES_TOTAL).increment(1);
+}
+
+pub fn count_pki_failure() {
+    counter!(PKI_FAILURES_TOTAL).increment(1);
 }
 
 /// Sets what became of the configuration when it was last read.

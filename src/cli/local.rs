@@ -55,6 +55,9 @@ pub(super) fn check(configuration: &Configuration) -> Result<(), Failure> {
     for Override { key, value, source } in &overrides {
         say(&format!("{key} = {value} is not from the file: {source} goes before it"))?;
     }
+    let Some(identity) = identity else {
+        return say("this sidecar has no certificate yet: the PKI is asked for one at the start");
+    };
     say(&format!("this sidecar's certificate is for {}", identity.sans.join(", ")))?;
     say(&format!("and is valid until {}", certs::load::rfc3339(identity.not_after)))
 }

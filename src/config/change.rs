@@ -4,7 +4,10 @@
 //! Always true: every key that differs is told once, as taken or as one that needs a restart; a link in whose configuration, limits and
 //! neighbours nothing differs is not touched.
 
-use super::{CompactConfig, Config, EtcdConfig, Limits, ListenConfig, LogConfig, ReceiveConfig, SendConfig, TlsConfig};
+use super::limits::Limit;
+use super::{
+    CompactConfig, Config, EtcdConfig, Limits, ListenConfig, LogConfig, PkiConfig, ReceiveConfig, SendConfig, TlsConfig,
+};
 use crate::model::{LinkName, Side};
 
 /// What becomes of one link.
@@ -90,14 +93,14 @@ pub fn compare(running: &Config, wanted: &Config) -> Change {
 
 /// What is given once for the whole life of a process.
 fn fixed(was: &Config, is: &Config) -> Vec<&'static str> {
-    let Config { region, node, data_dir, etcd, compact, listen, tls, send: _, receive: _, limits: _, log } = was;
+    let Config { region, node, data_dir, etcd, compact, listen, tls, pki, send: _, receive: _, limits: _, log } = was;
     let EtcdConfig { endpoints, ca, cert, key, username, password_file, allow_corrupting_versions } = etcd;
     let ListenConfig { peer, admin, http } = listen;
     let TlsConfig { ca: tls_ca, cert: tls_cert, key: tls_key, crl, admins, viewers } = tls;
     let LogConfig { format, level: _ } = log;
     let after = |compact: &Option<CompactConfig>| compact.map(|CompactConfig { after, defragment: _ }| after);
     let defragment = |compact: &Option<CompactConfig>| compact.is_some_and(|compact| compact.defragment);
-    named([
+    let mut keys = named([
         ("region", *region != is.region),
         ("node", *node != is.node),
         ("data_dir", *data_dir != is.data_dir),
@@ -120,6 +123,28 @@ fn fixed(was: &Config, is: &Config) -> Vec<&'static str> {
         ("tls.admins", *admins != is.tls.admins),
         ("tls.viewers", *viewers != is.tls.viewers),
         ("log.format", *format != is.log.format),
+    ]);
+    keys.extend(of_pki(pki.as_ref(), is.pki.as_ref()));
+    keys
+}
+
+fn of_pki(was: Option<&PkiConfig>, is: Option<&PkiConfig>) -> Vec<&'static str> {
+    let (was, is) = match (was, is) {
+        (None, None) => return Vec::new(),
+        (None, Some(_)) | (Some(_), None) => return vec!["tls.pki"],
+        (Some(was), Some(is)) => (was, is),
+    };
+    let PkiConfig { address, ca, mount, role, namespace, token_file, names, common_name, ttl } = was;
+    named([
+        ("tls.pki.address", *address != is.address),
+        ("tls.pki.ca", *ca != is.ca),
+        ("tls.pki.mount", *mount != is.mount),
+        ("tls.pki.role", *role != is.role),
+        ("tls.pki.namespace", *namespace != is.namespace),
+        ("tls.pki.token_file", *token_file != is.token_file),
+        ("tls.pki.names", *names != is.names),
+        ("tls.pki.common_name", *common_name != is.common_name),
+        ("tls.pki.ttl_seconds", *ttl != is.ttl),
     ])
 }
 
@@ -166,24 +191,6 @@ fn of_receive(was: &ReceiveConfig, is: &ReceiveConfig) -> Vec<&'static str> {
     ])
 }
 
-/// One key of `[limits]`.
-struct Limit {
-    key: &'static str,
-    /// A link of this side has it.
-    origin: bool,
-    replica: bool,
-    value: u64,
-}
-
-impl Limit {
-    fn is_of(&self, side: Side) -> bool {
-        match side {
-            Side::Origin => self.origin,
-            Side::Replica => self.replica,
-        }
-    }
-}
-
 /// `revision_bytes_max` is also what the peer port reads at most in one message, for all links: it stays until a restart, and with it a
 /// frame that would be larger.
 fn limits(was: &Limits, wanted: &Limits, needs_restart: &mut Vec<&'static str>) -> Limits {
@@ -199,41 +206,8 @@ fn limits(was: &Limits, wanted: &Limits, needs_restart: &mut Vec<&'static str>) 
 }
 
 fn differing_limits(was: &Limits, is: &Limits) -> Vec<Limit> {
-    let pairs = each_limit(was).into_iter().zip(each_limit(is));
+    let pairs = was.each().into_iter().zip(is.each());
     pairs.filter(|(was, is)| was.value != is.value).map(|(_, is)| is).collect()
-}
-
-fn each_limit(limits: &Limits) -> [Limit; 12] {
-    let Limits {
-        spool_bytes_max,
-        journal_bytes_max,
-        segment_bytes,
-        queue_bytes_max,
-        frame_bytes_max,
-        window_bytes_max,
-        revision_bytes_max,
-        txn_ops_max,
-        request_bytes_max,
-        page_keys_max,
-        page_bytes_max,
-        stall_seconds,
-    } = *limits;
-    let wide = |limit: usize| u64::try_from(limit).unwrap_or(u64::MAX);
-    let one = |key, origin, replica, value| Limit { key, origin, replica, value };
-    [
-        one("limits.spool_bytes_max", true, false, spool_bytes_max),
-        one("limits.journal_bytes_max", false, true, journal_bytes_max),
-        one("limits.segment_bytes", true, true, segment_bytes),
-        one("limits.queue_bytes_max", true, true, wide(queue_bytes_max)),
-        one("limits.frame_bytes_max", true, true, wide(frame_bytes_max)),
-        one("limits.window_bytes_max", true, true, wide(window_bytes_max)),
-        one("limits.revision_bytes_max", true, true, wide(revision_bytes_max)),
-        one("limits.txn_ops_max", false, true, wide(txn_ops_max)),
-        one("limits.request_bytes_max", false, true, wide(request_bytes_max)),
-        one("limits.page_keys_max", true, false, wide(page_keys_max)),
-        one("limits.page_bytes_max", true, false, wide(page_bytes_max)),
-        one("limits.stall_seconds", true, true, stall_seconds),
-    ]
 }
 
 impl Config {
@@ -452,6 +426,25 @@ prefixes = ["/orders/"]
             assert_eq!(change.needs_restart, keys, "{to}");
             assert_eq!((told(&change), change.limits, change.log_level), (Vec::new(), Vec::new(), false), "{to}");
             assert_eq!(format!("{:?}", change.running), format!("{:?}", config(RUNNING)), "{to}");
+        }
+        let pki = "[tls.pki]\naddress = \"https://a:1\"\nca = \"c\"\nmount = \"m\"\nrole = \"r\"\nnamespace = \"n\"\ntoken_file = \"t\"\n\
+                   names = [\"a.example\"]\ncommon_name = \"a.example\"\nttl_seconds = 3600\n";
+        let with = |pki: &str| config(&RUNNING.replace("[limits]", &format!("{pki}[limits]")));
+        assert_eq!(compare(&config(RUNNING), &with(pki)).needs_restart, ["tls.pki"]);
+        assert_eq!(compare(&with(pki), &config(RUNNING)).needs_restart, ["tls.pki"]);
+        for (from, to, key) in [
+            ("https://a:1", "https://a:2", "address"),
+            ("\"c\"", "\"d\"", "ca"),
+            ("\"m\"", "\"d\"", "mount"),
+            ("\"r\"", "\"d\"", "role"),
+            ("\"n\"", "\"d\"", "namespace"),
+            ("\"t\"", "\"d\"", "token_file"),
+            ("names = [\"a.", "names = [\"b.", "names"),
+            ("common_name = \"a.", "common_name = \"b.", "common_name"),
+            ("3600", "7200", "ttl_seconds"),
+        ] {
+            let change = compare(&with(pki), &with(&pki.replacen(from, to, 1)));
+            assert_eq!(change.needs_restart, [format!("tls.pki.{key}")], "{from}");
         }
         let https = RUNNING.replace("http://127.0.0.1:2379\"]", "https://127.0.0.1:2379\"]\nca = \"x.pem\"");
         let pair = https.replace("ca = \"x.pem\"", "ca = \"x.pem\"\ncert = \"c\"\nkey = \"k\"");

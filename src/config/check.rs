@@ -4,6 +4,7 @@
 //! Always true: a rule speaks of its own field, and also runs when other fields are at fault.
 
 use super::files::NamedFiles;
+use super::pki::{PkiConfig, pki};
 use super::read::Section;
 use super::{
     CompactConfig, Config, DeleteShares, EtcdConfig, Faults, ForeignWrites, Limits, ListenConfig, LogConfig, LogFormat,
@@ -65,13 +66,13 @@ pub(super) fn config(table: &Table) -> (Result<Config, Faults>, NamedFiles) {
             Some(data_dir),
             Some((etcd, compact)),
             Some(listen),
-            Some(tls),
+            Some((tls, pki)),
             Some(limits),
             Some(log),
         ) if faults.is_empty() => {
             let send = send.into_iter().map(|(_, s)| s).collect();
             let receive = receive.into_iter().map(|(_, r)| r).collect();
-            Ok(Config { region, node, data_dir, etcd, compact, listen, tls, send, receive, limits, log })
+            Ok(Config { region, node, data_dir, etcd, compact, listen, tls, pki, send, receive, limits, log })
         }
         _ => Err(Faults(faults)),
     };
@@ -165,7 +166,7 @@ fn same_socket(a: &SocketAddr, b: &SocketAddr) -> bool {
     a.port() != 0 && a.port() == b.port() && (a.ip() == b.ip() || everywhere)
 }
 
-fn tls(s: &mut Section<'_>) -> Option<TlsConfig> {
+fn tls(s: &mut Section<'_>) -> Option<(TlsConfig, Option<PkiConfig>)> {
     let ca = s.path("ca", "certs-dev/ca.pem");
     let cert = s.path("cert", "certs-dev/us-east-1.pem");
     let key = s.path("key", "certs-dev/us-east-1.key");
@@ -177,8 +178,12 @@ fn tls(s: &mut Section<'_>) -> Option<TlsConfig> {
             s.fault_at(field.clone(), "is among admins too, who may look anyway: remove it from one of the two");
         }
     }
+    let pki = s.table_if_present("pki", pki);
+    if s.has("pki") && [(&key, &cert), (&key, &ca), (&cert, &ca)].iter().any(|(a, b)| a.is_some() && a == b) {
+        s.fault("key", "must be another file than cert and ca: the PKI's answers are written to them");
+    }
     let [admins, viewers] = [admins, viewers].map(|sans| sans.into_iter().map(|(_, san)| san).collect());
-    Some(TlsConfig { ca: ca?, cert: cert?, key: key?, crl, admins, viewers })
+    Some((TlsConfig { ca: ca?, cert: cert?, key: key?, crl, admins, viewers }, pki?))
 }
 
 /// Names of certificates, each with its field.
@@ -310,7 +315,7 @@ fn urls(s: &mut Section<'_>, key: &'static str, schemes: &[&str], example: &str)
     Some(urls)
 }
 
-fn is_url(url: &str, schemes: &[&str]) -> bool {
+pub(super) fn is_url(url: &str, schemes: &[&str]) -> bool {
     let Ok(uri) = url.parse::<http::Uri>() else { return false };
     let scheme = uri.scheme_str().is_some_and(|scheme| schemes.contains(&scheme));
     let host = uri.host().is_some_and(|host| !host.is_empty()) && !url.contains('@');
@@ -319,7 +324,7 @@ fn is_url(url: &str, schemes: &[&str]) -> bool {
 }
 
 /// A URL may hold a password before an '@', which must not be shown.
-fn without_user(url: &str) -> String {
+pub(super) fn without_user(url: &str) -> String {
     match url.rsplit_once('@') {
         Some((_, rest)) => format!("...@{rest}"),
         None => url.to_owned(),
@@ -416,7 +421,7 @@ fn limits(s: &mut Section<'_>) -> Option<Limits> {
 }
 
 /// A whole number in its bounds. A fault leaves the default, so that the other limits are checked too.
-fn limit<N>(s: &mut Section<'_>, key: &'static str, default: N, min: u64, max: u64) -> N
+pub(super) fn limit<N>(s: &mut Section<'_>, key: &'static str, default: N, min: u64, max: u64) -> N
 where
     N: TryFrom<u64>,
 {

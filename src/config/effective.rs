@@ -5,7 +5,7 @@
 
 use super::{
     CompactConfig, Config, DeleteShares, EtcdConfig, ForeignWrites, Limits, ListenConfig, LogConfig, LogFormat,
-    OnPoison, OtherHistory, ReceiveConfig, SendConfig, TlsConfig,
+    OnPoison, OtherHistory, PkiConfig, ReceiveConfig, SendConfig, TlsConfig,
 };
 use bytes::Bytes;
 use std::fmt::Write;
@@ -15,7 +15,7 @@ use toml::Value;
 
 /// For an operator. Structs are taken apart by name, so that a field that is added is not forgotten here.
 pub fn effective_toml(config: &Config) -> String {
-    let Config { region, node, data_dir, etcd, compact, listen, tls, send, receive, limits, log } = config;
+    let Config { region, node, data_dir, etcd, compact, listen, tls, pki, send, receive, limits, log } = config;
     let mut text = Text::default();
     text.put("region", region.as_str());
     text.put("node", node.as_str());
@@ -27,6 +27,9 @@ pub fn effective_toml(config: &Config) -> String {
         text.put(key, address.to_string());
     }
     put_tls(&mut text, tls);
+    if let Some(pki) = pki {
+        put_pki(&mut text, pki);
+    }
     send.iter().for_each(|send| put_send(&mut text, send));
     receive.iter().for_each(|receive| put_receive(&mut text, receive));
     put_limits(&mut text, limits);
@@ -114,6 +117,23 @@ fn put_tls(text: &mut Text, tls: &TlsConfig) {
     text.texts("viewers", viewers);
 }
 
+fn put_pki(text: &mut Text, pki: &PkiConfig) {
+    let PkiConfig { address, ca, mount, role, namespace, token_file, names, common_name, ttl } = pki;
+    text.head("[tls.pki]");
+    text.put("address", address.as_str());
+    text.path_if_given("ca", ca);
+    text.put("mount", mount.as_str());
+    text.put("role", role.as_str());
+    for (key, given) in [("namespace", namespace), ("common_name", common_name)] {
+        if let Some(given) = given {
+            text.put(key, given.as_str());
+        }
+    }
+    text.path("token_file", token_file);
+    text.texts("names", names);
+    text.seconds("ttl_seconds", *ttl);
+}
+
 fn put_send(text: &mut Text, send: &SendConfig) {
     let SendConfig {
         link,
@@ -182,36 +202,9 @@ fn put_receive(text: &mut Text, receive: &ReceiveConfig) {
 }
 
 fn put_limits(text: &mut Text, limits: &Limits) {
-    let Limits {
-        spool_bytes_max,
-        journal_bytes_max,
-        segment_bytes,
-        queue_bytes_max,
-        frame_bytes_max,
-        window_bytes_max,
-        revision_bytes_max,
-        txn_ops_max,
-        request_bytes_max,
-        page_keys_max,
-        page_bytes_max,
-        stall_seconds,
-    } = limits;
     text.head("[limits]");
-    for (key, number) in [
-        ("spool_bytes_max", *spool_bytes_max),
-        ("journal_bytes_max", *journal_bytes_max),
-        ("segment_bytes", *segment_bytes),
-        ("queue_bytes_max", *queue_bytes_max as u64),
-        ("frame_bytes_max", *frame_bytes_max as u64),
-        ("window_bytes_max", *window_bytes_max as u64),
-        ("revision_bytes_max", *revision_bytes_max as u64),
-        ("txn_ops_max", *txn_ops_max as u64),
-        ("request_bytes_max", *request_bytes_max as u64),
-        ("page_keys_max", *page_keys_max as u64),
-        ("page_bytes_max", *page_bytes_max as u64),
-        ("stall_seconds", *stall_seconds),
-    ] {
-        text.number(key, number);
+    for limit in limits.each() {
+        text.number(limit.key.trim_start_matches("limits."), limit.value);
     }
 }
 
@@ -244,6 +237,16 @@ key = "a.key"
 crl = "crl.pem"
 admins = ["spiffe://etcd-ferry.dev/admin"]
 viewers = ["viewer.example"]
+[tls.pki]
+address = "https://vault.example:8200"
+ca = "vault-ca.pem"
+mount = "team/pki"
+role = "ferry"
+namespace = "a"
+token_file = "token"
+names = ["spiffe://example.org/a", "a.example"]
+common_name = "a.example"
+ttl_seconds = 3600
 [[send]]
 link = "config"
 to = ["https://ferry.example:7443"]

@@ -2,7 +2,7 @@
 //! Input: a `Config`, the files it names, the clock. Output: this sidecar's own identity, or all faults.
 //! Always true: a private key, a password or the data directory that others may read is refused.
 
-use super::{Config, EtcdConfig, Fault, Faults, TlsConfig};
+use super::{Config, EtcdConfig, Fault, Faults, PkiConfig, TlsConfig};
 use crate::certs::identity::PeerIdentity;
 use crate::certs::load::{self, LoadError};
 use std::fs::DirBuilder;
@@ -14,13 +14,14 @@ use time::OffsetDateTime;
 pub(super) struct NamedFiles {
     pub data_dir: Option<PathBuf>,
     pub etcd: Option<EtcdConfig>,
-    pub tls: Option<TlsConfig>,
+    /// With the PKI that issues the pair, if there is one.
+    pub tls: Option<(TlsConfig, Option<PkiConfig>)>,
 }
 
 impl NamedFiles {
     /// Checks every file; changes nothing (so that `check`, run by another user, leaves no folder behind that the sidecar cannot write).
-    /// Returns whom this sidecar's own certificate names.
-    pub(super) fn check(&self) -> Result<PeerIdentity, Faults> {
+    /// Returns whom this sidecar's own certificate names; `None`: the PKI is to issue it.
+    pub(super) fn check(&self) -> Result<Option<PeerIdentity>, Faults> {
         let now = OffsetDateTime::now_utc();
         let mut faults = Vec::new();
         if let Some(data_dir) = &self.data_dir {
@@ -29,23 +30,25 @@ impl NamedFiles {
         if let Some(etcd) = &self.etcd {
             check_etcd(&mut faults, etcd, now);
         }
-        let identity = self.tls.as_ref().and_then(|tls| check_tls(&mut faults, tls, now));
-        match identity {
-            Some(identity) if faults.is_empty() => Ok(identity),
-            _ => Err(Faults(faults)),
-        }
+        let identity = match &self.tls {
+            None => None,
+            Some((tls, None)) => check_tls(&mut faults, tls, now),
+            Some((tls, Some(pki))) => check_pki(&mut faults, tls, pki),
+        };
+        if faults.is_empty() { Ok(identity) } else { Err(Faults(faults)) }
     }
 }
 
 impl Config {
-    /// Checks every file that the configuration names; changes nothing. Returns whom this sidecar's own certificate names.
-    pub fn check_files(&self) -> Result<PeerIdentity, Faults> {
-        let (data_dir, etcd, tls) = (self.data_dir.clone(), self.etcd.clone(), self.tls.clone());
+    /// Checks every file that the configuration names; changes nothing. Returns whom this sidecar's own certificate names; `None`: the PKI is
+    /// to issue it.
+    pub fn check_files(&self) -> Result<Option<PeerIdentity>, Faults> {
+        let (data_dir, etcd, tls) = (self.data_dir.clone(), self.etcd.clone(), (self.tls.clone(), self.pki.clone()));
         NamedFiles { data_dir: Some(data_dir), etcd: Some(etcd), tls: Some(tls) }.check()
     }
 
     /// [`Config::check_files`], and makes the data directory (0700) if there is none: what `run` starts with.
-    pub fn prepare_files(&self) -> Result<PeerIdentity, Faults> {
+    pub fn prepare_files(&self) -> Result<Option<PeerIdentity>, Faults> {
         let identity = self.check_files()?;
         if !self.data_dir.exists() {
             let made = DirBuilder::new().recursive(true).mode(0o700).create(&self.data_dir);
@@ -92,11 +95,41 @@ fn check_etcd(faults: &mut Vec<Fault>, etcd: &EtcdConfig, now: OffsetDateTime) {
         note(faults, "etcd.key", load::check_secret(key));
     }
     if let Some(path) = &etcd.password_file {
-        if std::fs::read_to_string(path).is_ok_and(|text| text.trim().is_empty()) {
-            fault(faults, "etcd.password_file", format!("{} is empty: write the password into it", path.display()));
-        }
-        note(faults, "etcd.password_file", load::check_secret(path));
+        check_word(faults, "etcd.password_file", path, "password");
     }
+}
+
+/// A password or a token, in a file of its own.
+fn check_word(faults: &mut Vec<Fault>, field: &str, path: &Path, what: &str) {
+    if std::fs::read_to_string(path).is_ok_and(|text| text.trim().is_empty()) {
+        fault(faults, field, format!("{} is empty: write the {what} into it", path.display()));
+    }
+    note(faults, field, load::check_secret(path));
+}
+
+/// A pair that is absent, out of its time or otherwise not sound is no fault here: it is asked for at the start.
+fn check_pki(faults: &mut Vec<Fault>, tls: &TlsConfig, pki: &PkiConfig) -> Option<PeerIdentity> {
+    if let Some(ca) = &pki.ca {
+        note(faults, "tls.pki.ca", load::load_roots(ca).map(drop));
+    }
+    check_word(faults, "tls.pki.token_file", &pki.token_file, "token");
+    if tls.ca.exists() {
+        note(faults, "tls.ca", load::load_roots(&tls.ca).map(drop));
+    }
+    if let Some(crl) = &tls.crl {
+        note(faults, "tls.crl", load::load_crls(crl).map(drop));
+    }
+    if tls.key.exists() {
+        note(faults, "tls.key", load::check_secret(&tls.key));
+    }
+    for (field, path) in [("tls.ca", &tls.ca), ("tls.cert", &tls.cert), ("tls.key", &tls.key)] {
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        if !folder.is_dir() {
+            let rule = format!("{} is no folder: make it, for what the PKI issues", folder.display());
+            fault(faults, field, rule);
+        }
+    }
+    load::load_pair(&tls.cert, &tls.key).ok().map(|(_, identity)| identity)
 }
 
 fn check_tls(faults: &mut Vec<Fault>, tls: &TlsConfig, now: OffsetDateTime) -> Option<PeerIdentity> {

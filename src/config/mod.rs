@@ -7,6 +7,8 @@ mod check;
 mod effective;
 mod files;
 mod layers;
+mod limits;
+mod pki;
 mod read;
 
 pub use check::{LOG_LEVEL_RULE, is_log_level};
@@ -23,6 +25,9 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+pub use limits::Limits;
+pub use pki::PkiConfig;
 
 /// Largest configuration file that is read.
 const CONFIG_BYTES_MAX: u64 = 1 << 20;
@@ -70,8 +75,8 @@ pub struct Layers {
 #[derive(Debug, Clone)]
 pub struct Checked {
     pub config: Config,
-    /// Whom this sidecar's own certificate names.
-    pub identity: PeerIdentity,
+    /// Whom this sidecar's own certificate names; `None`: there is none yet, and the PKI is to issue it.
+    pub identity: Option<PeerIdentity>,
     /// What is not as the file says.
     pub overrides: Vec<Override>,
 }
@@ -149,6 +154,8 @@ pub struct Config {
     pub compact: Option<CompactConfig>,
     pub listen: ListenConfig,
     pub tls: TlsConfig,
+    /// Who issues the pair that `tls` names; `None`: somebody else puts it there.
+    pub pki: Option<PkiConfig>,
     pub send: Vec<SendConfig>,
     pub receive: Vec<ReceiveConfig>,
     pub limits: Limits,
@@ -272,54 +279,6 @@ pub enum OnPoison {
     Stop,
     /// The link goes on without it, and says so.
     Quarantine,
-}
-
-/// Every bound of the process; each is a key of `[limits]` with the default given here.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Limits {
-    /// Spool files of one link. 8 GiB.
-    pub spool_bytes_max: u64,
-    /// Journal files of one link. 1 GiB.
-    pub journal_bytes_max: u64,
-    /// One segment file. 64 MiB.
-    pub segment_bytes: u64,
-    /// What one stage of one link keeps in memory for the next one. 8 MiB.
-    pub queue_bytes_max: usize,
-    /// Plain bytes of one frame, unless a single revision is larger. 1 MiB.
-    pub frame_bytes_max: usize,
-    /// The delta window's values, at each end of a link. 16 MiB.
-    pub window_bytes_max: usize,
-    /// One revision, plain. 256 MiB: a larger one stops the link.
-    pub revision_bytes_max: usize,
-    /// The replica etcd's `--max-txn-ops`. 128.
-    pub txn_ops_max: usize,
-    /// The replica etcd's `--max-request-bytes`. 1572864.
-    pub request_bytes_max: usize,
-    /// Keys of one page of a base copy. 1000.
-    pub page_keys_max: usize,
-    /// Bytes of one page of a base copy. 1 MiB.
-    pub page_bytes_max: usize,
-    /// So long without progress is a stall. 30 s.
-    pub stall_seconds: u64,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            spool_bytes_max: 8 << 30,
-            journal_bytes_max: 1 << 30,
-            segment_bytes: 64 << 20,
-            queue_bytes_max: 8 << 20,
-            frame_bytes_max: 1 << 20,
-            window_bytes_max: 16 << 20,
-            revision_bytes_max: 256 << 20,
-            txn_ops_max: 128,
-            request_bytes_max: 1_572_864,
-            page_keys_max: 1000,
-            page_bytes_max: 1 << 20,
-            stall_seconds: 30,
-        }
-    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -58,6 +58,11 @@ impl<'t> Section<'t> {
         self.faults
     }
 
+    /// True if the key is there, whatever it holds.
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.table.contains_key(key)
+    }
+
     fn value(&mut self, key: &'static str) -> Option<&'t Value> {
         self.asked.push(key);
         self.table.get(key)
@@ -89,6 +94,11 @@ impl<'t> Section<'t> {
             return None;
         }
         Some(text.to_owned())
+    }
+
+    /// A string that may be absent: then it is `default`.
+    pub(super) fn text_or(&mut self, key: &'static str, default: &str) -> Option<String> {
+        if self.has(key) { self.text(key, default) } else { self.value(key).is_none().then(|| default.to_owned()) }
     }
 
     pub(super) fn path(&mut self, key: &'static str, example: &str) -> Option<PathBuf> {
@@ -173,6 +183,22 @@ impl<'t> Section<'t> {
             }
         };
         self.inner(self.field(key), table, check)
+    }
+
+    /// A table `[key]` that may be absent: `Some(None)`. `None`: it is there, and has faults.
+    pub(super) fn table_if_present<T>(
+        &mut self,
+        key: &'static str,
+        check: impl FnOnce(&mut Section<'_>) -> Option<T>,
+    ) -> Option<Option<T>> {
+        match self.value(key) {
+            None => Some(None),
+            Some(Value::Table(table)) => self.inner(self.field(key), table, check).map(Some),
+            Some(other) => {
+                self.wrong_type(self.field(key), &format!("a table, [{}]", self.field(key)), other);
+                None
+            }
+        }
     }
 
     /// A list of tables `[[key]]` that may be absent; those with faults are left out.

@@ -5,7 +5,7 @@
 //! Always true: what is in use was loaded whole and fits together; a set that is not sound leaves the last one in use, and is told.
 
 use super::recheck::{As, Peer};
-use super::{TlsError, client_verifier, server_config_from, server_verifier};
+use super::{PeerIdentity, TlsError, client_verifier, server_config_from, server_verifier};
 use crate::certs::load::{self, Credentials, TlsFiles, rfc3339};
 use crate::config::TlsConfig;
 use crate::metrics;
@@ -39,12 +39,14 @@ pub struct InUse {
 }
 
 impl InUse {
-    /// Judges a peer that is connected as a new handshake would.
+    /// Judges a peer that is connected as a new handshake would, but for its certificate's end: a connection outlives that.
     pub fn judge(&self, peer: &Peer) -> Result<(), TlsError> {
         let Some((leaf, intermediates)) = peer.chain.split_first() else {
             return Err(TlsError::Rustls(rustls::Error::NoCertificatesPresented));
         };
-        let now = UnixTime::now();
+        let ends = PeerIdentity::from_der(leaf).ok().and_then(|i| u64::try_from(i.not_after.unix_timestamp()).ok());
+        let now = UnixTime::now().as_secs().min(ends.unwrap_or(u64::MAX));
+        let now = UnixTime::since_unix_epoch(Duration::from_secs(now));
         match &peer.of {
             As::Client => client_verifier(&self.credentials)?.verify_client_cert(leaf, intermediates, now).map(drop)?,
             As::Server(names) => {

@@ -28,6 +28,11 @@ http = "127.0.0.1:7445"
 ca = "ca.pem"
 cert = "a.pem"
 key = "a.key"
+[tls.pki]
+address = "http://127.0.0.1:8200"
+role = "ferry"
+token_file = "token"
+names = ["ferry.example"]
 [[send]]
 link = "config"
 to = ["https://127.0.0.1:8443"]
@@ -127,7 +132,7 @@ fn faults(text: &str) -> Vec<Fault> {
 /// Every key that the configuration knows, as `etcd.endpoints` or `send[].link`: asked by way of a key that it does not know.
 pub fn known_keys() -> BTreeSet<String> {
     let mut keys = BTreeSet::new();
-    for head in ["", "[etcd]", "[listen]", "[tls]", "[[send]]", "[[receive]]", "[limits]", "[log]"] {
+    for head in ["", "[etcd]", "[listen]", "[tls]", "[tls.pki]", "[[send]]", "[[receive]]", "[limits]", "[log]"] {
         let text = format!("{head}\n{head_line}", head_line = "unheard_of = 1");
         let fault = faults(&text).into_iter().find(|fault| fault.field.ends_with("unheard_of"));
         let fault = fault.unwrap_or_else(|| panic!("{head} takes unknown keys"));
@@ -140,7 +145,7 @@ pub fn known_keys() -> BTreeSet<String> {
         };
         let tables = ["etcd", "listen", "tls", "send", "receive", "limits", "log"];
         let here = known.split(", ").filter(|key| !(head.is_empty() && tables.contains(key)));
-        keys.extend(here.map(|key| format!("{place}{key}")));
+        keys.extend(here.map(|key| format!("{place}{key}")).filter(|key| key != "tls.pki"));
     }
     keys
 }
@@ -174,6 +179,8 @@ pub fn defaults(config: &Config) -> BTreeMap<String, String> {
     let SendConfig { deletes_share_max, ranges, verify_interval, verify_core_share_max, .. } = &config.send[0];
     let canary_interval_seconds = config.send[0].canary_interval.map_or(0, |interval| interval.as_secs());
     let verify_interval = verify_interval.expect("on by default");
+    let pki = config.pki.as_ref().expect("it is configured");
+    assert!(pki.ttl.is_none() && pki.namespace.is_none() && pki.common_name.is_none());
     assert_eq!(*ranges, Ranges::new(&[], &[]));
     assert_eq!(config.log.format, LogFormat::Text);
     assert!(
@@ -198,6 +205,8 @@ pub fn defaults(config: &Config) -> BTreeMap<String, String> {
         ("receive[].on_poison", format!("{:?}", OnPoison::default()).to_lowercase()),
         ("tls.admins", "nobody".to_owned()),
         ("tls.viewers", "nobody".to_owned()),
+        ("tls.pki.mount", pki.mount.clone()),
+        ("tls.pki.ttl_seconds", "0".to_owned()),
         ("log.format", "text".to_owned()),
         ("log.level", config.log.level.clone()),
     ] {

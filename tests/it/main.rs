@@ -39,6 +39,7 @@ mod packages;
 mod page;
 mod pause;
 mod peers;
+mod pki;
 mod power_cut;
 mod protocol;
 mod quarantine;

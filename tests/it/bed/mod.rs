@@ -12,6 +12,7 @@ pub mod contents;
 pub mod etcd;
 pub mod faults;
 pub mod pair;
+pub mod pki;
 pub mod process;
 pub mod recording;
 pub mod regions;

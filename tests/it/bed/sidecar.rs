@@ -105,6 +105,8 @@ pub struct SidecarOptions {
     pub crl: Option<PathBuf>,
     /// `tls.viewers`.
     pub viewers: Vec<String>,
+    /// `[tls.pki]`.
+    pub pki: Option<toml::Table>,
     pub send: Vec<SendLink>,
     pub receive: Vec<ReceiveLink>,
     /// Keys of `[limits]`.
@@ -129,6 +131,7 @@ impl SidecarOptions {
             certs: certs.to_owned(),
             crl: None,
             viewers: Vec::new(),
+            pki: None,
             send: Vec::new(),
             receive: Vec::new(),
             limits: BTreeMap::new(),
@@ -195,6 +198,8 @@ struct TlsTable<'a> {
     admins: [&'a str; 1],
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     viewers: &'a [String],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pki: Option<&'a toml::Table>,
 }
 
 #[derive(Serialize)]
@@ -267,6 +272,7 @@ impl Sidecar {
                 crl: options.crl.as_deref(),
                 admins: ["spiffe://etcd-ferry.dev/admin"],
                 viewers: &options.viewers,
+                pki: options.pki.as_ref(),
             },
             log: LogTable { format: "text", level: &options.log_level },
             limits: &options.limits,
