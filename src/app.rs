@@ -18,6 +18,7 @@ use crate::replica;
 use crate::replica::receive::Receiver;
 use crate::tls::reload::InUse;
 use crate::tls::{Certificates, accept};
+use crate::traces;
 use crate::wire::HELLO_BYTES_MAX;
 use crate::wire::replicate::handshake_server::HandshakeServer;
 use crate::wire::replicate::replicate_server::ReplicateServer;
@@ -191,6 +192,14 @@ impl App {
             }
         });
         tasks.spawn(serve_peers(config.clone(), peer, certificates.in_use(), receiver, stop.clone()));
+        if let Some(traces) = &config.traces {
+            let exporter = traces::install(traces, &config.region, &config.node).context("[traces]")?;
+            let stop = stop.clone();
+            tasks.spawn(async move {
+                exporter.run(stop).await;
+                Ok(())
+            });
+        }
         if let Some(pki) = pki {
             let (in_use, stop) = (certificates.in_use(), stop.clone());
             tasks.spawn(async move {

@@ -16,10 +16,11 @@
 //! scan.rs            a range whole, page by page, at one revision
 //! etcd/              mod gate limits bisect(p) version(p) error watch: the narrow typed door to etcd
 //! pki/               mod answer(p) ask files life(p): this sidecar's pair, from a PKI that speaks Vault's API
+//! traces/            mod book(p) export span(p): spans of sampled revisions, for a collector
 //! tls/               mod (configurations) reload accept connect recheck verify explain
 //! wire/              mod codec window(p) frame(p) body(p) cache(p) delta(p) digest(p) parts(p) limits(p) varint(p) kubernetes_like (tests)
 //! segment/           mod open file writer (append-only files) feed (memory first, then files), under spool and journal
-//! config/            mod read(p) layers(p) check(p) limits(p) pki(p) files: raw to checked, all faults at once; effective(p) change(p)
+//! config/            mod read(p) layers(p) check(p) limits(p) pki(p) traces(p) files: raw to checked, all faults at once; effective(p) change(p)
 //! certs/             mod identity describe(p) load issue(the only file that knows rcgen)
 //! retry.rs(p) metrics.rs failpoint.rs software.rs(p)
 //! model/             mod(p) limits(p) quarantine(p) ranges(p) stall(p) status(p)
@@ -45,4 +46,5 @@ pub mod segment;
 pub mod software;
 pub mod tls;
 pub mod top;
+pub mod traces;
 pub mod wire;

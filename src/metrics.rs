@@ -49,6 +49,8 @@ pub const CONFIGURATION_NEEDS_RESTART: &str = "etcd_ferry_configuration_needs_re
 pub const CONFIGURATION_RELOADS_TOTAL: &str = "etcd_ferry_configuration_reloads_total";
 pub const RAW_BYTES_TOTAL: &str = "etcd_ferry_raw_bytes_total";
 pub const SENT_BYTES_TOTAL: &str = "etcd_ferry_sent_bytes_total";
+pub const TRACE_SPANS_TOTAL: &str = "etcd_ferry_trace_spans_total";
+pub const TRACE_SPANS_DROPPED_TOTAL: &str = "etcd_ferry_trace_spans_dropped_total";
 pub const REVISION_LAG_SECONDS: &str = "etcd_ferry_revision_lag_seconds";
 pub const ROUND_TRIP_SECONDS: &str = "etcd_ferry_round_trip_seconds";
 pub const APPLY_SECONDS: &str = "etcd_ferry_apply_seconds";
@@ -113,13 +115,15 @@ const GAUGES: [(&str, &str); 30] = [
         "1 if the configuration that was last read has keys that wait for a restart, else 0.",
     ),
 ];
-const COUNTERS: [(&str, &str); 6] = [
+const COUNTERS: [(&str, &str); 8] = [
     (RAW_BYTES_TOTAL, "Keys and values carried, before encoding."),
     (SENT_BYTES_TOTAL, "Frames and pages carried, after encoding."),
     (CERTIFICATE_RELOADS_TOTAL, "Times that the sidecar took new certificates into use."),
     (PKI_CERTIFICATES_TOTAL, "Certificates that the PKI issued to the sidecar and that were sound."),
     (PKI_FAILURES_TOTAL, "Times that the PKI was asked for a certificate in vain."),
     (CONFIGURATION_RELOADS_TOTAL, "Times that the sidecar took something of a changed configuration into use."),
+    (TRACE_SPANS_TOTAL, "Spans that the collector took."),
+    (TRACE_SPANS_DROPPED_TOTAL, "Spans that the collector did not take in time, or that found no room to wait for it."),
 ];
 /// The `counts` of a link's status; each becomes `etcd_ferry_<count>_total`, on the sides that are named here.
 const COUNTS: [(&str, &str); 22] = [
@@ -325,6 +329,14 @@ pub fn record_configuration(refused: bool, needs_restart: bool, reloads: u64) {
     gauge!(CONFIGURATION_REFUSED).set(if refused { 1.0 } else { 0.0 });
     gauge!(CONFIGURATION_NEEDS_RESTART).set(if needs_restart { 1.0 } else { 0.0 });
     counter!(CONFIGURATION_RELOADS_TOTAL).absolute(reloads);
+}
+
+pub fn count_spans(spans: u64) {
+    counter!(TRACE_SPANS_TOTAL).increment(spans);
+}
+
+pub fn count_dropped_spans(spans: u64) {
+    counter!(TRACE_SPANS_DROPPED_TOTAL).increment(spans);
 }
 
 /// One revision, by the origin's clock: from its arrival at the origin to the ack that says it is applied.

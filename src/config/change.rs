@@ -6,7 +6,8 @@
 
 use super::limits::Limit;
 use super::{
-    CompactConfig, Config, EtcdConfig, Limits, ListenConfig, LogConfig, PkiConfig, ReceiveConfig, SendConfig, TlsConfig,
+    CompactConfig, Config, EtcdConfig, Limits, ListenConfig, LogConfig, PkiConfig, ReceiveConfig, SendConfig,
+    TlsConfig, TracesConfig,
 };
 use crate::model::{LinkName, Side};
 
@@ -93,7 +94,8 @@ pub fn compare(running: &Config, wanted: &Config) -> Change {
 
 /// What is given once for the whole life of a process.
 fn fixed(was: &Config, is: &Config) -> Vec<&'static str> {
-    let Config { region, node, data_dir, etcd, compact, listen, tls, pki, send: _, receive: _, limits: _, log } = was;
+    let Config { region, node, data_dir, etcd, compact, listen, tls, pki, send: _, receive: _, limits: _, log, traces } =
+        was;
     let EtcdConfig { endpoints, ca, cert, key, username, password_file, allow_corrupting_versions } = etcd;
     let ListenConfig { peer, admin, http } = listen;
     let TlsConfig { ca: tls_ca, cert: tls_cert, key: tls_key, crl, admins, viewers } = tls;
@@ -125,6 +127,7 @@ fn fixed(was: &Config, is: &Config) -> Vec<&'static str> {
         ("log.format", *format != is.log.format),
     ]);
     keys.extend(of_pki(pki.as_ref(), is.pki.as_ref()));
+    keys.extend(of_traces(traces.as_ref(), is.traces.as_ref()));
     keys
 }
 
@@ -145,6 +148,20 @@ fn of_pki(was: Option<&PkiConfig>, is: Option<&PkiConfig>) -> Vec<&'static str> 
         ("tls.pki.names", *names != is.names),
         ("tls.pki.common_name", *common_name != is.common_name),
         ("tls.pki.ttl_seconds", *ttl != is.ttl),
+    ])
+}
+
+fn of_traces(was: Option<&TracesConfig>, is: Option<&TracesConfig>) -> Vec<&'static str> {
+    let (was, is) = match (was, is) {
+        (None, None) => return Vec::new(),
+        (None, Some(_)) | (Some(_), None) => return vec!["traces"],
+        (Some(was), Some(is)) => (was, is),
+    };
+    let TracesConfig { endpoint, ca, sample } = was;
+    named([
+        ("traces.endpoint", *endpoint != is.endpoint),
+        ("traces.ca", *ca != is.ca),
+        ("traces.sample", *sample != is.sample),
     ])
 }
 
@@ -445,6 +462,18 @@ prefixes = ["/orders/"]
         ] {
             let change = compare(&with(pki), &with(&pki.replacen(from, to, 1)));
             assert_eq!(change.needs_restart, [format!("tls.pki.{key}")], "{from}");
+        }
+        let traces = "[traces]\nendpoint = \"https://a:1\"\nca = \"c\"\n";
+        let with = |traces: &str| config(&RUNNING.replace("[limits]", &format!("{traces}[limits]")));
+        assert_eq!(compare(&config(RUNNING), &with(traces)).needs_restart, ["traces"]);
+        assert_eq!(compare(&with(traces), &config(RUNNING)).needs_restart, ["traces"]);
+        for (from, to, key) in [
+            ("https://a:1", "https://a:2", "endpoint"),
+            ("\"c\"", "\"d\"", "ca"),
+            ("ca =", "sample = 5\nca =", "sample"),
+        ] {
+            let change = compare(&with(traces), &with(&traces.replacen(from, to, 1)));
+            assert_eq!(change.needs_restart, [format!("traces.{key}")], "{from}");
         }
         let https = RUNNING.replace("http://127.0.0.1:2379\"]", "https://127.0.0.1:2379\"]\nca = \"x.pem\"");
         let pair = https.replace("ca = \"x.pem\"", "ca = \"x.pem\"\ncert = \"c\"\nkey = \"k\"");

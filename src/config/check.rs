@@ -6,6 +6,7 @@
 use super::files::NamedFiles;
 use super::pki::{PkiConfig, pki};
 use super::read::Section;
+use super::traces::traces;
 use super::{
     CompactConfig, Config, DeleteShares, EtcdConfig, Faults, ForeignWrites, Limits, ListenConfig, LogConfig, LogFormat,
     OnPoison, OtherHistory, ReceiveConfig, SendConfig, TlsConfig,
@@ -43,6 +44,7 @@ pub(super) fn config(table: &Table) -> (Result<Config, Faults>, NamedFiles) {
     let receive = root.tables("receive", receive);
     let limits = root.table("limits", None, limits);
     let log = root.table("log", None, log);
+    let traces = root.table_if_present("traces", traces);
 
     if !table.contains_key("send") && !table.contains_key("receive") {
         root.fault("send", "is missing, and so is receive: add at least one [[send]] or [[receive]]");
@@ -58,8 +60,9 @@ pub(super) fn config(table: &Table) -> (Result<Config, Faults>, NamedFiles) {
 
     let faults = root.finish();
     let named_etcd = etcd.as_ref().map(|(etcd, _)| etcd.clone());
-    let files = NamedFiles { data_dir: data_dir.clone(), etcd: named_etcd, tls: tls.clone() };
-    let config = match (region, node, data_dir, etcd, listen, tls, limits, log) {
+    let files =
+        NamedFiles { data_dir: data_dir.clone(), etcd: named_etcd, tls: tls.clone(), traces: traces.clone().flatten() };
+    let config = match (region, node, data_dir, etcd, listen, tls, limits, log, traces) {
         (
             Some(region),
             Some(node),
@@ -69,10 +72,11 @@ pub(super) fn config(table: &Table) -> (Result<Config, Faults>, NamedFiles) {
             Some((tls, pki)),
             Some(limits),
             Some(log),
+            Some(traces),
         ) if faults.is_empty() => {
             let send = send.into_iter().map(|(_, s)| s).collect();
             let receive = receive.into_iter().map(|(_, r)| r).collect();
-            Ok(Config { region, node, data_dir, etcd, compact, listen, tls, pki, send, receive, limits, log })
+            Ok(Config { region, node, data_dir, etcd, compact, listen, tls, pki, send, receive, limits, log, traces })
         }
         _ => Err(Faults(faults)),
     };

@@ -5,7 +5,7 @@
 
 use super::{
     CompactConfig, Config, DeleteShares, EtcdConfig, ForeignWrites, Limits, ListenConfig, LogConfig, LogFormat,
-    OnPoison, OtherHistory, PkiConfig, ReceiveConfig, SendConfig, TlsConfig,
+    OnPoison, OtherHistory, PkiConfig, ReceiveConfig, SendConfig, TlsConfig, TracesConfig,
 };
 use bytes::Bytes;
 use std::fmt::Write;
@@ -15,7 +15,7 @@ use toml::Value;
 
 /// For an operator. Structs are taken apart by name, so that a field that is added is not forgotten here.
 pub fn effective_toml(config: &Config) -> String {
-    let Config { region, node, data_dir, etcd, compact, listen, tls, pki, send, receive, limits, log } = config;
+    let Config { region, node, data_dir, etcd, compact, listen, tls, pki, send, receive, limits, log, traces } = config;
     let mut text = Text::default();
     text.put("region", region.as_str());
     text.put("node", node.as_str());
@@ -43,6 +43,12 @@ pub fn effective_toml(config: &Config) -> String {
         },
     );
     text.put("level", level.as_str());
+    if let Some(TracesConfig { endpoint, ca, sample }) = traces {
+        text.head("[traces]");
+        text.put("endpoint", endpoint.as_str());
+        text.path_if_given("ca", ca);
+        text.number("sample", sample.get());
+    }
     text.0
 }
 
@@ -273,6 +279,10 @@ stall_seconds = 12
 [log]
 format = "json"
 level = "info,etcd_ferry=debug"
+[traces]
+endpoint = "https://collector.example:4317"
+ca = "collector-ca.pem"
+sample = 10
 "#;
 
     const LEAST: &str = r#"

@@ -2,7 +2,7 @@
 //! Input: a `Config`, the files it names, the clock. Output: this sidecar's own identity, or all faults.
 //! Always true: a private key, a password or the data directory that others may read is refused.
 
-use super::{Config, EtcdConfig, Fault, Faults, PkiConfig, TlsConfig};
+use super::{Config, EtcdConfig, Fault, Faults, PkiConfig, TlsConfig, TracesConfig};
 use crate::certs::identity::PeerIdentity;
 use crate::certs::load::{self, LoadError};
 use std::fs::DirBuilder;
@@ -16,6 +16,7 @@ pub(super) struct NamedFiles {
     pub etcd: Option<EtcdConfig>,
     /// With the PKI that issues the pair, if there is one.
     pub tls: Option<(TlsConfig, Option<PkiConfig>)>,
+    pub traces: Option<TracesConfig>,
 }
 
 impl NamedFiles {
@@ -35,6 +36,9 @@ impl NamedFiles {
             Some((tls, None)) => check_tls(&mut faults, tls, now),
             Some((tls, Some(pki))) => check_pki(&mut faults, tls, pki),
         };
+        if let Some(ca) = self.traces.as_ref().and_then(|traces| traces.ca.as_ref()) {
+            note(&mut faults, "traces.ca", load::load_roots(ca).map(drop));
+        }
         if faults.is_empty() { Ok(identity) } else { Err(Faults(faults)) }
     }
 }
@@ -44,7 +48,7 @@ impl Config {
     /// to issue it.
     pub fn check_files(&self) -> Result<Option<PeerIdentity>, Faults> {
         let (data_dir, etcd, tls) = (self.data_dir.clone(), self.etcd.clone(), (self.tls.clone(), self.pki.clone()));
-        NamedFiles { data_dir: Some(data_dir), etcd: Some(etcd), tls: Some(tls) }.check()
+        NamedFiles { data_dir: Some(data_dir), etcd: Some(etcd), tls: Some(tls), traces: self.traces.clone() }.check()
     }
 
     /// [`Config::check_files`], and makes the data directory (0700) if there is none: what `run` starts with.

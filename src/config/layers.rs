@@ -38,7 +38,7 @@ enum Kind {
 }
 
 /// Every key that a variable or a flag can override: all but those of links, which have no name of their own to be called by.
-const KEYS: [(&str, Kind); 35] = [
+const KEYS: [(&str, Kind); 47] = [
     ("region", Kind::Text),
     ("node", Kind::Text),
     ("data_dir", Kind::Text),
@@ -60,6 +60,15 @@ const KEYS: [(&str, Kind); 35] = [
     ("tls.crl", Kind::Text),
     ("tls.admins", Kind::List),
     ("tls.viewers", Kind::List),
+    ("tls.pki.address", Kind::Text),
+    ("tls.pki.ca", Kind::Text),
+    ("tls.pki.mount", Kind::Text),
+    ("tls.pki.role", Kind::Text),
+    ("tls.pki.namespace", Kind::Text),
+    ("tls.pki.token_file", Kind::Text),
+    ("tls.pki.names", Kind::List),
+    ("tls.pki.common_name", Kind::Text),
+    ("tls.pki.ttl_seconds", Kind::Whole),
     ("limits.spool_bytes_max", Kind::Whole),
     ("limits.journal_bytes_max", Kind::Whole),
     ("limits.segment_bytes", Kind::Whole),
@@ -74,6 +83,9 @@ const KEYS: [(&str, Kind); 35] = [
     ("limits.stall_seconds", Kind::Whole),
     ("log.format", Kind::Text),
     ("log.level", Kind::Text),
+    ("traces.endpoint", Kind::Text),
+    ("traces.ca", Kind::Text),
+    ("traces.sample", Kind::Whole),
 ];
 
 /// Where a value stands.
@@ -223,7 +235,7 @@ fn put(table: &mut Table, key: &str, value: Value) {
         Some((name, key)) => {
             let inner = table.entry(name).or_insert_with(|| Value::Table(Table::new()));
             if let Some(inner) = inner.as_table_mut() {
-                inner.insert(key.to_owned(), value);
+                put(inner, key, value);
             }
         }
     }

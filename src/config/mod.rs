@@ -10,6 +10,7 @@ mod layers;
 mod limits;
 mod pki;
 mod read;
+mod traces;
 
 pub use check::{LOG_LEVEL_RULE, is_log_level};
 pub use effective::effective_toml;
@@ -28,6 +29,7 @@ use std::time::Duration;
 
 pub use limits::Limits;
 pub use pki::PkiConfig;
+pub use traces::TracesConfig;
 
 /// Largest configuration file that is read.
 const CONFIG_BYTES_MAX: u64 = 1 << 20;
@@ -160,6 +162,8 @@ pub struct Config {
     pub receive: Vec<ReceiveConfig>,
     pub limits: Limits,
     pub log: LogConfig,
+    /// `None`: no traces.
+    pub traces: Option<TracesConfig>,
 }
 
 #[derive(Debug, Clone, Default)]

@@ -17,6 +17,7 @@ use crate::failpoint;
 use crate::metrics;
 use crate::model::{ClusterId, Digest, Epoch, LinkState, Outcome, Position, Revision, Seq, Term, WholeRevision};
 use crate::tls;
+use crate::traces;
 use crate::wire::frame::FrameLimits;
 use crate::wire::replicate::refusal::Kind;
 use crate::wire::replicate::replicate_client::ReplicateClient;
@@ -282,6 +283,7 @@ impl Session {
 
     /// One frame of what was read; `None` if all of it came from the replica's own cluster.
     fn encode(&mut self, ship: &Shipper, entries: &[SpoolEntry]) -> Option<Shipment> {
+        let traced = traces::tracer().map(|tracer| (tracer, traces::now_ns()));
         // What does not fit is read again, after the last one that does.
         let entries = FrameLimits::fit(entries);
         let last = entries.last()?;
@@ -301,6 +303,10 @@ impl Session {
             self.shipped.frame(revisions.len() as u64, last.revision);
             self.timed.get_or_insert((self.shipped.seq, Instant::now()));
             self.unreceived.push_back((self.shipped.seq, frame.len() as u64));
+            if let Some((tracer, read_ns)) = traced {
+                let arrivals: Vec<_> = carried.iter().map(|e| (e.revision.revision, e.arrived_ms)).collect();
+                tracer.framed(&ship.origin.send.link, self.epoch, first, &arrivals, read_ns);
+            }
             failpoint::reach("frame-encoded");
             frame
         });
@@ -382,6 +388,9 @@ impl Session {
             metrics::observe_round_trip(&ship.origin.send.link, shipped.elapsed().as_secs_f64());
         }
         self.unreceived.retain(|(seq, _)| *seq > Seq(ack.received_seq));
+        if let Some(tracer) = traces::tracer() {
+            tracer.heard(&ship.origin.send.link, self.epoch, Seq(ack.received_seq), Seq(ack.applied_seq));
+        }
         ship.view.send_modify(|view| {
             view.received_seq = Seq(ack.received_seq).min(self.shipped.seq);
             view.unreceived_bytes = self.unreceived.iter().map(|(_, bytes)| bytes).sum();

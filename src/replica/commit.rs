@@ -13,6 +13,7 @@ use crate::etcd::{EtcdError, TxnOpResponse, TxnResponse, txn_revision};
 use crate::failpoint;
 use crate::metrics;
 use crate::model::{Phase, Position, Revision};
+use crate::traces;
 use std::future::Future;
 use std::pin::Pin;
 use tokio::time::Instant;
@@ -100,6 +101,9 @@ impl Applier {
                 let (revisions, seconds) = (load.revisions, started.elapsed().as_secs_f64());
                 tracing::trace!(link = %self.link, revisions, request_bytes = load.request_bytes, seconds, "applied");
                 metrics::observe_apply(&self.link, seconds, revisions as u64);
+                if let (Some(tracer), Some(now)) = (traces::tracer(), &self.expected) {
+                    tracer.applied(&self.link, now.epoch, now.seq, started.elapsed());
+                }
                 for _ in 0..revisions {
                     if let Some((done, _)) = self.waiting.pop_front() {
                         self.waiting_bytes = self.waiting_bytes.saturating_sub(done.revision.bytes());

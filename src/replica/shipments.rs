@@ -16,6 +16,7 @@ use super::view::ApplyCommand;
 use crate::failpoint;
 use crate::model::{Change, Epoch, KeyRange, Ranges, Revision, Seq, Term, Waymark};
 use crate::segment::feed::Appended;
+use crate::traces;
 use crate::wire::frame;
 use crate::wire::replicate as wire;
 use crate::wire::replicate::refusal::Kind;
@@ -131,6 +132,7 @@ impl Stream {
 
     fn take_frame(&mut self, admit: &mut Admit, frame: &Bytes) -> Result<Option<Placing>, (Kind, String)> {
         failpoint::reach("frame-received");
+        let traced = traces::tracer().map(|tracer| (tracer, traces::now_ns()));
         let counters = &self.end.counters;
         counters.frames.fetch_add(1, Ordering::Relaxed);
         counters.bytes_sent.fetch_add(frame.len() as u64, Ordering::Relaxed);
@@ -170,6 +172,10 @@ impl Stream {
         if entries.is_empty() {
             self.due.ack = true;
             return Ok(None);
+        }
+        if let Some((tracer, came_ns)) = traced {
+            let revisions = entries.iter().map(|e| (e.epoch, e.seq, e.revision.revision));
+            tracer.received(&self.end.config.link, revisions, came_ns);
         }
         failpoint::reach("frame-admitted");
         Ok(Some(Box::pin(journal_all(self.end.clone(), entries))))
@@ -263,7 +269,8 @@ impl Stream {
 /// Puts admitted revisions into the journal, waiting for room; and into the dedupe log beside it.
 async fn journal_all(end: Arc<LinkEnd>, entries: Vec<JournalEntry>) -> Result<(), (Kind, String)> {
     let failed = |e: JournalError| (Kind::Closing, format!("the replica's journal: {e}"));
-    let Some(epoch) = entries.first().map(|e| e.epoch) else { return Ok(()) };
+    let (Some(first), Some(last)) = (entries.first(), entries.last()) else { return Ok(()) };
+    let (epoch, seqs) = (first.epoch, first.seq..=last.seq);
     let notes = entries.iter().map(|e| (e.seq, e.digest, e.revision.revision)).collect();
     let mut waiting = entries;
     loop {
@@ -276,6 +283,9 @@ async fn journal_all(end: Arc<LinkEnd>, entries: Vec<JournalEntry>) -> Result<()
         }
     }
     failpoint::reach("journaled");
+    if let Some(tracer) = traces::tracer() {
+        tracer.journaled(&end.config.link, epoch, seqs);
+    }
     // A dedupe log that cannot be written costs the sight of conflicts with old seqs, never a revision.
     let _ = end.dedupe.note(epoch, notes);
     failpoint::reach("dedupe-noted");

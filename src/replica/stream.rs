@@ -11,6 +11,7 @@ use crate::etcd::gate::ClusterLimits;
 use crate::failpoint;
 use crate::model::limits::ReplicaLimits;
 use crate::model::{Phase, Seq};
+use crate::traces;
 use crate::wire::frame::FrameLimits;
 use crate::wire::replicate::refusal::Kind;
 use crate::wire::replicate::{Ack, CopyAck, KeysWanted, Receipt, Refusal, Reset, Shipment, Verified, receipt};
@@ -267,6 +268,9 @@ impl Stream {
             let ack = self.ack(admit);
             self.verified_told = self.end.told.borrow().verified;
             self.limits_told = Some(self.end.limits(*self.limits.borrow()));
+            if let Some(tracer) = traces::tracer() {
+                tracer.acknowledged(&self.end.config.link, admit.epoch(), Seq(ack.applied_seq));
+            }
             receipt::What::Ack(ack)
         } else if let Some(answer) = self.due.answer.take() {
             answer

@@ -42,6 +42,8 @@ link = "back"
 peer = "ferry.example"
 [limits]
 [log]
+[traces]
+endpoint = "http://127.0.0.1:4317"
 "#;
 
 fn readme() -> String {
@@ -132,7 +134,9 @@ fn faults(text: &str) -> Vec<Fault> {
 /// Every key that the configuration knows, as `etcd.endpoints` or `send[].link`: asked by way of a key that it does not know.
 pub fn known_keys() -> BTreeSet<String> {
     let mut keys = BTreeSet::new();
-    for head in ["", "[etcd]", "[listen]", "[tls]", "[tls.pki]", "[[send]]", "[[receive]]", "[limits]", "[log]"] {
+    for head in
+        ["", "[etcd]", "[listen]", "[tls]", "[tls.pki]", "[[send]]", "[[receive]]", "[limits]", "[log]", "[traces]"]
+    {
         let text = format!("{head}\n{head_line}", head_line = "unheard_of = 1");
         let fault = faults(&text).into_iter().find(|fault| fault.field.ends_with("unheard_of"));
         let fault = fault.unwrap_or_else(|| panic!("{head} takes unknown keys"));
@@ -143,7 +147,7 @@ pub fn known_keys() -> BTreeSet<String> {
             false if head.is_empty() => String::new(),
             false => format!("{table}."),
         };
-        let tables = ["etcd", "listen", "tls", "send", "receive", "limits", "log"];
+        let tables = ["etcd", "listen", "tls", "send", "receive", "limits", "log", "traces"];
         let here = known.split(", ").filter(|key| !(head.is_empty() && tables.contains(key)));
         keys.extend(here.map(|key| format!("{place}{key}")).filter(|key| key != "tls.pki"));
     }
@@ -179,6 +183,7 @@ pub fn defaults(config: &Config) -> BTreeMap<String, String> {
     let SendConfig { deletes_share_max, ranges, verify_interval, verify_core_share_max, .. } = &config.send[0];
     let canary_interval_seconds = config.send[0].canary_interval.map_or(0, |interval| interval.as_secs());
     let verify_interval = verify_interval.expect("on by default");
+    let traces = config.traces.as_ref().expect("they are configured");
     let pki = config.pki.as_ref().expect("it is configured");
     assert!(pki.ttl.is_none() && pki.namespace.is_none() && pki.common_name.is_none());
     assert_eq!(*ranges, Ranges::new(&[], &[]));
@@ -208,6 +213,7 @@ pub fn defaults(config: &Config) -> BTreeMap<String, String> {
         ("tls.pki.mount", pki.mount.clone()),
         ("tls.pki.ttl_seconds", "0".to_owned()),
         ("log.format", "text".to_owned()),
+        ("traces.sample", traces.sample.to_string()),
         ("log.level", config.log.level.clone()),
     ] {
         defaults.insert(key.to_owned(), value);

@@ -17,6 +17,25 @@ fn text() -> String {
     std::fs::read_to_string(path()).unwrap()
 }
 
+/// With the tables that stand behind a `#`, and what is required in them.
+fn with_every_table() -> String {
+    let (mut optional, mut said) = (false, String::new());
+    let text = text();
+    let lines = text.lines().map(|line| {
+        if line.starts_with('[') || line.starts_with("#[") {
+            optional = line.starts_with('#');
+            return line.trim_start_matches('#');
+        }
+        if let Some(comment) = line.strip_prefix("# ") {
+            said.push_str(comment);
+            return line;
+        }
+        let required = std::mem::take(&mut said).ends_with(" Required.");
+        if optional && required { uncommented(line) } else { line }
+    });
+    lines.collect::<Vec<_>>().join("\n")
+}
+
 /// One key of the example, with what is said of it.
 struct Entry {
     /// Such as `send[].link`.
@@ -52,9 +71,8 @@ fn entries(text: &str) -> Vec<Entry> {
 
 #[test]
 fn the_example_is_sound_has_every_key_once_and_says_something_of_each() {
-    let text = text();
-    Config::from_toml(&text).unwrap_or_else(|faults| panic!("{faults}"));
-    let entries = entries(&text);
+    Config::from_toml(&text()).unwrap_or_else(|faults| panic!("{faults}"));
+    let entries = entries(&with_every_table());
     let told: BTreeSet<String> = entries.iter().map(|entry| entry.key.clone()).collect();
     assert_eq!(told, known_keys(), "the example's keys (left) must be those of the configuration (right)");
     assert_eq!(told.len(), entries.len(), "a key is there twice");
@@ -67,7 +85,7 @@ fn the_example_is_sound_has_every_key_once_and_says_something_of_each() {
 
 #[test]
 fn each_default_that_is_commented_out_is_the_code_s() {
-    let text = text();
+    let text = with_every_table();
     let config = Config::from_toml(&text).unwrap_or_else(|faults| panic!("{faults}"));
     let (defaults, entries) = (defaults(&config), entries(&text));
     let in_words = ["the whole keyspace", "what the first hello says"];
@@ -90,16 +108,19 @@ fn each_default_that_is_commented_out_is_the_code_s() {
 #[test]
 fn every_optional_key_of_the_example_may_be_given_as_it_stands_there() {
     let given: Vec<String> = text().lines().map(|line| uncommented(line).to_owned()).collect();
-    // etcd's certificates go with https.
-    let given = given.join("\n").replace("http://127.0.0.1:2379", "https://127.0.0.1:2379");
+    // The CA of a server goes with https.
+    let given = ["2379", "8200", "4317"].iter().fold(given.join("\n"), |given, port| {
+        given.replace(&format!("http://127.0.0.1:{port}"), &format!("https://127.0.0.1:{port}"))
+    });
     let given = given.replace("compact_after_seconds = 0", "compact_after_seconds = 60");
     let config = Config::from_toml(&given).unwrap_or_else(|faults| panic!("{faults}"));
     assert!(config.etcd.ca.is_some() && config.tls.crl.is_some() && config.receive[0].ranges.is_some());
+    assert!(config.pki.is_some_and(|pki| pki.ca.is_some()) && config.traces.is_some_and(|traces| traces.ca.is_some()));
 }
 
-/// A key that stands behind a `#` without it.
+/// A key or a table that stands behind a `#` without it.
 fn uncommented(line: &str) -> &str {
-    line.strip_prefix('#').filter(|rest| rest.starts_with(|c: char| c.is_ascii_lowercase())).unwrap_or(line)
+    line.strip_prefix('#').filter(|rest| rest.starts_with(|c: char| c.is_ascii_lowercase() || c == '[')).unwrap_or(line)
 }
 
 #[test]

@@ -60,6 +60,7 @@ mod stalls;
 mod takeover;
 mod tidy;
 mod top;
+mod traces;
 mod trust;
 mod verify;
 mod versions;

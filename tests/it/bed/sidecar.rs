@@ -107,6 +107,8 @@ pub struct SidecarOptions {
     pub viewers: Vec<String>,
     /// `[tls.pki]`.
     pub pki: Option<toml::Table>,
+    /// `[traces]`.
+    pub traces: Option<toml::Table>,
     pub send: Vec<SendLink>,
     pub receive: Vec<ReceiveLink>,
     /// Keys of `[limits]`.
@@ -132,6 +134,7 @@ impl SidecarOptions {
             crl: None,
             viewers: Vec::new(),
             pki: None,
+            traces: None,
             send: Vec::new(),
             receive: Vec::new(),
             limits: BTreeMap::new(),
@@ -152,6 +155,8 @@ struct ConfigFile<'a> {
     listen: ListenTable,
     tls: TlsTable<'a>,
     log: LogTable<'a>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    traces: Option<&'a toml::Table>,
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     limits: &'a BTreeMap<String, u64>,
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
@@ -275,6 +280,7 @@ impl Sidecar {
                 pki: options.pki.as_ref(),
             },
             log: LogTable { format: "text", level: &options.log_level },
+            traces: options.traces.as_ref(),
             limits: &options.limits,
             send: &options.send,
             receive: &options.receive,
