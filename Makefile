@@ -4,7 +4,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 # An etcd that .ci/install unpacked goes before the distribution's own, which may be too old.
 export PATH := $(CURDIR)/target/etcd/bin:$(PATH)
 
-.PHONY: demo test soak fuzz matrix mutants bench build deb lint install install-tests clean
+.PHONY: demo test soak fuzz matrix mutants bench build deb audit sbom lint install install-tests clean
 
 # Two regions on this machine for about 30 seconds. ARGS is passed on, for example: make demo ARGS=--keep
 demo: build
@@ -63,6 +63,25 @@ build: install
 # A Debian package in target/debian, for Debian 12 and newer; docs/operating.md says what it does.
 deb: build
 	@deploy/debian/build $(TARGET)/release/etcd-ferry $(TARGET)/debian
+
+# Licences, banned crates and sources (deny.toml); known advisories too, where their database can be reached. cargo-deny is installed if it is
+# missing, which takes some minutes.
+audit: install
+	@cargo deny --version >/dev/null 2>&1 || cargo install --locked cargo-deny
+	cargo deny --locked check licenses bans sources
+	@if cargo deny --locked fetch db; then \
+	  echo cargo deny --locked check advisories; \
+	  cargo deny --locked check --disable-fetch advisories; \
+	else \
+	  echo "audit: advisories were NOT checked: their database cannot be reached from here" >&2; \
+	fi
+
+# What the program is made of, as CycloneDX JSON in target/sbom. cargo-cyclonedx is installed if it is missing.
+sbom: install
+	@cargo cyclonedx --version >/dev/null 2>&1 || cargo install --locked cargo-cyclonedx
+	@mkdir -p $(TARGET)/sbom
+	cargo cyclonedx --format json --describe binaries --override-filename sbom
+	@mv sbom.json $(TARGET)/sbom/etcd-ferry.cdx.json && echo "$(TARGET)/sbom/etcd-ferry.cdx.json"
 
 lint: install
 	cargo fmt --check
