@@ -52,8 +52,12 @@ pub async fn run(config: Config, layers: Layers, logs: Logs) -> anyhow::Result<(
     let (reloads, reloading) = mpsc::channel(1);
     let mut signals = JoinSet::new();
     signals.spawn(wait_for_signals(stop.clone(), reloads.clone()));
-    let app = App::bind(config, logs, stop.clone()).await?;
-    app.run(layers, reloads, reloading).await
+    // A PKI that is to issue the first pair may be away for as long as it likes.
+    let Some(bound) = stop.run_until_cancelled(Box::pin(App::bind(config, logs, stop.clone()))).await else {
+        tracing::info!("stopped before everything was bound");
+        return Ok(());
+    };
+    bound?.run(layers, reloads, reloading).await
 }
 
 async fn wait_for_signals(stop: CancellationToken, reloads: mpsc::Sender<ReloadCommand>) -> anyhow::Result<()> {

@@ -98,6 +98,17 @@ async fn a_sidecar_without_a_pair_asks_for_one_before_it_listens_and_links_with_
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_sidecar_that_waits_for_its_first_pair_stops_in_order() {
+    let (mut pair, pki) = prepared(3_600).await;
+    pki.answer(Answer::Sealed);
+    pair.origin_sidecar.spawn();
+    said(&pair.origin_sidecar, "Vault is sealed").await;
+    let (took, status) = pair.origin_sidecar.stop().await;
+    assert!(status.success(), "SIGTERM ended it with {status} after {took:?}: {}", pair.origin_sidecar.log());
+    assert!(pair.origin_sidecar.log().contains("stopped before everything was bound"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn pairs_are_renewed_at_two_thirds_of_their_life_again_and_again_on_one_stream() {
     let (mut pair, pki) = prepared(6).await;
     pair.origin_sidecar.restart().await;
