@@ -269,7 +269,8 @@ impl Stream {
             self.verified_told = self.end.told.borrow().verified;
             self.limits_told = Some(self.end.limits(*self.limits.borrow()));
             if let Some(tracer) = traces::tracer() {
-                tracer.acknowledged(&self.end.config.link, admit.epoch(), Seq(ack.applied_seq));
+                let (epoch, _) = admit.epoch();
+                tracer.acknowledged(&self.end.config.link, epoch, Seq(ack.applied_seq));
             }
             receipt::What::Ack(ack)
         } else if let Some(answer) = self.due.answer.take() {
