@@ -27,17 +27,6 @@ pub enum Step {
 }
 
 impl Step {
-    pub const ALL: [Step; 8] = [
-        Step::Revision,
-        Step::Spool,
-        Step::Encode,
-        Step::Ship,
-        Step::Ack,
-        Step::Journal,
-        Step::Apply,
-        Step::Acknowledge,
-    ];
-
     pub fn as_str(self) -> &'static str {
         match self {
             Step::Revision => "revision",
@@ -122,6 +111,17 @@ mod tests {
     use super::*;
     use std::collections::HashSet;
 
+    const ALL: [Step; 8] = [
+        Step::Revision,
+        Step::Spool,
+        Step::Encode,
+        Step::Ship,
+        Step::Ack,
+        Step::Journal,
+        Step::Apply,
+        Step::Acknowledge,
+    ];
+
     fn traced(link: &str, epoch: u64, seq: u64) -> Traced {
         Traced { link: LinkName::new(link).unwrap(), epoch: Epoch(epoch), seq: Seq(seq) }
     }
@@ -136,7 +136,7 @@ mod tests {
                     let one = traced(link, epoch, seq);
                     assert_eq!(one.trace_id(), traced(link, epoch, seq).trace_id());
                     assert!(traces.insert(one.trace_id()));
-                    assert!(Step::ALL.into_iter().all(|step| spans.insert(one.span_id(step))));
+                    assert!(ALL.into_iter().all(|step| spans.insert(one.span_id(step))));
                 }
             }
         }
@@ -145,7 +145,7 @@ mod tests {
     #[test]
     fn one_root_has_all_others_below_it() {
         let up = |step: Step| std::iter::successors(Some(step), |step| step.parent()).last();
-        assert!(Step::ALL.into_iter().all(|step| up(step) == Some(Step::Revision)));
+        assert!(ALL.into_iter().all(|step| up(step) == Some(Step::Revision)));
     }
 
     #[test]
