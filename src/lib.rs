@@ -20,7 +20,7 @@
 //! tls/               mod (configurations) reload accept connect recheck verify explain
 //! wire/              mod codec window(p) frame(p) body(p) cache(p) delta(p) digest(p) parts(p) limits(p) varint(p) kubernetes_like (tests)
 //! segment/           mod open file writer (append-only files) feed (memory first, then files), under spool and journal
-//! config/            mod read(p) layers(p) check(p) limits(p) pki(p) traces(p) files: raw to checked, all faults at once; effective(p) change(p)
+//! config/            mod read(p) layers(p) check(p) limits(p) pki(p) traces(p) files effective(p) change(p): raw to checked, all faults at once
 //! certs/             mod identity describe(p) load issue(the only file that knows rcgen)
 //! retry.rs(p) metrics.rs failpoint.rs software.rs(p)
 //! model/             mod(p) limits(p) quarantine(p) ranges(p) stall(p) status(p)

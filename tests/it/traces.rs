@@ -168,6 +168,8 @@ async fn nothing_is_traced_unless_it_is_configured() {
     trace(&mut pair.origin_sidecar, address, 1);
     pair.origin_sidecar.restart().await;
     pair.replica_sidecar.restart().await;
+    // What a base copy brings is in no trace.
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
     let revision = pair.origin.put("/app/key", "1").await;
     pair.wait_applied(revision).await;
     let root = async || collector.seen().into_iter().find(|span| span.name == "revision");
