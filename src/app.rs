@@ -292,7 +292,7 @@ impl App {
     }
 }
 
-/// One that this sidecar's user may read in its etcd, as the README states the rights.
+/// One that this sidecar's user may read in its etcd, as docs/operating.md#users-and-rights-in-etcd states the rights.
 fn readable_key(config: &Config) -> Bytes {
     let positions = config.receive.iter().map(|receive| receive.link.position_key());
     let waymarks = config.send.iter().map(|send| send.link.waymark_key());

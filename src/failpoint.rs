@@ -174,7 +174,7 @@ mod armed {
             let (name, actions) =
                 one.split_once('=').ok_or_else(|| format!("{VARIABLE}: {one:?} is not NAME=ACTIONS"))?;
             if !POINTS.iter().any(|point| point.name == name) {
-                return Err(format!("{VARIABLE}: there is no failpoint {name:?}: the README lists them"));
+                return Err(format!("{VARIABLE}: there is no failpoint {name:?}: README.md#failpoints lists them"));
             }
             fail_parallel::cfg(REGISTRY.clone(), name, actions).map_err(|e| format!("{VARIABLE}: {name}: {e}"))?;
         }

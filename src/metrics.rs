@@ -183,7 +183,7 @@ pub struct Metric {
     pub meaning: &'static str,
 }
 
-/// Every metric that there can be, in the order of the README's table.
+/// Every metric that there can be, in the order of the table in docs/monitoring.md#metrics.
 pub fn all() -> Vec<Metric> {
     let metric = |name: &str, kind, meaning| Metric { name: name.to_owned(), kind, meaning };
     let gauges = GAUGES.iter().map(|(name, meaning)| metric(name, "gauge", meaning));

@@ -20,7 +20,7 @@ pub enum EtcdError {
     TimedOut,
     #[error("etcd is out of space (NOSPACE): compact and defragment it or raise its quota, then disarm the alarm")]
     NoSpace,
-    #[error("etcd refused: {said}; its user needs the right to {right} (README, etcd rights)")]
+    #[error("etcd refused: {said}; its user needs the right to {right} (docs/operating.md#users-and-rights-in-etcd)")]
     Denied { right: String, said: String },
     #[error("etcd no longer accepts the login: {0}")]
     LoginLost(String),

@@ -69,7 +69,7 @@ impl Measured {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "etcd at {endpoint} is version {version}, which {fault}: upgrade it to {upgrade_to} or newer; until then nothing is read from this cluster \
-     or written to it (README, etcd's versions)"
+     or written to it (docs/operating.md#etcds-versions)"
 )]
 pub struct Refusal {
     endpoint: String,

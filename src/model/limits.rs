@@ -5,7 +5,8 @@
 
 use serde::Serialize;
 
-/// What the replica's request holds beside the origin's largest one: the position's compare, put and get (README, the replica's request size).
+/// What the replica's request holds beside the origin's largest one: the position's compare, put and get
+/// (docs/operating.md#the-replicas-request-size).
 pub const POSITION_REQUEST_BYTES: u64 = 4096;
 /// A request of etcd's default size has no bytes for more changes than this, the shortest deletes among them.
 const CHANGES_ENOUGH: u64 = 100_000;

@@ -1,10 +1,11 @@
-//! Job: hold the README against the product: its metrics, its failpoints, its configuration, its example configurations.
-//! Input: README.md, what the code says of its metrics and keys, the metrics of a running pair. Output: passes or fails, with the rows that are right.
-//! Edge: reads the README; one pair of real sidecars.
-//! Always true: a key, a default or a metric that is added, changed or removed without the README fails here.
+//! Job: hold the documents' tables against the product: its metrics, failpoints, calls and keys, and their example configurations.
+//! Input: README.md, docs/, what the code says of its metrics and keys, the metrics of a running pair. Output: passes or fails, with the rows that are right.
+//! Edge: reads the documents; one pair of real sidecars.
+//! Always true: a key, a default or a metric that is added, changed or removed without its document fails here.
 
 use crate::bed::pair::{LINK, Pair, PairOptions};
 use crate::bed::traffic::{Write, commit};
+use crate::documents::{documents, text};
 use etcd_ferry::admin::roles::CALLS;
 use etcd_ferry::config::{Config, Fault, Faults, ForeignWrites, LogFormat, OnPoison, OtherHistory, SendConfig};
 use etcd_ferry::failpoint::{POINTS, Point};
@@ -12,6 +13,11 @@ use etcd_ferry::metrics::{self, Metric};
 use etcd_ferry::model::Ranges;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+
+const README: &str = "README.md";
+const CONFIGURATION: &str = "docs/configuration.md";
+const LINKS: &str = "docs/links.md";
+const MONITORING: &str = "docs/monitoring.md";
 
 /// Each required key once, and one of each table.
 const SOUND: &str = r#"
@@ -46,17 +52,18 @@ peer = "ferry.example"
 endpoint = "http://127.0.0.1:4317"
 "#;
 
-fn readme() -> String {
-    std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap()
+/// The rows of the document's table whose header line starts with `header`.
+fn rows(document: &str, header: &str) -> Vec<String> {
+    let text = text(document);
+    let mut lines = text.lines().skip_while(|line| !line.starts_with(header));
+    assert!(lines.next().is_some(), "{document} has no table that starts with {header}");
+    lines.skip(1).take_while(|line| line.starts_with('|')).map(str::to_owned).collect()
 }
 
-/// The cells of a table whose header line starts with `header`, row by row, without backticks.
-fn table(readme: &str, header: &str) -> Vec<Vec<String>> {
-    let mut lines = readme.lines().skip_while(|line| !line.starts_with(header));
-    assert!(lines.next().is_some(), "the README has no table that starts with {header}");
-    let rows = lines.skip(1).take_while(|line| line.starts_with('|'));
-    let cells = |row: &str| row.trim_matches('|').split(" | ").map(|cell| cell.trim().replace('`', "")).collect();
-    rows.map(cells).collect()
+/// The same, cell by cell, without backticks.
+fn table(document: &str, header: &str) -> Vec<Vec<String>> {
+    let cells = |row: &String| row.trim_matches('|').split(" | ").map(|cell| cell.trim().replace('`', "")).collect();
+    rows(document, header).iter().map(cells).collect()
 }
 
 /// From the name, as Prometheus' custom has it.
@@ -67,18 +74,16 @@ fn unit(metric: &Metric) -> &'static str {
 }
 
 #[test]
-fn the_readme_s_table_of_metrics_is_what_the_code_has() {
+fn the_table_of_metrics_is_what_the_code_has() {
     let row =
         |metric: &Metric| format!("| `{}` | {} | {} | {} |", metric.name, metric.kind, unit(metric), metric.meaning);
     let wanted: Vec<String> = metrics::all().iter().map(row).collect();
-    let readme = readme();
-    let from_header = readme.lines().skip_while(|line| !line.starts_with("| metric | type |"));
-    let found: Vec<&str> = from_header.skip(2).take_while(|line| line.starts_with('|')).collect();
-    assert_eq!(found, wanted, "the README's table of metrics must be:\n{}\n", wanted.join("\n"));
+    let found = rows(MONITORING, "| metric | type |");
+    assert_eq!(found, wanted, "the table of {MONITORING} must be:\n{}\n", wanted.join("\n"));
 }
 
 #[tokio::test]
-async fn every_metric_of_a_running_pair_is_in_the_readme_with_its_type() {
+async fn every_metric_of_a_running_pair_is_in_the_table_with_its_type() {
     let pair = Box::pin(Pair::start(PairOptions::default())).await;
     pair.origin_sidecar.wait_for_state(LINK, "following").await;
     let written = commit(&mut pair.origin.kv().await, &[Write::put("/app/a", "1")]).await.unwrap().unwrap();
@@ -94,34 +99,32 @@ async fn every_metric_of_a_running_pair_is_in_the_readme_with_its_type() {
             seen.insert(line.split_once(' ').map(|(name, kind)| (name.to_owned(), kind.to_owned())).unwrap());
         }
     }
-    let told = table(&readme(), "| metric | type |");
+    let told = table(MONITORING, "| metric | type |");
     let told: BTreeSet<(String, String)> = told.into_iter().map(|row| (row[0].clone(), row[1].clone())).collect();
     let untold: Vec<_> = seen.difference(&told).collect();
-    assert!(untold.is_empty(), "not in the README: {untold:?}");
+    assert!(untold.is_empty(), "not in {MONITORING}: {untold:?}");
     // Counts start with what they count; everything else is there from the first revision on.
     let unseen: Vec<_> = told.difference(&seen).filter(|(_, kind)| kind != "counter").collect();
-    assert!(unseen.is_empty(), "in the README, and not in /metrics: {unseen:?}");
+    assert!(unseen.is_empty(), "in {MONITORING}, and not in /metrics: {unseen:?}");
 }
 
 #[test]
-fn the_readme_s_table_of_failpoints_is_what_the_code_has() {
+fn the_table_of_failpoints_is_what_the_code_has() {
     let sides = |point: &Point| point.sides.iter().map(|side| side.as_str()).collect::<Vec<_>>().join(", ");
     let row = |point: &Point| {
         format!("| `{}` | {} | {} | {} |", point.name, sides(point), point.during.as_str(), point.stands)
     };
     let wanted: Vec<String> = POINTS.iter().map(row).collect();
-    let readme = readme();
-    let from_header = readme.lines().skip_while(|line| !line.starts_with("| failpoint | side |"));
-    let found: Vec<&str> = from_header.skip(2).take_while(|line| line.starts_with('|')).collect();
-    assert_eq!(found, wanted, "the README's table of failpoints must be:\n{}\n", wanted.join("\n"));
+    let found = rows(README, "| failpoint | side |");
+    assert_eq!(found, wanted, "the table of {README} must be:\n{}\n", wanted.join("\n"));
 }
 
 #[test]
-fn the_readme_s_table_of_calls_has_every_call_with_its_role() {
+fn the_table_of_calls_has_every_call_with_its_role() {
     let told: BTreeMap<String, String> =
-        table(&readme(), "| call | role |").into_iter().map(|row| (row[0].clone(), row[1].clone())).collect();
+        table(LINKS, "| call | role |").into_iter().map(|row| (row[0].clone(), row[1].clone())).collect();
     let calls = CALLS.iter().map(|(call, role)| ((*call).to_owned(), role.as_str().to_owned()));
-    assert_eq!(told, calls.collect(), "the README's calls (left) must be those of the code (right)");
+    assert_eq!(told, calls.collect(), "the calls of {LINKS} (left) must be those of the code (right)");
 }
 
 fn faults(text: &str) -> Vec<Fault> {
@@ -222,12 +225,12 @@ pub fn defaults(config: &Config) -> BTreeMap<String, String> {
 }
 
 #[test]
-fn the_readme_names_every_key_of_the_configuration_with_its_default() {
+fn every_key_of_the_configuration_is_in_the_table_with_its_default() {
     let config = Config::from_toml(SOUND).unwrap_or_else(|faults| panic!("{faults}"));
     let (required, defaults) = (required_keys(), defaults(&config));
-    let rows = table(&readme(), "| key | default |");
+    let rows = table(CONFIGURATION, "| key | default |");
     let told: BTreeSet<String> = rows.iter().map(|row| row[0].clone()).collect();
-    assert_eq!(told, known_keys(), "the README's keys (left) must be those of the configuration (right)");
+    assert_eq!(told, known_keys(), "the keys of {CONFIGURATION} (left) must be those of the configuration (right)");
     assert_eq!(told.len(), rows.len(), "a key is there twice");
     for row in rows {
         let wanted = match defaults.get(&row[0]) {
@@ -239,18 +242,20 @@ fn the_readme_names_every_key_of_the_configuration_with_its_default() {
     }
 }
 
-/// The README's code blocks that hold a configuration.
-fn example_configurations(readme: &str) -> Vec<String> {
-    let blocks = readme.split("\n```toml\n").skip(1);
+/// A document's code blocks that hold a configuration.
+fn example_configurations(document: &str) -> Vec<String> {
+    let text = text(document);
+    let blocks = text.split("\n```toml\n").skip(1);
     blocks.map(|rest| rest.split("\n```").next().unwrap_or_default().to_owned()).collect()
 }
 
 #[test]
-fn the_readme_s_example_configurations_are_sound() {
-    let examples = example_configurations(&readme());
-    assert!(examples.len() >= 2, "one for each side");
-    for example in examples {
-        Config::from_toml(&example).unwrap_or_else(|faults| panic!("{faults}\nin\n{example}"));
+fn every_example_configuration_of_the_documents_is_sound() {
+    assert!(example_configurations(README).len() >= 2, "one for each side");
+    for document in documents() {
+        for example in example_configurations(&document) {
+            Config::from_toml(&example).unwrap_or_else(|faults| panic!("{document}: {faults}\nin\n{example}"));
+        }
     }
 }
 

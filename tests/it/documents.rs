@@ -1,5 +1,5 @@
 //! Job: hold the documents against the code: every reason for a stop has its entry, links lead somewhere, commands and targets exist.
-//! Input: README.md, docs/, the sources, the built program, Makefile. Output: passes or fails, with what is wrong where.
+//! Input: README.md, docs/, the sources, deploy/, the built program, Makefile. Output: passes or fails, with what is wrong where.
 //! Edge: reads files; asks the program for its help.
 //! Always true: a reason is found in the sources by how it is given out there, so a new one without an entry fails here.
 
@@ -8,15 +8,26 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const DOCUMENTS: [&str; 6] =
-    ["README.md", "CHANGELOG.md", "certs-dev/README.md", "docs/operating.md", "docs/protocol.md", "docs/runbook.md"];
-
 fn file(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
-fn text(path: &str) -> String {
+pub fn text(path: &str) -> String {
     fs::read_to_string(file(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
+}
+
+/// The documents below docs/, by their paths.
+pub fn below_docs() -> Vec<String> {
+    let entries = fs::read_dir(file("docs")).unwrap().map(|entry| entry.unwrap().file_name());
+    let mut paths: Vec<String> = entries.map(|name| format!("docs/{}", name.to_string_lossy())).collect();
+    paths.sort();
+    paths
+}
+
+/// Every document, by its path.
+pub fn documents() -> Vec<String> {
+    let others = ["README.md", "CHANGELOG.md", "certs-dev/README.md"].map(str::to_owned);
+    others.into_iter().chain(below_docs()).collect()
 }
 
 /// A source without its unit tests.
@@ -181,31 +192,27 @@ fn prose(document: &str) -> String {
     parts.map(|(_, part)| part).collect::<Vec<_>>().join("\n")
 }
 
+/// True if the file or folder is there, and has that heading.
+fn is_there(path: &Path, heading: Option<&str>) -> bool {
+    let Some(heading) = heading else { return path.exists() };
+    let Ok(found) = fs::read_to_string(path) else { return false };
+    let prose = prose(&format!("\n{found}"));
+    let mut headings = prose.lines().filter(|line| line.starts_with('#'));
+    headings.any(|line| anchor(line.trim_start_matches('#').trim_start()) == heading)
+}
+
 #[test]
 fn every_link_between_the_documents_leads_to_a_file_and_a_heading() {
     let mut dead = Vec::new();
-    for document in DOCUMENTS {
-        for target in prose(&text(document)).split("](").skip(1).map(|rest| rest.split(')').next().unwrap_or_default())
-        {
-            if target.contains("://") {
-                continue;
-            }
+    for document in documents() {
+        let prose = prose(&text(&document));
+        let targets = prose.split("](").skip(1).map(|rest| rest.split(')').next().unwrap_or_default());
+        for target in targets.filter(|target| !target.contains("://")) {
             let (path, heading) =
                 target.split_once('#').map_or((target, None), |(path, heading)| (path, Some(heading)));
-            let path = if path.is_empty() { file(document) } else { file(document).parent().unwrap().join(path) };
-            if path.is_dir() {
-                continue;
-            }
-            let Ok(found) = fs::read_to_string(&path) else {
-                dead.push(format!("{document}: {target}"));
-                continue;
-            };
-            let headings: Vec<String> = prose(&format!("\n{found}"))
-                .lines()
-                .filter(|line| line.starts_with('#'))
-                .map(|line| anchor(line.trim_start_matches('#').trim_start()))
-                .collect();
-            if heading.is_some_and(|heading| !headings.iter().any(|found| found == heading)) {
+            let here = file(&document);
+            let path = if path.is_empty() { here } else { here.parent().unwrap().join(path) };
+            if !is_there(&path, heading) {
                 dead.push(format!("{document}: {target}"));
             }
         }
@@ -213,17 +220,75 @@ fn every_link_between_the_documents_leads_to_a_file_and_a_heading() {
     assert!(dead.is_empty(), "links that lead nowhere: {dead:#?}");
 }
 
+#[test]
+fn the_readme_links_every_document_below_docs() {
+    let readme = prose(&text("README.md"));
+    let unnamed: Vec<String> =
+        below_docs().into_iter().filter(|path| !readme.contains(&format!("[{path}]({path})"))).collect();
+    assert!(unnamed.is_empty(), "README.md has no link to: {unnamed:#?}");
+}
+
+/// The documents that a text names by their path from the root, as `docs/operating.md` or `README.md#speed`: each with its heading.
+fn named_in(text: &str) -> Vec<(String, Option<String>)> {
+    let part_of_name = |c: &char| c.is_ascii_alphanumeric() || matches!(c, '/' | '-' | '_' | '.' | '#');
+    let starts = ["docs/", "README.md"].into_iter().flat_map(|start| text.match_indices(start));
+    let names = starts.map(|(at, _)| text[at..].chars().take_while(part_of_name).collect::<String>());
+    let named = names.map(|name| {
+        let name = name.trim_end_matches('.');
+        let (path, heading) = name.split_once('#').map_or((name, None), |(path, heading)| (path, Some(heading)));
+        (path.to_owned(), heading.map(str::to_owned))
+    });
+    named.filter(|(path, _)| path.ends_with(".md")).collect()
+}
+
+#[test]
+fn what_a_text_names_is_found_with_its_heading() {
+    let found = |path: &str, heading: Option<&str>| (path.to_owned(), heading.map(str::to_owned));
+    let text = "see (docs/a.md#b-c), file:///doc/docs/d.md, README.md#e. docs/*.md, docs.rs";
+    let d = found("docs/d.md", None);
+    assert_eq!(named_in(text), [found("docs/a.md", Some("b-c")), d, found("README.md", Some("e"))]);
+}
+
+/// The files of a folder and what is below it.
+fn files_below(folder: &Path) -> Vec<PathBuf> {
+    let paths = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    paths.flat_map(|path| if path.is_dir() { files_below(&path) } else { vec![path] }).collect()
+}
+
+#[test]
+fn every_document_that_code_deployment_or_output_names_is_there_with_its_heading() {
+    let folders = ["src", "proto", "deploy", "benches", "fuzz/targets"].map(file);
+    let files = ["Makefile", "Dockerfile", "Cargo.toml"].map(file).into_iter();
+    let mut named = Vec::new();
+    for path in folders.iter().flat_map(|folder| files_below(folder)).chain(files) {
+        let text = fs::read_to_string(&path).unwrap();
+        let place = path.strip_prefix(env!("CARGO_MANIFEST_DIR")).unwrap().display().to_string();
+        // A section is named by its anchor, so that this test can look for it.
+        assert!(!text.contains("(README, "), "{place} names a section of the README in words");
+        named.extend(named_in(&text).into_iter().map(|name| (place.clone(), name)));
+    }
+    // What the product prints names them too.
+    for document in documents() {
+        for block in text(&document).split("\n```").skip(1).step_by(2) {
+            named.extend(named_in(block).into_iter().map(|name| (document.clone(), name)));
+        }
+    }
+    assert!(named.len() >= 25, "the sources do not look as this test expects: {named:#?}");
+    named.retain(|(_, (path, heading))| !is_there(&file(path), heading.as_deref()));
+    assert!(named.is_empty(), "named, and not there: {named:#?}");
+}
+
 /// Each `etcd-ferry ...` of the blocks of code, as words.
 fn commands() -> Vec<(String, Vec<String>)> {
     let mut commands = Vec::new();
-    for document in DOCUMENTS {
-        for block in text(document).split("\n```").skip(1).step_by(2) {
+    for document in documents() {
+        for block in text(&document).split("\n```").skip(1).step_by(2) {
             let lines = block.lines().map(|line| line.trim_start_matches("$ ").trim_start_matches("# "));
             for line in lines.filter_map(|line| line.strip_prefix("etcd-ferry ")) {
                 let words = line
                     .split_whitespace()
                     .take_while(|word| !word.starts_with(['2', '>', '|', '&', '#']) || *word == "2");
-                commands.push((document.to_owned(), words.map(str::to_owned).collect()));
+                commands.push((document.clone(), words.map(str::to_owned).collect()));
             }
         }
     }
@@ -258,10 +323,10 @@ fn every_command_in_the_documents_is_one_that_the_program_has_with_these_flags()
 #[test]
 fn every_make_target_in_the_documents_exists() {
     let makefile = text("Makefile");
-    for document in DOCUMENTS {
-        for rest in text(document).split("make ").skip(1) {
+    for document in documents() {
+        for rest in text(&document).split("make ").skip(1) {
             let target: String = rest.chars().take_while(|c| c.is_ascii_lowercase() || *c == '-').collect();
-            let before_and_after = text(document);
+            let before_and_after = text(&document);
             let is_command = before_and_after.contains(&format!("`make {target}"))
                 || before_and_after.contains(&format!("\n    make {target}"));
             if is_command && !target.is_empty() {

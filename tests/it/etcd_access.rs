@@ -1,6 +1,6 @@
 //! Job: etcds that ask who is there: TLS with client certificates, users whose rights are just enough, rights and logins that go and come.
 //! Input: pairs of regions whose etcds use TLS or users. Output: passes or fails.
-//! Always true: the rights that are granted here are those that the README states; what is missing is named in the status.
+//! Always true: the rights that are granted here are those that docs/operating.md states; what is missing is named in the status.
 
 use crate::bed::etcd::{Access, Etcd, EtcdOptions, EtcdTls};
 use crate::bed::pair::{LINK, LINK_BACK, Pair, PairOptions, REPLICA_REGION, link_name};
@@ -103,7 +103,7 @@ fn app() -> KeyRange {
     KeyRange::prefix(b"/app/")
 }
 
-/// What the one watch of a link over `/app/` covers, as the README states it: not asked of the code that is to keep to it.
+/// What the one watch of a link over `/app/` covers, as docs/operating.md states it: not asked of the code that is to keep to it.
 fn watched() -> KeyRange {
     KeyRange { from: Bytes::from_static(b"/app/"), to: Bytes::from_static(b"/etcd-ferry/v1/links0") }
 }
@@ -165,7 +165,7 @@ async fn revoke(etcd: &Etcd, (_, range): &(PermissionType, KeyRange)) {
 }
 
 #[tokio::test]
-async fn users_with_just_the_rights_that_the_readme_states_carry_copies_revisions_and_range_deletes() {
+async fn users_with_just_the_rights_that_the_manual_states_carry_copies_revisions_and_range_deletes() {
     let pair = Box::pin(with_rights(&rights_at_origin(), &rights_at_replica(), &[])).await;
     pair.origin_sidecar.wait_for_state(LINK, "following").await;
     let recorder = pair.record().await;

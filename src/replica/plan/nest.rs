@@ -104,6 +104,9 @@ mod tests {
             assert!(Shape::of(changes, 0, ops_max).is_some(), "{changes} with {ops_max}");
             assert!(Shape::of(changes + 1, 0, ops_max).is_none(), "{changes} and one with {ops_max}");
         }
-        assert!(changes_max(34) < 100_000 && changes_max(35) >= 100_000, "the README names 35");
+        assert!(
+            changes_max(34) < 100_000 && changes_max(35) >= 100_000,
+            "docs/operating.md#the-replicas-request-size names 35"
+        );
     }
 }

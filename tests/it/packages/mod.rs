@@ -5,6 +5,7 @@
 
 mod kubernetes;
 
+use crate::documents::below_docs;
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -162,6 +163,11 @@ fn the_debian_package_holds_what_the_service_and_its_documents_name() {
         [&program, &manual, &folder_of_configuration, &format!("/usr/lib/systemd/system/{}", "etcd-ferry.service")]
     {
         assert!(listed.contains(format!(".{wanted}").as_str()), "the package lacks {wanted}: {listed:?}");
+    }
+    // Where they stand to each other as here, so that the links between them lead somewhere.
+    for document in below_docs().iter().chain([&"README.md".to_owned()]) {
+        let wanted = format!("./usr/share/doc/etcd-ferry/{document}");
+        assert!(listed.contains(wanted.as_str()), "the package lacks {document}: {listed:?}");
     }
     let scripts = ["postinst", "prerm", "postrm"].map(|script| text(&format!("deploy/debian/{script}")));
     let user = setting(&unit, "User")[0];
