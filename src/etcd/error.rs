@@ -124,6 +124,11 @@ pub(super) fn reaction(error: &ClientError, endpoints: &str) -> EtcdError {
 const TOO_LARGE: [&str; 3] =
     ["request is too large", "trying to send message larger than max", "received message larger than max"];
 
+/// What a login is answered with, and in 3.4 a call of one who had logged in before, while etcd's users are switched off.
+pub(super) const USERS_OFF: &str = "authentication is not enabled";
+const LOGIN_LOST: [&str; 4] =
+    ["invalid auth token", "auth: revision in header is old", "authentication failed", USERS_OFF];
+
 fn denied(said: &str) -> EtcdError {
     EtcdError::Denied { right: String::new(), said: said.to_owned() }
 }
@@ -152,7 +157,7 @@ fn status_reaction(status: &tonic::Status, endpoints: &str) -> EtcdError {
     } else if has("user name not found") {
         // The one that etcd reads from a client certificate, where nobody logs in.
         EtcdError::LoginLost(format!("{text}: it is the client certificate's common name, see [etcd] username"))
-    } else if has("invalid auth token") || has("auth: revision in header is old") || has("authentication failed") {
+    } else if LOGIN_LOST.iter().any(|words| has(words)) {
         EtcdError::LoginLost(text.to_owned())
     } else if has("transport error") {
         // The library's own words: no connection came about, or it broke.
@@ -210,4 +215,31 @@ pub fn with_sources(error: &dyn std::error::Error) -> String {
         source = cause.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tonic::Status;
+
+    #[test]
+    fn a_login_that_holds_no_more_is_told_from_what_another_login_does_not_mend() {
+        let lost = [
+            Status::unauthenticated("etcdserver: invalid auth token"),
+            Status::invalid_argument("etcdserver: authentication failed, invalid user ID or password"),
+            Status::invalid_argument("etcdserver: auth: revision in header is old"),
+            Status::failed_precondition("etcdserver: authentication is not enabled"),
+        ];
+        for status in lost {
+            let reaction = status_reaction(&status, "etcd");
+            assert!(matches!(reaction, EtcdError::LoginLost(_)) && reaction.changed_nothing(), "{status}: {reaction:?}");
+        }
+        for (status, wanted) in [
+            (Status::permission_denied("etcdserver: permission denied"), "Denied"),
+            (Status::unavailable("etcdserver: no leader"), "NoLeader"),
+            (Status::unknown("etcdserver: something else"), "Other"),
+        ] {
+            assert!(format!("{:?}", status_reaction(&status, "etcd")).starts_with(wanted), "{status}");
+        }
+    }
 }

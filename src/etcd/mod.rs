@@ -13,7 +13,7 @@ mod watch;
 use crate::config::EtcdConfig;
 use crate::model::{ClusterId, KeyRange, Revision};
 use bytes::Bytes;
-use error::reaction;
+use error::{USERS_OFF, reaction};
 use etcd_client::{
     Certificate, Client, ConnectOptions, Error as ClientError, GetOptions, Identity, KvClient, PutOptions, TlsOptions,
     WatchOptions,
@@ -131,7 +131,7 @@ impl Etcd {
         let connecting = async {
             match Client::connect(&config.endpoints, Some(options)).await.map_err(|e| reaction(&e, &endpoints)) {
                 // While users are switched off in etcd nobody has to be anyone, and nobody can log in.
-                Err(EtcdError::Other(e)) if e.contains("authentication is not enabled") => {
+                Err(EtcdError::LoginLost(e)) if e.contains(USERS_OFF) => {
                     let options = connect_options(&without_user)?;
                     Client::connect(&config.endpoints, Some(options)).await.map_err(|e| reaction(&e, &endpoints))
                 }
