@@ -11,14 +11,14 @@ use super::hello::Greeted;
 use super::history::{self, Follows, Met};
 use super::session::{Session, SessionEnd};
 use super::spool::Spool;
-use super::view::ShipView;
 use super::tail::{TailCommand, TailView};
+use super::view::ShipView;
 use super::{LinkEvent, OriginLink, anchor};
 use crate::admin::{LinkCommand, next_command};
-use crate::etcd::gate::ClusterLimits;
 use crate::etcd::EtcdError;
+use crate::etcd::gate::ClusterLimits;
 use crate::failpoint;
-use crate::model::{Epoch, LinkState, LinkStatus, Position, Revision, Seq, Term};
+use crate::model::{Epoch, LinkName, LinkState, LinkStatus, Position, Revision, Seq, Term};
 use crate::retry::Backoff;
 use std::sync::Arc;
 use std::time::Duration;
@@ -225,7 +225,7 @@ impl Shipper {
 
     /// Waits for an operator. False: the process ends.
     async fn stopped(&mut self, reason: &str) -> bool {
-        let reason = reason.replace("resync LINK", &format!("resync {}", self.origin.send.link));
+        let reason = self.named(reason);
         tracing::error!(link = %self.origin.send.link, %reason, "the link stops");
         self.rest(LinkState::Stopped, reason);
         self.heard.send_replace(Heard { at: None, stopped: true });
@@ -243,11 +243,17 @@ impl Shipper {
         goes_on
     }
 
+    /// The same reason, with what it tells to run of this link.
+    fn named(&self, reason: &str) -> String {
+        reason.replace("resync LINK", &format!("resync {}", self.origin.send.link))
+    }
+
     /// What the policy makes of another history at the origin; `Err`: the link stops, with this reason.
     fn other_history(&mut self, reason: &str) -> Result<(), String> {
         let since = self.other_history.at.map(|at| at.elapsed());
         match history::follows(self.origin.send.other_history, since) {
             Follows::Resync => {
+                let reason = self.named(reason);
                 tracing::warn!(link = %self.origin.send.link, %reason, "the origin has another history, and the link goes on with it in a new epoch, as other_history says");
                 self.other_history.goes_on = true;
                 self.rest(
@@ -329,7 +335,8 @@ impl Shipper {
             Err(end) => return end,
         };
         failpoint::reach("greeted");
-        let outcome = match self.decide(&greeted).await.and_then(|way| while_paused(way, &greeted)) {
+        let decided = self.decide(&greeted).await;
+        let outcome = match decided.and_then(|way| while_paused(way, &greeted, &self.origin.send.link)) {
             Ok(Way::Follow { after }) => self.follow(greeted, after).await,
             Ok(Way::Copy { epoch, cursor, reason }) => Box::pin(self.copy(greeted, epoch, cursor, &reason)).await,
             Ok(Way::Repair { epoch, reason }) => {
@@ -394,11 +401,11 @@ impl Shipper {
 }
 
 /// A replica that is paused keeps what it holds, as an operator wished: it takes revisions into its journal, and no copy.
-fn while_paused(way: Way, greeted: &Greeted) -> Result<Way, SessionEnd> {
+fn while_paused(way: Way, greeted: &Greeted, link: &LinkName) -> Result<Way, SessionEnd> {
     let paused = Position::from_json(&greeted.reply.position).ok().and_then(|position| position.paused);
     match (way, paused) {
         (Way::Copy { reason, .. } | Way::Repair { reason, .. }, Some(paused)) => Err(SessionEnd::Wait(format!(
-            "the link is paused at the replica by {}, and waits for a base copy or a repair ({reason}): run `etcd-ferry resume LINK --config F` at the \
+            "the link is paused at the replica by {}, and waits for a base copy or a repair ({reason}): run `etcd-ferry resume {link} --config F` at the \
              replica's sidecar",
             paused.by
         ))),
