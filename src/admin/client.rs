@@ -17,7 +17,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 use tonic::transport::{self, Channel};
-use tonic::{Code, Response, Status};
+use tonic::{Code, Response, Status, Streaming};
 
 /// One question: connecting, TLS and the answer together.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(10);
@@ -64,21 +64,39 @@ pub async fn watch_status<E: From<ClientError>>(
     interval_ms: u32,
     mut show: impl FnMut(&StatusReply) -> Result<(), E>,
 ) -> Result<(), E> {
-    let at = dialled(connection.admin);
-    let late = || ClientError::Timeout { at };
-    let calling = async {
-        let mut client = AdminClient::new(connect(connection).await?);
-        let call = client.watch_status(WatchStatusRequest { interval_ms }).await;
-        call.map_err(|status| refused(connection, &status))
-    };
-    let mut statuses = tokio::time::timeout(TIMEOUT, calling).await.map_err(|_| late())??.into_inner();
-    let silence_max = TIMEOUT + Duration::from_millis(interval_ms.into());
+    let mut statuses = Statuses::open(connection, interval_ms).await?;
     loop {
-        let next = tokio::time::timeout(silence_max, statuses.message()).await.map_err(|_| late())?;
-        match next.map_err(|status| refused(connection, &status))? {
-            Some(status) => show(&status)?,
-            None => return Err(ClientError::Ended { at }.into()),
-        }
+        show(&statuses.next().await?)?;
+    }
+}
+
+/// The statuses that a sidecar tells by one call, which is one line in its log.
+pub struct Statuses<'c> {
+    connection: &'c Connection,
+    /// Longer without one, and the sidecar does not answer any more.
+    silence_max: Duration,
+    told: Streaming<StatusReply>,
+}
+
+impl<'c> Statuses<'c> {
+    /// The first one is told at once, the others at each interval.
+    pub async fn open(connection: &'c Connection, interval_ms: u32) -> Result<Self, ClientError> {
+        let calling = async {
+            let mut client = AdminClient::new(connect(connection).await?);
+            let call = client.watch_status(WatchStatusRequest { interval_ms }).await;
+            call.map(Response::into_inner).map_err(|status| refused(connection, &status))
+        };
+        let late = ClientError::Timeout { at: dialled(connection.admin) };
+        let told = tokio::time::timeout(TIMEOUT, calling).await.unwrap_or(Err(late))?;
+        Ok(Self { connection, silence_max: TIMEOUT + Duration::from_millis(interval_ms.into()), told })
+    }
+
+    /// The next one. An error ends the call.
+    pub async fn next(&mut self) -> Result<StatusReply, ClientError> {
+        let at = dialled(self.connection.admin);
+        let next = tokio::time::timeout(self.silence_max, self.told.message()).await;
+        let next = next.map_err(|_| ClientError::Timeout { at })?;
+        next.map_err(|status| refused(self.connection, &status))?.ok_or(ClientError::Ended { at })
     }
 }
 

@@ -4,8 +4,10 @@
 //! Always true: nothing here changes a link except by a `LinkCommand` or a `ReplicaCommand`; no answer holds a key or a value.
 
 pub mod bundle;
+mod calls;
 pub mod certificates;
 pub mod client;
+mod commands;
 mod health;
 mod history;
 pub mod http;
@@ -17,6 +19,7 @@ pub mod reload;
 pub mod roles;
 pub mod service;
 pub mod show;
+pub mod status_json;
 mod table;
 pub mod verification;
 mod watching;

@@ -4,8 +4,8 @@
 //! Always true: an interval is in its bounds; a caller that does not read is told less often, and holds nobody else.
 
 use super::Directory;
+use super::calls::status_reply;
 use super::proto::StatusReply;
-use super::service::status_reply;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;

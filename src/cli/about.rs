@@ -5,6 +5,7 @@
 
 use super::sidecar::Sidecar;
 use super::{Failure, say, say_json};
+use crate::admin::status_json::{status_json, status_line};
 use crate::admin::{certificates, client, show};
 use serde_json::json;
 use std::io::{IsTerminal, Write, stdout};
@@ -14,14 +15,14 @@ const COLUMNS: usize = 80;
 
 pub(super) fn status(sidecar: &Sidecar) -> Result<(), Failure> {
     let reply = sidecar.ask(async |connection| client::status(&connection).await)?;
-    if sidecar.json { say(&show::status_json(&reply)) } else { say(show::status_table(&reply, width()).trim_end()) }
+    if sidecar.json { say(&status_json(&reply)) } else { say(show::status_table(&reply, width()).trim_end()) }
 }
 
 /// Until the sidecar stops, or whoever reads has gone.
 pub(super) fn watch_status(sidecar: &Sidecar, interval_ms: u32) -> Result<(), Failure> {
     sidecar.ask(async |connection| {
         client::watch_status(&connection, interval_ms, |reply| {
-            if sidecar.json { told(&show::status_line(reply)) } else { told(&show::status_table(reply, width())) }
+            if sidecar.json { told(&status_line(reply)) } else { told(&show::status_table(reply, width())) }
         })
         .await
     })

@@ -30,7 +30,7 @@ pub struct Record {
     /// When it was given up, in milliseconds of Unix time by the replica's clock.
     pub at_ms: u64,
     /// So many of its changes, in key order, were applied before.
-    #[serde(default, skip_serializing_if = "super::is_zero")]
+    #[serde(default, skip_serializing_if = "super::position::is_zero")]
     pub part: u64,
     /// In key order, each key once.
     pub changes: Vec<Changed>,

@@ -4,6 +4,8 @@
 //! Always true: a stage that moves, or has nothing before it, is never stalled; while nobody looks, no time passes; what is to be done
 //! comes less and less often.
 
+use super::LinkState;
+
 /// A place at which a link can stand still.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stage {
@@ -45,6 +47,8 @@ pub struct Verdict {
     pub stalled: Option<Stalled>,
     /// It began to stand still with this look.
     pub begins: bool,
+    /// It stood still until this look, and makes progress again.
+    pub ends: bool,
     /// It is time to do what may help; rarer each time.
     pub react: bool,
 }
@@ -76,18 +80,28 @@ impl Watchdog {
         Self { limit_ms, stages: Vec::new(), looked_ms: 0, reacting: None }
     }
 
-    /// A stall ends with progress, not with a stream that is given up for it.
-    pub fn is_stalled(&self) -> bool {
+    /// One look at a link in `state`; one that is not to make progress now is not looked at. A stall ends with progress, not with a stream that is
+    /// given up for it. `seen`: the same stages at each look, those first whose standing still explains the others'.
+    pub fn turn(&mut self, state: LinkState, seen: &[Seen], now_ms: u64) -> Verdict {
+        let stood_still = self.is_stalled();
+        let looks = state.is_under_way() || state == LinkState::Connecting && stood_still;
+        if !looks {
+            self.forget();
+            return Verdict::default();
+        }
+        let verdict = self.look(seen, now_ms);
+        Verdict { ends: stood_still && verdict.stalled.is_none(), ..verdict }
+    }
+
+    fn is_stalled(&self) -> bool {
         self.reacting.is_some()
     }
 
-    /// The link is not to make progress now.
-    pub fn forget(&mut self) {
+    fn forget(&mut self) {
         (self.reacting, self.stages) = (None, Vec::new());
     }
 
-    /// `seen`: the same stages at each look, those first whose standing still explains the others'.
-    pub fn look(&mut self, seen: &[Seen], now_ms: u64) -> Verdict {
+    fn look(&mut self, seen: &[Seen], now_ms: u64) -> Verdict {
         let lost_ms = now_ms.saturating_sub(self.looked_ms);
         let lost_ms = if lost_ms > LOOKS_APART_MAX_MS { lost_ms } else { 0 };
         self.looked_ms = now_ms;
@@ -117,7 +131,7 @@ impl Watchdog {
             let pause_ms = for_ms.clamp(self.limit_ms.min(REACT_EVERY_MS_MAX), REACT_EVERY_MS_MAX);
             self.reacting = Some(Reacting { stage, next_for_ms: for_ms.saturating_add(pause_ms) });
         }
-        Verdict { stalled, begins: goes_on.is_none(), react }
+        Verdict { stalled, begins: goes_on.is_none(), ends: false, react }
     }
 }
 
@@ -211,6 +225,36 @@ mod tests {
         dog.forget();
         assert!(!dog.is_stalled());
         assert_eq!(looked(&mut dog, &still, 23_000, 32_000), Verdict::default());
+    }
+
+    #[test]
+    fn a_link_that_is_not_to_make_progress_is_not_looked_at_unless_it_connects_again_since_it_stood_still() {
+        let mut dog = Watchdog::new(LIMIT);
+        let still = [seen(Stage::Receipts, 1)];
+        let mut turns = |state, seconds: std::ops::RangeInclusive<u64>| {
+            let verdicts = seconds.map(|second| dog.turn(state, &still, second * 1_000));
+            verdicts.last().unwrap_or_default()
+        };
+        assert_eq!(turns(LinkState::Connecting, 0..=30), Verdict::default());
+        assert_eq!(turns(LinkState::Following, 31..=40), Verdict::default(), "it is looked at since it follows");
+        assert!(turns(LinkState::Following, 41..=41).begins);
+        for (state, seconds) in [(LinkState::Stalled, 42..=43), (LinkState::Connecting, 44..=60)] {
+            let verdict = turns(state, seconds);
+            assert!(verdict.stalled.is_some() && !verdict.begins && !verdict.ends, "{state:?}: {verdict:?}");
+        }
+        assert_eq!(turns(LinkState::Paused, 61..=61), Verdict::default());
+        assert_eq!(turns(LinkState::Connecting, 62..=90), Verdict::default());
+    }
+
+    #[test]
+    fn the_end_of_a_stall_is_told_once_and_only_where_it_ends_with_progress() {
+        for (state, ends) in [(LinkState::Stalled, true), (LinkState::Connecting, true), (LinkState::Paused, false)] {
+            let mut dog = Watchdog::new(LIMIT);
+            assert!(looked(&mut dog, &[seen(Stage::Apply, 1)], 0, 10_000).stalled.is_some());
+            let moved = [seen(Stage::Apply, 2)];
+            assert_eq!(dog.turn(state, &moved, 11_000), Verdict { ends, ..Verdict::default() }, "{state:?}");
+            assert_eq!(dog.turn(LinkState::Following, &moved, 12_000), Verdict::default(), "{state:?}");
+        }
     }
 
     #[test]

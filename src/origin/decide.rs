@@ -3,13 +3,14 @@
 //! Edge: part of the shipper, which owns all of it.
 //! Always true: nothing begins but as the resume table says; a watch that is refused for compaction is a new fact, and asked about again.
 
+use super::hello::Greeted;
 use super::history;
 use super::probe::{Probed, probe};
 use super::resume::{self, CarriedCheck, OriginFacts, Received, ReplicaFacts, Resume, SpoolFacts};
 use super::sequence::OriginWaymark;
 use super::session::SessionEnd;
-use super::ship::{Greeted, Shipper, at_origin};
-use super::watch::{Begins, TailCommand, TailState};
+use super::ship::{Shipper, at_origin};
+use super::tail::{Begins, TailCommand, TailState};
 use crate::etcd::Etcd;
 use crate::model::{Digest, Epoch, Position, Revision, Seq};
 use crate::wire::digest;

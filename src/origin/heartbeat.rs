@@ -6,8 +6,9 @@
 
 use super::candidacy::{self, Published};
 use super::elect::still_elected;
+use super::receipts::OPEN_DEADLINE;
 use super::sequence::OriginWaymark;
-use super::session::{OPEN_DEADLINE, Session, SessionEnd};
+use super::session::{Session, SessionEnd};
 use super::ship::{Shipper, at_origin};
 use crate::etcd::{Compare, CompareOp, Etcd, EtcdError, Txn, TxnOp, TxnResponse, txn_revision};
 use crate::failpoint;

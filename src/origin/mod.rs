@@ -11,10 +11,14 @@ pub mod elect;
 mod found;
 mod head;
 mod heartbeat;
+mod hello;
 pub mod history;
 pub mod lag;
 mod mend;
+mod outcome;
 mod probe;
+mod reader;
+mod receipts;
 mod remember;
 pub mod reopen;
 pub mod resume;
@@ -25,6 +29,7 @@ pub mod shipped;
 pub mod spool;
 mod stall;
 mod standby;
+pub mod tail;
 mod term;
 mod verify;
 mod view;
@@ -49,11 +54,12 @@ use stall::Help;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tail::{TailState, TailView};
 use tokio::sync::{mpsc, watch as watch_channel};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use view::ShipView;
-use watch::{Tail, TailState, TailView};
+use watch::Tail;
 
 /// Batches of arrivals and head readings that wait for the link's task; it only counts them, so they never gather.
 const EVENTS_MAX: usize = 256;
@@ -310,20 +316,12 @@ struct Views<'a> {
 impl Views<'_> {
     /// Looks whether the link stands still; says so once, and has done what may help. `stalls` counts.
     fn watch(&mut self, dog: &mut Watchdog, stalls: &mut u64, helps: &Helps, link: &LinkName, now_ms: u64) {
-        let state = self.state();
-        let looks = state.is_under_way() || state == LinkState::Connecting && dog.is_stalled();
-        if !looks {
-            return dog.forget();
-        }
-        let stood_still = dog.is_stalled();
-        let Verdict { stalled, begins, react } = dog.look(&stall::seen(self), now_ms);
+        let Verdict { stalled, begins, ends, react } = dog.turn(self.state(), &stall::seen(self), now_ms);
         self.stalled = stalled;
-        let Some(stalled) = stalled else {
-            if stood_still {
-                tracing::info!(%link, "the link makes progress again");
-            }
-            return;
-        };
+        if ends {
+            tracing::info!(%link, "the link makes progress again");
+        }
+        let Some(stalled) = stalled else { return };
         if begins {
             *stalls += 1;
             tracing::warn!(%link, reason = %stall::reason(self, stalled), "the link stands still");

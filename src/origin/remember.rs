@@ -11,9 +11,10 @@
 //! it. The replica cannot keep it: it does not know which origin it hears. An origin of another cluster id needs no note: the position tells.
 
 use super::elect::still_elected;
+use super::hello::Greeted;
 use super::history::Met;
 use super::session::SessionEnd;
-use super::ship::{Greeted, Shipper, at_origin};
+use super::ship::{Shipper, at_origin};
 use crate::etcd::{Compare, CompareOp, EtcdError, Txn, TxnOp};
 use crate::model::{ClusterId, Epoch, Position, Revision, Seq};
 

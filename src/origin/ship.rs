@@ -1,4 +1,4 @@
-//! Job: say hello to the replica's sidecar, and run what is decided then, until something ends it; one stream after the other.
+//! Job: run what is decided after a hello to the replica's sidecar, until something ends it; one stream after the other.
 //! Input: the spool, the tail's and the head's views, receipts, an operator's commands. Output: shipments, a `ShipView`, acknowledgements.
 //! Always true: seqs count on from what the replica has received; nothing is trimmed from the spool before it is applied;
 //! everything that ends a stream is a value of `Ended` with one planned reaction.
@@ -7,29 +7,24 @@ use super::canary::Canary;
 use super::decide::Way;
 use super::elect::{ElectView, Heard};
 use super::head::HeadView;
+use super::hello::Greeted;
 use super::history::{self, Follows, Met};
-use super::sequence::OriginWaymark;
 use super::session::{Session, SessionEnd};
 use super::spool::Spool;
+use super::tail::{TailCommand, TailView};
 use super::view::ShipView;
-use super::watch::{TailCommand, TailView};
 use super::{LinkEvent, OriginLink, anchor};
 use crate::admin::{LinkCommand, next_command};
+use crate::etcd::EtcdError;
 use crate::etcd::gate::ClusterLimits;
-use crate::etcd::{Etcd, EtcdError};
 use crate::failpoint;
-use crate::model::{Epoch, LinkState, LinkStatus, Position, Revision, Seq, Term, Waymark};
+use crate::model::{Epoch, LinkName, LinkState, LinkStatus, Position, Revision, Seq, Term};
 use crate::retry::Backoff;
-use crate::tls;
-use crate::wire::replicate::handshake_client::HandshakeClient;
-use crate::wire::replicate::{HelloReply, HelloRequest, Range};
-use crate::wire::{PROTOCOL_VERSION, RECEIPT_BYTES_MAX};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Channel;
 
 const WAIT_FIRST: Duration = Duration::from_millis(200);
 const WAIT_MAX: Duration = Duration::from_secs(1);
@@ -40,10 +35,6 @@ const DIAL_WAIT: Duration = Duration::from_millis(200);
 const STEADY: Duration = Duration::from_secs(5);
 /// A stop that could not be written down is tried again so often: an etcd without room or leader may be cured any moment.
 const REMEMBER_AGAIN: Duration = Duration::from_secs(5);
-const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
-const HELLO_DEADLINE: Duration = Duration::from_secs(15);
-const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
-const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// An operator's wish for a new base copy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,7 +77,7 @@ pub struct Shipper {
     pub(super) other_history: OtherHistoryMet,
     /// When both sides are compared next, unless somebody asks.
     pub(super) verify_due: Option<Instant>,
-    next_address: usize,
+    pub(super) next_address: usize,
     pub(super) canary: Canary,
     /// What its times are since.
     pub(super) clock: Instant,
@@ -114,15 +105,6 @@ impl OtherHistoryMet {
         }
         goes_on
     }
-}
-
-/// A hello that was answered, and what it led to.
-pub(super) struct Greeted {
-    pub channel: Channel,
-    pub reply: HelloReply,
-    pub etcd: Etcd,
-    pub waymark: OriginWaymark,
-    pub waymark_revision: Revision,
 }
 
 impl Shipper {
@@ -243,7 +225,7 @@ impl Shipper {
 
     /// Waits for an operator. False: the process ends.
     async fn stopped(&mut self, reason: &str) -> bool {
-        let reason = reason.replace("resync LINK", &format!("resync {}", self.origin.send.link));
+        let reason = self.named(reason);
         tracing::error!(link = %self.origin.send.link, %reason, "the link stops");
         self.rest(LinkState::Stopped, reason);
         self.heard.send_replace(Heard { at: None, stopped: true });
@@ -261,11 +243,17 @@ impl Shipper {
         goes_on
     }
 
+    /// The same reason, with what it tells to run of this link.
+    fn named(&self, reason: &str) -> String {
+        reason.replace("resync LINK", &format!("resync {}", self.origin.send.link))
+    }
+
     /// What the policy makes of another history at the origin; `Err`: the link stops, with this reason.
     fn other_history(&mut self, reason: &str) -> Result<(), String> {
         let since = self.other_history.at.map(|at| at.elapsed());
         match history::follows(self.origin.send.other_history, since) {
             Follows::Resync => {
+                let reason = self.named(reason);
                 tracing::warn!(link = %self.origin.send.link, %reason, "the origin has another history, and the link goes on with it in a new epoch, as other_history says");
                 self.other_history.goes_on = true;
                 self.rest(
@@ -347,7 +335,8 @@ impl Shipper {
             Err(end) => return end,
         };
         failpoint::reach("greeted");
-        let outcome = match self.decide(&greeted).await.and_then(|way| while_paused(way, &greeted)) {
+        let decided = self.decide(&greeted).await;
+        let outcome = match decided.and_then(|way| while_paused(way, &greeted, &self.origin.send.link)) {
             Ok(Way::Follow { after }) => self.follow(greeted, after).await,
             Ok(Way::Copy { epoch, cursor, reason }) => Box::pin(self.copy(greeted, epoch, cursor, &reason)).await,
             Ok(Way::Repair { epoch, reason }) => {
@@ -365,80 +354,6 @@ impl Shipper {
             Ok(never) => match never {},
             Err(end) => end,
         }
-    }
-
-    /// Connects to the next address, reads the origin's waymark, and says hello.
-    async fn greet(&mut self) -> Result<Greeted, SessionEnd> {
-        let addresses = &self.origin.send.to;
-        let address = addresses[self.next_address % addresses.len()].clone();
-        self.next_address += 1;
-        let etcd = self.origin.etcd.connect().await.map_err(|e| at_origin(&e))?;
-        let look = etcd.look(&self.origin.send.link.waymark_key()).await.map_err(|e| at_origin(&e))?;
-        let waymark_revision = look.kv.as_ref().map_or(Revision(0), |kv| kv.mod_revision);
-        let waymark = look.kv.as_ref().and_then(|kv| OriginWaymark::from_json(&kv.value)).unwrap_or_default();
-        let channel = self.channel(&address).await?;
-        let hello = HelloRequest {
-            protocol_version: PROTOCOL_VERSION,
-            link: self.origin.send.link.as_str().to_owned(),
-            epoch: self.claimed_epoch().0,
-            term: self.term.0,
-            origin_cluster: look.cluster.0,
-            waymark: Some(waymark.present.into()),
-            ranges: self
-                .origin
-                .send
-                .ranges
-                .pieces()
-                .iter()
-                .map(|p| Range { from: p.from.clone(), to: p.to.clone() })
-                .collect(),
-            window_bytes_max: self.origin.limits.window_bytes_max as u64,
-            frame_bytes_max: self.origin.limits.frame_bytes_max as u64,
-            link_back: self.origin.link_back,
-            region: self.origin.region.clone(),
-            node: self.origin.node.clone(),
-            software: env!("CARGO_PKG_VERSION").to_owned(),
-        };
-        let mut client = HandshakeClient::new(channel.clone()).max_decoding_message_size(RECEIPT_BYTES_MAX);
-        let reply = match tokio::time::timeout(HELLO_DEADLINE, client.hello(hello)).await {
-            Ok(Ok(reply)) => reply.into_inner(),
-            Ok(Err(status)) => return Err(refused(&address, &status)),
-            Err(_) => {
-                return Err(SessionEnd::Wait(format!(
-                    "{address} did not answer the hello within {} s",
-                    HELLO_DEADLINE.as_secs()
-                )));
-            }
-        };
-        if reply.protocol_version != PROTOCOL_VERSION {
-            let theirs = reply.protocol_version;
-            return Err(SessionEnd::Wait(format!(
-                "{address} speaks protocol version {theirs}, this sidecar {PROTOCOL_VERSION}: upgrade the older one"
-            )));
-        }
-        self.heard();
-        let fenced = reply.fenced;
-        let greeted = Greeted { channel, reply, etcd, waymark, waymark_revision };
-        if fenced {
-            return Err(self.fenced(&greeted).await.unwrap_or_else(|end| end));
-        }
-        Ok(greeted)
-    }
-
-    async fn channel(&self, address: &str) -> Result<Channel, SessionEnd> {
-        let (certificates, peer) = (self.origin.certificates.clone(), &self.origin.send.peer);
-        let connector = tls::connect::PeerConnector::to_peer(certificates, peer).with_timeout(CONNECT_DEADLINE);
-        let endpoint = tls::connect::endpoint(address)
-            .map_err(|e| SessionEnd::Stop(e.to_string()))?
-            .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
-            .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
-            .keep_alive_while_idle(true)
-            .initial_stream_window_size(1 << 20)
-            .initial_connection_window_size(2 << 20);
-        endpoint.connect_with_connector(connector).await.map_err(|e| {
-            let reason = format!("{address} cannot be reached: {}", tls::explain(&e));
-            if tls::connect::found_nobody(&e) { SessionEnd::Unreachable(reason) } else { SessionEnd::Wait(reason) }
-        })
     }
 
     async fn follow(&mut self, greeted: Greeted, after: Revision) -> Result<std::convert::Infallible, SessionEnd> {
@@ -485,24 +400,12 @@ impl Shipper {
     }
 }
 
-impl From<Waymark> for crate::wire::replicate::Waymark {
-    fn from(waymark: Waymark) -> Self {
-        Self { counter: waymark.counter, id: waymark.id }
-    }
-}
-
-impl From<crate::wire::replicate::Waymark> for Waymark {
-    fn from(waymark: crate::wire::replicate::Waymark) -> Self {
-        Self { counter: waymark.counter, id: waymark.id }
-    }
-}
-
 /// A replica that is paused keeps what it holds, as an operator wished: it takes revisions into its journal, and no copy.
-fn while_paused(way: Way, greeted: &Greeted) -> Result<Way, SessionEnd> {
+fn while_paused(way: Way, greeted: &Greeted, link: &LinkName) -> Result<Way, SessionEnd> {
     let paused = Position::from_json(&greeted.reply.position).ok().and_then(|position| position.paused);
     match (way, paused) {
         (Way::Copy { reason, .. } | Way::Repair { reason, .. }, Some(paused)) => Err(SessionEnd::Wait(format!(
-            "the link is paused at the replica by {}, and waits for a base copy or a repair ({reason}): run `etcd-ferry resume LINK --config F` at the \
+            "the link is paused at the replica by {}, and waits for a base copy or a repair ({reason}): run `etcd-ferry resume {link} --config F` at the \
              replica's sidecar",
             paused.by
         ))),
@@ -512,11 +415,4 @@ fn while_paused(way: Way, greeted: &Greeted) -> Result<Way, SessionEnd> {
 
 pub(super) fn at_origin(error: &EtcdError) -> SessionEnd {
     SessionEnd::Wait(format!("the origin's etcd: {error}"))
-}
-
-/// Refusals of a hello are waited out: the cure is at one of the two configurations or in the replica's etcd.
-fn refused(address: &str, status: &tonic::Status) -> SessionEnd {
-    let worded = [tonic::Code::PermissionDenied, tonic::Code::FailedPrecondition];
-    let said = if worded.contains(&status.code()) { status.message().to_owned() } else { tls::explain(status) };
-    SessionEnd::Wait(format!("{address} refused: {said}"))
 }

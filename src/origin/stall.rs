@@ -5,7 +5,7 @@
 
 use super::Views;
 use super::elect::Standing;
-use super::watch::TailState;
+use super::tail::TailState;
 use crate::model::stall::{Seen, Stage, Stalled};
 
 /// A line that is narrower than this does not carry a link.

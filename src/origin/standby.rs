@@ -8,7 +8,7 @@ use super::candidacy::{self, Chore, Tailing};
 use super::decide::WATCH_OPENS_MAX;
 use super::elect::{ElectView, Standing};
 use super::ship::Shipper;
-use super::watch::{Begins, TailState};
+use super::tail::{Begins, TailState};
 use crate::admin::{LinkCommand, next_command};
 use crate::etcd::{Columns, Etcd, EtcdError};
 use crate::model::{KeyRange, LINKS_PREFIX, LinkState, Revision, Term};

@@ -6,9 +6,10 @@
 use super::canary::Canary;
 use super::candidacy::{self, Fencing};
 use super::elect::{self, Heard, Standing};
+use super::hello::Greeted;
 use super::resume::{self, ReplicaFacts};
 use super::session::SessionEnd;
-use super::ship::{Greeted, Shipper, at_origin};
+use super::ship::{Shipper, at_origin};
 use crate::failpoint;
 use crate::model::Epoch;
 use tokio::time::Instant;

@@ -1,23 +1,22 @@
-//! Job: when both sides of a link are compared, what is told of it, and the repairs that are shipped.
+//! Job: when both sides of a link are compared, and the repairs that are shipped.
 //! Input: an operator's wish, the interval, the session's receipts. Output: comparisons that run beside the frames; marks and repairs between
 //! the frames; the view's `Verification`.
 //! Edge: part of the session; a comparison ends with its stream.
 //! Always true: a comparison that was asked for begins after it was asked for; one runs at a time; a repair holds what the origin is where the
 //! stream stands; nothing is mended unasked, nor where a link back exists.
 
-use super::Clock;
 use super::compare::{Answer, Ask, Comparison, Failed, Mark, Pace, Shipped};
 use super::found::{Compared, MendStop, Mending};
 use super::mend::{RepairOf, RepairReading, WANTED_KEYS_MAX};
+use super::outcome::{failed_run, tell};
 use super::session::{Session, SessionEnd};
 use super::ship::Shipper;
 use crate::admin::LinkCommand;
 use crate::etcd::EtcdError;
 use crate::failpoint;
-use crate::model::{Change, DifferingRange, Outcome, PartsProgress, Revision, Seq, WholeRevision};
+use crate::model::{Change, PartsProgress, Revision, Seq, WholeRevision};
 use crate::scan::Sizes;
-use crate::wire::parts::DifferingKey;
-use crate::wire::replicate::{KeysWanted, Mark as MarkMessage, Repair, Shipment, Verified, shipment};
+use crate::wire::replicate::{KeysWanted, Mark as MarkMessage, Repair, Shipment, shipment};
 use crate::wire::{digest, frame};
 use bytes::Bytes;
 use std::collections::VecDeque;
@@ -36,9 +35,6 @@ const REPAIR_PAUSE_FIRST: Duration = Duration::from_secs(2);
 const REPAIR_PAUSE_MAX: Duration = Duration::from_secs(60);
 /// Between a repair and the comparison that proves it: its outcome is seen before the next one's.
 const PROOF_PAUSE: Duration = Duration::from_secs(1);
-/// Where more keys differ, neighbours are told as one range.
-const RANGES_TOLD_MAX: usize = 16;
-
 /// The comparison of one stream that runs, and the one that is wanted next.
 #[derive(Default)]
 pub(super) struct Verifying {
@@ -415,83 +411,6 @@ impl Session {
     }
 }
 
-/// Tells the log, the view and the replica what a comparison came to.
-fn tell(ship: &Shipper, compared: &Compared, seconds: f64) -> Shipment {
-    let link = &ship.origin.send.link;
-    let revision = compared.revision;
-    let outcome = match (compared.differing, compared.mended) {
-        (0, _) => Outcome::Equal,
-        (_, Some(_)) => Outcome::Mended,
-        (_, None) => Outcome::Different,
-    };
-    let expected = compared.expected();
-    match (outcome, compared.mended) {
-        (Outcome::Different, _) if expected == compared.differing => {
-            tracing::warn!(%link, %revision, expected, "both sides differ as expected, in keys of revisions in quarantine at the replica");
-        }
-        (Outcome::Different, _) => tracing::error!(%link, %revision, differing = compared.differing,
-            "both sides differ: see `etcd-ferry status` at the origin's sidecar"),
-        (_, Some((puts, deletes))) => {
-            tracing::info!(%link, %revision, puts, deletes, seconds, "what differed is mended")
-        }
-        (_, None) => tracing::info!(%link, %revision, keys = compared.keys, seconds, "both sides are equal"),
-    }
-    let at_ms = Clock::new().now_ms();
-    ship.view.send_modify(|view| {
-        let verification = &mut view.verification;
-        verification.outcome = outcome;
-        if outcome == Outcome::Equal {
-            (verification.verified_revision, verification.verified_at_ms) = (revision, at_ms);
-        }
-        (verification.differing_keys, verification.expected_keys) = (compared.differing, expected);
-        verification.differing_ranges = told_ranges(&compared.found);
-        verification.detail = detail_of(compared, seconds);
-        let (puts, deletes) = compared.mended.unwrap_or_default();
-        view.count("mended_keys", puts + deletes);
-    });
-    let verification = &ship.view.borrow().verification;
-    let told = Verified {
-        origin_revision: verification.verified_revision.0,
-        at_ms: verification.verified_at_ms,
-        differing_keys: compared.differing,
-        expected_keys: expected,
-    };
-    Shipment { what: Some(shipment::What::Verified(told)) }
-}
-
-fn failed_run(ship: &Shipper, reason: &str) {
-    ship.view.send_modify(|view| {
-        view.verification.outcome = Outcome::Failed;
-        reason.clone_into(&mut view.verification.detail);
-    });
-}
-
-fn detail_of(compared: &Compared, seconds: f64) -> String {
-    let mut detail = format!("{} keys at origin revision {}, in {seconds:.1} s", compared.keys, compared.revision);
-    match compared.expected() {
-        0 => {}
-        all if all == compared.differing => detail.push_str(
-            "; all that differ are keys of revisions in quarantine, as expected: `etcd-ferry quarantine list` at the replica's sidecar",
-        ),
-        some => detail.push_str(&format!("; {some} of those that differ are keys of revisions in quarantine, as expected")),
-    }
-    if compared.moving > 0 {
-        detail
-            .push_str(&format!("; {} more differed and were on their way, since a link back exists", compared.moving));
-    }
-    detail
-}
-
-/// Keys that differ, each alone, or as few ranges as are told.
-fn told_ranges(found: &[DifferingKey]) -> Vec<DifferingRange> {
-    let in_one = found.len().div_ceil(RANGES_TOLD_MAX).max(1);
-    let range = |some: &[DifferingKey]| {
-        let (first, last) = (some.first()?, some.last()?);
-        Some(DifferingRange { first: first.key.clone(), last: last.key.clone(), keys: some.len() as u64 })
-    };
-    found.chunks(in_one).filter_map(range).collect()
-}
-
 /// After so many comparisons of this stream have ended.
 fn repair_pause(times: u32) -> Duration {
     REPAIR_PAUSE_FIRST.saturating_mul(1 << times.saturating_sub(1).min(16)).min(REPAIR_PAUSE_MAX)
@@ -500,31 +419,6 @@ fn repair_pause(times: u32) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::parts::Difference;
-    use bytes::Bytes;
-
-    fn found(count: usize) -> Vec<DifferingKey> {
-        let key = |n| DifferingKey {
-            key: Bytes::from(format!("{n:04}")),
-            difference: Difference::Extra,
-            values: (0, n as u64),
-        };
-        (0..count).map(key).collect()
-    }
-
-    #[test]
-    fn a_few_keys_are_told_each_alone_and_many_as_a_bounded_number_of_ranges_that_hold_them_all() {
-        assert!(told_ranges(&[]).is_empty());
-        let few = told_ranges(&found(RANGES_TOLD_MAX));
-        assert_eq!(few.len(), RANGES_TOLD_MAX);
-        assert!(few.iter().all(|range| range.first == range.last && range.keys == 1));
-        for count in [RANGES_TOLD_MAX + 1, 100, 5_000] {
-            let ranges = told_ranges(&found(count));
-            assert!(ranges.len() <= RANGES_TOLD_MAX);
-            assert_eq!(ranges.iter().map(|range| range.keys).sum::<u64>(), count as u64);
-            assert!(ranges.windows(2).all(|pair| pair[0].last < pair[1].first));
-        }
-    }
 
     #[test]
     fn a_repair_that_fails_is_begun_again_soon_and_then_less_and_less_often() {

@@ -287,21 +287,14 @@ struct Views<'a> {
 impl Views<'_> {
     /// Looks whether the link stands still; says so once, and ends the stream where another hello may help. `stalls` counts.
     fn watch(&mut self, dog: &mut Watchdog, stalls: &mut u64, uptime: Duration) {
-        let state = self.state();
-        let looks = state.is_under_way() || state == LinkState::Connecting && dog.is_stalled();
-        if !looks {
-            return dog.forget();
-        }
         let now_ms = u64::try_from(uptime.as_millis()).unwrap_or(u64::MAX);
-        let (link, stood_still) = (&self.end.config.link, dog.is_stalled());
-        let Verdict { stalled, begins, react } = dog.look(&stall::seen(self), now_ms);
+        let link = &self.end.config.link;
+        let Verdict { stalled, begins, ends, react } = dog.turn(self.state(), &stall::seen(self), now_ms);
         self.stalled = stalled;
-        let Some(stalled) = stalled else {
-            if stood_still {
-                tracing::info!(%link, "the link makes progress again");
-            }
-            return;
-        };
+        if ends {
+            tracing::info!(%link, "the link makes progress again");
+        }
+        let Some(stalled) = stalled else { return };
         if begins {
             *stalls += 1;
             tracing::warn!(%link, reason = %stall::reason(self, stalled), "the link stands still");

@@ -12,11 +12,9 @@ use rustls::pki_types::CertificateDer;
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::{JoinError, JoinSet};
@@ -66,10 +64,12 @@ pub struct PeerConnectInfo {
 pub type Incoming = ReceiverStream<Result<PeerConnection, Infallible>>;
 
 /// A connection with a known peer.
-pub struct PeerConnection {
-    stream: Rechecked<TlsStream<TcpStream>>,
+pub type PeerConnection = Rechecked<TlsStream<TcpStream>, Kept>;
+
+/// What a connection keeps until it ends.
+pub struct Kept {
     peer: PeerConnectInfo,
-    /// Given back when the connection ends.
+    /// Given back then.
     _place: OwnedSemaphorePermit,
 }
 
@@ -170,7 +170,8 @@ impl AcceptLoop {
     }
 
     async fn hand_on(&self, connection: PeerConnection) -> bool {
-        tracing::debug!(remote = %connection.peer.remote, peer = %connection.peer.identity, "a connection was accepted");
+        let peer = &connection.kept.peer;
+        tracing::debug!(remote = %peer.remote, peer = %peer.identity, "a connection was accepted");
         tokio::select! {
             biased;
             () = self.shutdown.cancelled() => false,
@@ -209,9 +210,8 @@ async fn handshake(
         Ok(Ok(stream)) => match identity(&stream) {
             Ok((identity, chain)) => {
                 let at = format!("{identity} from {remote}");
-                let stream = Rechecked::new(stream, Peer { chain, of: As::Client, at }, in_use);
-                let peer = PeerConnectInfo { remote, identity: Arc::new(identity) };
-                Ok(Box::new(PeerConnection { stream, peer, _place: place }))
+                let kept = Kept { peer: PeerConnectInfo { remote, identity: Arc::new(identity) }, _place: place };
+                Ok(Box::new(Rechecked::new(stream, Peer { chain, of: As::Client, at }, in_use, kept)))
             }
             Err(reason) => Err(refused(reason)),
         },
@@ -260,49 +260,11 @@ impl SeldomLog {
     }
 }
 
-impl PeerConnection {
-    pub fn peer(&self) -> &PeerConnectInfo {
-        &self.peer
-    }
-}
-
 impl Connected for PeerConnection {
     type ConnectInfo = PeerConnectInfo;
 
     fn connect_info(&self) -> PeerConnectInfo {
-        self.peer.clone()
-    }
-}
-
-impl AsyncRead for PeerConnection {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
-    }
-}
-
-impl AsyncWrite for PeerConnection {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+        self.kept.peer.clone()
     }
 }
 

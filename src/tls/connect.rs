@@ -131,7 +131,7 @@ impl With {
             With::InUse(in_use, peer) => {
                 let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
                 let chain = chain.iter().map(|c| c.clone().into_owned()).collect();
-                Rechecked::new(stream, Peer { chain, of: As::Server(vec![peer]), at }, in_use)
+                Rechecked::new(stream, Peer { chain, of: As::Server(vec![peer]), at }, in_use, ())
             }
         }
     }

@@ -32,21 +32,25 @@ pub struct Peer {
 }
 
 /// A stream that ends with an error once its peer is refused.
-pub struct Rechecked<S> {
+pub struct Rechecked<S, K = ()> {
     stream: S,
     again: Option<(Peer, WatchStream<Arc<InUse>>)>,
     refused: bool,
+    /// What whoever made it keeps for as long as the connection lasts.
+    pub(super) kept: K,
 }
 
 impl<S> Rechecked<S> {
-    /// `in_use`: whose last seen value judged the handshake.
-    pub fn new(stream: S, peer: Peer, in_use: watch::Receiver<Arc<InUse>>) -> Self {
-        Self { stream, again: Some((peer, WatchStream::from_changes(in_use))), refused: false }
-    }
-
     /// For a connection that is too short to outlive its certificates.
     pub fn never(stream: S) -> Self {
-        Self { stream, again: None, refused: false }
+        Self { stream, again: None, refused: false, kept: () }
+    }
+}
+
+impl<S, K> Rechecked<S, K> {
+    /// `in_use`: whose last seen value judged the handshake.
+    pub fn new(stream: S, peer: Peer, in_use: watch::Receiver<Arc<InUse>>, kept: K) -> Self {
+        Self { stream, again: Some((peer, WatchStream::from_changes(in_use))), refused: false, kept }
     }
 
     pub fn get_ref(&self) -> &S {
@@ -80,14 +84,14 @@ impl<S> Rechecked<S> {
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Rechecked<S> {
+impl<S: AsyncRead + Unpin, K: Unpin> AsyncRead for Rechecked<S, K> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         self.recheck(cx)?;
         Pin::new(&mut self.stream).poll_read(cx, buf)
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Rechecked<S> {
+impl<S: AsyncWrite + Unpin, K: Unpin> AsyncWrite for Rechecked<S, K> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         self.may_go_on()?;
         Pin::new(&mut self.stream).poll_write(cx, buf)

@@ -1,12 +1,12 @@
 //! Job: `etcd-ferry top`: every link of one or several sidecars, live on a terminal, or once as text.
 //! Input: where the sidecars are; keys; signals. Output: a screen that is drawn anew after each look.
-//! Edge: asks each sidecar each second; what is shown is decided in past.rs and drawn in screen.rs.
+//! Edge: asks each sidecar once, which tells its status each second from then on; what is shown is decided in past.rs and drawn in screen.rs.
 //! Always true: however it ends (a key, a signal, a panic), the terminal is as it was; a sidecar that does not answer hides no other.
 
 pub mod past;
 pub mod screen;
 
-use crate::admin::client::{self, ClientError, Connection};
+use crate::admin::client::{self, ClientError, Connection, Statuses};
 use crate::admin::proto::StatusReply;
 use past::Past;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
@@ -19,7 +19,9 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 /// From one look at a sidecar to the next.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+const LOOK_EVERY_MS: u32 = 1_000;
+/// After a call that has failed, until the next one.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
 /// Looks and keys that wait to be shown: drawing takes milliseconds.
 const WAITING_MAX: usize = 16;
 /// How long the reader of keys takes to notice that it is over.
@@ -127,16 +129,29 @@ async fn any(signals: &mut [io::Result<Signal>; 3]) {
     futures::future::select_all(waiting).await;
 }
 
+/// One call for as long as it lasts: each is a line in the sidecar's log.
 async fn look(sidecar: usize, connection: Connection, tell: mpsc::Sender<Heard>) {
-    let mut ticks = tokio::time::interval(LOOK_EVERY);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut call = None;
     loop {
-        ticks.tick().await;
-        let answer = Box::new(client::status(&connection).await);
+        let answer = Box::new(next(&mut call, &connection).await);
+        let has_failed = answer.is_err();
         if tell.send(Heard::Looked { sidecar, answer }).await.is_err() {
             return;
         }
+        if has_failed {
+            call = None;
+            tokio::time::sleep(ASK_AGAIN).await;
+        }
     }
+}
+
+/// What the sidecar tells next, after another call if none is open.
+async fn next<'c>(call: &mut Option<Statuses<'c>>, connection: &'c Connection) -> Result<StatusReply, ClientError> {
+    let statuses = match call {
+        Some(statuses) => statuses,
+        None => call.insert(Statuses::open(connection, LOOK_EVERY_MS).await?),
+    };
+    statuses.next().await
 }
 
 /// On a thread of its own: a terminal is read by waiting.

@@ -121,6 +121,7 @@ async fn a_cluster_in_the_place_of_another_stops_the_link_unless_its_policy_says
         let written = after.iter().filter(|(key, stamp)| stamps.get(*key) != Some(*stamp)).count();
         assert_eq!(written, 1, "only what differed ({policy})");
         assert_eq!(times(&pair, "the link stops") > 0, policy == "stop");
+        assert_eq!((times(&pair, "resync config") > 0, times(&pair, "resync LINK")), (true, 0), "{policy}");
     }
 }
 

@@ -151,7 +151,9 @@ async fn no_base_copy_and_no_comparison_goes_past_a_pause() {
     done(&pair.origin_sidecar, &["resync", LINK]);
     let waits = |entry: &Value| {
         let reason = entry["reason"].as_str().unwrap_or_default();
-        reason.contains(&format!("paused at the replica by {ADMIN}")) && reason.contains("waits for a base copy")
+        reason.contains(&format!("paused at the replica by {ADMIN}"))
+            && reason.contains("waits for a base copy")
+            && reason.contains("run `etcd-ferry resume config --config F`")
     };
     pair.origin_sidecar.wait_for(LINK, "to wait for the resume", waits).await;
     assert_eq!(keys_at_replica(&pair).await, 10);

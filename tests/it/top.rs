@@ -4,6 +4,7 @@
 //! Always true: what is judged is what a terminal would have been sent.
 
 use crate::bed::pair::{LINK, Pair, PairOptions};
+use crate::bed::sidecar::Sidecar;
 use crate::bed::{PATIENCE, until};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, Signal, kill_process};
@@ -71,6 +72,11 @@ impl AtTerminal {
             .await;
     }
 
+    /// What is shown from now on is what counts.
+    fn forget(&self) {
+        self.seen.lock().unwrap().clear();
+    }
+
     async fn ended(&mut self) -> ExitStatus {
         let child = &mut self.child;
         until("top to end", PATIENCE, async || child.try_wait().expect("a child can be waited for")).await
@@ -118,6 +124,43 @@ async fn a_terminal_shows_every_link_live_until_a_key_or_a_signal_and_is_then_as
         top.shows(LEAVE).await;
         assert!(echoes(&top.terminal), "{way}");
     }
+}
+
+/// The calls for its status that a sidecar's log holds. Nobody else makes one where only http is asked.
+fn status_calls(sidecar: &Sidecar) -> Vec<String> {
+    let of_status = |line: &&str| line.contains("admin call") && line.contains("Status");
+    sidecar.log().lines().filter(of_status).map(str::to_owned).collect()
+}
+
+#[tokio::test]
+async fn a_top_that_runs_on_is_one_line_in_a_sidecars_log_and_one_more_where_the_sidecar_was_started_again() {
+    let mut pair = Box::pin(Pair::prepare(PairOptions::default())).await;
+    pair.origin_sidecar.restart().await;
+    let config = pair.replica_sidecar.config_path();
+    let top = AtTerminal::start(&["top", "--config", config.to_str().expect("a plain name")]);
+    top.shows("answer:").await;
+    pair.replica_sidecar.restart().await;
+    top.shows("cn-hangzhou-a").await;
+    pair.replica_sidecar.wait_for_state(LINK, "following").await;
+    // Each of these words is of other letters than the one that it takes the place of, and so is sent whole.
+    for _ in 0..3 {
+        for (command, state) in [("pause", "paused"), ("resume", "following")] {
+            top.forget();
+            let output = pair.replica_sidecar.admin(&[command, LINK]);
+            assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+            top.shows(state).await;
+        }
+    }
+    let calls = status_calls(&pair.replica_sidecar);
+    assert!(calls.len() == 1 && calls[0].contains("WatchStatus"), "{calls:#?}");
+
+    top.forget();
+    pair.replica_sidecar.stop().await;
+    top.shows("answer:").await;
+    pair.replica_sidecar.restart().await;
+    let calls = async || Some(status_calls(&pair.replica_sidecar)).filter(|calls| calls.len() > 1);
+    let calls = until("a call to the sidecar that was started again", PATIENCE, calls).await;
+    assert_eq!(calls.len(), 2, "{calls:#?}");
 }
 
 #[tokio::test]

@@ -1,7 +1,7 @@
 //! Job: the origin's half of a base copy, stepped: pages at a pinned revision, or each at its own once the pin is compacted.
 //! Input: the origin's etcd, ranges, a cursor. Output: pages in key order.
 //! Pure: no clock, no I/O.
-//! Always true: as in the product's origin/anchor.rs; pages leave no hole between them.
+//! Always true: as in the product's origin/reader.rs; pages leave no hole between them.
 
 use super::etcd::{Compacted, Etcd};
 use super::random::Random;
