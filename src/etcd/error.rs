@@ -232,7 +232,10 @@ mod tests {
         ];
         for status in lost {
             let reaction = status_reaction(&status, "etcd");
-            assert!(matches!(reaction, EtcdError::LoginLost(_)) && reaction.changed_nothing(), "{status}: {reaction:?}");
+            assert!(
+                matches!(reaction, EtcdError::LoginLost(_)) && reaction.changed_nothing(),
+                "{status}: {reaction:?}"
+            );
         }
         for (status, wanted) in [
             (Status::permission_denied("etcdserver: permission denied"), "Denied"),
