@@ -28,11 +28,9 @@ async fn assert_mended(pair: &Pair, more: &[&str], keys: u64) {
     pair.origin_sidecar.wait_for(LINK, "the proof of the repair", proved).await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn ten_of_a_hundred_thousand_keys_are_mended_with_under_200_kb_in_three_round_trips() {
-    const ONE_WAY: Duration = Duration::from_secs(2);
-    let pair = Box::pin(following_with(over_app(), 100_000, 1_024)).await;
-    let mut changed: Vec<Bytes> = Vec::new();
+/// Changes and deletes ten of 100,000 keys at the replica, by hand; which.
+async fn change_ten(pair: &Pair) -> Vec<Bytes> {
+    let mut changed = Vec::new();
     for number in (0..10).map(|n| n * 9_973 + 71) {
         let key = Bytes::from(format!("/app/{number:06}"));
         match number % 3 {
@@ -41,6 +39,22 @@ async fn ten_of_a_hundred_thousand_keys_are_mended_with_under_200_kb_in_three_ro
         }
         changed.push(key);
     }
+    changed
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ten_of_a_hundred_thousand_keys_are_mended_with_under_200_kb_in_three_round_trips() {
+    const ONE_WAY: Duration = Duration::from_secs(2);
+    let pair = Box::pin(following_with(over_app(), 100_000, 1_024)).await;
+    // What both sides compute takes its time too, on a busy machine as long as a round trip: it is measured on a line without delay.
+    change_ten(&pair).await;
+    let asked_at = Instant::now();
+    let (code, outcome) = repair(&pair, &[]);
+    let computing = asked_at.elapsed();
+    assert_eq!((code, outcome["outcome"].as_str()), (Some(0), Some("mended")), "{outcome}");
+    let proved = |entry: &Value| entry["verification"]["outcome"] == "equal";
+    pair.origin_sidecar.wait_for(LINK, "the proof of the first repair", proved).await;
+    let mut changed = change_ten(&pair).await;
     let (_, before) = pair.replica.all_stamps().await;
     pair.proxy.set_delay(ONE_WAY);
     let crossed = |pair: &Pair| pair.proxy.counters().bytes_to_target + pair.proxy.counters().bytes_from_target;
@@ -49,11 +63,15 @@ async fn ten_of_a_hundred_thousand_keys_are_mended_with_under_200_kb_in_three_ro
     let (code, outcome) = repair(&pair, &[]);
 
     let (took, sent) = (asked_at.elapsed(), crossed(&pair) - bytes_before);
-    eprintln!("10 of 100,000 keys: {sent} bytes in {took:?}, at {:?} a round trip", 2 * ONE_WAY);
+    let round_trip = 2 * ONE_WAY;
+    eprintln!(
+        "10 of 100,000 keys: {sent} bytes in {took:?}, {computing:?} without delay, at {round_trip:?} a round trip"
+    );
     assert_eq!((code, outcome["outcome"].as_str()), (Some(0), Some("mended")), "{outcome}");
     assert_eq!(outcome["differing_keys"], 10, "{outcome}");
     assert!(sent < 200_000, "{sent} bytes");
-    assert!(took < 4 * 2 * ONE_WAY, "{took:?} is more than three round trips of {:?}", 2 * ONE_WAY);
+    let on_the_line = took.saturating_sub(computing);
+    assert!(on_the_line < round_trip * 7 / 2, "{on_the_line:?} is more than three round trips of {round_trip:?}");
     pair.proxy.set_delay(Duration::ZERO);
     assert_eq!(pair.assert_equal().await, 100_000);
     let after = pair.replica.stamps(&pair.ranges).await;
@@ -62,7 +80,6 @@ async fn ten_of_a_hundred_thousand_keys_are_mended_with_under_200_kb_in_three_ro
     written.sort();
     changed.sort();
     assert_eq!(written, changed.iter().collect::<Vec<_>>(), "only what differed was written");
-    let proved = |entry: &Value| entry["verification"]["outcome"] == "equal";
     pair.origin_sidecar.wait_for(LINK, "the proof of the repair", proved).await;
 }
 
