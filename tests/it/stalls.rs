@@ -6,6 +6,7 @@ use crate::bed::LinkProxy;
 use crate::bed::pair::{LINK, Pair, PairOptions};
 use crate::bed::sidecar::Sidecar;
 use etcd_ferry::demo::proxy::Direction;
+use etcd_ferry::etcd::version;
 use etcd_ferry::model::Revision;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -48,9 +49,9 @@ async fn stalled(sidecar: &Sidecar, words: &str) -> Value {
 async fn goes_on(pair: &Pair, last: Revision) {
     pair.wait_applied(last).await;
     for sidecar in [&pair.origin_sidecar, &pair.replica_sidecar] {
-        let well = |entry: &Value| entry["state"] == "following" && entry["stalled_seconds"] == 0.0;
-        let entry = sidecar.wait_for(LINK, "no stall any more", well).await;
-        assert_eq!(entry["reason"], "", "{entry:#}");
+        let well =
+            |entry: &Value| entry["state"] == "following" && entry["stalled_seconds"] == 0.0 && entry["reason"] == "";
+        sidecar.wait_for(LINK, "no stall and no reason any more", well).await;
         let log = sidecar.log();
         let told = log.contains("the link stands still") == log.contains("the link makes progress again");
         assert!(told, "a stall's end is told as its beginning is: {log}");
@@ -116,8 +117,14 @@ async fn a_watch_that_is_half_open_is_a_stall_that_another_watch_ends() {
     // Nobody thaws it.
     goes_on(&pair, last).await;
     let entry = pair.origin_sidecar.wait_for_state(LINK, "following").await;
-    assert_eq!(entry["counts"]["stalls"], 1, "{entry:#}");
     let log = pair.origin_sidecar.log();
+    let version = pair.origin.client().await.status().await.unwrap().version().to_owned();
+    if version::progress_in_order(&version) == Some(false) {
+        // Such an etcd is not asked for progress but shown a key, and that it does not answer to that is met before the stall.
+        assert!(entry["counts"]["stalls"] == 0 && log.contains("etcd did not answer within 10 s"), "{entry:#}\n{log}");
+        return;
+    }
+    assert_eq!(entry["counts"]["stalls"], 1, "{entry:#}");
     assert!(log.contains("the origin's watch has shown nothing for 12 s"), "{log}");
     assert!(log.contains("the watch stood still"), "{log}");
 }
