@@ -10,6 +10,7 @@ use crate::admin::roles::Admins;
 use crate::admin::{self, Directory, Listening, Own};
 use crate::config::{Config, Layers};
 use crate::etcd::gate::Gate;
+use crate::etcd::with_sources;
 use crate::logs::Logs;
 use crate::metrics;
 use crate::model::LINKS_PREFIX;
@@ -111,8 +112,9 @@ impl App {
             None => metrics::record_renewal(0),
         }
         let bind = |what: &'static str, address| async move {
-            TcpListener::bind(address).await.with_context(|| {
-                format!("cannot listen at {address} (listen.{what}): is another process there already?")
+            TcpListener::bind(address).await.map_err(|e| {
+                let advice = admin::listen_advice(&e);
+                anyhow::Error::new(e).context(format!("cannot listen at {address} (listen.{what}): {advice}"))
             })
         };
         let peer = bind("peer", config.listen.peer).await?;
@@ -264,7 +266,7 @@ impl App {
                         Ended { result: Err(e), from_start: true, .. } => e,
                         Ended { link, side, result: Err(e), from_start: false } => {
                             let side = side.as_str();
-                            tracing::error!(%link, side, error = format!("{e:#}"), "a link of the last reload has ended; the others go on");
+                            tracing::error!(%link, side, error = with_sources(e.as_ref()), "a link of the last reload has ended; the others go on");
                             continue;
                         }
                     }
@@ -281,7 +283,7 @@ impl App {
                     continue;
                 }
             };
-            tracing::error!(error = format!("{failed:#}"), "stopping: a task failed");
+            tracing::error!(error = with_sources(failed.as_ref()), "stopping: a task failed");
             outcome = Err(failed);
             stop.cancel();
         }

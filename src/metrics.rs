@@ -277,7 +277,7 @@ pub fn record_link(status: &LinkStatus) {
         (COPY_EXPECTED_KEYS, copy.keys_total as f64),
         (VERIFIED_TIMESTAMP_SECONDS, status.verification.verified_at_ms as f64 / 1000.0),
         (VERIFIED_REVISION, status.verification.verified_revision.0 as f64),
-        (DIFFERING_KEYS, status.verification.differing_keys as f64),
+        (DIFFERING_KEYS, status.verification.differing_now() as f64),
         (QUARANTINED_REVISIONS, status.quarantined_revisions as f64),
         (LIMITS_SHORT, if short { 1.0 } else { 0.0 }),
         (QUEUE_BYTES, queue_bytes as f64),

@@ -10,7 +10,8 @@ use super::proto::{
 };
 use super::show::printable;
 use crate::tls::connect::{ConnectError, PeerConnector, endpoint};
-use crate::tls::{self, TlsError, explain};
+use crate::tls::explain::{explain, wrong_name};
+use crate::tls::{self, TlsError, WrongName};
 use std::error::Error;
 use std::future::Future;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -47,6 +48,12 @@ pub enum ClientError {
     Tls { at: SocketAddr, cert: PathBuf, reason: String },
     #[error("the sidecar at {at} does not take orders from {}: {reason}", cert.display())]
     NotAdmin { at: SocketAddr, cert: PathBuf, reason: String },
+    #[error(
+        "another sidecar answers at {at}: it is {found}, and this configuration is of {wanted}: give its own --config"
+    )]
+    OtherSidecar { at: SocketAddr, found: String, wanted: String },
+    #[error("what answers at {at} is no admin port: see listen.admin")]
+    NoAdminPort { at: SocketAddr },
     #[error("the sidecar at {at} has stopped: see its log, and start it again")]
     Ended { at: SocketAddr },
     #[error("the sidecar at {at} refuses: {reason}")]
@@ -177,6 +184,9 @@ pub(super) fn dialled(mut admin: SocketAddr) -> SocketAddr {
 /// Why no connection came about: nobody there, or somebody else.
 fn undialled(connection: &Connection, error: &(dyn Error + 'static)) -> ClientError {
     let at = dialled(connection.admin);
+    if let Some(WrongName { wanted, found }) = wrong_name(error) {
+        return ClientError::OtherSidecar { at, found: printable(found), wanted: printable(wanted) };
+    }
     match connect_error(error) {
         Some(ConnectError::Tcp { source, .. }) => ClientError::NoAnswer { at, reason: source.to_string() },
         Some(ConnectError::TimedOut { .. }) => ClientError::Timeout { at },
@@ -204,6 +214,9 @@ pub(super) fn refused(connection: &Connection, status: &Status) -> ClientError {
     let (at, cert) = (dialled(connection.admin), connection.cert.clone());
     if status.source().is_some() {
         return ClientError::Tls { at, cert, reason: printable(&explain(status)) };
+    }
+    if status.code() == Code::Unimplemented {
+        return ClientError::NoAdminPort { at };
     }
     let reason = if status.message().is_empty() { status.code().description() } else { status.message() };
     let reason = printable(reason);

@@ -53,7 +53,7 @@ const PATHS: &str = "\
 
 #[derive(Debug, thiserror::Error)]
 pub enum HttpError {
-    #[error("cannot listen at {addr} (listen.http): is another process there already?")]
+    #[error("cannot listen at {addr} (listen.http): {}", super::listen_advice(source))]
     Bind { addr: SocketAddr, source: io::Error },
 }
 

@@ -31,6 +31,7 @@ use crate::model::{
     CertificatesStatus, EtcdHealth, HeldBack, LinkName, LinkState, LinkStatus, Mended, Paused, Record, Seq, Side,
 };
 use serde::Serialize;
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
@@ -186,6 +187,17 @@ impl Directory {
     /// The latest status of each.
     pub fn snapshots(&self) -> Vec<LinkStatus> {
         self.links().iter().map(LinkHandle::snapshot).collect()
+    }
+}
+
+/// Why an address cannot be listened at, as far as it can be guessed.
+pub fn listen_advice(error: &io::Error) -> &'static str {
+    if error.kind() == io::ErrorKind::AddrNotAvailable {
+        "no interface of this machine has that address"
+    } else if error.kind() == io::ErrorKind::PermissionDenied {
+        "a port below 1024 needs a right (CAP_NET_BIND_SERVICE)"
+    } else {
+        "is another process there already?"
     }
 }
 

@@ -21,7 +21,10 @@ pub fn at_replica<'a>(connection: &Connection, reply: &'a StatusReply, link: &st
             "this sidecar is the origin of link {link}: ask the sidecar at its other side ({})",
             printable(&origin.peer)
         ),
-        None => format!("there is no link {link:?} here"),
+        None => {
+            let known: Vec<String> = reply.links.iter().map(|known| printable(&known.link)).collect();
+            format!("there is no link {link:?} here; there are: {}", known.join(", "))
+        }
     };
     Err(ClientError::Refused { at, reason })
 }

@@ -46,7 +46,7 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 
 #[derive(Debug, thiserror::Error)]
 pub enum ServiceError {
-    #[error("cannot listen at {addr} (listen.admin): is another process there already?")]
+    #[error("cannot listen at {addr} (listen.admin): {}", super::listen_advice(source))]
     Bind { addr: SocketAddr, source: io::Error },
     #[error("reflection cannot be served: {0}")]
     Reflection(#[source] tonic_reflection::server::Error),
@@ -196,6 +196,10 @@ pub(super) fn audit<T>(request: &Request<T>, call: &str, link: &str, outcome: &R
     // `authorise` lets nothing through without a caller.
     let Some(Caller { admin, from }) = request.extensions().get::<Caller>() else { return };
     match outcome {
+        // What they begin ends later, and is told by the link.
+        Ok(()) if ["Verify", "Repair", "Resync"].contains(&call) => {
+            info!(admin, %from, call, link, outcome = "begun", "admin call");
+        }
         Ok(()) => info!(admin, %from, call, link, outcome = "done", "admin call"),
         Err(status) => warn!(admin, %from, call, link, outcome = status.message(), "admin call"),
     }

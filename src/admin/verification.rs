@@ -124,9 +124,17 @@ pub fn verification_lines(verification: &Verification) -> Vec<String> {
             }
             some => format!(", {some} of them as expected: revisions in quarantine changed them"),
         };
-        lines.push(format!("{} differ{expected}", counted(verification.differing_keys)));
+        lines.push(match verification.outcome.as_str() {
+            "mended" => {
+                let was = counted(verification.differing_keys);
+                format!("{was} differed{expected}, and what was to be mended is; the next comparison tells whether both sides are equal")
+            }
+            _ if verification.differing_keys == 1 => format!("1 key differs{expected}"),
+            _ => format!("{} differ{expected}", counted(verification.differing_keys)),
+        });
     }
-    for range in &verification.differing_ranges {
+    let differing = verification.differing_ranges.iter().filter(|_| verification.outcome != "mended");
+    for range in differing {
         lines.push(if range.from == range.to {
             format!("differs: {}", range.from)
         } else {

@@ -6,6 +6,7 @@
 use crate::admin::LinkHandle;
 use crate::config::{Config, ReceiveConfig, SendConfig};
 use crate::etcd::gate::Gate;
+use crate::etcd::with_sources;
 use crate::model::{LinkName, LinkState, LinkStatus, Side};
 use crate::origin::OriginLink;
 use crate::replica::ReplicaLink;
@@ -139,7 +140,12 @@ impl Links {
         if let Err(error) = &opened
             && !self.entries.iter().any(|entry| entry.is(link, side))
         {
-            self.show_failed(config, link, side, format!("it could not be opened: {error:#}; mend that, and reload"));
+            self.show_failed(
+                config,
+                link,
+                side,
+                format!("it could not be opened: {}; mend that, and reload", with_sources(error.as_ref())),
+            );
         }
         opened
     }
@@ -218,7 +224,7 @@ impl Links {
             entry.task = None;
             let LinkHandle { link, side, .. } = &entry.handle;
             if let (Err(error), true) = (&result, entry.stop.is_cancelled()) {
-                tracing::warn!(%link, side = side.as_str(), error = format!("{error:#}"), "the link has not ended well");
+                tracing::warn!(%link, side = side.as_str(), error = with_sources(error.as_ref()), "the link has not ended well");
             }
             self.untold.push_back(Ended { link: link.clone(), side: *side, result, from_start: entry.from_start });
         }

@@ -7,6 +7,7 @@ use super::links::{Ended, Links};
 use crate::admin::reload::Reloaded;
 use crate::config::change::{Change, LinkChange, What, compare};
 use crate::config::{Checked, Config, Fault, Faults, Layers};
+use crate::etcd::with_sources;
 use crate::logs::Logs;
 use crate::metrics;
 use crate::model::{LinkName, Side};
@@ -108,7 +109,7 @@ impl Reloader {
     }
 
     async fn begin(&self, links: &mut Links, link: &LinkName, side: Side) -> Result<(), String> {
-        links.open(&self.running, link, side).await.map_err(|error| format!("{error:#}"))
+        links.open(&self.running, link, side).await.map_err(|error| with_sources(error.as_ref()))
     }
 
     fn dir(&self, link: &LinkName, side: Side) -> PathBuf {

@@ -29,7 +29,7 @@ const SPIFFE: &str = "spiffe://etcd-ferry.dev";
 pub enum CertsError {
     #[error("`{0}` cannot name a region: use {REGION_RULE}, and neither `ca` nor `admin`")]
     Region(String),
-    #[error("{path}: {source}")]
+    #[error("{path} cannot be read or written: {source}")]
     File { path: PathBuf, source: std::io::Error },
     #[error("{present} is there without {absent}: bring back {absent}, or delete {present} to issue both anew")]
     HalfPair { present: PathBuf, absent: PathBuf },

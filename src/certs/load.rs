@@ -64,7 +64,7 @@ pub enum LoadError {
     Mismatch { cert: PathBuf, key: PathBuf },
     #[error("{path} holds a private key that cannot be used: {reason}")]
     Key { path: PathBuf, reason: String },
-    #[error("{path} expired on {not_after}: issue a new one")]
+    #[error("{path} expired on {not_after}: issue a new one, or set this machine's clock if it is ahead")]
     Expired { path: PathBuf, not_after: String },
     #[error("{path} is not valid before {not_before}: check this machine's clock, or issue a new one")]
     NotYetValid { path: PathBuf, not_before: String },

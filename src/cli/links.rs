@@ -10,6 +10,10 @@ use crate::admin::verification::{self, verification_json, verification_lines};
 use crate::admin::{client, show};
 use serde_json::json;
 use std::io::{IsTerminal, Write};
+use std::time::Duration;
+
+/// A comparison of a million keys takes some seconds.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 pub(super) fn resync(named: &Named, allow_deletes: bool) -> Result<(), Failure> {
     let Named { link, sidecar } = named;
@@ -25,15 +29,17 @@ pub(super) fn resync(named: &Named, allow_deletes: bool) -> Result<(), Failure> 
 
 pub(super) fn verify(named: &Named) -> Result<(), Failure> {
     let Named { link, sidecar } = named;
-    let outcome = sidecar.ask(async |connection| verification::verify(&connection, link, show_progress).await)?;
+    let outcome = sidecar
+        .ask(async |connection| patiently(named, verification::verify(&connection, link, show_progress)).await)?;
     told(link, &outcome, sidecar.json)?;
     ended(sidecar, link, &outcome)
 }
 
 pub(super) fn repair(named: &Named, allow_deletes: bool) -> Result<(), Failure> {
     let Named { link, sidecar } = named;
-    let outcome =
-        sidecar.ask(async |connection| verification::repair(&connection, link, allow_deletes, show_progress).await)?;
+    let outcome = sidecar.ask(async |connection| {
+        patiently(named, verification::repair(&connection, link, allow_deletes, show_progress)).await
+    })?;
     told(link, &outcome, sidecar.json)?;
     ended(sidecar, link, &outcome)
 }
@@ -81,6 +87,23 @@ pub(super) fn resume(named: &Named) -> Result<(), Failure> {
         Some((since, by)) => format!("link {link}: its replica applies again; it was paused since {since} by {by}"),
         None => format!("link {link}: it was not paused"),
     })
+}
+
+/// Whoever waits long is told, on standard error, where to look.
+async fn patiently<T>(named: &Named, comparing: impl Future<Output = T>) -> T {
+    tokio::pin!(comparing);
+    tokio::select! {
+        biased;
+        outcome = &mut comparing => return outcome,
+        () = tokio::time::sleep(PATIENCE) => {}
+    }
+    let Named { link, sidecar } = named;
+    eprintln!(
+        "link {link}: both sides are still being compared; if it lasts, `etcd-ferry status --config {}` says what the link waits for. Ctrl-C ends \
+         this command, and not the comparison",
+        sidecar.config.display()
+    );
+    comparing.await
 }
 
 /// The exit code of a comparison.

@@ -7,6 +7,7 @@ use super::sidecar::{runtime, started};
 use super::{Failure, say};
 use crate::certs::{self, issue::CertsError};
 use crate::config::{Checked, Fault, Faults, Layers, Override};
+use crate::etcd::with_sources;
 use crate::{app, demo, logs};
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
@@ -72,7 +73,7 @@ pub(super) fn run(configuration: &Configuration) -> Result<(), Failure> {
     }
     #[cfg(feature = "failpoints")]
     crate::failpoint::arm().map_err(Failure::Failed)?;
-    sidecar_runtime()?.block_on(app::run(config, layers, logs)).map_err(Failure::of)
+    sidecar_runtime()?.block_on(app::run(config, layers, logs)).map_err(|e| Failure::Failed(with_sources(e.as_ref())))
 }
 
 /// Half the cores, for the other half is etcd's. Fewer threads also wake each other less: on two cores one thread takes a third less CPU for

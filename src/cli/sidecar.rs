@@ -5,7 +5,7 @@
 
 use super::Failure;
 use crate::admin::client::Connection;
-use crate::config::Layers;
+use crate::config::{Fault, Faults, Layers};
 use clap::Args;
 use std::future::Future;
 use std::path::{Path, PathBuf};
@@ -59,12 +59,31 @@ impl Sidecar {
 
 /// To the sidecar of this configuration; with the operator's pair, or what lies beside `tls.cert`.
 pub(super) fn connection(config: &Path, cert: Option<&Path>, key: Option<&Path>) -> Result<Connection, Failure> {
-    let config = Layers::new(config, &[]).load()?;
-    let beside = |name| config.tls.cert.with_file_name(name);
+    let file = config.display().to_string();
+    let config = Layers::new(config, &[]).load().map_err(|Faults(mut faults)| {
+        let rule = "is not sound, so that it does not tell where its sidecar is. A sidecar that runs goes on with the last sound one; \
+                    `curl http://HOST:PORT/healthz?full=1` at its listen.http tells its status";
+        faults.push(Fault { field: file, rule: rule.to_owned() });
+        Faults(faults)
+    })?;
+    let operators = |given: Option<&Path>, name| match given {
+        Some(given) => Ok(given.to_owned()),
+        None => {
+            let beside = config.tls.cert.with_file_name(name);
+            // One that cannot be looked for is told when it is read.
+            if beside.try_exists().unwrap_or(true) {
+                return Ok(beside);
+            }
+            Err(Failure::Failed(format!(
+                "{} is not there: it would be the operator's; give the operator's certificate and key with --cert and --key",
+                beside.display()
+            )))
+        }
+    };
     Ok(Connection {
         admin: config.listen.admin,
-        cert: cert.map_or_else(|| beside("admin.pem"), Path::to_owned),
-        key: key.map_or_else(|| beside("admin.key"), Path::to_owned),
+        cert: operators(cert, "admin.pem")?,
+        key: operators(key, "admin.key")?,
         ca: config.tls.ca,
         own_cert: config.tls.cert,
     })

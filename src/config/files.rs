@@ -79,10 +79,27 @@ fn check_data_dir(faults: &mut Vec<Fault>, dir: &Path) {
                 format!("{shown} is open to others (mode {mode:04o}) and will hold key values: chmod 700 {shown}");
             fault(faults, "data_dir", rule);
         }
+        Ok(_) if !may_write(dir) => {
+            fault(faults, "data_dir", format!("{shown} cannot be written by this user: chown it to the sidecar's"));
+        }
         Ok(_) => {}
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            let above =
+                dir.ancestors().skip(1).map(|above| if above.as_os_str().is_empty() { Path::new(".") } else { above });
+            if let Some(above) = above.into_iter().find(|above| above.exists()).filter(|above| !may_write(above)) {
+                let rule = format!(
+                    "{shown} cannot be made in {} by this user: make it, mode 0700, for the sidecar's",
+                    above.display()
+                );
+                fault(faults, "data_dir", rule);
+            }
+        }
         Err(e) => fault(faults, "data_dir", format!("{shown} cannot be looked at ({e}): name a directory of its own")),
     }
+}
+
+fn may_write(dir: &Path) -> bool {
+    rustix::fs::access(dir, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK).is_ok()
 }
 
 fn check_etcd(faults: &mut Vec<Fault>, etcd: &EtcdConfig, now: OffsetDateTime) {
@@ -145,14 +162,16 @@ fn check_tls(faults: &mut Vec<Fault>, tls: &TlsConfig, now: OffsetDateTime) -> O
     match load::load_pair(&tls.cert, &tls.key) {
         Ok((pair, identity)) => {
             let dates = load::check_dates(&tls.cert, &identity, now);
-            // A certificate out of its time fails the chain for that very reason, which would be said twice.
+            let purpose = load::check_purpose(&tls.cert, &identity);
+            // A certificate out of its time, or for another use, fails the chain for that very reason, which would be said twice.
             if dates.is_ok()
+                && purpose.is_ok()
                 && let Some(roots) = roots
             {
                 note(faults, "tls.cert", load::check_chain(&tls.cert, &pair.cert, roots, now));
             }
             note(faults, "tls.cert", dates);
-            note(faults, "tls.cert", load::check_purpose(&tls.cert, &identity));
+            note(faults, "tls.cert", purpose);
             if identity.sans.is_empty() {
                 let shown = tls.cert.display();
                 fault(faults, "tls.cert", format!("{shown} bears no URI or DNS name, so that no peer can name it"));
@@ -174,7 +193,10 @@ fn note(faults: &mut Vec<Fault>, field: &str, result: Result<(), LoadError>) {
 
 /// Puts what is wrong with a pair at the field whose file it is. A key that cannot be read has its fault already.
 fn pair_fault(faults: &mut Vec<Fault>, table: &str, key: &Path, error: LoadError) {
-    let of_key = error.path() == key;
+    // Where one path is given for both, that no certificate is in it is the certificate's fault.
+    let of_certificate =
+        matches!(error, LoadError::Missing { what: "certificate", .. } | LoadError::Certificate { .. });
+    let of_key = error.path() == key && !of_certificate;
     if !(of_key && matches!(error, LoadError::Read { .. })) {
         fault(faults, &format!("{table}.{}", if of_key { "key" } else { "cert" }), error);
     }

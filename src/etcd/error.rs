@@ -22,7 +22,7 @@ pub enum EtcdError {
     NoSpace,
     #[error("etcd refused: {said}; its user needs the right to {right} (docs/operating.md#users-and-rights-in-etcd)")]
     Denied { right: String, said: String },
-    #[error("etcd no longer accepts the login: {0}")]
+    #[error("etcd does not accept the login: {0}")]
     LoginLost(String),
     #[error("revision is compacted")]
     Compacted,
@@ -126,8 +126,7 @@ const TOO_LARGE: [&str; 3] =
 
 /// What a login is answered with, and in 3.4 a call of one who had logged in before, while etcd's users are switched off.
 pub(super) const USERS_OFF: &str = "authentication is not enabled";
-const LOGIN_LOST: [&str; 4] =
-    ["invalid auth token", "auth: revision in header is old", "authentication failed", USERS_OFF];
+const LOGIN_LOST: [&str; 3] = ["invalid auth token", "auth: revision in header is old", USERS_OFF];
 
 fn denied(said: &str) -> EtcdError {
     EtcdError::Denied { right: String::new(), said: said.to_owned() }
@@ -157,6 +156,8 @@ fn status_reaction(status: &tonic::Status, endpoints: &str) -> EtcdError {
     } else if has("user name not found") {
         // The one that etcd reads from a client certificate, where nobody logs in.
         EtcdError::LoginLost(format!("{text}: it is the client certificate's common name, see [etcd] username"))
+    } else if has("authentication failed") {
+        EtcdError::LoginLost(format!("{text}: see [etcd] username and password_file"))
     } else if LOGIN_LOST.iter().any(|words| has(words)) {
         EtcdError::LoginLost(text.to_owned())
     } else if has("transport error") {

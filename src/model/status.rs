@@ -193,6 +193,22 @@ pub struct Verification {
     pub running: Option<PartsProgress>,
 }
 
+impl Verification {
+    /// Keys that differ as far as is known; those that were mended are not among them.
+    pub fn differing_now(&self) -> u64 {
+        if self.outcome == Outcome::Mended { 0 } else { self.differing_keys }
+    }
+
+    /// A base copy has replaced what the last comparison saw.
+    pub fn copied(&mut self) {
+        if self.outcome != Outcome::Equal {
+            (self.outcome, self.differing_keys, self.expected_keys) = (Outcome::None, 0, 0);
+            self.differing_ranges.clear();
+            "a base copy was made since the last comparison".clone_into(&mut self.detail);
+        }
+    }
+}
+
 /// What others wrote at the replica under the link's prefixes, since both sides were last proved equal.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct ForeignStatus {

@@ -92,6 +92,7 @@ pub(super) async fn copy(
         deleted = ack.keys_deleted, conflicts = ack.conflicts, "base copy is complete");
     ship.view.send_modify(|view| {
         view.copy = None;
+        view.verification.copied();
         view.count("copies", 1);
         view.count("copied_keys_written", ack.keys_written);
         view.count("copied_keys_equal", ack.keys_equal);

@@ -13,6 +13,7 @@ use crate::wire::replicate::handshake_client::HandshakeClient;
 use crate::wire::replicate::{HelloReply, HelloRequest, Range};
 use crate::wire::{PROTOCOL_VERSION, RECEIPT_BYTES_MAX};
 use std::time::Duration;
+use tonic::Code;
 use tonic::transport::Channel;
 
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
@@ -119,7 +120,9 @@ impl From<crate::wire::replicate::Waymark> for Waymark {
 
 /// Refusals of a hello are waited out: the cure is at one of the two configurations or in the replica's etcd.
 fn refused(address: &str, status: &tonic::Status) -> SessionEnd {
-    let worded = [tonic::Code::PermissionDenied, tonic::Code::FailedPrecondition];
-    let said = if worded.contains(&status.code()) { status.message().to_owned() } else { tls::explain(status) };
+    // Unavailable without a cause is the peer's own word; with one, the connection's.
+    let of_the_peer = matches!(status.code(), Code::PermissionDenied | Code::FailedPrecondition)
+        || status.code() == Code::Unavailable && std::error::Error::source(status).is_none();
+    let said = if of_the_peer { status.message().to_owned() } else { tls::explain(status) };
     SessionEnd::Wait(format!("{address} refused: {said}"))
 }

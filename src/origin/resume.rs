@@ -119,8 +119,8 @@ pub enum CopyReason {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum StopReason {
     #[error(
-        "the origin was replaced: the replica followed cluster {was}, and this is cluster {is}; if this origin is the right one, run \
-         `etcd-ferry resync LINK --config F` at its sidecar"
+        "the origin was replaced: the replica followed cluster {was}, and this is cluster {is}; if that is not meant, correct etcd.endpoints \
+         and restart this sidecar; if this origin is the right one, run `etcd-ferry resync LINK --config F` at its sidecar"
     )]
     OtherCluster { was: ClusterId, is: ClusterId },
     #[error(

@@ -176,6 +176,11 @@ impl Session {
             return Err("it is paused at the replica, which notes no mark meanwhile: resume it there, then ask again"
                 .to_owned());
         }
+        if self.shipped.acked.held {
+            return Err("it is held at the replica, which notes no mark meanwhile: `etcd-ferry status` at its sidecar says what for; decide \
+                        there, then ask again"
+                .to_owned());
+        }
         if !self.shipped.acked.following && !self.shipped.acked.repairing {
             return Err("the base copy is not over at the replica: ask again once the link follows".to_owned());
         }

@@ -9,7 +9,7 @@ use super::journal::Journal;
 use super::next::{self, Alignment, Claim, Claimed, JournalFacts};
 use super::plan::TxnTree;
 use super::poison::Trial;
-use crate::etcd::{Columns, EtcdError};
+use crate::etcd::{Columns, EtcdError, Look};
 use crate::failpoint;
 use crate::model::{ClusterId, Digest, Epoch, Position, Ranges, Revision, Seq, Term};
 use crate::wire::replicate::CopyAck;
@@ -27,6 +27,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct HelloFacts {
     pub session: u64,
+    /// Of the sidecar that ships.
+    pub node: String,
     pub epoch: Epoch,
     pub term: Term,
     pub origin_cluster: ClusterId,
@@ -185,6 +187,9 @@ impl Applier {
         let mut tries = 0;
         let (replica_cluster, claim) = loop {
             let replica_cluster = self.read_position().await.map_err(unavailable)?;
+            if replica_cluster == facts.origin_cluster {
+                self.check_other_etcd(&facts).await?;
+            }
             let position = self.held.as_ref().and_then(|h| h.position.as_ref());
             let (next, claim) = match next::claim(position, facts.origin_cluster, facts.epoch, facts.term) {
                 Claimed::Nothing => break (replica_cluster, None),
@@ -243,6 +248,28 @@ impl Applier {
         });
         self.publish(true);
         Ok(self.answer(replica_cluster, ranges_empty, false))
+    }
+
+    /// Refuses a sender that stands beside this same etcd: it would read what is written here, and write it again. Clusters that are made alike
+    /// have the same id, so that the id alone is no proof; that the sender's place in the election is seen here, with its term, is.
+    async fn check_other_etcd(&mut self, facts: &HelloFacts) -> Result<(), HelloRefused> {
+        let key = self.link.candidate_key(&facts.node);
+        let looking = async { self.etcd().await?.look(&key).await };
+        match looking.await {
+            Ok(Look { kv: Some(candidate), .. }) if candidate.create_revision.0 == facts.term.0 => {
+                Err(HelloRefused(format!(
+                    "the origin's sidecar {} and this one stand beside the same etcd cluster, which would be written from itself: correct \
+                     etcd.endpoints of one of the two",
+                    facts.node
+                )))
+            }
+            Ok(_) => Ok(()),
+            Err(EtcdError::Denied { said, .. }) => {
+                tracing::warn!(link = %self.link, key = %key.escape_ascii(), said, "the origin's cluster has the id of this one, and whether it is another cannot be seen without the right to read that key");
+                Ok(())
+            }
+            Err(e) => Err(HelloRefused(format!("the replica's etcd: {e}"))),
+        }
     }
 
     fn answer(&self, replica_cluster: ClusterId, ranges_empty: bool, fenced: bool) -> HelloAnswer {

@@ -71,6 +71,11 @@ impl Told {
         }
     }
 
+    /// A base copy has replaced what the last comparison saw.
+    pub(super) fn copied(&mut self) {
+        (self.verified.differing_keys, self.verified.expected_keys) = (0, 0);
+    }
+
     /// A comparison has ended. What it says of the replica holds at its first mark.
     pub(super) fn compared(&mut self, verified: Verified) {
         let marked = std::mem::take(&mut self.marked);
@@ -368,6 +373,7 @@ impl Handshake for Receiver {
         };
         let facts = HelloFacts {
             session: number,
+            node: hello.node.clone(),
             epoch: Epoch(hello.epoch),
             term: Term(hello.term),
             origin_cluster: ClusterId(hello.origin_cluster),

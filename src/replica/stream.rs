@@ -4,7 +4,7 @@
 //! Always true: received never runs ahead of what was admitted; a frame that cannot be decoded changes nothing; a refusal ends the stream.
 
 use super::admit::Admit;
-use super::receive::{LinkEnd, Opened};
+use super::receive::{LinkEnd, Opened, Told};
 use super::verify::{Comparer, QUESTIONS_MAX, Question};
 use super::view::ApplyView;
 use crate::etcd::gate::ClusterLimits;
@@ -262,6 +262,9 @@ impl Stream {
         } else if self.due.copy {
             self.due.copy = false;
             self.copy_told.clone_from(&self.view.borrow().copy);
+            if self.copy_told.complete {
+                self.end.told.send_modify(Told::copied);
+            }
             receipt::What::CopyAck(self.copy_told.clone())
         } else if self.due.ack {
             self.due.ack = false;

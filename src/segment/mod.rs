@@ -40,7 +40,7 @@ pub enum SegmentError {
     DiskFull { what: &'static str, path: PathBuf, source: io::Error },
     #[error("{} is open to others (mode {mode:03o}): it holds key values; run `chmod 700` on it", .path.display())]
     DirTooOpen { path: PathBuf, mode: u32 },
-    #[error("{} is in use by another process", .path.display())]
+    #[error("{} is in use by another sidecar: give each a data_dir of its own", .path.display())]
     InUse { path: PathBuf },
     #[error("{} is damaged at byte {offset}, and files after it hold newer records", .file.display())]
     Damaged { file: PathBuf, offset: u64 },

@@ -32,7 +32,7 @@ pub enum ConnectError {
     TimedOut { at: String, timeout: Duration },
     #[error("{at}: {}", explain(source))]
     Tcp { at: String, source: std::io::Error },
-    #[error("{at}: {}", explain(source))]
+    #[error("{at}: {}{}", explain(source), port_hint(source))]
     Tls { at: String, source: std::io::Error },
     #[error("{at}: the peer does not speak HTTP/2")]
     Protocol { at: String },
@@ -49,6 +49,14 @@ pub fn found_nobody(error: &(dyn std::error::Error + 'static)) -> bool {
         Some(ConnectError::Tls { source, .. }) => source.kind() != std::io::ErrorKind::InvalidData,
         Some(ConnectError::Address(_) | ConnectError::Protocol { .. } | ConnectError::Own(_)) | None => false,
     }
+}
+
+/// What an etcd, a proxy or a port of plain HTTP does with a handshake of ours.
+fn port_hint(error: &std::io::Error) -> &'static str {
+    let fault = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    let wrong_port =
+        error.kind() == std::io::ErrorKind::UnexpectedEof || matches!(fault, Some(rustls::Error::InvalidMessage(_)));
+    if wrong_port { "; is it the port of a sidecar, and not that of an etcd, of a proxy or of its http?" } else { "" }
 }
 
 /// Makes connections for one [`Endpoint`].

@@ -38,6 +38,15 @@ pub fn explain(error: &(dyn Error + 'static)) -> String {
     texts.join(": ")
 }
 
+/// The good certificate of somebody else, if that is what a connection failed for.
+pub fn wrong_name<'e>(error: &'e (dyn Error + 'static)) -> Option<&'e WrongName> {
+    let causes = std::iter::successors(Some(error), |cause| source(*cause));
+    causes.filter_map(|cause| cause.downcast_ref::<TlsFault>()).find_map(|fault| match fault {
+        TlsFault::InvalidCertificate(CertificateError::Other(OtherError(inner))) => inner.downcast_ref(),
+        _ => None,
+    })
+}
+
 /// `io::Error::source` skips the error that it wraps.
 fn source<'e>(error: &'e (dyn Error + 'static)) -> Option<&'e (dyn Error + 'static)> {
     if let Some(inner) = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {

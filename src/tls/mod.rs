@@ -23,6 +23,7 @@ use std::sync::Arc;
 pub use crate::certs::identity::PeerIdentity;
 pub use explain::explain;
 pub use reload::Certificates;
+pub use verify::WrongName;
 
 /// HTTP/2, the only protocol spoken inside.
 const ALPN: &[u8] = b"h2";

@@ -72,6 +72,8 @@ async fn a_revision_that_deletes_more_than_the_share_is_held_back_also_over_rest
         let (code, lines) = sidecar.http("/readyz").await;
         assert!(code == 503 && lines.contains("held"), "{lines}");
     }
+    let verify = pair.origin_sidecar.admin(&["verify", LINK]);
+    assert!(!verify.status.success() && said(&verify).contains("it is held at the replica"), "{}", said(&verify));
     let (_, metrics) = pair.replica_sidecar.http("/metrics").await;
     for line in [
         format!("etcd_ferry_held_back_total{{link=\"{LINK}\",side=\"replica\"}} 1"),

@@ -234,6 +234,14 @@ fn a_certificate_out_of_its_time_of_another_ca_or_for_one_end_only_is_refused() 
         ("admin2", &ours, IssueRequest::admin(), "is not issued for use as a server"),
         ("nameless", &ours, nameless, "bears no URI or DNS name"),
     ];
+    let server_alone = IssueRequest { client_auth: false, ..IssueRequest::region("x") };
+    let issued = ours.issue(&server_alone).unwrap().write(place.dir.path(), "server").unwrap();
+    (config.tls.cert, config.tls.key) = (issued.cert, issued.key.clone());
+    let faults = place.faults(&config);
+    assert_fault(&faults, "tls.cert", "is not issued for use as a client");
+    assert_eq!(faults.len(), 1, "of its CA it is: {faults:?}");
+    config.tls.cert = issued.key;
+    assert_fault(&place.faults(&config), "tls.cert", "holds no certificate");
     for (name, issuer, request, words) in cases {
         let issued = issuer.issue(&request).unwrap().write(place.dir.path(), name).unwrap();
         (config.tls.cert, config.tls.key) = (issued.cert, issued.key);

@@ -265,9 +265,12 @@ async fn a_wrong_password_is_said_to_be_so() {
     pair.origin_sidecar.options.etcd.user = Some((USER.into(), "another".into()));
     pair.origin_sidecar.write_config();
     pair.origin_sidecar.restart().await;
-    let entry =
-        wait_for_reason(&pair.origin_sidecar, LINK, "the origin's etcd: etcd no longer accepts the login").await;
-    assert!(entry["reason"].as_str().unwrap().contains("authentication failed"), "{entry:#}");
+    let entry = wait_for_reason(&pair.origin_sidecar, LINK, "the origin's etcd: etcd does not accept the login").await;
+    let reason = entry["reason"].as_str().unwrap();
+    assert!(
+        reason.contains("authentication failed") && reason.contains("see [etcd] username and password_file"),
+        "{entry:#}"
+    );
     as_user(&mut pair.origin_sidecar);
     pair.origin_sidecar.restart().await;
     assert_carries(&pair, "/app/a").await;

@@ -4,7 +4,7 @@
 
 use crate::bed::contents::{Stamps, load, noise};
 use crate::bed::etcd::{EtcdOptions, KeyMap};
-use crate::bed::pair::{LINK, Pair, PairOptions};
+use crate::bed::pair::{LINK, Pair, PairOptions, link_name};
 use crate::bed::sidecar::Sidecar;
 use crate::bed::{PATIENCE, until};
 use etcd_ferry::model::Revision;
@@ -155,4 +155,31 @@ async fn the_word_of_an_operator_holds_for_one_copy_only() {
     let before = pair.replica.all_stamps().await;
     resync(&pair.origin_sidecar, &[]);
     assert_stopped(&pair, 2, &["delete 30 of the 40 keys"], &before).await;
+}
+
+#[tokio::test]
+async fn two_sidecars_beside_one_etcd_make_no_link_until_one_of_them_is_put_right() {
+    let mut pair = Box::pin(Pair::prepare(over_app())).await;
+    let right = std::mem::replace(&mut pair.replica_sidecar.options.etcd, pair.origin.access());
+    pair.replica_sidecar.write_config();
+    pair.origin.put("/app/a", "1").await;
+    pair.replica_sidecar.restart().await;
+    pair.origin_sidecar.restart().await;
+    let told = |entry: &Value| {
+        entry["reason"].as_str().is_some_and(|reason| reason.contains("stand beside the same etcd cluster"))
+    };
+    let entry = pair.origin_sidecar.wait_for(LINK, "that both stand beside one etcd", told).await;
+    assert!(entry["reason"].as_str().unwrap().contains("correct etcd.endpoints of one of the two"), "{entry:#}");
+    assert_eq!(entry["state"], "connecting", "{entry:#}");
+    let written = pair.origin.put("/app/a", "2").await;
+    let position = pair.origin.kv().await.get(link_name(LINK).position_key().to_vec(), None).await.unwrap();
+    assert!(position.kvs().is_empty(), "the etcd became its own replica");
+
+    pair.replica_sidecar.options.etcd = right;
+    pair.replica_sidecar.write_config();
+    pair.replica_sidecar.restart().await;
+    pair.wait_applied(written).await;
+    assert_eq!(pair.assert_equal().await, 1);
+    let keys = pair.origin.kv().await.get("/app/a", None).await.unwrap();
+    assert_eq!(keys.kvs()[0].version(), 2, "written by nobody but whoever put it");
 }

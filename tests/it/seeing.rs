@@ -415,6 +415,10 @@ async fn run_says_what_is_wrong_before_it_does_anything() {
     let second = pair.dir().join("second");
     let mut second = Sidecar::prepare(crate::bed::sidecar::SidecarOptions { ports, ..busy }, &second);
     assert_run_fails(&mut second, 1, &["(listen.peer): is another process there already?"]).await;
+    let config = std::fs::read_to_string(second.config_path()).unwrap();
+    let nowhere = config.replace(&ports.peer.to_string(), "192.0.2.1:7443");
+    std::fs::write(second.config_path(), nowhere).unwrap();
+    assert_run_fails(&mut second, 1, &["no interface of this machine has that address"]).await;
 }
 
 #[tokio::test]

@@ -351,3 +351,26 @@ async fn both_sides_are_compared_by_themselves_each_interval() {
     let healed = |entry: &Value| entry["verification"]["differing_keys"] == 0;
     pair.origin_sidecar.wait_for(LINK, "equality again", healed).await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_base_copy_ends_what_the_last_comparison_said_of_keys_that_differ() {
+    let pair = Box::pin(following_with(over_app(), 50, 100)).await;
+    pair.replica.put("/app/000017", "by hand").await;
+    assert_eq!(verify(&pair).0, Some(1));
+    let differs = |keys: u64| move |entry: &Value| entry["verification"]["differing_keys"] == keys;
+    pair.replica_sidecar.wait_for(LINK, "a key that differs", differs(1)).await;
+    let lines = pair.origin_sidecar.admin(&["status"]);
+    assert!(String::from_utf8_lossy(&lines.stdout).contains("1 key differs"), "{lines:?}");
+
+    assert!(pair.origin_sidecar.admin(&["resync", LINK]).status.success());
+    let copied = |entry: &Value| entry["counts"]["copies"] == 2 && entry["state"] == "following";
+    let entry = pair.origin_sidecar.wait_for(LINK, "another base copy", copied).await;
+    assert!(differs(0)(&entry) && entry["verification"]["differing_ranges"] == serde_json::json!([]), "{entry:#}");
+    pair.replica_sidecar.wait_for(LINK, "no key that differs", differs(0)).await;
+    for sidecar in [&pair.origin_sidecar, &pair.replica_sidecar] {
+        let (_, metrics) = sidecar.http("/metrics").await;
+        let differing = metrics.lines().find(|line| line.starts_with("etcd_ferry_differing_keys{"));
+        assert!(differing.is_some_and(|line| line.ends_with(" 0")), "{differing:?}");
+    }
+    assert_verified(&pair);
+}
