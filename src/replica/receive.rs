@@ -59,7 +59,7 @@ pub struct Told {
     pub equal_through: Revision,
     /// What the origin's etcd takes.
     pub limits: TxnLimits,
-    /// Why the last stream ended.
+    /// Why the last stream ended, or none began.
     pub ended: String,
 }
 
@@ -68,6 +68,13 @@ impl Told {
     pub(super) fn mark_reached(&mut self, at: Revision) {
         if self.marked == Revision(0) {
             self.marked = at;
+        }
+    }
+
+    /// A hello was refused, and why: shown while nobody is connected.
+    fn refused(&mut self, status: &Status) {
+        if !self.connected {
+            self.ended = format!("the last hello was refused: {}", status.message());
         }
     }
 
@@ -270,10 +277,12 @@ impl Receiver {
         };
         if !peer.identity.bears(&end.config.peer) {
             tracing::warn!(%link, remote = %peer.remote, %names, wanted = %end.config.peer, "refused: the peer's certificate bears another name");
-            return Err(Status::permission_denied(format!(
+            let refused = Status::permission_denied(format!(
                 "link {link} takes {} only, and this certificate bears {names}: correct [[receive]] peer, or use that region's certificate",
                 end.config.peer
-            )));
+            ));
+            end.told.send_modify(|told| told.refused(&refused));
+            return Err(refused);
         }
         Ok(end)
     }
@@ -354,14 +363,24 @@ impl Receiver {
 impl Handshake for Receiver {
     async fn hello(&self, request: Request<HelloRequest>) -> Result<Response<HelloReply>, Status> {
         let end = self.known(&request, &request.get_ref().link)?;
-        let hello = request.into_inner();
+        let answered = self.answer(&end, request.into_inner()).await;
+        if let Err(status) = &answered {
+            end.told.send_modify(|told| told.refused(status));
+        }
+        answered.map(Response::new)
+    }
+}
+
+impl Receiver {
+    /// Answers a hello, and opens a session for it.
+    async fn answer(&self, end: &Arc<LinkEnd>, hello: HelloRequest) -> Result<HelloReply, Status> {
         if hello.protocol_version != PROTOCOL_VERSION {
             return Err(Status::failed_precondition(format!(
                 "this sidecar speaks protocol version {PROTOCOL_VERSION}, the origin's {}: upgrade the older one",
                 hello.protocol_version
             )));
         }
-        let ranges = self.ranges(&end, &hello)?;
+        let ranges = self.ranges(end, &hello)?;
         let link_back = hello.link_back || end.sends_back.iter().any(|back| back.overlaps(&ranges));
         let number = {
             let mut number = 0;
@@ -380,12 +399,12 @@ impl Handshake for Receiver {
             ranges: ranges.clone(),
             link_back,
         };
-        let answer = ask(&end, facts).await?;
+        let answer = ask(end, facts).await?;
         if answer.fenced {
             tracing::info!(link = %end.config.link, region = %hello.region, node = %hello.node, term = hello.term, "hello fenced");
-            return Ok(Response::new(self.reply(&end, &answer, &[], link_back)));
+            return Ok(self.reply(end, &answer, &[], link_back));
         }
-        self.store_ranges(&end, &ranges)?;
+        self.store_ranges(end, &ranges)?;
         // Not before: a sender that is refused changes nothing for the one that ships.
         end.latest_session.send_modify(|latest| *latest = number.max(*latest));
         let session: [u8; 16] = rand::random();
@@ -409,7 +428,7 @@ impl Handshake for Receiver {
         tracing::info!(link = %end.config.link, region = %hello.region, node = %hello.node, software = %hello.software,
             epoch = %epoch, term = hello.term, seq = %answer.received.0, "hello");
         failpoint::reach("session-opened");
-        Ok(Response::new(self.reply(&end, &answer, &session, link_back)))
+        Ok(self.reply(end, &answer, &session, link_back))
     }
 }
 

@@ -139,6 +139,12 @@ async fn an_origin_that_does_not_bear_the_name_that_the_link_names_is_refused() 
     let told = format!("link config takes {} only, and this certificate bears", region_name(ELSEWHERE));
     assert_not_let_in(&pair, &told).await;
     assert_not_let_in(&pair, &region_name(ORIGIN_REGION)).await;
+    let at_replica = |entry: &Value| {
+        entry["reason"]
+            .as_str()
+            .is_some_and(|reason| reason.contains("the last hello was refused") && reason.contains(&told))
+    };
+    pair.replica_sidecar.wait_for(LINK, "at the replica too why nobody is connected", at_replica).await;
 }
 
 /// A certificate that is good when the sidecar starts, and whose time ends while the link is cut.
