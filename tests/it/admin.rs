@@ -276,7 +276,7 @@ async fn a_server_that_is_not_this_region_s_is_not_believed() {
     let mut connection = running.connection("admin");
     connection.own_cert = running.folder.path().join("cn-hangzhou.pem");
     let error = client::status(&connection).await.unwrap_err();
-    assert!(matches!(error, ClientError::Tls { .. }), "{error}");
+    assert!(matches!(error, ClientError::OtherSidecar { .. }), "{error}");
     assert!(error.to_string().contains("cn-hangzhou"), "{error}");
 }
 

@@ -258,22 +258,23 @@ async fn a_command_that_meets_somebody_else_or_has_no_certificate_says_what_to_g
     let (origin, replica) = (&pair.origin_sidecar.options, &pair.replica_sidecar.options);
     let config = std::fs::read_to_string(pair.origin_sidecar.config_path()).unwrap();
     let own = origin.ports.admin.to_string();
-    let asked = |from: &str, to: &str| {
+    // With the first in place of the second; what stood there before stands elsewhere.
+    let asked = |to: &str, from: &str| {
         assert!(config.contains(from), "{from} is not in {config}");
         let path = pair.dir().join("other.toml");
-        std::fs::write(&path, config.replace(from, to)).unwrap();
+        std::fs::write(&path, config.replace(to, "127.0.0.1:1").replace(from, to)).unwrap();
         let output = ferry(&["status", "--config", path.to_str().unwrap()]);
         assert!(!output.status.success(), "{}", text(&output));
         text(&output)
     };
-    let another = asked(&own, &replica.ports.admin.to_string());
+    let another = asked(&replica.ports.admin.to_string(), &own);
     assert!(another.contains("another sidecar answers") && another.contains("give its own --config"), "{another}");
     for name in [region_name(&replica.region), format!("this configuration is of {}", region_name(&origin.region))] {
         assert!(another.contains(&name), "{name}: {another}");
     }
-    let no_admin = asked(&own, &origin.ports.peer.to_string());
+    let no_admin = asked(&origin.ports.peer.to_string(), &own);
     assert!(no_admin.contains("is no admin port: see listen.admin"), "{no_admin}");
-    let http = asked(&own, &origin.ports.http.to_string());
+    let http = asked(&origin.ports.http.to_string(), &own);
     assert!(http.contains("is it the port of a sidecar"), "{http}");
 
     let elsewhere = pair.dir().join("elsewhere");
@@ -282,8 +283,8 @@ async fn a_command_that_meets_somebody_else_or_has_no_certificate_says_what_to_g
     for name in [format!("{}.pem", origin.region), format!("{}.key", origin.region), "ca.pem".to_owned()] {
         std::fs::copy(origin.certs.join(&name), elsewhere.join(&name)).unwrap();
     }
-    let absent = asked(certs, elsewhere.to_str().unwrap());
+    let absent = asked(elsewhere.to_str().unwrap(), certs);
     assert!(absent.contains("admin.pem is not there") && absent.contains("with --cert and --key"), "{absent}");
-    let broken = asked("[listen]", "[listening]");
+    let broken = asked("[listening]", "[listen]");
     assert!(broken.contains("goes on with the last sound one") && broken.contains("/healthz?full=1"), "{broken}");
 }
