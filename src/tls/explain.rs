@@ -41,9 +41,9 @@ pub fn explain(error: &(dyn Error + 'static)) -> String {
 /// The good certificate of somebody else, if that is what a connection failed for.
 pub fn wrong_name<'e>(error: &'e (dyn Error + 'static)) -> Option<&'e WrongName> {
     let causes = std::iter::successors(Some(error), |cause| source(*cause));
-    causes.filter_map(|cause| cause.downcast_ref::<TlsFault>()).find_map(|fault| match fault {
-        TlsFault::InvalidCertificate(CertificateError::Other(OtherError(inner))) => inner.downcast_ref(),
-        _ => None,
+    causes.filter_map(|cause| cause.downcast_ref::<TlsFault>()).find_map(|fault| {
+        let TlsFault::InvalidCertificate(CertificateError::Other(OtherError(inner))) = fault else { return None };
+        inner.downcast_ref()
     })
 }
 
