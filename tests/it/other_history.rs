@@ -63,6 +63,10 @@ async fn a_link_goes_on_by_itself_with_an_origin_that_was_restored_and_ships_wha
     assert_eq!(times(&pair, "ship: base copy link="), 1, "the first one");
     let revision = pair.origin.put("/app/after", "1").await;
     assert_eq!(pair.wait_applied(revision).await.epoch.0, before.epoch.0 + 1);
+    // It was for that epoch alone: the next hello opens none.
+    pair.replica_sidecar.restart().await;
+    let revision = pair.origin.put("/app/later", "1").await;
+    assert_eq!(pair.wait_applied(revision).await.epoch.0, before.epoch.0 + 1);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -199,6 +199,13 @@ async fn a_ca_is_replaced_by_steps_and_no_handshake_fails() {
         let said = sidecar.log().split_off(before);
         assert!(!said.contains("a connection was refused") && !said.contains("cannot be reached"), "{said}");
     }
+    // Who trusts the new CA alone, and shows a certificate of it, gets in and meets one.
+    for (files, sidecar) in files.iter().zip(both) {
+        let admin = new.issue(&IssueRequest::admin()).unwrap();
+        files.put("admin.pem", &admin.cert_pem, 0o644);
+        files.put("admin.key", &admin.key_pem, 0o600);
+        sidecar.status();
+    }
     pair.assert_equal().await;
 }
 

@@ -22,9 +22,14 @@ use tokio::net::TcpStream;
 /// Within which SIGTERM has to be done.
 pub const STOP_LIMIT: Duration = Duration::from_secs(5);
 
-/// A run of the command line, to its end.
+/// The longest command that a test runs is a demo.
+const COMMAND_SECONDS_MAX: &str = "150";
+
+/// A run of the command line, to its end; one that has none is ended, which is a failure with nothing said.
 pub fn ferry(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_etcd-ferry")).args(arguments).output().expect("etcd-ferry runs")
+    let mut command = Command::new("timeout");
+    command.args(["--kill-after=1", COMMAND_SECONDS_MAX, env!("CARGO_BIN_EXE_etcd-ferry")]);
+    command.args(arguments).output().expect("etcd-ferry runs")
 }
 
 /// Makes a CA, a pair for each region and an admin pair in `dir`, as `etcd-ferry certs dev` does.
