@@ -79,27 +79,37 @@ fn check_data_dir(faults: &mut Vec<Fault>, dir: &Path) {
                 format!("{shown} is open to others (mode {mode:04o}) and will hold key values: chmod 700 {shown}");
             fault(faults, "data_dir", rule);
         }
-        Ok(_) if !may_write(dir) => {
-            fault(faults, "data_dir", format!("{shown} cannot be written by this user: chown it to the sidecar's"));
+        Ok(_) => {
+            if let Err(why) = writable(dir) {
+                fault(faults, "data_dir", format!("{shown} cannot be written: {why}"));
+            }
         }
-        Ok(_) => {}
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            let above =
-                dir.ancestors().skip(1).map(|above| if above.as_os_str().is_empty() { Path::new(".") } else { above });
-            if let Some(above) = above.into_iter().find(|above| above.exists()).filter(|above| !may_write(above)) {
-                let rule = format!(
-                    "{shown} cannot be made in {} by this user: make it, mode 0700, for the sidecar's",
-                    above.display()
+            let above = dir.ancestors().skip(1).map(|a| if a.as_os_str().is_empty() { Path::new(".") } else { a });
+            if let Some(above) = above.into_iter().find(|above| above.exists())
+                && let Err(why) = writable(above)
+            {
+                fault(
+                    faults,
+                    "data_dir",
+                    format!("{shown} cannot be made, since {} cannot be written: {why}", above.display()),
                 );
-                fault(faults, "data_dir", rule);
             }
         }
         Err(e) => fault(faults, "data_dir", format!("{shown} cannot be looked at ({e}): name a directory of its own")),
     }
 }
 
-fn may_write(dir: &Path) -> bool {
-    rustix::fs::access(dir, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK).is_ok()
+/// Whether this user may make files in a folder; what to do if not.
+fn writable(dir: &Path) -> Result<(), &'static str> {
+    match rustix::fs::access(dir, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK) {
+        Err(rustix::io::Errno::ROFS) => {
+            Err("its file system is read-only; mount it for writing, or name another folder")
+        }
+        Err(rustix::io::Errno::ACCESS) => Err("this user may not; chown it to the sidecar's, or name another folder"),
+        // What else there may be is met, and told, by whoever writes.
+        Ok(()) | Err(_) => Ok(()),
+    }
 }
 
 fn check_etcd(faults: &mut Vec<Fault>, etcd: &EtcdConfig, now: OffsetDateTime) {
