@@ -37,15 +37,7 @@ pub struct PkiConfig {
 
 pub(super) fn pki(s: &mut Section<'_>) -> Option<PkiConfig> {
     let address = address(s);
-    let ca = s.path_if_present("ca", "/etc/etcd-ferry/vault-ca.pem");
-    if let Some(address) = &address {
-        let tls = address.starts_with("https:");
-        if tls && ca.is_none() {
-            s.fault("ca", "is missing: an https:// address needs the CA that signed the PKI's own certificate");
-        } else if !tls && ca.is_some() {
-            s.fault("ca", "is only for an https:// address: remove it, or write the address with https://");
-        }
-    }
+    let ca = s.ca_of(address.as_deref(), "address", "/etc/etcd-ferry/vault-ca.pem", "the PKI's own certificate");
     let mount = s.text_or("mount", MOUNT).and_then(|mount| path(s, "mount", &mount, true));
     let role = s.text("role", "etcd-ferry").and_then(|role| path(s, "role", &role, false));
     let namespace = s.text_if_present("namespace", "team").and_then(|name| path(s, "namespace", &name, true));

@@ -109,6 +109,21 @@ impl<'t> Section<'t> {
         self.text_if_present(key, example).map(PathBuf::from)
     }
 
+    /// The CA (`ca`) of what an `http://` or `https://` URL leads to: required with the one, of no use with the other. `whose`: what the CA signed.
+    pub(super) fn ca_of(&mut self, url: Option<&str>, key: &str, example: &str, whose: &str) -> Option<PathBuf> {
+        let ca = self.path_if_present("ca", example);
+        match (url.map(|url| url.starts_with("https:")), &ca) {
+            (Some(true), None) => {
+                self.fault("ca", format!("is missing: an https:// {key} needs the CA that signed {whose}"));
+            }
+            (Some(false), Some(_)) => {
+                self.fault("ca", format!("is only for an https:// {key}: remove it, or write the {key} with https://"));
+            }
+            (Some(true), Some(_)) | (Some(false) | None, _) => {}
+        }
+        ca
+    }
+
     /// A list of strings with the path of each, empty strings included; `None` if it is absent or no list.
     pub(super) fn texts(&mut self, key: &'static str) -> Option<Vec<(String, String)>> {
         let value = self.value(key)?;

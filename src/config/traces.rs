@@ -34,15 +34,8 @@ pub(super) fn traces(s: &mut Section<'_>) -> Option<TracesConfig> {
         }
         Some(endpoint)
     });
-    let ca = s.path_if_present("ca", "/etc/etcd-ferry/collector-ca.pem");
-    if let Some(endpoint) = &endpoint {
-        let tls = endpoint.starts_with("https:");
-        if tls && ca.is_none() {
-            s.fault("ca", "is missing: an https:// endpoint needs the CA that signed the collector's certificate");
-        } else if !tls && ca.is_some() {
-            s.fault("ca", "is only for an https:// endpoint: remove it, or write the endpoint with https://");
-        }
-    }
+    let ca =
+        s.ca_of(endpoint.as_deref(), "endpoint", "/etc/etcd-ferry/collector-ca.pem", "the collector's certificate");
     let sample = limit(s, "sample", SAMPLE, 1, SAMPLE_MAX);
     Some(TracesConfig { endpoint: endpoint?, ca, sample: NonZeroU64::new(sample)? })
 }

@@ -7,7 +7,7 @@ use super::breaker::Breaker;
 use super::commit::{Committed, InFlight, answer_of};
 use super::dedupe::Dedupe;
 use super::foreign::OwnRevisions;
-use super::journal::{Journal, JournalEntry, JournalError};
+use super::journal::{Journal, JournalError, Reading, read};
 use super::mark::Mark;
 use super::next::{self, Idle};
 use super::plan::{self, Begun, Plan, PlanError, RequestLimits, RunFacts, TxnTree, Waiting};
@@ -28,8 +28,6 @@ use crate::retry::Backoff;
 use crate::segment::feed::FeedError;
 use bytes::Bytes;
 use std::collections::VecDeque;
-use std::future::Future;
-use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
@@ -471,25 +469,6 @@ impl Applier {
             Ok(Committed::GuardFailed | Committed::PositionMoved) => self.retry().await,
             Err(e) => self.doubt(&e),
         }
-    }
-}
-
-/// A read of the journal under way.
-struct Reading {
-    after: Seq,
-    entries: Pin<Box<dyn Future<Output = Result<Vec<JournalEntry>, JournalError>> + Send>>,
-}
-
-impl Reading {
-    fn new(journal: Arc<Journal>, after: Seq, bytes_max: usize) -> Self {
-        Self { after, entries: Box::pin(async move { journal.read_after(after, bytes_max).await }) }
-    }
-}
-
-async fn read(reading: &mut Option<Reading>) -> Result<Vec<JournalEntry>, JournalError> {
-    match reading {
-        Some(reading) => reading.entries.as_mut().await,
-        None => std::future::pending().await,
     }
 }
 

@@ -10,7 +10,9 @@ use crate::segment::Opened;
 use crate::segment::feed::{Appended, Feed, FeedEntry, FeedError, FeedLimits, Held};
 use crate::wire::frame::{FrameLimits, decode_standalone, encode_standalone};
 use bytes::Bytes;
+use std::future::Future;
 use std::path::Path;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
@@ -184,6 +186,26 @@ impl FeedEntry for JournalEntry {
         let entry =
             |(seq, (revision, digest))| JournalEntry { epoch, seq: Seq(seq), revision: Arc::new(revision), digest };
         Ok((frame.seq_first.0..).zip(frame.revisions.into_iter().zip(frame.digests)).map(entry).collect())
+    }
+}
+
+/// A read of the journal under way.
+pub(super) struct Reading {
+    pub after: Seq,
+    entries: Pin<Box<dyn Future<Output = Result<Vec<JournalEntry>, JournalError>> + Send>>,
+}
+
+impl Reading {
+    pub fn new(journal: Arc<Journal>, after: Seq, bytes_max: usize) -> Self {
+        Self { after, entries: Box::pin(async move { journal.read_after(after, bytes_max).await }) }
+    }
+}
+
+/// What it gives; of none, nothing ever.
+pub(super) async fn read(reading: &mut Option<Reading>) -> Result<Vec<JournalEntry>, JournalError> {
+    match reading {
+        Some(reading) => reading.entries.as_mut().await,
+        None => std::future::pending().await,
     }
 }
 
