@@ -80,8 +80,8 @@ audit: install
 sbom: install
 	@cargo cyclonedx --version >/dev/null 2>&1 || cargo install --locked cargo-cyclonedx
 	@mkdir -p $(TARGET)/sbom
-	cargo cyclonedx --format json --describe binaries --override-filename sbom
-	@mv sbom.json $(TARGET)/sbom/etcd-ferry.cdx.json && echo "$(TARGET)/sbom/etcd-ferry.cdx.json"
+	cargo cyclonedx --format json --describe binaries
+	@mv etcd-ferry_bin.cdx.json $(TARGET)/sbom/etcd-ferry.cdx.json && echo "$(TARGET)/sbom/etcd-ferry.cdx.json"
 
 lint: install
 	cargo fmt --check

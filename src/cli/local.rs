@@ -46,7 +46,9 @@ pub(super) enum CertsCommand {
 
 pub(super) fn check(configuration: &Configuration) -> Result<(), Failure> {
     let layers = configuration.layers();
-    let Checked { config, identity, overrides } = layers.check()?;
+    let checked = layers.check()?;
+    let warnings = checked.warnings();
+    let Checked { config, identity, overrides } = checked;
     say(&format!(
         "{} is sound; links to send: {}, to receive: {}",
         layers.file().display(),
@@ -55,6 +57,9 @@ pub(super) fn check(configuration: &Configuration) -> Result<(), Failure> {
     ))?;
     for Override { key, value, source } in &overrides {
         say(&format!("{key} = {value} is not from the file: {source} goes before it"))?;
+    }
+    for warning in warnings {
+        say(&format!("warning: {warning}"))?;
     }
     let Some(identity) = identity else {
         return say("this sidecar has no certificate yet: the PKI is asked for one at the start");

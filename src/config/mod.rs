@@ -83,6 +83,32 @@ pub struct Checked {
     pub overrides: Vec<Override>,
 }
 
+impl Checked {
+    /// What is no fault, and hardly meant.
+    pub fn warnings(&self) -> Vec<String> {
+        let Config { tls, send, receive, .. } = &self.config;
+        let mut warnings = Vec::new();
+        if tls.admins.is_empty() {
+            let who = if tls.viewers.is_empty() {
+                "nobody may ask this sidecar anything"
+            } else {
+                "nobody may do more than look"
+            };
+            warnings.push(format!("tls.admins is empty: {who}; list the names of your operators' certificates"));
+        }
+        let sends = send.iter().map(|link| ("send", &link.link, &link.peer));
+        let receives = receive.iter().map(|link| ("receive", &link.link, &link.peer));
+        for (side, link, peer) in sends.chain(receives) {
+            if self.identity.as_ref().is_some_and(|identity| identity.bears(peer)) {
+                warnings.push(format!(
+                    "[[{side}]] {link}: peer {peer} is a name of this sidecar's own certificate; it is to be the other region's"
+                ));
+            }
+        }
+        warnings
+    }
+}
+
 impl Layers {
     /// A file, this process's environment as it is now, and what `--set` said: `section.key=value`.
     pub fn new(file: &Path, flags: &[String]) -> Self {

@@ -66,6 +66,27 @@ impl EtcdError {
         }
     }
 
+    /// True unless etcd itself answered, on a connection that is as good as before.
+    pub fn wants_new_connection(&self) -> bool {
+        match self {
+            EtcdError::NoSpace
+            | EtcdError::Denied { .. }
+            | EtcdError::Compacted
+            | EtcdError::FutureRevision
+            | EtcdError::TooManyOps
+            | EtcdError::TooLarge
+            | EtcdError::AnswerTooLarge { .. }
+            | EtcdError::Config(_) => false,
+            EtcdError::Unreachable { .. }
+            | EtcdError::LoginLost(_)
+            | EtcdError::TimedOut
+            | EtcdError::NoLeader(_)
+            | EtcdError::OtherCluster { .. }
+            | EtcdError::VersionRefused(_)
+            | EtcdError::Other(_) => true,
+        }
+    }
+
     /// The same, with the right that was missing, if that is what it is about.
     pub fn needing(self, right: impl FnOnce() -> String) -> Self {
         if let EtcdError::Denied { said, .. } = self {
@@ -244,6 +265,24 @@ mod tests {
             (Status::unknown("etcdserver: something else"), "Other"),
         ] {
             assert!(format!("{:?}", status_reaction(&status, "etcd")).starts_with(wanted), "{status}");
+        }
+    }
+    #[test]
+    fn only_an_answer_that_is_etcds_own_keeps_the_connection() {
+        for (status, wanted) in [
+            (Status::resource_exhausted("etcdserver: mvcc: database space exceeded"), false),
+            (Status::permission_denied("etcdserver: permission denied"), false),
+            (Status::invalid_argument("etcdserver: too many operations in txn request"), false),
+            (Status::invalid_argument("etcdserver: request is too large"), false),
+            (Status::out_of_range("etcdserver: mvcc: required revision has been compacted"), false),
+            (Status::unauthenticated("etcdserver: invalid auth token"), true),
+            (Status::unavailable("etcdserver: no leader"), true),
+            (Status::deadline_exceeded("late"), true),
+            (Status::unavailable("transport error"), true),
+            (Status::internal("h2 protocol error"), true),
+            (Status::unknown("something that nobody planned for"), true),
+        ] {
+            assert_eq!(status_reaction(&status, "etcd").wants_new_connection(), wanted, "{status}");
         }
     }
 }

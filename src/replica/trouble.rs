@@ -110,15 +110,7 @@ impl Applier {
         if !error.changed_nothing() {
             self.held = None;
         }
-        if matches!(
-            error,
-            EtcdError::Unreachable { .. }
-                | EtcdError::LoginLost(_)
-                | EtcdError::TimedOut
-                | EtcdError::NoLeader(_)
-                | EtcdError::OtherCluster { .. }
-                | EtcdError::VersionRefused(_)
-        ) {
+        if error.wants_new_connection() {
             self.etcd = None;
         }
         self.planned = None;

@@ -34,9 +34,11 @@ const ANY_NAME: &str = "localhost";
 pub struct InUse {
     pub credentials: Credentials,
     pub server: Arc<ServerConfig>,
-    /// Of all files together.
-    fingerprint: blake3::Hash,
+    fingerprint: Fingerprint,
 }
+
+/// Each file's hash, in the order of `files_of`; the CRL has none where none is configured.
+type Fingerprint = Vec<(&'static str, blake3::Hash)>;
 
 impl InUse {
     /// Judges a peer that is connected as a new handshake would, but for its certificate's end: a connection outlives that.
@@ -136,7 +138,8 @@ impl Certificates {
                 *looks = Looks::default();
                 if found.fingerprint != before.fingerprint {
                     let identity = &found.credentials.identity;
-                    tracing::info!(subject = %identity.subject, not_after = %rfc3339(identity.not_after), "new certificates are in use");
+                    let changed = changed_files(&before.fingerprint, &found.fingerprint);
+                    tracing::info!(%changed, subject = %identity.subject, not_after = %rfc3339(identity.not_after), "new certificates are in use");
                     let (fresh, reloads) = (status_of(&found.credentials), self.status.borrow().reloads + 1);
                     self.status.send_replace(CertificatesStatus { reloads, ..fresh });
                     self.in_use.send_replace(Arc::new(found));
@@ -169,18 +172,19 @@ fn read(files: &TlsConfig) -> Result<InUse, TlsError> {
     Ok(InUse { credentials, server, fingerprint })
 }
 
-fn fingerprint_of(files: &TlsConfig) -> Result<blake3::Hash, TlsError> {
-    let mut hasher = blake3::Hasher::new();
-    for path in paths(files) {
-        let bytes = load::read(path)?;
-        hasher.update(&(bytes.len() as u64).to_le_bytes()).update(&bytes);
-    }
-    Ok(hasher.finalize())
+fn fingerprint_of(files: &TlsConfig) -> Result<Fingerprint, TlsError> {
+    files_of(files).map(|(name, path)| Ok((name, blake3::hash(&load::read(path)?)))).collect()
 }
 
-fn paths(files: &TlsConfig) -> impl Iterator<Item = &Path> {
+/// The names of the files that are others now, as the configuration has them.
+fn changed_files(before: &[(&'static str, blake3::Hash)], found: &[(&'static str, blake3::Hash)]) -> String {
+    let changed = found.iter().filter(|file| !before.contains(file));
+    changed.map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
+}
+
+fn files_of(files: &TlsConfig) -> impl Iterator<Item = (&'static str, &Path)> {
     let TlsFiles { ca, cert, key, crl } = files.into();
-    [ca, cert, key].into_iter().chain(crl)
+    [("ca", ca), ("cert", cert), ("key", key)].into_iter().chain(crl.map(|crl| ("crl", crl)))
 }
 
 fn status_of(credentials: &Credentials) -> CertificatesStatus {
@@ -206,10 +210,34 @@ fn watch_folders(files: &TlsConfig, changed: watch::Sender<()>) -> Result<impl W
             changed.send_replace(());
         }
     })?;
-    let folders: BTreeSet<PathBuf> = paths(files).filter_map(Path::parent).map(Path::to_owned).collect();
+    let folders: BTreeSet<PathBuf> =
+        files_of(files).filter_map(|(_, path)| path.parent()).map(Path::to_owned).collect();
     for folder in folders {
         let folder = if folder.as_os_str().is_empty() { PathBuf::from(".") } else { folder };
         watcher.watch(&folder, RecursiveMode::NonRecursive)?;
     }
     Ok(watcher)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_files_that_changed_are_named() {
+        let files = |contents: [&str; 3]| -> Fingerprint {
+            ["ca", "cert", "key"]
+                .into_iter()
+                .zip(contents)
+                .map(|(name, text)| (name, blake3::hash(text.as_bytes())))
+                .collect()
+        };
+        let before = files(["1", "2", "3"]);
+        assert_eq!(changed_files(&before, &before), "");
+        assert_eq!(changed_files(&before, &files(["1", "4", "5"])), "cert, key");
+        assert_eq!(changed_files(&before, &files(["3", "2", "1"])), "ca, key", "a file's content in another's place");
+        let mut with_crl = before.clone();
+        with_crl.push(("crl", blake3::hash(b"6")));
+        assert_eq!(changed_files(&before, &with_crl), "crl");
+    }
 }

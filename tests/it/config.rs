@@ -90,6 +90,25 @@ fn check_says_who_this_sidecar_is_and_leaves_no_trace() {
 }
 
 #[test]
+fn check_warns_where_nobody_is_an_admin_and_where_a_link_names_this_side_as_its_peer() {
+    let place = Place::new();
+    let said = |text: &str| {
+        let output = place.check(text);
+        assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let nobody = "warning: tls.admins is empty: nobody may ask this sidecar anything; list the names of your operators' certificates\n";
+    assert!(said(&place.text()).contains(nobody));
+    let viewer = place.text().replace("[tls]", "[tls]\nviewers = [\"spiffe://etcd-ferry.dev/monitoring\"]");
+    assert!(said(&viewer).contains("warning: tls.admins is empty: nobody may do more than look;"));
+    let admin = place.text().replace("[tls]", "[tls]\nadmins = [\"spiffe://etcd-ferry.dev/admin\"]");
+    assert!(!said(&admin).contains("warning"));
+    let itself = admin.replace("peer = \"spiffe://etcd-ferry.dev/region/cn-hangzhou\"", "peer = \"localhost\"");
+    let warning = "warning: [[receive]] config: peer localhost is a name of this sidecar's own certificate; it is to be the other region's\n";
+    assert!(said(&itself).contains(warning));
+}
+
+#[test]
 fn check_reports_all_faults_and_exits_with_2() {
     let place = Place::new();
     let text = place.text().replace("[etcd]", "[etcd]\nendpoint = 1").replace("node = ", "nod = ");

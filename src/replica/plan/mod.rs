@@ -20,6 +20,7 @@ pub use request::{Answered, Condition, Request, answered};
 pub use runs::{DeleteRun, RUN_KEYS_MIN, RunFacts, Settled};
 pub use size::{LimitRefusal, RequestLimits};
 
+use crate::model::limits::POSITION_REQUEST_BYTES;
 use crate::model::{Change, Digest, KeyRange, Position, Ranges, Revision, Seq, WholeRevision};
 use crate::wire::digest;
 use crate::wire::replicate::refusal::Kind;
@@ -132,10 +133,13 @@ pub struct Plan {
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PlanError {
+    /// The advice has room for a retry from quarantine, whose position is longer.
     #[error(
         "revision {revision} holds a key of {key_bytes} bytes with a value of {value_bytes} bytes; to apply it takes a request of \
          {request_bytes_needed} bytes, and the replica's etcd takes {request_bytes_max}: raise --max-request-bytes of the replica's etcd, \
-         and request_bytes_max in [limits] of its sidecar, to at least {request_bytes_needed}; then restart that sidecar, and after it the origin's"
+         and request_bytes_max in [limits] of its sidecar, to at least {}, or better to what the origin's etcd has and \
+         {POSITION_REQUEST_BYTES} more, which all its values fit; then restart that sidecar, and after it the origin's",
+        *request_bytes_needed as u64 + POSITION_REQUEST_BYTES
     )]
     TooLarge {
         revision: Revision,

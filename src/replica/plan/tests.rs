@@ -483,6 +483,8 @@ fn only_a_plan_that_would_be_refused_again_stops_the_link() {
     let reaction = |error: PlanError| error.reaction();
     let too_large =
         PlanError::TooLarge { revision, key_bytes: 1, value_bytes: 2, request_bytes_needed: 4, request_bytes_max: 3 };
+    let advice = "to at least 4100, or better to what the origin's etcd has and 4096 more";
+    assert!(too_large.to_string().contains(advice), "{too_large}");
     assert_eq!(reaction(too_large), PlanReaction::Stop(Kind::TooLarge));
     assert_eq!(reaction(PlanError::Malformed { revision, rule: "" }), PlanReaction::Stop(Kind::Outside));
     assert_eq!(reaction(PlanError::Overlap), PlanReaction::Stop(Kind::Outside));
