@@ -243,6 +243,8 @@ impl<T: FeedEntry> Feed<T> {
             let shared = Arc::clone(&self.shared);
             let reading = tokio::task::spawn_blocking(move || shared.read_files(after, through, bytes_max, resets));
             let found = match reading.await.map_err(|_| FeedError::Closed)? {
+                // What was read before a reset is not what the feed holds now, though its indexes may be.
+                Ok(_) if lock(&self.shared.state).resets != resets => return Err(FeedError::Reset),
                 Ok(found) => found,
                 Err(error) => {
                     let mut state = lock(&self.shared.state);

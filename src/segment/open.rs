@@ -263,6 +263,8 @@ fn open_last(
     if let Some(last) = files.back() {
         let path = file_path(dir, last.number);
         let mut file = OpenOptions::new().write(true).open(&path).map_err(failed("opening", &path))?;
+        // Whoever wrote the last records may have ended before they were synced; files before the last one were synced when it was begun.
+        file.sync_data().map_err(failed("syncing", &path))?;
         file.seek(SeekFrom::Start(last.bytes)).map_err(failed("opening", &path))?;
         return Ok((files, file));
     }

@@ -33,6 +33,22 @@ fn a_power_cut_loses_no_segment_record_that_was_synced() {
 }
 
 #[test]
+fn what_a_killed_writer_left_unsynced_survives_a_power_cut_once_the_log_is_open_again() {
+    let disk = Disk::new(32 << 20);
+    let dir = disk.mount.join("segment");
+    let (mut log, _) = open_log(&dir);
+    log.append(1, &payload(1, 1024)).unwrap();
+    log.sync().unwrap();
+    (2..=40).for_each(|index| log.append(index, &payload(index, 1024)).unwrap());
+    drop(log);
+    let (again, seen) = open_log(&dir);
+    assert_eq!((again.last_index(), seen.len()), (40, 40), "the kernel holds it all");
+    let copy = disk.copy();
+    let (_, kept) = open_log(&copy.mount.join("segment"));
+    assert!(kept == seen, "{} of 40 are there", kept.len());
+}
+
+#[test]
 fn a_power_cut_loses_no_spooled_revision_that_was_durable() {
     SIZES.into_iter().for_each(|bytes| cut_twice("spool", bytes));
 }

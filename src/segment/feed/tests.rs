@@ -264,6 +264,25 @@ async fn a_reset_drops_everything_for_good_and_tells_a_waiting_reader() {
 }
 
 #[tokio::test]
+async fn what_is_read_from_files_while_a_reset_is_done_is_not_given_out_after_it() {
+    let dir = private_dir();
+    let feed = open(dir.path(), roomy());
+    append_durably(&feed, items(1..=50, 100)).await;
+    feed.close().await.unwrap();
+    drop(feed);
+    // Nothing is in memory.
+    let feed = open(dir.path(), roomy());
+    let mut reading = std::pin::pin!(feed.read_after(0, 1 << 20));
+    assert!(futures::poll!(reading.as_mut()).is_pending(), "another thread reads the files");
+    feed.reset(2, 0).await.unwrap();
+    append_durably(&feed, items(1..=3, 200)).await;
+    let read = reading.await;
+    assert!(matches!(read, Err(FeedError::Reset)), "{:?}", read.map(|read| read.len()));
+    assert!(read_all(&feed, 0, 1 << 20).await == items(1..=3, 200));
+    feed.close().await.unwrap();
+}
+
+#[tokio::test]
 async fn how_far_it_covers_is_remembered_and_reading_goes_on_after_it() {
     let dir = private_dir();
     let feed = open(dir.path(), roomy());
