@@ -9,7 +9,7 @@
 //! top/               mod past(p) screen(p): every link of several sidecars, live on a terminal
 //! app.rs             bind everything, then run it; owns tasks and shutdown
 //! app/               links reload: start, stop and change links while it runs
-//! origin/            mod ship hello decide remember term standby session receipts heartbeat canary(p) stall shipped(p) verify outcome compare mend found(p) anchor reader elect candidacy(p) resume(p) history(p) tail watch reopen(p) head probe view sequence(p) spool lag(p)
+//! origin/            mod ship hello decide remember term standby session receipts heartbeat canary(p) stall shipped(p) verify outcome compare tally(p) mend found(p) anchor reader elect candidacy(p) resume(p) history(p) tail watch reopen(p) head probe view sequence(p) spool lag(p)
 //! replica/           mod receive stream shipments verify admit(p) view copy pages(p) mark apply commit position trouble quarantine poison(p) hold pause breaker(p) txn next(p) stall plan(p) journal foreign(p) lookout age(p) compact dedupe(the only file that knows sled)
 //! admin/             service calls commands health watching reload roles(p) messages(p) http page history(p) bundle certificates quarantine verification limits(p) client show(p) status_json(p) table(p)
 //! logs/              mod recent(p): the log, its level, its last lines
@@ -17,7 +17,7 @@
 //! etcd/              mod gate limits bisect(p) version(p) error watch: the narrow typed door to etcd
 //! pki/               mod answer(p) ask files life(p): this sidecar's pair, from a PKI that speaks Vault's API
 //! traces/            mod book(p) export span(p): spans of sampled revisions, for a collector
-//! tls/               mod (configurations) reload accept connect recheck verify explain
+//! tls/               mod (configurations) reload etcd_files accept connect recheck verify explain
 //! wire/              mod codec window(p) frame(p) body(p) cache(p) delta(p) digest(p) parts(p) limits(p) varint(p) kubernetes_like (tests)
 //! segment/           mod open file writer (append-only files) feed (memory first, then files), under spool and journal
 //! config/            mod read(p) layers(p) check(p) limits(p) pki(p) traces(p) files effective(p) change(p): raw to checked, all faults at once

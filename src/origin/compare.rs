@@ -4,18 +4,15 @@
 //! Always true: each key of the link's ranges is compared at one mark; a part whose revision was compacted is compared again at another;
 //! what is in flight is bounded, so that frames find room beside it.
 
-use super::found::{
-    Compared, MendStop, Mending, answer_bytes, cut_at, found_of, guard_deletes, list_message, part_message, subs_of,
-};
+use super::found::{Compared, MendStop, Mending, answer_bytes, guard_deletes, list_message, part_message};
+use super::tally::{Mark, Narrowed, Open, OtherAnswer, Round, Tally};
 use crate::etcd::{Columns, Etcd, EtcdError};
 use crate::failpoint;
 use crate::model::{KeyRange, PartsProgress, Ranges, Revision};
 use crate::scan::{Scan, Sizes};
 use crate::wire::parts::{DifferingKey, KeyList, Narrower, PART_KEYS, Part, PartHasher, SUB_KEYS, after_key, of_value};
-use crate::wire::replicate::part_answer::Outcome;
 use crate::wire::replicate::{self as wire, Shipment, shipment};
 use bytes::Bytes;
-use std::collections::VecDeque;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
@@ -34,9 +31,6 @@ pub(super) const ANSWER_DEADLINE: Duration = Duration::from_secs(300);
 /// Marks in a row at which nothing could be compared, since one side was compacted or could not be read.
 pub(super) const MARKS_IN_VAIN_MAX: u32 = 20;
 pub(super) const MARK_PAUSE: Duration = Duration::from_millis(500);
-/// Differing keys that are kept by name, with their bytes; beyond it they are only counted.
-pub(super) const FOUND_KEYS_MAX: usize = 100_000;
-const FOUND_BYTES_MAX: usize = 16 << 20;
 /// Where a link back exists: what is on its way has this long to arrive before what differs is looked at again.
 const CROSSING_PAUSE: Duration = Duration::from_secs(2);
 /// A pause after a slow read is no longer than this: most of such a read was waiting.
@@ -59,14 +53,6 @@ pub(super) struct Shipped {
     pub repair: u64,
     /// How many of the keys are in it.
     pub keys: usize,
-}
-
-/// A mark that is on its way.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Mark {
-    pub id: u64,
-    /// What the origin holds at this revision was shipped before the mark.
-    pub at: Revision,
 }
 
 /// What the replica says to a comparison.
@@ -99,8 +85,8 @@ pub(super) enum Failed {
     InVain(String),
     #[error("the replica did not answer within {} s: is it far behind?", ANSWER_DEADLINE.as_secs())]
     NoAnswer,
-    #[error("the replica's answer is not to what was asked: are both sidecars of one version?")]
-    OtherAnswer,
+    #[error(transparent)]
+    OtherAnswer(#[from] OtherAnswer),
     #[error("{0}")]
     NotMended(String),
     #[error(transparent)]
@@ -137,47 +123,19 @@ pub(super) struct Comparison {
     pub outbound: mpsc::Sender<Shipment>,
     pub answers: mpsc::Receiver<Answer>,
     pub progress: watch::Sender<PartsProgress>,
-    /// What is still to be compared, and at a new mark.
-    pub todo: VecDeque<KeyRange>,
-    pub compared: Compared,
-    pub found_bytes: usize,
+    pub tally: Tally,
     pub sizes: Sizes,
-}
-
-/// A question that is not answered yet.
-enum Open {
-    Parts(Vec<Part>),
-    /// Of so many parts.
-    Lists(Vec<KeyRange>, u64),
-}
-
-/// What is under way at one mark.
-struct Round {
-    mark: Mark,
-    open: VecDeque<Open>,
-    /// Parts that differ, with the replica's sub-parts: what is asked about next.
-    differing: VecDeque<(KeyRange, Vec<Part>)>,
-    done: u64,
-    question_parts: usize,
-    /// Why nothing more can be compared at this mark.
-    over: Option<String>,
-}
-
-impl Round {
-    fn at(mark: Mark) -> Self {
-        let (open, differing) = (VecDeque::new(), VecDeque::new());
-        Self { mark, open, differing, done: 0, question_parts: 1, over: None }
-    }
 }
 
 impl Comparison {
     /// Compares everything, and what differs once more where it may have been on its way.
     pub(super) async fn run(mut self) -> Result<Compared, Failed> {
-        self.todo = self.ranges.pieces().iter().cloned().collect();
+        self.tally.todo = self.ranges.pieces().iter().cloned().collect();
         let keys = self.count().await?;
-        self.progress.send_modify(|progress| progress.parts_total = keys.div_ceil(PART_KEYS as u64).max(1));
+        self.tally.progress.parts_total = keys.div_ceil(PART_KEYS as u64).max(1);
+        self.progress.send_replace(self.tally.progress);
         let mut in_vain = 0;
-        while !self.todo.is_empty() {
+        while !self.tally.todo.is_empty() {
             let round = self.compare_at_mark().await?;
             in_vain = if round.done > 0 { 0 } else { in_vain + 1 };
             if let (true, Some(reason)) = (in_vain >= MARKS_IN_VAIN_MAX, &round.over) {
@@ -187,17 +145,18 @@ impl Comparison {
                 tokio::time::sleep(MARK_PAUSE).await;
             }
         }
-        self.compared.found.sort_by(|a, b| a.key.cmp(&b.key));
-        if self.link_back && !self.compared.found.is_empty() {
+        self.tally.compared.found.sort_by(|a, b| a.key.cmp(&b.key));
+        if self.link_back && !self.tally.compared.found.is_empty() {
             self.look_again().await?;
         }
-        if let Some(mending) =
-            self.mending.filter(|mending| mending.ends || self.compared.differing > self.compared.expected())
+        if let Some(mending) = self
+            .mending
+            .filter(|mending| mending.ends || self.tally.compared.differing > self.tally.compared.expected())
         {
-            guard_deletes(&self.compared, mending)?;
+            guard_deletes(&self.tally.compared, mending)?;
             self.mend().await?;
         }
-        Ok(self.compared)
+        Ok(self.tally.compared)
     }
 
     async fn count(&self) -> Result<u64, Failed> {
@@ -229,7 +188,7 @@ impl Comparison {
             let may_ask = round.open.len() < QUESTIONS_MAX;
             if may_ask && !round.differing.is_empty() {
                 self.ask_keys(&mut round).await?;
-            } else if may_ask && round.over.is_none() && !self.todo.is_empty() {
+            } else if may_ask && round.over.is_none() && !self.tally.todo.is_empty() {
                 self.ask_parts(&mut round).await?;
             } else if round.open.is_empty() {
                 break;
@@ -240,8 +199,8 @@ impl Comparison {
             }
         }
         if round.done > 0 {
-            let oldest = self.compared.revision;
-            self.compared.revision = if oldest == Revision(0) { mark.at } else { oldest.min(mark.at) };
+            let oldest = self.tally.compared.revision;
+            self.tally.compared.revision = if oldest == Revision(0) { mark.at } else { oldest.min(mark.at) };
         }
         Ok(round)
     }
@@ -250,16 +209,16 @@ impl Comparison {
     async fn ask_parts(&mut self, round: &mut Round) -> Result<(), Failed> {
         let mut parts: Vec<Part> = Vec::new();
         while parts.len() < round.question_parts {
-            let Some(range) = self.todo.pop_front() else { break };
+            let Some(range) = self.tally.todo.pop_front() else { break };
             match self.read_part(&range, round.mark.at).await {
                 Ok((part, rest)) => {
                     parts.push(part);
                     if let Some(rest) = rest {
-                        self.todo.push_front(rest);
+                        self.tally.todo.push_front(rest);
                     }
                 }
                 Err(e) => {
-                    self.todo.push_front(range);
+                    self.tally.todo.push_front(range);
                     round.over = Some(over_for(e)?);
                     break;
                 }
@@ -298,30 +257,31 @@ impl Comparison {
 
     /// The origin's keys where the replica's sub-parts differ, of as many parts as one question takes.
     async fn ask_keys(&mut self, round: &mut Round) -> Result<(), Failed> {
-        let (mut lists, mut bytes, mut answer, mut parts) = (Vec::new(), 0, 0, 0);
+        let (mut asked, mut lists, mut bytes, mut answer) = (Vec::new(), Vec::new(), 0, 0);
         while bytes < QUESTION_BYTES && answer < ANSWER_BYTES {
-            let Some((range, subs)) = round.differing.pop_front() else { break };
-            match self.narrow(&range, subs.clone(), round.mark.at).await {
+            let Some((part, subs)) = round.differing.pop_front() else { break };
+            match self.narrow(&part.range, subs.clone(), round.mark.at).await {
                 Ok(narrowed) => {
                     answer = answer_bytes(&narrowed, &subs).saturating_add(answer);
                     bytes += narrowed.iter().flat_map(|list| &list.keys).map(|(key, _)| key.len() + 10).sum::<usize>();
+                    asked.push(Narrowed { range: part.range, keys: part.keys, lists: narrowed.len() });
                     lists.extend(narrowed);
-                    parts += 1;
                 }
                 Err(e) => {
-                    self.todo.push_back(range);
+                    self.tally.todo.push_back(part.range);
                     round.over = Some(over_for(e)?);
                 }
             }
         }
         if lists.is_empty() {
-            return Ok(());
+            // The replica's sub-parts are what the origin's are, whatever it said of the parts.
+            return Ok(self.tally.take_lists(round, asked, Vec::new())?);
         }
-        self.ask_lists(round, lists, parts).await
+        self.ask_lists(round, Open::Lists(asked), lists).await
     }
 
-    async fn ask_lists(&self, round: &mut Round, lists: Vec<KeyList>, parts: u64) -> Result<(), Failed> {
-        round.open.push_back(Open::Lists(lists.iter().map(|list| list.range.clone()).collect(), parts));
+    async fn ask_lists(&self, round: &mut Round, open: Open, lists: Vec<KeyList>) -> Result<(), Failed> {
+        round.open.push_back(open);
         let lists = lists.into_iter().map(list_message).collect();
         self.send(shipment::What::KeyLists(wire::KeyLists { mark: round.mark.id, lists })).await
     }
@@ -346,113 +306,51 @@ impl Comparison {
         }
         failpoint::reach("answer-heard");
         match (answer, round.open.pop_front()) {
-            (Answer::MarkFailed(failed), open) => {
-                for open in open.into_iter().chain(round.open.drain(..)) {
-                    match open {
-                        Open::Parts(parts) => self.todo.extend(parts.into_iter().map(|part| part.range)),
-                        Open::Lists(ranges, _) => self.todo.extend(ranges),
-                    }
-                }
-                self.todo.extend(round.differing.drain(..).map(|(range, _)| range));
-                round.over = Some(failed.reason);
-                Ok(())
-            }
+            (Answer::MarkFailed(failed), open) => self.tally.mark_failed(round, open, failed.reason),
             (Answer::Parts(answer), Some(Open::Parts(asked))) if answer.parts.len() == asked.len() => {
-                for (asked, answer) in asked.into_iter().zip(answer.parts) {
-                    self.take_part(round, asked, answer)?;
-                }
-                Ok(())
+                self.tally.take_parts(round, asked, answer.parts)?;
             }
-            (Answer::Lists(answer), Some(Open::Lists(asked, parts))) if answer.lists.len() == asked.len() => {
-                for (range, answer) in asked.into_iter().zip(answer.lists) {
-                    if answer.compacted {
-                        self.todo.push_back(range);
-                        round.over = Some("the replica was compacted".to_owned());
-                    } else {
-                        answer.keys.into_iter().try_for_each(|key| self.note(key))?;
-                    }
-                }
-                self.did(round, parts);
-                Ok(())
+            (Answer::Lists(answer), Some(Open::Lists(asked)))
+                if answer.lists.len() == asked.iter().map(|part| part.lists).sum::<usize>() =>
+            {
+                self.tally.take_lists(round, asked, answer.lists)?;
             }
-            (Answer::Parts(_) | Answer::Lists(_) | Answer::Repaired(_), _) => Err(Failed::OtherAnswer),
+            (Answer::Lists(answer), Some(Open::Again(lists))) if answer.lists.len() == lists => {
+                self.tally.take_again(round, answer.lists)?;
+            }
+            (Answer::Parts(_) | Answer::Lists(_) | Answer::Repaired(_), _) => return Err(OtherAnswer.into()),
         }
-    }
-
-    fn take_part(&mut self, round: &mut Round, asked: Part, answer: wire::PartAnswer) -> Result<(), Failed> {
-        match answer.outcome() {
-            Outcome::Equal => {
-                self.did(round, 1);
-                self.compared.keys += asked.keys;
-            }
-            Outcome::Differs => {
-                let subs = subs_of(answer.subs, &asked.range).ok_or(Failed::OtherAnswer)?;
-                self.compared.keys += asked.keys;
-                round.differing.push_back((asked.range, subs));
-            }
-            Outcome::Compacted => {
-                self.todo.push_back(asked.range);
-                round.over = Some("the replica was compacted".to_owned());
-            }
-            Outcome::Wide => {
-                let pieces = cut_at(&asked.range, answer.edges).ok_or(Failed::OtherAnswer)?;
-                self.progress.send_modify(|progress| progress.parts_total += pieces.len() as u64 - 1);
-                self.todo.extend(pieces);
-            }
-            Outcome::Unspecified => return Err(Failed::OtherAnswer),
-        }
-        Ok(())
-    }
-
-    fn did(&self, round: &mut Round, parts: u64) {
-        round.done += parts;
-        self.progress.send_modify(|progress| {
-            progress.parts_done += parts;
-            progress.parts_total = progress.parts_total.max(progress.parts_done);
-        });
-    }
-
-    fn note(&mut self, key: wire::DifferingKey) -> Result<(), Failed> {
-        let quarantined = key.quarantined;
-        let found = found_of(key).ok_or(Failed::OtherAnswer)?;
-        self.compared.differing += 1;
-        self.found_bytes += found.key.len();
-        if self.compared.found.len() < FOUND_KEYS_MAX && self.found_bytes <= FOUND_BYTES_MAX {
-            if quarantined {
-                self.compared.quarantined.insert(found.key.clone());
-            }
-            self.compared.found.push(found);
-        }
+        self.progress.send_replace(self.tally.progress);
         Ok(())
     }
 
     /// Looks at another mark whether what differed still does, with the same values: the rest was on its way.
     async fn look_again(&mut self) -> Result<(), Failed> {
         tokio::time::sleep(CROSSING_PAUSE).await;
-        let before = std::mem::take(&mut self.compared.found);
-        let (uncounted, kept) = (self.compared.differing - before.len() as u64, before.len() as u64);
-        self.found_bytes = 0;
+        let before = self.tally.take_found();
+        let (uncounted, kept) = (self.tally.compared.differing - before.len() as u64, before.len() as u64);
         for some in before.chunks(SUB_KEYS * QUESTIONS_MAX) {
             let mut in_vain = 0;
             loop {
-                self.compared.differing = 0;
-                let mark = self.compared.found.len();
+                self.tally.compared.differing = 0;
+                let mark = self.tally.compared.found.len();
                 match self.look_again_at(some).await? {
                     None => break,
                     Some(reason) if in_vain >= MARKS_IN_VAIN_MAX => return Err(Failed::InVain(reason)),
                     Some(_) => in_vain += 1,
                 }
-                self.compared.found.truncate(mark);
+                self.tally.forget_after(mark);
                 tokio::time::sleep(MARK_PAUSE).await;
             }
         }
-        self.todo.clear();
-        self.compared
+        self.tally.todo.clear();
+        self.tally
+            .compared
             .found
             .retain(|now| before.binary_search_by(|b| b.key.cmp(&now.key)).is_ok_and(|i| before[i] == *now));
-        let still = self.compared.found.len() as u64;
-        self.compared.moving = kept - still;
-        self.compared.differing = still + uncounted;
+        let still = self.tally.compared.found.len() as u64;
+        self.tally.compared.moving = kept - still;
+        self.tally.compared.differing = still + uncounted;
         Ok(())
     }
 
@@ -473,7 +371,7 @@ impl Comparison {
             }
             self.pace.rest_after(started).await;
         }
-        self.ask_lists(&mut round, lists, 0).await?;
+        self.ask_lists(&mut round, Open::Again(lists.len()), lists).await?;
         while !round.open.is_empty() {
             let answer = tokio::time::timeout(ANSWER_DEADLINE, self.answers.recv()).await;
             let answer = answer.map_err(|_| Failed::NoAnswer)?.ok_or(Failed::StreamEnded)?;

@@ -6,7 +6,7 @@
 use super::hello::Greeted;
 use super::history;
 use super::probe::{Probed, probe};
-use super::resume::{self, CarriedCheck, OriginFacts, Received, ReplicaFacts, Resume, SpoolFacts};
+use super::resume::{self, CarriedCheck, OriginFacts, Received, ReplicaFacts, Resume, SpoolFacts, Tailed};
 use super::sequence::OriginWaymark;
 use super::session::SessionEnd;
 use super::ship::{Shipper, at_origin};
@@ -138,9 +138,7 @@ impl Shipper {
 
     /// Told before the comparison: a watch that opens after it begins with what was compared.
     fn tell_tail(&self, carried: (Revision, Digest), reached: Revision) {
-        let extent = self.spool.extent().borrow().clone();
-        let spool = SpoolFacts { base: extent.base, covered: extent.covered, last: extent.last };
-        if resume::begins_with(&spool, carried.0, reached) {
+        if resume::begins_with(&self.spool_facts(), carried.0, reached) {
             // Where a command waits already, it is a restart, which brings this along, or the same word of an earlier hello.
             let _ = self.tail_commands.try_send(TailCommand::Carried(carried));
         }
@@ -148,31 +146,34 @@ impl Shipper {
 
     /// Whether the carried revision is the origin's. Where the open watch has shown it, the spool tells; a short watch costs up to 0.1 s.
     async fn check_carried(&self, etcd: &Etcd, carried: (Revision, Digest)) -> Result<CarriedCheck, SessionEnd> {
-        if self.tailed(carried.0).await == Some(carried.1) {
+        let tailed = self.tailed(carried.0).await;
+        if tailed == Tailed::Holds(carried.1) {
             return Ok(CarriedCheck::Same);
         }
         let send = &self.origin.send;
         let probed = probe(etcd, &send.ranges, &send.link, carried.0, &self.origin.limits).await;
-        Ok(match probed.map_err(|e| at_origin(&e))? {
+        Ok(tailed.and(match probed.map_err(|e| at_origin(&e))? {
             Probed::Digest(found) if found == carried.1 => CarriedCheck::Same,
             Probed::Digest(_) | Probed::Nothing => CarriedCheck::Other,
             Probed::Compacted => CarriedCheck::Compacted,
-        })
+        }))
     }
 
-    /// What the spool holds of one revision in the history that the open watch shows.
-    async fn tailed(&self, at: Revision) -> Option<Digest> {
-        self.tail.borrow().proven_from.filter(|from| *from <= at)?;
-        let extent = self.spool.extent().borrow().clone();
-        let (last, digest) = extent.last?;
-        if last == at {
-            return Some(digest);
+    async fn tailed(&self, at: Revision) -> Tailed {
+        let proven_from = self.tail.borrow().proven_from;
+        if let Some(tailed) = Tailed::by_extent(proven_from, &self.spool_facts(), at) {
+            return tailed;
         }
-        // Nothing would come of what the spool does not hold.
-        let held = extent.base < at && at < last;
-        let read = self.spool.read_after(Revision(at.0.saturating_sub(1)), 1);
-        let entries = if held { read.await.ok()? } else { return None };
-        entries.first().filter(|entry| entry.revision.revision == at).map(|entry| entry.digest)
+        match self.spool.read_after(Revision(at.0.saturating_sub(1)), 1).await {
+            Ok(entries) => Tailed::by_entry(entries.first().map(|entry| (entry.revision.revision, entry.digest)), at),
+            Err(_) => Tailed::Unknown,
+        }
+    }
+
+    fn spool_facts(&self) -> SpoolFacts {
+        let extent = self.spool.extent();
+        let extent = extent.borrow();
+        SpoolFacts { base: extent.base, covered: extent.covered, last: extent.last }
     }
 
     /// Brings the tail to where the decision wants it. `carried`: what a new watch begins with.

@@ -58,6 +58,8 @@ pub struct Heard {
     pub at: Option<Instant>,
     /// The link waits for an operator, as it would in any sidecar's hands: silence means nothing.
     pub stopped: bool,
+    /// This sidecar cannot ship, and another one might: its spool's disk has failed.
+    pub unfit: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -232,7 +234,7 @@ impl Election {
                 }
                 let silent = (!heard.stopped).then(|| at.unwrap_or(self.led_since).elapsed());
                 if candidacy::gives_way(silent, self.patience, others) {
-                    return self.give_way(term).await;
+                    return self.give_way(term, heard.unfit).await;
                 }
                 let left = silent.map_or(RENEW_INTERVAL, |silent| self.patience.saturating_sub(silent));
                 // With nobody to give way to, what is left of the patience is nothing to wake for.
@@ -261,11 +263,15 @@ impl Election {
     }
 
     /// Takes the key away and comes back as the last of the candidates.
-    async fn give_way(&mut self, term: Term) -> Duration {
+    async fn give_way(&mut self, term: Term, unfit: bool) -> Duration {
         let silent_s = self.patience.as_secs();
-        tracing::warn!(link = %self.link, node = %self.node, %term, silent_s, "nothing is heard from the replica: giving way to another sidecar");
         self.patience = candidacy::patience_after(self.patience);
-        let reason = format!("nothing was heard from the replica for {silent_s} s: another sidecar's turn");
+        let reason = if unfit {
+            "this sidecar's spool cannot be used: another sidecar's turn".to_owned()
+        } else {
+            format!("nothing was heard from the replica for {silent_s} s: another sidecar's turn")
+        };
+        tracing::warn!(link = %self.link, node = %self.node, %term, %reason, "giving way to another sidecar");
         self.say(Standing::Unknown { reason });
         let Some(etcd) = self.connection.clone() else { return LOOK_INTERVAL };
         let key = self.link.candidate_key(&self.node);

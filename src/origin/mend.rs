@@ -87,7 +87,7 @@ impl Comparison {
     /// Ships the keys that differ, as many at a time as one message takes.
     pub(super) async fn mend(&mut self) -> Result<(), Failed> {
         failpoint::reach("difference-known");
-        let keys: Vec<Bytes> = self.compared.mendable().map(|found| found.key.clone()).collect();
+        let keys: Vec<Bytes> = self.tally.compared.mendable().map(|found| found.key.clone()).collect();
         let (mut puts, mut deletes, mut in_vain) = (0, 0, 0);
         let mut left = &keys[..];
         loop {
@@ -115,7 +115,7 @@ impl Comparison {
                 break;
             }
         }
-        self.compared.mended = Some((puts, deletes));
+        self.tally.compared.mended = Some((puts, deletes));
         Ok(())
     }
 

@@ -30,6 +30,7 @@ pub mod spool;
 mod stall;
 mod standby;
 pub mod tail;
+mod tally;
 mod term;
 mod verify;
 mod view;

@@ -215,6 +215,48 @@ pub fn watched_from(replica: &ReplicaFacts, check: CarriedCheck) -> Option<(Revi
     }
 }
 
+/// What is known of one revision of the link, in the history that the open watch shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tailed {
+    Unknown,
+    Holds(Digest),
+    /// The link has nothing there.
+    Lacks,
+}
+
+impl Tailed {
+    /// By what is known of the spool; `None`: what it holds has to be read. `proven_from`: from there on it holds what the open watch shows.
+    pub fn by_extent(proven_from: Option<Revision>, spool: &SpoolFacts, at: Revision) -> Option<Self> {
+        if proven_from.is_none_or(|from| at < from) {
+            return Some(Tailed::Unknown);
+        }
+        match spool.last {
+            Some((last, digest)) if last == at => Some(Tailed::Holds(digest)),
+            _ if at <= spool.base || spool.covered < at => Some(Tailed::Unknown),
+            Some((last, _)) if last > at => None,
+            // Everything up to `covered` was seen, and the last of it that is of the link came before.
+            Some(_) | None => Some(Tailed::Lacks),
+        }
+    }
+
+    /// By the first revision that the spool holds from `at` on.
+    pub fn by_entry(first: Option<(Revision, Digest)>, at: Revision) -> Self {
+        match first {
+            Some((revision, digest)) if revision == at => Tailed::Holds(digest),
+            Some(_) => Tailed::Lacks,
+            None => Tailed::Unknown,
+        }
+    }
+
+    /// What becomes of the comparison once the origin's etcd was asked too: what it shows no more, the open watch may have shown.
+    pub fn and(self, probed: CarriedCheck) -> CarriedCheck {
+        match (probed, self) {
+            (CarriedCheck::Compacted, Tailed::Holds(_) | Tailed::Lacks) => CarriedCheck::Other,
+            (probed, _) => probed,
+        }
+    }
+}
+
 /// Whether watches are to begin with the replica's last carried revision from now on: the spool, as a new process finds it that trimmed all
 /// it had, holds no revision of its own, and reaches back to where the replica is.
 pub fn begins_with(spool: &SpoolFacts, carried: Revision, reached: Revision) -> bool {

@@ -206,7 +206,7 @@ impl Session {
             }
             // A read goes on while receipts are taken: begun anew at each of them, it might never end.
             reading = reading.filter(|reading| reading.after == self.shipped.cursor);
-            if reading.is_none() && pending.is_none() && self.shipped.frames_in_flight() < IN_FLIGHT_MAX {
+            if reading.is_none() && pending.is_none() && self.may_read() {
                 // One revision a frame, where larger ones did not arrive whole: the less there is, the less can be hit.
                 let bytes_max = if self.shipped.is_standalone() { 1 } else { self.frame_bytes_max };
                 reading = Some(Reading::new(spool.clone(), self.shipped.cursor, bytes_max));
@@ -252,6 +252,13 @@ impl Session {
                 }
             }
         }
+    }
+
+    /// Whether another frame may be on its way. Standalone, one at a time: what follows one that is not decoded would come out of order,
+    /// and that it never will be would not be told.
+    fn may_read(&self) -> bool {
+        let alone = !self.shipped.is_standalone() || self.unreceived.is_empty();
+        alone && self.shipped.frames_in_flight() < IN_FLIGHT_MAX
     }
 
     /// What the origin holds at this revision is what was shipped, up to the present seq; nothing must wait to be sent.
@@ -335,6 +342,9 @@ async fn read(reading: &mut Option<Reading>) -> Result<Vec<SpoolEntry>, SpoolErr
 
 /// A spool that is damaged is none from the next hello on: what it held is watched again, or mended where etcd has compacted it.
 fn unread(ship: &Shipper, error: &SpoolError) -> SessionEnd {
+    if let Err(e) = ship.spool.usable() {
+        return SessionEnd::Stop(format!("the spool: {e}; mend the disk, then restart the sidecar"));
+    }
     if error.is_damage() {
         tracing::error!(link = %ship.origin.send.link, %error, "the spool cannot be read any more; it is dropped, and what it held is fetched again");
     }

@@ -228,7 +228,8 @@ impl Shipper {
         let reason = self.named(reason);
         tracing::error!(link = %self.origin.send.link, %reason, "the link stops");
         self.rest(LinkState::Stopped, reason);
-        self.heard.send_replace(Heard { at: None, stopped: true });
+        let unfit = self.spool.usable().is_err();
+        self.heard.send_replace(Heard { at: None, stopped: !unfit, unfit });
         let goes_on = loop {
             self.show_unwritten();
             let unwritten = self.unwritten.is_some();

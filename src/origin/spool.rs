@@ -141,6 +141,11 @@ impl Spool {
         self.arrivals.clone()
     }
 
+    /// An error once the disk has failed for good.
+    pub fn usable(&self) -> Result<(), SpoolError> {
+        self.feed.usable()
+    }
+
     pub async fn close(&self) -> Result<(), SpoolError> {
         self.feed.close().await
     }

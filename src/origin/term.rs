@@ -51,7 +51,7 @@ impl Shipper {
 
     /// The replica has said something.
     pub(super) fn heard(&self) {
-        self.heard.send_replace(Heard { at: Some(Instant::now()), stopped: false });
+        self.heard.send_replace(Heard { at: Some(Instant::now()), ..Heard::default() });
     }
 
     /// The replica has seen a higher (epoch, term) than ours, and its answer holds the position that says so.

@@ -5,12 +5,13 @@
 //! Always true: a comparison that was asked for begins after it was asked for; one runs at a time; a repair holds what the origin is where the
 //! stream stands; nothing is mended unasked, nor where a link back exists.
 
-use super::compare::{Answer, Ask, Comparison, Failed, Mark, Pace, Shipped};
+use super::compare::{Answer, Ask, Comparison, Failed, Pace, Shipped};
 use super::found::{Compared, MendStop, Mending};
 use super::mend::{RepairOf, RepairReading, WANTED_KEYS_MAX};
 use super::outcome::{failed_run, tell};
 use super::session::{Session, SessionEnd};
 use super::ship::Shipper;
+use super::tally::{Mark, Tally};
 use crate::admin::LinkCommand;
 use crate::etcd::EtcdError;
 use crate::failpoint;
@@ -19,7 +20,6 @@ use crate::scan::Sizes;
 use crate::wire::replicate::{KeysWanted, Mark as MarkMessage, Repair, Shipment, shipment};
 use crate::wire::{digest, frame};
 use bytes::Bytes;
-use std::collections::VecDeque;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
@@ -213,9 +213,7 @@ impl Session {
             outbound: self.outbound.clone(),
             answers: incoming,
             progress,
-            todo: VecDeque::new(),
-            compared: Compared::default(),
-            found_bytes: 0,
+            tally: Tally::default(),
             sizes: Sizes::default(),
         };
         let mut tasks = JoinSet::new();

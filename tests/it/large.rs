@@ -183,6 +183,34 @@ async fn the_largest_value_passes_and_one_byte_more_stops_the_link_until_the_adv
 }
 
 #[tokio::test]
+async fn a_revision_that_the_replica_never_decodes_stops_the_link_though_others_follow_it() {
+    let mut pair = Box::pin(Pair::prepare(wide_origin(EtcdOptions::replica()))).await;
+    pair.replica_sidecar.options.limits.insert("revision_bytes_max".to_owned(), MIB as u64);
+    pair.replica_sidecar.write_config();
+    pair.origin_sidecar.restart().await;
+    pair.replica_sidecar.restart().await;
+    pair.wait_applied(pair.origin.put("/app/first", "1").await).await;
+    // Small on the line.
+    let values = |n: usize| Write::put(format!("/app/wide/{n}"), vec![b'v'; MIB / 2]);
+    let wide: Vec<Write> = (0..6).map(values).collect();
+    commit(&mut pair.origin.kv().await, &wide).await.unwrap().unwrap();
+    let traffic = async {
+        loop {
+            pair.origin.put("/app/beside", "1").await;
+        }
+    };
+    let stopped = async {
+        let entry = pair.origin_sidecar.wait_for_state(LINK, "stopped").await;
+        entry["reason"].as_str().unwrap().to_owned()
+    };
+    let reason = tokio::select! {
+        reason = stopped => reason,
+        () = traffic => unreachable!("it has no end"),
+    };
+    assert!(reason.contains("revision_bytes_max alike"), "{reason}");
+}
+
+#[tokio::test]
 async fn a_replica_whose_requests_are_smaller_than_configured_stops_the_link_with_the_advice() {
     let replica = EtcdOptions { max_request_bytes: Some(MIB as u64), ..EtcdOptions::replica() };
     let pair = Box::pin(Pair::start(wide_origin(replica))).await;

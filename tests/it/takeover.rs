@@ -98,6 +98,31 @@ async fn a_shipper_that_is_cut_off_from_its_peer_gives_way_to_one_that_is_not() 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shipper_whose_spool_s_disk_fails_gives_way_to_one_whose_disk_is_well() {
+    let limits = ["segment_bytes", "queue_bytes_max", "frame_bytes_max", "page_bytes_max"].map(|name| (name, 64 << 10));
+    let limits = limits.map(|(name, value)| (name.to_owned(), value)).into();
+    let (regions, before) = following(RegionsOptions { limits, ..RegionsOptions::default() }).await;
+    let recorder = regions.record().await;
+    let shipper = regions.shipper().await;
+    let failing = &regions.origin_sidecars[shipper];
+    std::fs::remove_dir_all(failing.data_dir().join("origin").join(LINK).join("spool")).unwrap();
+    let acknowledged = write(&regions.origin[0].access(), "/app/some/", 500, 1_000).await;
+    let stopped = |entry: &serde_json::Value| entry["state"] == "stopped";
+    failing.wait_for(LINK, "the failed disk to stop the link", stopped).await;
+    let taken_over = async || {
+        let position = regions.try_position().await?;
+        (position.term > before.term && position.origin_revision >= last(&acknowledged)).then_some(position)
+    };
+    let position = until("the other one to ship", TAKEOVER_LIMIT, taken_over).await;
+    assert_eq!(position.epoch, before.epoch, "no copy");
+    let tells = |entry: &serde_json::Value| {
+        entry["role"] == "standby" && entry["reason"].as_str().is_some_and(|reason| reason.contains("disk"))
+    };
+    failing.wait_for(LINK, "the one that gave way to say what is wrong with it", tells).await;
+    regions.judge(recorder, &acknowledged, &before).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_shipper_that_gets_sigterm_hands_the_link_over_at_once() {
     let (mut regions, before) = following(RegionsOptions::default()).await;
     let recorder = regions.record().await;

@@ -337,3 +337,31 @@ fn watches_begin_with_what_was_carried_where_an_empty_spool_reaches_back_to_the_
     }
     assert!(!begins(spool(95, 150).unwrap()), "it begins with its own last revision");
 }
+
+#[test]
+fn what_the_open_watch_has_shown_counts_where_etcd_shows_the_carried_revision_no_more() {
+    let carried = Digest([9; 16]);
+    let spool = |last| SpoolFacts { base: Revision(50), covered: Revision(120), last };
+    let full = |last: u64| spool(Some((Revision(last), carried)));
+    let proven = Some(Revision(0));
+    let at = Revision(90);
+    assert_eq!(Tailed::by_extent(None, &full(90), at), Some(Tailed::Unknown), "of what history, nobody knows");
+    assert_eq!(Tailed::by_extent(Some(Revision(91)), &full(90), at), Some(Tailed::Unknown));
+    assert_eq!(Tailed::by_extent(Some(at), &full(90), at), Some(Tailed::Holds(carried)));
+    assert_eq!(Tailed::by_extent(proven, &full(80), at), Some(Tailed::Lacks));
+    assert_eq!(Tailed::by_extent(proven, &spool(None), at), Some(Tailed::Lacks));
+    assert_eq!(Tailed::by_extent(proven, &full(100), at), None);
+    for outside in [Revision(50), Revision(121)] {
+        assert_eq!(Tailed::by_extent(proven, &full(80), outside), Some(Tailed::Unknown), "{outside}");
+    }
+    assert_eq!(Tailed::by_entry(Some((at, carried)), at), Tailed::Holds(carried));
+    assert_eq!(Tailed::by_entry(Some((Revision(91), carried)), at), Tailed::Lacks);
+    assert_eq!(Tailed::by_entry(None, at), Tailed::Unknown);
+
+    for seen in [Tailed::Holds(Digest([8; 16])), Tailed::Lacks] {
+        assert_eq!(seen.and(CarriedCheck::Compacted), CarriedCheck::Other, "{seen:?}");
+        assert_eq!(seen.and(CarriedCheck::Same), CarriedCheck::Same, "etcd's own word");
+    }
+    assert_eq!(Tailed::Unknown.and(CarriedCheck::Compacted), CarriedCheck::Compacted);
+    assert_eq!(Tailed::Unknown.and(CarriedCheck::Other), CarriedCheck::Other);
+}

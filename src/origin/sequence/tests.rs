@@ -194,6 +194,12 @@ fn a_carried_canary_is_known_again_and_another_revision_in_its_place_is_another_
     assert!(unknown.is_err(), "it would have been carried");
     let mut other = sequencer(12).expect(carried);
     assert!(other.push(message(vec![put(10, "/app/a", "v")])).is_err());
+    for beside in ["/b", "/etcd-ferry/v1/links/config/waymark", "/etcd-ferry/v1/links/other/canary"] {
+        let mut beside_the_link = sequencer(12).expect(carried);
+        let found = beside_the_link.push(message(vec![put(10, beside, "{}")]));
+        let wanted = SequenceError::OtherHistory { carried: Revision(10), found: Found::OtherChanges };
+        assert_eq!(found, Err(wanted), "{beside} is no canary of this link");
+    }
 }
 
 /// Not a real digest: the number of changes and the bytes of the revision.

@@ -8,7 +8,7 @@ use super::etcd::{Etcd, Signal, Watch};
 use super::region::Context;
 use etcd_ferry::model::{Change, ClusterId, Digest, LinkName, Ranges, Revision};
 use etcd_ferry::origin::reopen::{self, Spooled};
-use etcd_ferry::origin::resume::CarriedCheck;
+use etcd_ferry::origin::resume::{CarriedCheck, SpoolFacts, Tailed};
 use etcd_ferry::origin::sequence::{Event, OriginWaymark, SequenceError, Sequenced, Sequencer, WatchMessage};
 use etcd_ferry::origin::spool::SpoolEntry;
 use etcd_ferry::wire::digest;
@@ -92,17 +92,18 @@ impl Tail {
         Spooled { covered: Revision(self.spool.covered), last: self.spool.last.or(self.carried) }
     }
 
-    /// What the spool holds of one revision in the history that the open watch shows.
-    pub fn tailed(&mut self, at: Revision) -> Option<Digest> {
-        self.watch.as_ref().and_then(|open| open.sequencer.proven_from()).filter(|from| *from <= at)?;
-        match self.spool.last? {
-            (last, digest) if last == at => Some(digest),
-            (last, _) if last < at => None,
-            _ => {
-                let entries = self.spool.read_after(at.0 - 1, 1)?;
-                entries.first().filter(|entry| entry.revision.revision == at).map(|entry| entry.digest)
-            }
-        }
+    /// What the spool tells of one revision in the history that the open watch shows.
+    pub fn tailed(&mut self, at: Revision) -> Tailed {
+        let proven_from = self.watch.as_ref().and_then(|open| open.sequencer.proven_from());
+        Tailed::by_extent(proven_from, &self.spool_facts(), at).unwrap_or_else(|| {
+            let entries = self.spool.read_after(at.0 - 1, 1).unwrap_or_default();
+            Tailed::by_entry(entries.first().map(|entry| (entry.revision.revision, entry.digest)), at)
+        })
+    }
+
+    pub fn spool_facts(&self) -> SpoolFacts {
+        let spool = &self.spool;
+        SpoolFacts { base: Revision(spool.base()), covered: Revision(spool.covered), last: spool.last }
     }
 
     /// What one revision of the link holds at the origin, against what was carried.

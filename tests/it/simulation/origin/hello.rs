@@ -10,7 +10,7 @@ use crate::simulation::region::Context;
 use crate::simulation::replica::{Hello, HelloRefused, Replica};
 use crate::simulation::tail::{TailState, waymark_of};
 use etcd_ferry::model::{Digest, Epoch, Revision};
-use etcd_ferry::origin::resume::{self, CarriedCheck, OriginFacts, Received, ReplicaFacts, Resume, SpoolFacts};
+use etcd_ferry::origin::resume::{self, CarriedCheck, OriginFacts, Received, ReplicaFacts, Resume, SpoolFacts, Tailed};
 use etcd_ferry::wire::digest;
 
 impl Origin {
@@ -69,8 +69,7 @@ impl Origin {
     }
 
     fn spool_facts(&self) -> Option<SpoolFacts> {
-        let spool = &self.tail.spool;
-        let facts = SpoolFacts { base: Revision(spool.base()), covered: Revision(spool.covered), last: spool.last };
+        let facts = self.tail.spool_facts();
         (facts.covered > Revision(0)).then_some(facts)
     }
 
@@ -97,11 +96,12 @@ impl Origin {
                     context.count("watch begins with the carried revision");
                     self.tail.remember(carried);
                 }
-                origin.carried = if self.tail.tailed(carried.0) == Some(carried.1) {
+                let tailed = self.tail.tailed(carried.0);
+                origin.carried = if tailed == Tailed::Holds(carried.1) {
                     context.count("carried revision known from the spool");
                     CarriedCheck::Same
                 } else {
-                    self.tail.probe(carried, etcd)
+                    tailed.and(self.tail.probe(carried, etcd))
                 };
             }
         }
