@@ -7,12 +7,12 @@ use super::breaker::Breaker;
 use super::commit::{Committed, InFlight, answer_of};
 use super::dedupe::Dedupe;
 use super::foreign::OwnRevisions;
-use super::journal::{Journal, JournalError, Reading, read};
+use super::journal::{Journal, JournalEntry, JournalError, Reading, bytes_of, read};
 use super::mark::Mark;
 use super::next::{self, Idle};
 use super::plan::{self, Begun, Plan, PlanError, RequestLimits, RunFacts, TxnTree, Waiting};
 use super::poison::Trial;
-use super::position::Held;
+use super::position::{Held, LOOK_EVERY};
 use super::quarantine::Retrying;
 use super::receive::Told;
 use super::view::{ApplyCommand, ApplyView};
@@ -239,6 +239,8 @@ impl Applier {
 
     async fn turns(&mut self) {
         let mut reading: Option<Reading> = None;
+        let mut looks = tokio::time::interval_at(Instant::now() + LOOK_EVERY, LOOK_EVERY);
+        looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let may_read = self.may_read();
             // A read goes on while answers are taken: begun anew at each of them, it would be done over and over.
@@ -256,14 +258,11 @@ impl Applier {
                 Some(command) = next_command(&mut self.operator) => Box::pin(self.operate(command)).await,
                 Ok(()) = self.closed.changed() => self.proved = *self.closed.borrow_and_update(),
                 () = sleep_until(self.retry_at) => self.retry().await,
+                _ = looks.tick() => Box::pin(self.look_without_stream()).await,
                 entries = read(&mut reading), if may_read => match entries {
                     Ok(entries) => {
                         reading = None;
-                        for entry in entries {
-                            self.read_through = entry.seq;
-                            self.waiting_bytes += entry.revision.bytes();
-                            self.waiting.push_back((Waiting { seq: entry.seq, revision: entry.revision }, entry.digest));
-                        }
+                        entries.into_iter().for_each(|entry| self.enqueue(entry));
                     }
                     // A new epoch begins under a read that waits where the old one ended.
                     Err(JournalError::Feed(FeedError::Reset)) => reading = None,
@@ -278,6 +277,19 @@ impl Applier {
             if self.done.take_if(|done| self.dedupe.done_through(done.epoch, done.seq).is_ok()).is_some() {
                 failpoint::reach("dedupe-done");
             }
+        }
+    }
+
+    fn enqueue(&mut self, entry: JournalEntry) {
+        self.read_through = entry.seq;
+        self.waiting_bytes += bytes_of(&entry.revision);
+        self.waiting.push_back((Waiting { seq: entry.seq, revision: entry.revision }, entry.digest));
+    }
+
+    /// The first that waits is in, or the link goes on without it.
+    pub(super) fn dequeue(&mut self) {
+        if let Some((done, _)) = self.waiting.pop_front() {
+            self.waiting_bytes = self.waiting_bytes.saturating_sub(bytes_of(&done.revision));
         }
     }
 
@@ -392,11 +404,8 @@ impl Applier {
     async fn operate(&mut self, command: ReplicaCommand) {
         self.settle_in_flight().await;
         match command {
-            ReplicaCommand::Show { seq, reply } => _ = reply.send(self.recorded(seq).cloned()),
-            ReplicaCommand::Retry { reply, .. } if self.paused().is_some() => {
-                _ = reply.send(Err("the link is paused: resume it, then ask again".to_owned()));
-            }
-            ReplicaCommand::Retry { seq, reply } => self.begin_retry(seq, reply),
+            ReplicaCommand::Show { seq, reply } => _ = reply.send(self.show(seq).await),
+            ReplicaCommand::Retry { seq, reply } => self.begin_retry(seq, reply).await,
             ReplicaCommand::Discard { seq, reply } => _ = reply.send(self.discard(seq).await),
             ReplicaCommand::Allow { reply } => _ = reply.send(self.allow().await),
             ReplicaCommand::Pause { by, reply } => _ = reply.send(self.pause(&by).await),
@@ -407,8 +416,12 @@ impl Applier {
     async fn command(&mut self, command: ApplyCommand) {
         self.settle_in_flight().await;
         match command {
+            // Who waited too long was told so, and says hello again.
+            ApplyCommand::Hello { facts, reply } if reply.is_closed() => {
+                self.hello_taken = self.hello_taken.max(facts.session);
+            }
             ApplyCommand::Hello { facts, reply } => {
-                let answer = Box::pin(self.hello(facts)).await;
+                let answer = Box::pin(self.hello(facts, &reply)).await;
                 let _ = reply.send(answer);
             }
             ApplyCommand::Progress { session, through, after, waymark, persist } => {
@@ -435,14 +448,13 @@ impl Applier {
         }
     }
 
-    /// Makes what is held visible; `committed`: something was applied, so journal and dedupe log may let go of it.
+    /// Makes what is held visible; `committed`: it is in etcd, so journal and dedupe log may let go of what it covers.
     pub(super) fn publish(&mut self, committed: bool) {
         // In doubt about the last transaction, what was known before it still holds.
         let position = self.held.as_ref().map_or_else(|| self.expected.clone(), |h| h.position.clone());
         let applied = position.as_ref().map(Applied::of);
         let revision = position.as_ref().map_or(Revision(0), |p| next::applied_revision(p, self.progress));
         self.view.send_modify(|view| {
-            view.transactions += u64::from(committed && applied != view.applied);
             view.applied = applied;
             view.applied_revision = revision;
             view.position = position;
@@ -472,7 +484,8 @@ impl Applier {
     }
 }
 
-async fn sleep_until(at: Option<Instant>) {
+/// Never, where there is no such time.
+pub(super) async fn sleep_until(at: Option<Instant>) {
     match at {
         Some(at) => tokio::time::sleep_until(at).await,
         None => std::future::pending().await,

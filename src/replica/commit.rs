@@ -6,14 +6,15 @@
 use super::apply::Applier;
 use super::lookout::lock;
 use super::next;
-use super::plan::{Answered, Extent, Request, Settled, TxnTree, answered};
-use super::position::Held;
+use super::plan::{Answered, Extent, Node, Op, Request, Settled, TxnTree, answered};
+use super::position::{Held, RACE_TRIES_MAX};
 use super::txn::transaction;
 use crate::etcd::{EtcdError, TxnOpResponse, TxnResponse, txn_revision};
 use crate::failpoint;
 use crate::metrics;
 use crate::model::{Phase, Position, Revision};
 use crate::traces;
+use bytes::Bytes;
 use std::future::Future;
 use std::pin::Pin;
 use tokio::time::Instant;
@@ -46,6 +47,15 @@ pub(super) enum Committed {
     GuardFailed,
     /// The position is not what it was held to be; it has been forgotten.
     PositionMoved,
+}
+
+/// What an operator's word makes of the position.
+pub(super) struct Rewrite<T> {
+    /// `None`: the position says so already.
+    pub next: Option<Position>,
+    /// A quarantine's record that goes with it.
+    pub record: Option<Bytes>,
+    pub outcome: T,
 }
 
 impl Applier {
@@ -105,9 +115,7 @@ impl Applier {
                     tracer.applied(&self.link, now.epoch, now.seq, started.elapsed());
                 }
                 for _ in 0..revisions {
-                    if let Some((done, _)) = self.waiting.pop_front() {
-                        self.waiting_bytes = self.waiting_bytes.saturating_sub(done.revision.bytes());
-                    }
+                    self.dequeue();
                 }
                 self.trial.passed(revisions);
                 if revisions > 0 && load.in_parts {
@@ -137,18 +145,7 @@ impl Applier {
         let held = self.held.as_ref().map_or(Revision(0), |h| h.mod_revision);
         match answered(response.succeeded(), found, held) {
             Answered::Committed => {
-                let before = self.held.as_ref().and_then(|held| held.position.as_ref()).map(|p| p.state);
-                if (before, next.state) == (Some(Phase::Copying), Phase::Following) {
-                    failpoint::reach("following-written");
-                }
-                self.knows(&next);
-                if next.equal_revision >= self.proved {
-                    self.proved = Revision(0);
-                }
-                self.expected = Some(next.clone());
-                let revision = txn_revision(response);
-                lock(&self.own).note(revision);
-                self.held = Some(Held::now(Some(next), revision));
+                self.committed(next, txn_revision(response));
                 Committed::Done
             }
             Answered::GuardFailed => Committed::GuardFailed,
@@ -157,6 +154,72 @@ impl Applier {
                 Committed::PositionMoved
             }
         }
+    }
+
+    /// etcd has a position of this applier's, since this revision of its own.
+    pub(super) fn committed(&mut self, next: Position, revision: Revision) {
+        let before = self.held.as_ref().and_then(|held| held.position.as_ref()).map(|p| p.state);
+        if (before, next.state) == (Some(Phase::Copying), Phase::Following) {
+            failpoint::reach("following-written");
+        }
+        self.knows(&next);
+        if next.equal_revision >= self.proved {
+            self.proved = Revision(0);
+        }
+        self.expected = Some(next.clone());
+        lock(&self.own).note(revision);
+        self.held = Some(Held::now(Some(next), revision));
+        // Told with the position, which is published next. A part, or a piece of a repair, moves no seq and is progress too.
+        self.view.send_if_modified(|view| {
+            view.transactions += 1;
+            false
+        });
+    }
+
+    /// Makes of the position what an operator wants of it, and of no other than the one that is in etcd then: what is held may be another
+    /// sidecar's past, and that one may go on writing. Nothing is in flight.
+    pub(super) async fn rewrite<T>(
+        &mut self,
+        change: impl Fn(Option<&Position>) -> Result<Rewrite<T>, String>,
+    ) -> Result<T, String> {
+        // Whatever comes of it is read, and shown, like everything that others wrote.
+        (self.held, self.planned, self.retry_at) = (None, None, Some(Instant::now()));
+        for _ in 0..RACE_TRIES_MAX {
+            if let Some(outcome) = self.try_rewrite(&change).await? {
+                return Ok(outcome);
+            }
+        }
+        Err("another applier writes the position all the time: ask again".to_owned())
+    }
+
+    /// `None`: another applier was faster.
+    async fn try_rewrite<T>(
+        &mut self,
+        change: &impl Fn(Option<&Position>) -> Result<Rewrite<T>, String>,
+    ) -> Result<Option<T>, String> {
+        let (position, mod_revision, _) = self.look_at_position().await.map_err(|e| self.not_rewritten(&e))?;
+        let Rewrite { next, record, outcome } = change(position.as_ref())?;
+        let Some(next) = next else { return Ok(Some(outcome)) };
+        let etcd = self.etcd().await.map_err(|e| self.not_rewritten(&e))?;
+        let delete = record.iter().map(|key| Node::Op(Op::Delete { key: key.clone() }));
+        let tree = TxnTree { guards: Vec::new(), success: delete.collect() };
+        let txn = transaction(Request::new(&self.link, mod_revision, &next, tree));
+        match etcd.txn(txn, APPLY_RIGHT).await {
+            Ok(response) if response.succeeded() => Ok(Some(outcome)),
+            Ok(_) => Ok(None),
+            Err(e) => {
+                let e = match &record {
+                    Some(key) => e.needing(|| format!("write {} for a quarantine", key.escape_ascii())),
+                    None => e,
+                };
+                Err(self.not_rewritten(&e))
+            }
+        }
+    }
+
+    fn not_rewritten(&mut self, error: &EtcdError) -> String {
+        self.doubt(error);
+        format!("the replica's etcd: {error}")
     }
 
     /// Commits at once and waits: for what is not a journal entry (a base copy, an idle position, a new term).

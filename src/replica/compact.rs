@@ -6,7 +6,7 @@
 use super::age::{Ages, look_interval, worth_defragmenting};
 use super::lookout::LookoutView;
 use super::receive::{LinkEnd, Told};
-use crate::config::{CompactConfig, EtcdConfig};
+use crate::config::CompactConfig;
 use crate::etcd::gate::Gate;
 use crate::etcd::{Etcd, EtcdError};
 use crate::model::Revision;
@@ -92,10 +92,8 @@ impl Compactor {
     /// Where it is worth it, one member after the other: one that is being defragmented answers nobody.
     async fn defragment(&self) -> Result<(), EtcdError> {
         let mut members = Vec::new();
-        let config = self.etcd.config();
-        for endpoint in &config.endpoints {
-            let one = EtcdConfig { endpoints: vec![endpoint.clone()], ..config.clone() };
-            let etcd = Etcd::connect(&one).await?;
+        for endpoint in &self.etcd.config().endpoints {
+            let etcd = self.etcd.connect_to(endpoint).await?;
             members.push((etcd.member().await?, endpoint, etcd));
         }
         members.sort_by_key(|(member, ..)| member.leader);

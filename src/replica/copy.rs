@@ -5,7 +5,7 @@
 use super::apply::Applier;
 use super::commit::Committed;
 use super::next;
-use super::pages::{Begin, Begun, Copying, Place, Refused, read_edge};
+use super::pages::{Begin, Begun, Copying, Place, Refused, check, read_edge};
 use super::plan::{GuardCount, LimitRefusal, PlanError, PlanReaction, TxnTree, copy_chunks, copy_diff};
 use crate::etcd::{Columns, EtcdError};
 use crate::failpoint;
@@ -99,14 +99,12 @@ impl Applier {
         if self.held.is_none() {
             self.reread().await?;
         }
-        if let Some(copying) = &self.copying {
-            let place = match step {
-                CopyStep::Begin(_) => Place::Begin,
-                CopyStep::Keys { range, .. } | CopyStep::Page { range, .. } => Place::Page(range),
-                CopyStep::End { .. } => Place::End,
-            };
-            copying.check(self.held.as_ref().and_then(|h| h.position.as_ref()), place)?;
-        }
+        let place = match step {
+            CopyStep::Begin(_) => Place::Begin,
+            CopyStep::Keys { range, .. } | CopyStep::Page { range, .. } => Place::Page(range),
+            CopyStep::End { .. } => Place::End,
+        };
+        check(self.copying.as_ref(), self.held.as_ref().and_then(|h| h.position.as_ref()), place)?;
         match step {
             CopyStep::Begin(begin) => self.begin_copy(begin.clone()).await,
             CopyStep::Keys { range, keys, last } => Box::pin(self.count_keys(range, keys, *last)).await,

@@ -6,12 +6,11 @@
 
 use super::apply::{Applier, position_bytes_max};
 use super::breaker::Judged;
-use super::commit::Committed;
+use super::commit::{Committed, Rewrite};
 use super::plan::TxnTree;
 use crate::etcd::{Columns, EtcdError};
 use crate::model::{Change, HeldBack, Position, Seq, WholeRevision};
 use std::sync::Arc;
-use tokio::time::Instant;
 
 impl Applier {
     /// A position that was read or committed. Where what was held back has gone through, the breaker begins afresh.
@@ -24,10 +23,16 @@ impl Applier {
         self.limits.position_value_bytes_max = position_bytes_max(Some(position));
     }
 
+    /// What comes next, where it waits for a person, as it was last known.
+    pub(super) fn held_back(&self) -> Option<HeldBack> {
+        let position = self.known()?;
+        position.held_back.filter(|held| !held.allowed && position.seq.next() == held.seq)
+    }
+
     /// Judges what waits, in order. False: the next one is held back, or could not be judged now.
     pub(super) async fn clear_deletes(&mut self) -> bool {
         let Some(position) = self.held.as_ref().and_then(|h| h.position.clone()) else { return false };
-        if let Some(held) = position.held_back.filter(|held| !held.allowed && position.seq.next() == held.seq) {
+        if let Some(held) = self.held_back() {
             self.still_held(&held);
             return false;
         }
@@ -112,32 +117,18 @@ impl Applier {
 
     /// What is held back goes through, once.
     pub(super) async fn allow(&mut self) -> Result<HeldBack, String> {
-        if self.held.is_none() {
-            self.reread().await.map_err(|e| format!("the replica's etcd: {e}"))?;
-        }
-        let position = self.held.as_ref().and_then(|h| h.position.clone());
-        let held = position.as_ref().and_then(|position| position.held_back);
-        let (Some(position), Some(held)) = (position, held) else {
-            return Err("nothing is held back for its deletes".to_owned());
+        let allowing = |position: Option<&Position>| {
+            let held = position.and_then(|position| position.held_back);
+            let (Some(position), Some(held)) = (position, held) else {
+                return Err("nothing is held back for its deletes".to_owned());
+            };
+            let allowed = HeldBack { allowed: true, ..held };
+            let next = Position { held_back: Some(allowed), ..position.clone() };
+            Ok(Rewrite { next: (!held.allowed).then_some(next), record: None, outcome: allowed })
         };
-        let allowed = HeldBack { allowed: true, ..held };
-        if !held.allowed {
-            let next = Position { held_back: Some(allowed), ..position };
-            match self.commit(next, TxnTree { guards: Vec::new(), success: Vec::new() }).await {
-                Ok(Committed::Done) => {}
-                Ok(Committed::GuardFailed | Committed::PositionMoved) => {
-                    self.retry_at = Some(Instant::now());
-                    return Err("another applier wrote the position meanwhile: ask again".to_owned());
-                }
-                Err(e) => {
-                    self.doubt(&e);
-                    return Err(format!("the replica's etcd: {e}"));
-                }
-            }
-        }
+        let held = self.rewrite(allowing).await?;
         tracing::warn!(link = %self.link, seq = %held.seq, revision = %held.revision, deletes = held.deletes, "what was held back is allowed");
-        self.retry_at = Some(Instant::now());
-        Ok(allowed)
+        Ok(held)
     }
 }
 

@@ -149,7 +149,7 @@ impl FeedEntry for JournalEntry {
     }
 
     fn bytes(&self) -> usize {
-        ENTRY_BYTES + self.revision.bytes() + self.revision.changes.len() * CHANGE_BYTES
+        bytes_of(&self.revision)
     }
 
     fn tail(&self) -> Self::Tail {
@@ -187,6 +187,11 @@ impl FeedEntry for JournalEntry {
             |(seq, (revision, digest))| JournalEntry { epoch, seq: Seq(seq), revision: Arc::new(revision), digest };
         Ok((frame.seq_first.0..).zip(frame.revisions.into_iter().zip(frame.digests)).map(entry).collect())
     }
+}
+
+/// What a revision takes in memory: its keys and values, and what they cost beside.
+pub(super) fn bytes_of(whole: &WholeRevision) -> usize {
+    ENTRY_BYTES + whole.bytes() + whole.changes.len() * CHANGE_BYTES
 }
 
 /// A read of the journal under way.

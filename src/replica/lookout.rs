@@ -166,7 +166,7 @@ impl Lookout {
     }
 
     async fn look(&mut self) -> Result<(), EtcdError> {
-        let Some(ranges) = self.end.ranges.get() else { return Ok(()) };
+        let Some(ranges) = self.end.carried() else { return Ok(()) };
         let etcd = match &self.etcd {
             Some(etcd) => etcd.clone(),
             None => self.etcd.insert(self.end.etcd.connect().await?).clone(),

@@ -117,6 +117,7 @@ impl ReplicaLink {
         }
         note_again(&journal, &dedupe, &remembered.recent).await?;
         let ranges = RangesFile::open(self.dir.join("ranges.json"))?;
+        let carried = RangesFile::open_or_forget(self.dir.join("carried.json"));
         let (commands, incoming) = mpsc::channel(COMMANDS_MAX);
         let (view_sender, view) = watch::channel(ApplyView::default());
         let (latest_session, _) = watch::channel(0);
@@ -128,7 +129,7 @@ impl ReplicaLink {
             link,
             etcd: self.etcd.clone(),
             limits: self.limits.clone(),
-            ranges: ranges.get(),
+            ranges: carried.get().or_else(|| ranges.get()),
             journal: journal.clone(),
             dedupe: dedupe.clone(),
             own: own.clone(),
@@ -160,6 +161,7 @@ impl ReplicaLink {
             repair_wanted: AtomicBool::new(false),
             sends_back: self.sends_back,
             ranges,
+            carried,
             opened: std::sync::Mutex::default(),
             admit: Arc::new(tokio::sync::Mutex::new(admit)),
             stop: self.stop,

@@ -214,6 +214,17 @@ impl Copying {
     }
 }
 
+/// Whether a step may be done now; where no copy is under way, only the one that begins it may.
+pub fn check(copying: Option<&Copying>, position: Option<&Position>, place: Place<'_>) -> Result<(), Refused> {
+    match (copying, place) {
+        (Some(copying), place) => copying.check(position, place),
+        (None, Place::Begin) => Ok(()),
+        (None, Place::Page(_) | Place::End) => {
+            Err((Kind::Gap, "the base copy was not begun: say hello again".to_owned()))
+        }
+    }
+}
+
 /// Up to where a read of the replica reached, that was to reach `to`. `last`: its last key; `more`: there are more than it has.
 pub fn read_edge(more: bool, last: Option<&Bytes>, to: &Bytes) -> Bytes {
     match last {
@@ -340,6 +351,15 @@ mod tests {
         assert_eq!(verdict(None), Some(Kind::Guard));
         assert_eq!(verdict(Some(&Position { origin_cluster: ClusterId(8), ..before.clone() })), Some(Kind::Guard));
         assert_eq!(verdict(Some(&Position { ranges_digest: Digest::default(), ..before })), Some(Kind::Guard));
+    }
+
+    #[test]
+    fn what_belongs_to_a_copy_that_was_not_begun_is_refused_and_its_end_too() {
+        let position = begin().first_position(&ranges(), Phase::Copying, Some(Bytes::from_static(b"/a/")));
+        assert_eq!(check(None, Some(&position), Place::Begin), Ok(()));
+        for place in [Place::Page(&page("/a/", "/a0")), Place::End] {
+            assert_eq!(kind_of(check(None, Some(&position), place)), Some(Kind::Gap), "{place:?}");
+        }
     }
 
     #[test]

@@ -15,13 +15,15 @@ use crate::model::{ClusterId, Digest, Epoch, Position, Ranges, Revision, Seq, Te
 use crate::wire::replicate::CopyAck;
 use crate::wire::replicate::refusal::Kind;
 use std::time::Duration;
+use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 /// A rival applier may win the race for the position time and again while it has something to apply; each try costs a read and a
 /// transaction.
-const TERM_TRIES_MAX: u32 = 64;
-/// An idle link looks at its position so often: a replica that was restored shows nothing else of it.
-const LOOK_EVERY: Duration = Duration::from_secs(5);
+pub(super) const RACE_TRIES_MAX: u32 = 64;
+/// An idle link looks at its position so often: a replica that was restored shows nothing else of it, and a sidecar without a stream hears
+/// nothing of what another one does. One read each time.
+pub(super) const LOOK_EVERY: Duration = Duration::from_secs(5);
 
 /// A hello, checked for name, version and ranges.
 #[derive(Debug)]
@@ -53,6 +55,9 @@ pub struct HelloAnswer {
 #[derive(Debug)]
 pub struct HelloRefused(pub String);
 
+/// Where the answer goes.
+pub(super) type HelloReply = oneshot::Sender<Result<HelloAnswer, HelloRefused>>;
+
 /// The position as it was last read or written, with the revision that its compare needs. `position` is `None` where etcd has none.
 #[derive(Debug, Clone)]
 pub(super) struct Held {
@@ -68,23 +73,23 @@ impl Held {
 }
 
 impl Applier {
-    /// Reads the position afresh, and brings queue and journal in line with it.
-    pub(super) async fn read_position(&mut self) -> Result<ClusterId, EtcdError> {
+    /// The position as it is in etcd now, its `mod_revision`, and whose it is. What is held stays as it is.
+    pub(super) async fn look_at_position(&mut self) -> Result<(Option<Position>, Revision, ClusterId), EtcdError> {
         let etcd = self.etcd().await?;
         let look = etcd.look(&self.link.position_key()).await?;
-        let mod_revision = look.kv.as_ref().map_or(Revision(0), |kv| kv.mod_revision);
-        let position = match &look.kv {
-            None => None,
-            Some(kv) => match Position::from_json(&kv.value) {
-                Ok(position) => Some(position),
-                Err(e) => {
-                    return Err(EtcdError::Other(format!(
-                        "the position at {} cannot be read ({e}): mend it, or delete it to begin with a new base copy",
-                        self.link.position_key().escape_ascii()
-                    )));
-                }
-            },
-        };
+        let Some(kv) = look.kv else { return Ok((None, Revision(0), look.cluster)) };
+        let position = Position::from_json(&kv.value).map_err(|e| {
+            EtcdError::Other(format!(
+                "the position at {} cannot be read ({e}): mend it, or delete it to begin with a new base copy",
+                self.link.position_key().escape_ascii()
+            ))
+        })?;
+        Ok((Some(position), kv.mod_revision, look.cluster))
+    }
+
+    /// Reads the position afresh, and brings queue and journal in line with it.
+    pub(super) async fn read_position(&mut self) -> Result<ClusterId, EtcdError> {
+        let (position, mod_revision, cluster) = self.look_at_position().await?;
         if let Some(position) = &position
             && position.waymark.counter >= self.waymark.counter
         {
@@ -98,7 +103,12 @@ impl Applier {
         }
         self.expected.clone_from(&position);
         self.held = Some(Held::now(position, mod_revision));
-        Ok(look.cluster)
+        Ok(cluster)
+    }
+
+    /// The position as it was last read or written; while that is in doubt, what was known before.
+    pub(super) fn known(&self) -> Option<&Position> {
+        self.held.as_ref().map_or(self.expected.as_ref(), |held| held.position.as_ref())
     }
 
     /// After a fresh read: drops what is in already; where the position moved in a way that is not ours, the stream is closed.
@@ -108,9 +118,7 @@ impl Applier {
         let (reset_journal, moved) = match next::align(position, self.expected.as_ref(), self.claim, journal) {
             Alignment::GoesOn => {
                 while self.waiting.front().is_some_and(|(w, _)| w.seq <= seq) {
-                    if let Some((done, _)) = self.waiting.pop_front() {
-                        self.waiting_bytes = self.waiting_bytes.saturating_sub(done.revision.bytes());
-                    }
+                    self.dequeue();
                 }
                 self.read_through = self.read_through.max(seq);
                 return;
@@ -126,15 +134,21 @@ impl Applier {
             tracing::error!(link = %self.link, error = %e, "the journal cannot be started afresh");
         }
         if let Some((kind, reason)) = moved {
-            tracing::warn!(link = %self.link, %reason, "the position moved");
+            let connected = self.told.borrow().connected;
+            let further = self.expected.as_ref().is_some_and(|known| (epoch, seq) > (known.epoch, known.seq));
+            if connected || !further {
+                tracing::warn!(link = %self.link, %reason, "the position moved");
+            } else {
+                tracing::debug!(link = %self.link, %reason, "the position moved, as it does where another sidecar receives");
+            }
             // What this session still says, before it hears of its end, is of another run; and so is what it still puts into the journal.
-            self.stopped |= reset_journal;
+            self.stopped = if reset_journal { connected } else { self.stopped };
             self.given_up |= reset_journal;
             let session = self.session;
             self.view.send_modify(|view| {
                 if reset_journal {
                     // Nothing waits any more, whatever it waited for.
-                    (view.waiting, view.held) = (String::new(), false);
+                    (view.waiting, view.held, view.stopped) = (String::new(), false, false);
                 }
                 view.refusal = Some((session, kind, reason));
             });
@@ -143,9 +157,13 @@ impl Applier {
 
     /// Another sender has the link: this session's changes nothing any more, be it here or in the journal, which stays as it is: whoever
     /// says hello next goes on from there, since all senders give a revision the same seq.
-    fn fence(&mut self, (epoch, term): Claim) {
+    pub(super) fn fence(&mut self, (epoch, term): Claim) {
         let reason = format!("a sender with epoch {epoch}, term {term} took the link");
-        tracing::warn!(link = %self.link, %reason, "the sender is fenced");
+        if self.told.borrow().connected {
+            tracing::warn!(link = %self.link, %reason, "the sender is fenced");
+        } else {
+            tracing::debug!(link = %self.link, %reason, "the sender is fenced; its stream has ended before");
+        }
         (self.claim, self.copying, self.progress, self.stopped) = (None, None, None, true);
         let session = self.session;
         self.view.send_modify(|view| view.refusal = Some((session, Kind::Fenced, reason)));
@@ -157,6 +175,38 @@ impl Applier {
             self.held = None;
             self.retry().await;
         }
+    }
+
+    /// Without a stream nobody says what another of the replica's sidecars does with the link: it brings the position forward, something is held
+    /// back or quarantined there, an operator pauses it. What is in flight or waits looks by itself.
+    pub(super) async fn look_without_stream(&mut self) {
+        let idle = self.in_flight.is_none() && self.retry_at.is_none();
+        if !idle || self.told.borrow().connected || self.journal.usable().is_err() {
+            return;
+        }
+        self.held = None;
+        self.retry().await;
+        self.forget_ended_stream();
+    }
+
+    /// What was known of the position may be another sidecar's past: reads it for an operator, and shows it. Nothing is in flight.
+    pub(super) async fn refresh(&mut self) -> Result<(), String> {
+        if let Err(e) = self.reread().await {
+            self.doubt(&e);
+            return Err(format!("the replica's etcd: {e}"));
+        }
+        self.forget_ended_stream();
+        self.publish(true);
+        Ok(())
+    }
+
+    /// A stream that has ended copies nothing more. What it was stopped for is over once the journal has nothing of it that is not in, unless
+    /// only an operator can cure it.
+    fn forget_ended_stream(&mut self) {
+        let position = self.held.as_ref().and_then(|h| h.position.as_ref());
+        let (false, Some(position)) = (self.told.borrow().connected, position) else { return };
+        self.stopped &= self.view.borrow().stopped || self.journal.extent().borrow().end > position.seq;
+        self.copying = None;
     }
 
     pub(super) async fn reread(&mut self) -> Result<(), EtcdError> {
@@ -177,8 +227,8 @@ impl Applier {
         self.read_through = seq;
     }
 
-    /// Reads the position, settles who may write it, and says from where to ship.
-    pub(super) async fn hello(&mut self, facts: HelloFacts) -> Result<HelloAnswer, HelloRefused> {
+    /// Reads the position, settles who may write it, and says from where to ship. `reply`: who waits for that.
+    pub(super) async fn hello(&mut self, facts: HelloFacts, reply: &HelloReply) -> Result<HelloAnswer, HelloRefused> {
         // The reason that is shown stays: a session would have nowhere to put what it is sent.
         let failed = |e| HelloRefused(format!("the replica's journal: {e}; mend the disk, then restart its sidecar"));
         self.journal.usable().map_err(failed)?;
@@ -197,13 +247,17 @@ impl Applier {
                 Claimed::Holds(claim) => break (replica_cluster, Some(claim)),
                 Claimed::TakesOver(next, claim) => (next, claim),
             };
+            // Nothing of a base copy that was refused goes into it.
+            self.waymark = next.waymark;
             let tree = TxnTree { guards: Vec::new(), success: Vec::new() };
             match self.commit(*next, tree).await.map_err(unavailable)? {
                 Committed::Done => {
                     failpoint::reach("term-taken");
+                    // Whatever becomes of this hello: the earlier sender's term is older than the position's.
+                    self.fence(claim);
                     break (replica_cluster, Some(claim));
                 }
-                Committed::GuardFailed | Committed::PositionMoved if tries < TERM_TRIES_MAX => tries += 1,
+                Committed::GuardFailed | Committed::PositionMoved if tries < RACE_TRIES_MAX => tries += 1,
                 Committed::GuardFailed | Committed::PositionMoved => {
                     return Err(HelloRefused(
                         "the position moved all the time while the hello was answered".to_owned(),
@@ -224,7 +278,21 @@ impl Applier {
             reset.map_err(|e| HelloRefused(format!("the journal cannot be started afresh: {e}")))?;
             self.given_up = false;
         }
-        self.session = facts.session;
+        self.open_session(facts, claim, reply)?;
+        Ok(self.answer(replica_cluster, ranges_empty, false))
+    }
+
+    /// The link is the caller's from now on, if it still waits: the earlier session's stream ends, also where nobody hears the answer.
+    pub(super) fn open_session(
+        &mut self,
+        facts: HelloFacts,
+        claim: Option<Claim>,
+        reply: &HelloReply,
+    ) -> Result<(), HelloRefused> {
+        if reply.is_closed() {
+            return Err(HelloRefused("who said hello has gone meanwhile".to_owned()));
+        }
+        let earlier = std::mem::replace(&mut self.session, facts.session);
         self.link_back = facts.link_back;
         self.end_retry(Err("the stream to the origin ended meanwhile: ask again".to_owned()));
         self.claim = claim;
@@ -238,7 +306,9 @@ impl Applier {
             self.waymark = position.waymark;
         }
         self.view.send_modify(|view| {
-            view.refusal = None;
+            let told = view.refusal.take().filter(|(session, ..)| *session == earlier);
+            let later = || (earlier, Kind::Closing, "a later hello took the link".to_owned());
+            view.refusal = Some(told.unwrap_or_else(later));
             view.stopped = false;
             view.waiting.clear();
             view.held = false;
@@ -247,7 +317,7 @@ impl Applier {
             view.copy_session = facts.session;
         });
         self.publish(true);
-        Ok(self.answer(replica_cluster, ranges_empty, false))
+        Ok(())
     }
 
     /// Refuses a sender that stands beside this same etcd: it would read what is written here, and write it again. Clusters that are made alike

@@ -5,7 +5,7 @@
 //! configuration does not say so, nothing is skipped.
 
 use super::apply::Applier;
-use super::commit::Committed;
+use super::commit::{Committed, Rewrite};
 use super::mark::Mend;
 use super::next;
 use super::plan::{Node, Op, PlanError, TxnTree};
@@ -169,9 +169,7 @@ impl Applier {
         tracing::error!(link = %self.link, %revision, %seq, %digest, keys, reason,
             "a revision is quarantined: the link goes on without it, and its keys differ until `etcd-ferry quarantine retry`");
         self.note_state(seq, SeqState::Quarantined);
-        if let Some((done, _)) = self.waiting.pop_front() {
-            self.waiting_bytes = self.waiting_bytes.saturating_sub(done.revision.bytes());
-        }
+        self.dequeue();
         self.trial.passed(1);
         self.show_quarantine(self.quarantine.with(record));
         self.view.send_modify(|view| view.quarantined_ever += 1);
@@ -181,16 +179,21 @@ impl Applier {
 
     /// Takes a seq out of the quarantine; its keys stay as they are.
     pub(super) async fn discard(&mut self, seq: Seq) -> Result<(), String> {
-        self.known(seq)?;
+        self.refresh().await?;
+        self.entry(seq)?;
         self.take_out(seq).await?;
         tracing::warn!(link = %self.link, %seq, "a quarantined revision is discarded: its keys differ until they are written again or mended");
         self.end_retry_of(seq);
-        // Where the quarantine was full, there is a place.
-        self.retry_at = Some(Instant::now());
         Ok(())
     }
 
-    fn known(&self, seq: Seq) -> Result<Option<&Record>, String> {
+    /// What is kept of it.
+    pub(super) async fn show(&mut self, seq: Seq) -> Result<Record, String> {
+        self.refresh().await?;
+        self.recorded(seq).cloned()
+    }
+
+    fn entry(&self, seq: Seq) -> Result<Option<&Record>, String> {
         self.quarantine.entry(seq).ok_or_else(|| {
             let there: Vec<String> = self.quarantine.entries.iter().map(|(seq, _)| seq.to_string()).collect();
             let there = if there.is_empty() { "nothing".to_owned() } else { format!("seq {}", there.join(", ")) };
@@ -198,8 +201,8 @@ impl Applier {
         })
     }
 
-    pub(super) fn recorded(&self, seq: Seq) -> Result<&Record, String> {
-        self.known(seq)?.ok_or_else(|| {
+    fn recorded(&self, seq: Seq) -> Result<&Record, String> {
+        self.entry(seq)?.ok_or_else(|| {
             format!(
                 "the record of seq {seq} is gone, so nobody knows its keys: run `etcd-ferry repair {}` at the origin's sidecar, then \
                  `etcd-ferry quarantine discard {} {seq}` here",
@@ -208,34 +211,25 @@ impl Applier {
         })
     }
 
-    async fn take_out(&mut self, seq: Seq) -> Result<(), String> {
-        let moved = || "another applier wrote the position meanwhile: ask again".to_owned();
-        if self.held.is_none() {
-            self.reread().await.map_err(|e| format!("the replica's etcd: {e}"))?;
-        }
-        let Some(position) = self.held.as_ref().and_then(|h| h.position.as_ref()) else { return Err(moved()) };
-        let key = self.link.quarantine_key(position.epoch, seq);
-        let next = next::without_skipped(position, seq);
-        let delete = Node::Op(Op::Delete { key: key.clone() });
-        match self.commit(next, TxnTree { guards: Vec::new(), success: vec![delete] }).await {
-            Ok(Committed::Done) => {
-                self.show_quarantine(self.quarantine.without(seq));
-                Ok(())
-            }
-            Ok(Committed::GuardFailed | Committed::PositionMoved) => {
-                self.retry_at = Some(Instant::now());
-                Err(moved())
-            }
-            Err(e) => {
-                let e = e.needing(|| format!("write {} for a quarantine", key.escape_ascii()));
-                self.doubt(&e);
-                Err(format!("the replica's etcd: {e}"))
-            }
-        }
+    /// Out of the position's list, with its record. False: it is not in it.
+    async fn take_out(&mut self, seq: Seq) -> Result<bool, String> {
+        let link = self.link.clone();
+        let taking_out = |position: Option<&Position>| {
+            let Some(position) = position.filter(|position| position.skipped.contains(&seq)) else {
+                return Ok(Rewrite { next: None, record: None, outcome: false });
+            };
+            let next = next::without_skipped(position, seq);
+            let record = link.quarantine_key(position.epoch, seq);
+            Ok(Rewrite { next: Some(next), record: Some(record), outcome: true })
+        };
+        let taken = self.rewrite(taking_out).await?;
+        self.show_quarantine(self.quarantine.without(seq));
+        Ok(taken)
     }
 
-    pub(super) fn begin_retry(&mut self, seq: Seq, reply: oneshot::Sender<Result<Mended, String>>) {
-        let keys = match self.may_retry(seq) {
+    pub(super) async fn begin_retry(&mut self, seq: Seq, reply: oneshot::Sender<Result<Mended, String>>) {
+        let refreshed = self.refresh().await;
+        let keys = match refreshed.and_then(|()| self.may_retry(seq)) {
             Ok(record) => record.keys().cloned().collect(),
             Err(reason) => {
                 let _ = reply.send(Err(reason));
@@ -248,6 +242,9 @@ impl Applier {
     }
 
     fn may_retry(&self, seq: Seq) -> Result<&Record, String> {
+        if self.paused().is_some() {
+            return Err("the link is paused: resume it, then ask again".to_owned());
+        }
         let record = self.recorded(seq)?;
         let connected = self.told.borrow().connected;
         let state = self.held.as_ref().and_then(|h| h.position.as_ref()).map(|position| position.state);
@@ -309,7 +306,7 @@ impl Applier {
             return self.ask_for_keys();
         }
         let (seq, mended) = (retrying.seq, retrying.mended);
-        let ended = self.take_out(seq).await.map(|()| mended);
+        let ended = self.take_out(seq).await.map(|_| mended);
         if ended.is_ok() {
             tracing::info!(link = %self.link, %seq, puts = mended.puts, deletes = mended.deletes,
                 "a quarantined revision's keys are what they are at the origin");

@@ -20,7 +20,7 @@ use crate::wire::replicate::handshake_server::Handshake;
 use crate::wire::replicate::replicate_server::Replicate;
 use crate::wire::replicate::{HelloReply, HelloRequest, Receipt, Shipment, Verified};
 use crate::wire::window::WindowLimits;
-use crate::wire::{self, LINK_METADATA, PROTOCOL_VERSION, SESSION_METADATA};
+use crate::wire::{self, LINK_METADATA, PROTOCOL_VERSION, SESSION_METADATA, digest};
 use bytes::Bytes;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64};
@@ -78,6 +78,11 @@ impl Told {
         }
     }
 
+    /// The stream has ended, and a comparison that it brought with it: its mark is none of the next one's.
+    pub(super) fn stream_ended(&mut self, why: String) {
+        (self.connected, self.ended, self.marked) = (false, why, Revision(0));
+    }
+
     /// A base copy has replaced what the last comparison saw.
     pub(super) fn copied(&mut self) {
         (self.verified.differing_keys, self.verified.expected_keys) = (0, 0);
@@ -131,7 +136,10 @@ pub struct LinkEnd {
     pub repair_wanted: AtomicBool,
     /// Ranges of this process's own `[[send]]` links to the same peer.
     pub sends_back: Vec<Ranges>,
+    /// What the first hello named: where the configuration does not say what is accepted, no later one may touch more.
     pub ranges: RangesFile,
+    /// What the last hello named, which is what the link carries: less, where its origin was narrowed.
+    pub carried: RangesFile,
     /// The session that the last hello opened.
     pub(super) opened: Mutex<Option<Opened>>,
     /// Admission goes from one stream to the next; the lock is its hand-over.
@@ -140,9 +148,11 @@ pub struct LinkEnd {
     pub stop: CancellationToken,
 }
 
-/// The ranges that the first hello named, or where the configuration says what is accepted, the last; kept across restarts.
+/// Ranges that a hello named; kept across restarts.
 pub struct RangesFile {
     path: PathBuf,
+    /// With their digest, so that damage is seen.
+    sealed: bool,
     stored: Mutex<Option<Ranges>>,
 }
 
@@ -170,12 +180,26 @@ pub enum RangesError {
 
 impl RangesFile {
     pub fn open(path: PathBuf) -> Result<Self, RangesError> {
+        Self::read(path, false)
+    }
+
+    fn read(path: PathBuf, sealed: bool) -> Result<Self, RangesError> {
         let stored = match std::fs::read(&path) {
-            Ok(bytes) => Some(ranges_from(&bytes).ok_or_else(|| RangesError::Malformed { path: path.clone() })?),
+            Ok(bytes) => {
+                Some(ranges_from(&bytes, sealed).ok_or_else(|| RangesError::Malformed { path: path.clone() })?)
+            }
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
             Err(source) => return Err(RangesError::Io { path, source }),
         };
-        Ok(Self { path, stored: Mutex::new(stored) })
+        Ok(Self { path, sealed, stored: Mutex::new(stored) })
+    }
+
+    /// One that cannot be read, or is damaged, is as good as none: the next hello says it again.
+    pub fn open_or_forget(path: PathBuf) -> Self {
+        Self::read(path.clone(), true).unwrap_or_else(|error| {
+            tracing::warn!(%error, "what the link carries is not known any more until the next hello");
+            Self { path, sealed: true, stored: Mutex::default() }
+        })
     }
 
     pub fn get(&self) -> Option<Ranges> {
@@ -187,16 +211,25 @@ impl RangesFile {
             return Ok(());
         }
         let pieces: Vec<(String, String)> = ranges.pieces().iter().map(|p| (hex(&p.from), hex(&p.to))).collect();
-        crate::segment::write_file(&self.path, &serde_json::to_vec(&pieces)?)?;
+        let seal = digest::of_ranges(ranges).to_string();
+        let json = if self.sealed { serde_json::to_vec(&(pieces, seal))? } else { serde_json::to_vec(&pieces)? };
+        crate::segment::write_file(&self.path, &json)?;
         *guard(&self.stored) = Some(ranges.clone());
         Ok(())
     }
 }
 
-fn ranges_from(json: &[u8]) -> Option<Ranges> {
-    let pieces: Vec<(String, String)> = serde_json::from_slice(json).ok()?;
+fn ranges_from(json: &[u8], sealed: bool) -> Option<Ranges> {
+    type Pieces = Vec<(String, String)>;
+    let (pieces, seal): (Pieces, Option<String>) = if sealed {
+        let (pieces, seal) = serde_json::from_slice::<(Pieces, String)>(json).ok()?;
+        (pieces, Some(seal))
+    } else {
+        (serde_json::from_slice(json).ok()?, None)
+    };
     let piece = |(from, to): (String, String)| Some(KeyRange { from: unhex(&from)?, to: unhex(&to)? });
-    Ranges::from_pieces(pieces.into_iter().map(piece).collect::<Option<Vec<KeyRange>>>()?)
+    let ranges = Ranges::from_pieces(pieces.into_iter().map(piece).collect::<Option<Vec<KeyRange>>>()?)?;
+    seal.is_none_or(|seal| seal == digest::of_ranges(&ranges).to_string()).then_some(ranges)
 }
 
 fn guard<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -235,6 +268,11 @@ impl LinkEnd {
         let Limits { txn_ops_max, request_bytes_max, .. } = self.limits;
         let sidecar = TxnLimits { txn_ops_max: known(txn_ops_max), request_bytes_max: known(request_bytes_max) };
         ReplicaLimits { etcd: etcd.least, sidecar }
+    }
+
+    /// What the link carries, as far as any hello has said it.
+    pub(super) fn carried(&self) -> Option<Ranges> {
+        self.carried.get().or_else(|| self.ranges.get())
     }
 
     /// What an origin may touch: what the configuration says, else what the first hello said.
@@ -323,17 +361,18 @@ impl Receiver {
         Ok(())
     }
 
-    /// Keeps a hello's ranges: the applier needs them after a restart, before an origin says hello again. Where the
-    /// configuration names none, the first hello's stand; they are compared again, since two links' may come at once.
+    /// Keeps a hello's ranges: applier and lookout need them after a restart, before an origin says hello again. Where the
+    /// configuration names none, the first hello's stand for what is accepted; they are compared again, since two links' may come at once.
     fn store_ranges(&self, end: &LinkEnd, ranges: &Ranges) -> Result<(), Status> {
         let _storing = guard(&self.storing);
-        if end.config.ranges.is_none() {
-            if end.ranges.get().is_some() {
-                return Ok(());
-            }
+        let unstored = |e| Status::unavailable(format!("the link's ranges cannot be stored: {e}"));
+        if end.config.ranges.is_none() && end.ranges.get().is_none() {
             self.check_overlaps(&end.config.link, ranges)?;
         }
-        end.ranges.put(ranges).map_err(|e| Status::unavailable(format!("the link's ranges cannot be stored: {e}")))
+        if end.config.ranges.is_some() || end.ranges.get().is_none() {
+            end.ranges.put(ranges).map_err(unstored)?;
+        }
+        end.carried.put(ranges).map_err(unstored)
     }
 
     /// `session`: empty where none was opened.
@@ -480,5 +519,42 @@ impl Replicate for Receiver {
             Box::pin(Stream::run(end, opened, &mut admit, request.into_inner(), out, stop)).await;
         });
         Ok(Response::new(ReceiverStream::new(receipts)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mark_of_a_stream_that_has_ended_is_none_of_the_next_comparisons() {
+        let mut told = Told { connected: true, ..Told::default() };
+        told.mark_reached(Revision(5));
+        told.stream_ended("it broke".to_owned());
+        assert_eq!((told.connected, told.marked, &told.ended[..]), (false, Revision(0), "it broke"));
+        told.mark_reached(Revision(9));
+        told.compared(Verified::default());
+        assert_eq!(told.equal_through, Revision(9));
+    }
+
+    #[test]
+    fn what_the_link_carries_is_kept_and_forgotten_where_a_bit_of_it_is_damaged() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("carried.json");
+        let file = RangesFile::open_or_forget(path.clone());
+        assert_eq!(file.get(), None);
+        for exclude in [&[][..], &["/app/local/".into()]] {
+            let ranges = Ranges::new(&["/app/".into()], exclude);
+            file.put(&ranges).unwrap();
+            assert_eq!(RangesFile::open_or_forget(path.clone()).get(), Some(ranges));
+        }
+        let whole = std::fs::read(&path).unwrap();
+        for at in 0..whole.len() {
+            let mut damaged = whole.clone();
+            damaged[at] ^= 1;
+            std::fs::write(&path, &damaged).unwrap();
+            let read = RangesFile::open_or_forget(path.clone()).get();
+            assert!(read.is_none() || read == file.get(), "byte {at}");
+        }
     }
 }

@@ -4,6 +4,7 @@
 //! Always true: received never runs ahead of what was admitted; a frame that cannot be decoded changes nothing; a refusal ends the stream.
 
 use super::admit::Admit;
+use super::apply::sleep_until;
 use super::receive::{LinkEnd, Opened, Told};
 use super::verify::{Comparer, QUESTIONS_MAX, Question};
 use super::view::ApplyView;
@@ -34,6 +35,10 @@ const RECEIPT_INTERVAL: Duration = Duration::from_secs(3);
 /// At most one acknowledgement in this time: each costs about 80 bytes on the line, and at 200 revisions a second one for each would
 /// be a third of all. A slower link has each of its own, at once.
 const ACK_INTERVAL: Duration = Duration::from_millis(25);
+
+/// A refusal waits so long for a sender that does not take its receipts; well below the time within which a later stream of the link must have
+/// its place (`HANDOVER_DEADLINE`), or such a sender would keep out the one that follows it.
+const REFUSAL_MAX: Duration = Duration::from_secs(3);
 
 /// What must be told to the origin, as soon as the way is free.
 #[derive(Default)]
@@ -117,7 +122,10 @@ impl Stream {
         let (answers, answered) = mpsc::channel(1);
         let mut comparing = JoinSet::new();
         comparing.spawn(Comparer::new(end.clone(), asked, answers).run());
-        Self::new(end, opened, questions).receive(admit, inbound, answered, out, stop).await;
+        let ended = Self::new(end.clone(), opened, questions).receive(admit, inbound, answered, out, stop).await;
+        // Before the end is told, so that no mark is noted after it.
+        comparing.shutdown().await;
+        end.told.send_modify(|told| told.stream_ended(ended));
     }
 
     async fn receive(
@@ -127,7 +135,7 @@ impl Stream {
         mut answers: mpsc::Receiver<receipt::What>,
         out: mpsc::Sender<Result<Receipt, Status>>,
         stop: CancellationToken,
-    ) {
+    ) -> String {
         self.end.told.send_modify(|told| {
             told.connected = true;
             told.at = Some(Instant::now());
@@ -136,10 +144,7 @@ impl Stream {
         self.view.mark_changed();
         let ended = self.turns(admit, &mut inbound, &mut answers, &out, &stop).await;
         tracing::info!(link = %self.end.config.link, reason = %ended, "the stream has ended");
-        self.end.told.send_modify(|told| {
-            told.connected = false;
-            told.ended = ended;
-        });
+        ended
     }
 
     async fn turns(
@@ -151,6 +156,7 @@ impl Stream {
         stop: &CancellationToken,
     ) -> String {
         let mut placing: Option<Placing> = None;
+        let (mut stopping, mut gives_up_at) = (false, None);
         let now = Instant::now();
         let mut told_at = now.checked_sub(ACK_INTERVAL).unwrap_or(now);
         loop {
@@ -158,11 +164,17 @@ impl Stream {
                 self.refuse(Kind::Closing, "a later hello took the link".to_owned());
             }
             let refused = self.due.refusal.is_some();
+            if refused && gives_up_at.is_none() {
+                gives_up_at = Some(Instant::now() + REFUSAL_MAX);
+            }
             let quiet = told_at.elapsed() < ACK_INTERVAL;
             let next_word = told_at + if self.due.ack && quiet { ACK_INTERVAL } else { RECEIPT_INTERVAL };
             tokio::select! {
                 biased;
-                () = stop.cancelled(), if !refused => self.refuse(Kind::Closing, "the replica's sidecar is shutting down".to_owned()),
+                () = stop.cancelled(), if !stopping => {
+                    stopping = true;
+                    self.refuse(Kind::Closing, "the replica's sidecar is shutting down".to_owned());
+                }
                 permit = out.reserve(), if self.due.urgent() || (self.due.ack && !quiet) => match permit {
                     Ok(permit) => {
                         let receipt = self.next_receipt(admit);
@@ -183,6 +195,10 @@ impl Stream {
                     }
                     Err(_) => return "the origin closed the stream".to_owned(),
                 },
+                () = sleep_until(gives_up_at) => {
+                    let refusal = self.due.refusal.take().unwrap_or_default();
+                    return format!("{}; the origin did not take its receipts", refusal.reason);
+                }
                 _ = self.latest_session.changed() => {}
                 Ok(()) = self.hello_again.changed() => {
                     self.refuse(Kind::Closing, "applying stands still: another hello may help".to_owned());

@@ -118,13 +118,23 @@ impl Applier {
     }
 
     pub(super) fn wait(&mut self, reason: String) {
-        if self.view.borrow().waiting != reason {
+        let news = {
+            let view = self.view.borrow();
+            !view.stopped && view.waiting != reason
+        };
+        if news {
             tracing::warn!(link = %self.link, %reason, "applying waits");
         }
         self.try_later(reason, false);
     }
 
     fn try_later(&mut self, reason: String, held: bool) {
+        // What it was stopped for outweighs what it waits for.
+        let stopped = {
+            let view = self.view.borrow();
+            view.stopped.then(|| (view.waiting.clone(), view.held))
+        };
+        let (reason, held) = stopped.unwrap_or((reason, held));
         self.view.send_modify(|view| (view.waiting, view.held) = (reason, held));
         self.retry_at = Some(Instant::now() + self.backoff.after_failure(rand::random()));
     }
@@ -139,7 +149,7 @@ impl Applier {
         }
         // While something waits, be it in the journal, only its commit says that the trouble is over.
         let nothing_waits = self.waiting.is_empty() && self.journal.extent().borrow().end <= self.read_through;
-        if nothing_waits && self.paused().is_none() {
+        if nothing_waits && self.paused().is_none() && self.held_back().is_none() {
             self.resumed();
         }
     }

@@ -208,3 +208,30 @@ async fn what_was_mended_through_one_of_the_replicas_sidecars_is_closed_at_the_o
     looked_at(first, LINK, &regions.replica[0]).await;
     assert_eq!(foreign(first, LINK)["keys"], 0);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn where_the_origin_was_narrowed_what_it_left_is_no_business_of_the_links_also_after_a_restart() {
+    let mut pair = Box::pin(Pair::prepare(over_app())).await;
+    // What is accepted is what the first hello said, and stays so.
+    pair.replica_sidecar.options.receive[0].prefixes.clear();
+    pair.replica_sidecar.write_config();
+    pair.origin.put("/app/a", "of the origin").await;
+    pair.replica_sidecar.restart().await;
+    pair.origin_sidecar.restart().await;
+    let before = pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    pair.origin_sidecar.options.send[0].exclude.push("/app/local/".to_owned());
+    pair.origin_sidecar.write_config();
+    pair.origin_sidecar.restart().await;
+    let narrowed = |entry: &Value| entry["state"] == "following" && entry["epoch"].as_u64() > before["epoch"].as_u64();
+    pair.origin_sidecar.wait_for(LINK, "the copy of the narrower ranges", narrowed).await;
+
+    pair.replica.put("/app/local/a", "of the replica").await;
+    assert_eq!(looked_at(&pair.replica_sidecar, LINK, &pair.replica).await["keys"], 0);
+    pair.origin_sidecar.stop().await;
+    pair.replica_sidecar.restart().await;
+    pair.replica.put("/app/local/b", "of the replica").await;
+    assert_eq!(looked_at(&pair.replica_sidecar, LINK, &pair.replica).await["keys"], 0, "without a hello");
+    pair.replica.put("/app/a", "by hand").await;
+    let told = told(&pair.replica_sidecar, 1, PATIENCE).await;
+    assert_eq!(told["first_keys"], serde_json::json!(["/app/a"]));
+}

@@ -13,14 +13,16 @@ use etcd_ferry::tls::connect::{PeerConnector, endpoint};
 use etcd_ferry::tls::{client_config, explain};
 use etcd_ferry::wire::replicate::handshake_client::HandshakeClient;
 use etcd_ferry::wire::replicate::replicate_client::ReplicateClient;
-use etcd_ferry::wire::replicate::{HelloRequest, Range, Shipment};
+use etcd_ferry::wire::replicate::{HelloRequest, Progress, Range, Shipment, shipment};
 use etcd_ferry::wire::{LINK_METADATA, PROTOCOL_VERSION, SESSION_METADATA};
+use futures::Stream;
 use rustls::pki_types::ServerName;
 use serde_json::Value;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 use time::OffsetDateTime;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -392,4 +394,40 @@ async fn what_a_sidecar_keeps_on_disk_is_its_users_alone() {
         let wanted = if path.is_dir() { 0o700 } else { 0o600 };
         assert_eq!(*mode, wanted, "{} has mode {mode:04o}", path.display());
     }
+}
+
+/// What a sender says each 30 ms: that its etcd has come so far.
+fn heads() -> impl Stream<Item = Shipment> + Send + 'static {
+    let ticks = tokio::time::interval(Duration::from_millis(30));
+    futures::stream::unfold((ticks, 0), |(mut ticks, head)| async move {
+        ticks.tick().await;
+        let progress = Progress { head_revision: head, ..Progress::default() };
+        Some((Shipment { what: Some(shipment::What::Progress(progress)) }, (ticks, head + 1)))
+    })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sender_that_takes_no_receipts_does_not_keep_out_the_one_that_follows_it() {
+    let mut pair = prepared().await;
+    pair.replica_sidecar.restart().await;
+    let wide = channel(&pair, ORIGIN_REGION).await;
+    let request = async || {
+        let session = HandshakeClient::new(wide.clone()).hello(hello()).await.unwrap().into_inner().session;
+        let session: String = session.iter().map(|byte| format!("{byte:02x}")).collect();
+        let mut request = tonic::Request::new(heads());
+        request.metadata_mut().insert(LINK_METADATA, LINK.parse().unwrap());
+        request.metadata_mut().insert(SESSION_METADATA, session.parse().unwrap());
+        request
+    };
+    // A byte of receipts is on its way, and nobody reads it.
+    let config = client_config(&tls_of(&pair, ORIGIN_REGION), &region_name(REPLICA_REGION)).unwrap();
+    let address = format!("https://{}", pair.replica_sidecar.options.ports.peer);
+    let narrow = endpoint(&address).unwrap().initial_stream_window_size(1);
+    let narrow = narrow.connect_with_connector(PeerConnector::new(config)).await.unwrap();
+    let unread = ReplicateClient::new(narrow).ship(request().await).await.unwrap();
+    let full = |entry: &Value| entry["head_revision"].as_u64() > Some(60);
+    pair.replica_sidecar.wait_for(LINK, "more words of it than there is room for their receipts", full).await;
+    let followed = ReplicateClient::new(wide.clone()).ship(request().await).await;
+    assert!(followed.is_ok(), "{followed:?}");
+    drop(unread);
 }

@@ -4,15 +4,26 @@
 
 use super::*;
 use crate::config::EtcdConfig;
+use crate::model::{Change, ClusterId, Phase, WholeRevision};
+use crate::replica::position::HelloFacts;
+use crate::segment::feed::FeedEntry;
+use crate::wire::replicate::refusal::Kind;
+use std::io::ErrorKind;
+use std::net::TcpListener;
+use tokio::sync::oneshot;
 
 /// An applier that has not read a position, in its second session.
 async fn applier(dir: &std::path::Path) -> Applier {
+    applier_beside(dir, EtcdConfig::default()).await
+}
+
+async fn applier_beside(dir: &std::path::Path, etcd: EtcdConfig) -> Applier {
     let limits = Limits::default();
     let (journal, _) = Journal::open(&dir.join("journal"), &limits).await.unwrap_or_else(|error| panic!("{error}"));
     let (dedupe, _) = Dedupe::open(&dir.join("dedupe")).await.unwrap_or_else(|error| panic!("{error}"));
     let mut applier = Applier::new(ApplierParts {
         link: LinkName::new("config").unwrap_or_else(|error| panic!("{error}")),
-        etcd: Arc::new(Gate::new(EtcdConfig::default(), Bytes::new())),
+        etcd: Arc::new(Gate::new(etcd, watch::channel(Arc::default()).1, Bytes::new())),
         limits,
         ranges: None,
         journal: Arc::new(journal),
@@ -55,4 +66,110 @@ async fn a_new_run_of_seqs_knows_nothing_of_the_progress_in_the_old_one() {
     applier.command(progress(2, 900)).await;
     applier.start_afresh(Seq(0));
     assert_eq!(applier.progress, None);
+}
+
+/// Following at seq 40, with so many changes of the next revision in.
+fn position(part: u64) -> Position {
+    Position {
+        epoch: Epoch(3),
+        term: Term(2),
+        seq: Seq(40),
+        origin_cluster: ClusterId(1),
+        origin_revision: Revision(100),
+        carried_revision: Revision(90),
+        carried_digest: Digest::default(),
+        waymark: Waymark::default(),
+        ranges_digest: Digest::default(),
+        state: Phase::Following,
+        anchor_revision: Revision(50),
+        cursor: None,
+        part,
+        part_digest: None,
+        skipped: Vec::new(),
+        held_back: None,
+        paused: None,
+        equal_revision: Revision(0),
+    }
+}
+
+#[tokio::test]
+async fn each_transaction_counts_also_those_that_leave_the_seq_where_it_is_and_a_read_does_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut applier = applier(dir.path()).await;
+    applier.held = Some(Held::now(Some(position(0)), Revision(10)));
+    applier.publish(true);
+    assert_eq!(applier.view.borrow().transactions, 0, "it was read");
+    for part in [3, 6] {
+        applier.committed(position(part), Revision(10 + part));
+        applier.publish(true);
+    }
+    assert_eq!(applier.view.borrow().transactions, 2);
+    applier.held = Some(Held::now(Some(Position { seq: Seq(41), ..position(0) }), Revision(20)));
+    applier.publish(true);
+    assert_eq!(applier.view.borrow().transactions, 2, "another applier brought it there");
+}
+
+#[tokio::test]
+async fn what_waits_is_counted_with_what_it_takes_beside_its_keys_and_values() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut applier = applier(dir.path()).await;
+    let (mut bytes, count) = (0, 100);
+    for seq in 1..=count {
+        let changes = vec![Change::Put { key: Bytes::from_static(b"k"), value: Bytes::from_static(b"v") }];
+        let revision = Arc::new(WholeRevision { revision: Revision(seq), changes });
+        let entry = JournalEntry { epoch: Epoch(3), seq: Seq(seq), revision, digest: Digest::default() };
+        bytes += entry.bytes();
+        applier.enqueue(entry);
+    }
+    assert_eq!(applier.waiting_bytes, bytes, "as the journal counts what it gives");
+    assert!(bytes > 100 * 100, "{bytes}");
+    for _ in 0..count {
+        applier.dequeue();
+    }
+    assert_eq!((applier.waiting_bytes, applier.waiting.len()), (0, 0));
+}
+
+fn hello(session: u64) -> HelloFacts {
+    HelloFacts {
+        session,
+        node: "us-east-1-a".to_owned(),
+        epoch: Epoch(3),
+        term: Term(2),
+        origin_cluster: ClusterId(1),
+        ranges: Ranges::new(&[], &[]),
+        link_back: false,
+    }
+}
+
+#[tokio::test]
+async fn a_hello_whose_caller_has_gone_is_not_even_looked_at() {
+    let (dir, etcd) = (tempfile::tempdir().unwrap(), TcpListener::bind("127.0.0.1:0").unwrap());
+    etcd.set_nonblocking(true).unwrap();
+    let endpoints = vec![format!("http://{}", etcd.local_addr().unwrap())];
+    let mut applier = applier_beside(dir.path(), EtcdConfig { endpoints, ..EtcdConfig::default() }).await;
+    let (reply, gone) = oneshot::channel();
+    drop(gone);
+    applier.command(ApplyCommand::Hello { facts: hello(3), reply }).await;
+    assert_eq!((applier.session, applier.hello_taken), (2, 3), "and no base copy waits for it to be answered");
+    let asked = etcd.accept().map(|_| ()).map_err(|e| e.kind());
+    assert_eq!(asked, Err(ErrorKind::WouldBlock), "etcd is not asked");
+}
+
+#[tokio::test]
+async fn whose_hello_is_answered_has_the_link_and_the_earlier_stream_ends_unless_the_caller_has_gone() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut applier = applier(dir.path()).await;
+    let (reply, gone) = oneshot::channel();
+    drop(gone);
+    let refused = applier.open_session(hello(3), None, &reply);
+    assert!(refused.is_err() && applier.session == 2 && applier.view.borrow().refusal.is_none());
+    let (reply, _waits) = oneshot::channel();
+    assert!(applier.open_session(hello(4), Some((Epoch(3), Term(2))), &reply).is_ok());
+    let told = applier.view.borrow().refusal.clone().map(|(session, kind, _)| (session, kind));
+    assert_eq!((applier.session, told), (4, Some((2, Kind::Closing))));
+    // One that another sender has fenced hears that, and not that it was its own later hello.
+    applier.fence((Epoch(3), Term(5)));
+    assert!(applier.stopped && applier.open_session(hello(5), Some((Epoch(3), Term(5))), &reply).is_ok());
+    let told = applier.view.borrow().refusal.clone().map(|(session, kind, _)| (session, kind));
+    assert_eq!((applier.session, applier.stopped, told), (5, false, Some((4, Kind::Fenced))));
 }
