@@ -118,13 +118,13 @@ impl App {
             })
         };
         let peer = bind("peer", config.listen.peer).await?;
-        let certificates = Arc::new(Certificates::load(&config.tls)?);
+        let certificates = Arc::new(Certificates::load(&config.tls, &config.etcd)?);
         let (in_use, tls) = (certificates.in_use(), &config.tls);
         let admins = Admins { admins: tls.admins.clone(), viewers: tls.viewers.clone() };
         let admin = admin::service::Server::bind(config.listen.admin, in_use, admins).await?;
         let http = admin::http::Server::bind(config.listen.http).await?;
         let listening = Listening { peer: peer.local_addr()?, admin: admin.local_addr(), http: http.local_addr() };
-        let etcd = Arc::new(Gate::new(config.etcd.clone(), readable_key(&config)));
+        let etcd = Arc::new(Gate::new(config.etcd.clone(), certificates.etcd_in_use(), readable_key(&config)));
         let mut links = Links::new(etcd.clone(), certificates.in_use(), stop.clone());
         links.open_all(&config).await?;
         let streams = TaskTracker::new();

@@ -96,7 +96,7 @@ const GAUGES: [(&str, &str); 30] = [
     ),
     (
         CERTIFICATE_EXPIRY_TIMESTAMP_SECONDS,
-        "When the sidecar's `own` certificate, its `ca` or its `crl` ends, in Unix time.",
+        "When the sidecar's `own` certificate, its `ca` or its `crl` ends, or what it has for `etcd` (`etcd_ca`), in Unix time.",
     ),
     (
         CERTIFICATES_REFUSED,
@@ -296,8 +296,13 @@ pub fn record_link(status: &LinkStatus) {
 
 /// Sets what there is of a sidecar's certificates.
 pub fn record_certificates(status: &CertificatesStatus) {
-    let expiries =
-        [("own", Some(status.own_expires_at)), ("ca", Some(status.ca_expires_at)), ("crl", status.crl_expires_at)];
+    let expiries = [
+        ("own", Some(status.own_expires_at)),
+        ("ca", Some(status.ca_expires_at)),
+        ("crl", status.crl_expires_at),
+        ("etcd", status.etcd_expires_at),
+        ("etcd_ca", status.etcd_ca_expires_at),
+    ];
     for (certificate, expires_at) in expiries {
         if let Some(expires_at) = expires_at {
             let labels = vec![Label::new("certificate", certificate)];

@@ -57,6 +57,14 @@ impl Service {
         gathering.await.map_err(|e| Status::internal(format!("the certificates were not gathered: {e}")))
     }
 
+    /// The files of a bundle; on a thread of its own, as it reads folders.
+    async fn bundled(&self) -> Result<Vec<bundle::BundleFile>, Status> {
+        let certificates = self.certificates().await?;
+        let (directory, own) = (self.directory.clone(), self.own.clone());
+        let looking = tokio::task::spawn_blocking(move || bundle::files(&directory, &own, &certificates));
+        looking.await.map_err(|e| Status::internal(format!("the bundle was not made: {e}")))
+    }
+
     /// Runs what goes on telling.
     pub(super) fn go_on(&self, telling: impl Future<Output = ()> + Send + 'static) {
         let mut calls = lock(&self.calls);
@@ -106,7 +114,7 @@ impl Admin for Service {
             let place = self.watchers.clone().try_acquire_owned().map_err(full)?;
             Ok((interval, place))
         });
-        audit(&request, "WatchStatus", "", &asked.as_ref().map(|_| ()).map_err(Clone::clone));
+        audit(&request, "WatchStatus", "", &asked);
         let (interval, place) = asked?;
         let (out, statuses) = mpsc::channel(1);
         self.go_on(watching::tell_status(self.directory.clone(), interval, place, self.stop.clone(), out));
@@ -125,18 +133,16 @@ impl Admin for Service {
         &self,
         request: Request<GetCertificatesRequest>,
     ) -> Result<Response<GetCertificatesReply>, Status> {
-        audit(&request, "GetCertificates", "", &Ok(()));
-        self.certificates().await.map(Response::new)
+        let gathered = self.certificates().await;
+        audit(&request, "GetCertificates", "", &gathered);
+        gathered.map(Response::new)
     }
 
     async fn bundle(&self, request: Request<BundleRequest>) -> Result<Response<Self::BundleStream>, Status> {
-        audit(&request, "Bundle", "", &Ok(()));
-        let certificates = self.certificates().await?;
-        let (directory, own) = (self.directory.clone(), self.own.clone());
-        let looking = tokio::task::spawn_blocking(move || bundle::files(&directory, &own, &certificates));
-        let files = looking.await.map_err(|e| Status::internal(format!("the bundle was not made: {e}")))?;
+        let files = self.bundled().await;
+        audit(&request, "Bundle", "", &files);
         let (out, pieces) = mpsc::channel(1);
-        self.go_on(bundle::tell(files, self.stop.clone(), out));
+        self.go_on(bundle::tell(files?, self.stop.clone(), out));
         Ok(Response::new(ReceiverStream::new(pieces)))
     }
 
@@ -205,7 +211,7 @@ impl Admin for Service {
         request: Request<ReloadConfigurationRequest>,
     ) -> Result<Response<ReloadConfigurationReply>, Status> {
         let outcome = reload::ask(&self.directory.reloads).await;
-        audit(&request, "ReloadConfiguration", "", &outcome.as_ref().map(|_| ()).map_err(Clone::clone));
+        audit(&request, "ReloadConfiguration", "", &outcome);
         outcome.map(Response::new)
     }
 

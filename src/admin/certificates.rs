@@ -1,6 +1,6 @@
 //! Job: every certificate that a sidecar shows or trusts: gathered for an operator, and printed.
 //! Input: what is in use, the files of the connection to etcd. Output: the service's answer; its table and its JSON.
-//! Edge: reads the files of `etcd`, which are read at each connect too.
+//! Edge: reads the files of `etcd`, as they are now.
 //! Always true: nothing of a private key is read; a file that cannot be read is told, and keeps nobody from the rest.
 
 use super::client::{ClientError, Connection, ask};

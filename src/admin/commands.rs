@@ -60,7 +60,7 @@ impl Service {
             Ok((commands, status)) => command(&commands, link, build).await.map(|run| (run, status)),
             Err(refusal) => Err(refusal),
         };
-        audit(request, call, link, &asked.as_ref().map(|_| ()).map_err(Clone::clone));
+        audit(request, call, link, &asked);
         let (run, status) = asked?;
         let (out, words) = mpsc::channel(1);
         self.go_on(tell_verification(link.to_owned(), run, status, out));
@@ -81,7 +81,7 @@ impl Service {
             Ok((commands, _)) => command(&commands, link, build).await,
             Err(refusal) => Err(refusal),
         };
-        audit(request, call, link, &outcome.as_ref().map(|_| ()).map_err(Clone::clone));
+        audit(request, call, link, &outcome);
         outcome
     }
 

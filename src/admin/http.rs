@@ -386,11 +386,33 @@ mod tests {
         let running = start().await;
         let answer = get_path(running.addr, "/nowhere").await;
         assert!(answer.starts_with("HTTP/1.1 404") && answer.contains("/healthz?full=1"), "{answer}");
-        let answer = ask(running.addr, "POST /readyz HTTP/1.1\r\nHost: ferry\r\nContent-Length: 0\r\n\r\n").await;
-        assert!(answer.starts_with("HTTP/1.1 405"), "{answer}");
+        for path in ["/", "/events", "/readyz"] {
+            let post = format!("POST {path} HTTP/1.1\r\nHost: ferry\r\nContent-Length: 0\r\n\r\n");
+            let answer = ask(running.addr, &post).await;
+            assert!(answer.starts_with("HTTP/1.1 405"), "{path}: {answer}");
+        }
         let long = "x".repeat(HEAD_BYTES_MAX);
         let answer = ask(running.addr, &format!("GET /{long}")).await;
         assert!(answer.starts_with("HTTP/1.1 431") || answer.starts_with("HTTP/1.1 414"), "{answer}");
+    }
+
+    #[tokio::test]
+    async fn the_page_comes_with_a_policy_that_lets_it_load_nothing_from_elsewhere_and_nobody_frame_it() {
+        let running = start().await;
+        let answer = get_path(running.addr, "/").await;
+        let (head, page) = answer.split_once("\r\n\r\n").expect("a head and a page");
+        assert!(head.starts_with("HTTP/1.1 200") && page.starts_with("<!doctype html>"), "{head}");
+        let named = |name: &str| head.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
+        let policy = named("content-security-policy").unwrap_or_else(|| panic!("no policy in {head}"));
+        let rules: Vec<&str> = policy.split("; ").collect();
+        for rule in ["default-src 'none'", "connect-src 'self'", "form-action 'none'", "frame-ancestors 'none'"] {
+            assert!(rules.contains(&rule), "{rule} is not in {policy}");
+        }
+        for (name, value) in
+            [("x-content-type-options", "nosniff"), ("referrer-policy", "no-referrer"), ("cache-control", "no-store")]
+        {
+            assert_eq!(named(name), Some(value), "{name} in {head}");
+        }
     }
 
     #[tokio::test]

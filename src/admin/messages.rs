@@ -111,9 +111,28 @@ pub(super) fn record_message(record: Record) -> QuarantinedRevision {
 }
 
 pub(super) fn certificates_message(certificates: model::CertificatesStatus) -> Certificates {
-    let model::CertificatesStatus { subject, sans, own_expires_at, ca_expires_at, crl_expires_at, reloads, refused } =
-        certificates;
-    Certificates { subject, sans, own_expires_at, ca_expires_at, crl_expires_at, reloads, refused }
+    let model::CertificatesStatus {
+        subject,
+        sans,
+        own_expires_at,
+        ca_expires_at,
+        crl_expires_at,
+        etcd_expires_at,
+        etcd_ca_expires_at,
+        reloads,
+        refused,
+    } = certificates;
+    Certificates {
+        subject,
+        sans,
+        own_expires_at,
+        ca_expires_at,
+        crl_expires_at,
+        reloads,
+        refused,
+        etcd_expires_at,
+        etcd_ca_expires_at,
+    }
 }
 
 pub(super) fn member_message(member: model::EtcdHealth) -> EtcdMember {

@@ -21,6 +21,8 @@ const POLICY: &str = "default-src 'none'; script-src 'unsafe-inline'; style-src 
                       base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 /// How often an open page is told how the links are.
 pub(super) const TELL_EVERY: Duration = Duration::from_secs(1);
+/// A cut is to be on the page within three seconds: one until the page is told next, two for a status, a network and a browser that are slow.
+const _: () = assert!(TELL_EVERY.as_millis() <= 1_000, "an open page is told each second how the links are");
 /// A few people on call. Others are told to try again.
 pub(super) const VIEWERS_MAX: usize = 16;
 /// After so long a page asks anew, by itself: so nobody holds a place for ever.

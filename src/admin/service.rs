@@ -192,15 +192,15 @@ pub(super) fn caller<T>(request: &Request<T>) -> String {
 }
 
 /// One line in the log for each admin call: who, what, on which link, how it ended.
-pub(super) fn audit<T>(request: &Request<T>, call: &str, link: &str, outcome: &Result<(), Status>) {
+pub(super) fn audit<R, T>(request: &Request<R>, call: &str, link: &str, outcome: &Result<T, Status>) {
     // `authorise` lets nothing through without a caller.
     let Some(Caller { admin, from }) = request.extensions().get::<Caller>() else { return };
     match outcome {
         // What they begin ends later, and is told by the link.
-        Ok(()) if ["Verify", "Repair", "Resync"].contains(&call) => {
+        Ok(_) if ["Verify", "Repair", "Resync"].iter().any(|begins| call.starts_with(begins)) => {
             info!(admin, %from, call, link, outcome = "begun", "admin call");
         }
-        Ok(()) => info!(admin, %from, call, link, outcome = "done", "admin call"),
+        Ok(_) => info!(admin, %from, call, link, outcome = "done", "admin call"),
         Err(status) => warn!(admin, %from, call, link, outcome = status.message(), "admin call"),
     }
 }

@@ -28,6 +28,8 @@ struct CertificatesJson<'a> {
     own_expires_at: i64,
     ca_expires_at: i64,
     crl_expires_at: Option<i64>,
+    etcd_expires_at: Option<i64>,
+    etcd_ca_expires_at: Option<i64>,
     reloads: u64,
     refused: &'a str,
 }
@@ -130,13 +132,25 @@ fn json_of(reply: &StatusReply) -> StatusJson<'_> {
 }
 
 fn certificates_json(certificates: &Certificates) -> CertificatesJson<'_> {
-    let Certificates { subject, sans, own_expires_at, ca_expires_at, crl_expires_at, reloads, refused } = certificates;
+    let Certificates {
+        subject,
+        sans,
+        own_expires_at,
+        ca_expires_at,
+        crl_expires_at,
+        reloads,
+        refused,
+        etcd_expires_at,
+        etcd_ca_expires_at,
+    } = certificates;
     CertificatesJson {
         subject,
         sans,
         own_expires_at: *own_expires_at,
         ca_expires_at: *ca_expires_at,
         crl_expires_at: *crl_expires_at,
+        etcd_expires_at: *etcd_expires_at,
+        etcd_ca_expires_at: *etcd_ca_expires_at,
         reloads: *reloads,
         refused,
     }
@@ -227,7 +241,8 @@ mod tests {
              \"copy\": { \"keys_done\": 5, \"keys_total\": 9 }, \"canary\": { \"seconds\": 0.08, \"waiting_seconds\": 0.0 }, \"limits\": null, \"verification\": null, \
              \"foreign_writes\": null, \"quarantined_revisions\": 0, \"quarantined\": [], \"paused\": null } ], \"etcd\": [ { \"endpoint\": \"http://127.0.0.1:2379\", \"ok\": true, \
              \"version\": \"3.5.1\", \"leader\": true, \"verdict\": \"refused\", \"detail\": \"upgrade it\" } ], \"certificates\": { \"subject\": \"CN=us-east-1\", \"sans\": [ \"spiffe://etcd-ferry.dev/region/us-east-1\" ], \
-             \"own_expires_at\": 1800000000, \"ca_expires_at\": 1900000000, \"crl_expires_at\": null, \"reloads\": 2, \"refused\": \"\" } }"
+             \"own_expires_at\": 1800000000, \"ca_expires_at\": 1900000000, \"crl_expires_at\": null, \
+             \"etcd_expires_at\": null, \"etcd_ca_expires_at\": null, \"reloads\": 2, \"refused\": \"\" } }"
         );
     }
 }

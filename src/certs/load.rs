@@ -227,7 +227,8 @@ fn leaf_identity(path: &Path, chain: &[CertificateDer<'static>]) -> Result<PeerI
     PeerIdentity::from_der(leaf).map_err(|source| LoadError::Certificate { path: path.to_owned(), source })
 }
 
-fn ca_not_after(path: &Path) -> Result<OffsetDateTime, LoadError> {
+/// When the first certificate of a CA's file ends.
+pub fn ca_not_after(path: &Path) -> Result<OffsetDateTime, LoadError> {
     let ends = |certificate: &CertificateDer<'_>| {
         let identity = PeerIdentity::from_der(certificate);
         identity.map(|i| i.not_after).map_err(|source| LoadError::Certificate { path: path.to_owned(), source })

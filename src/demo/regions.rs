@@ -10,6 +10,7 @@ use crate::admin::proto::{Link, StatusReply};
 use crate::certs;
 use crate::config::EtcdConfig;
 use crate::etcd::Etcd;
+use crate::tls::EtcdFiles;
 use anyhow::{Context, bail};
 use std::fs;
 use std::net::SocketAddr;
@@ -201,7 +202,7 @@ impl Region {
     /// A connection to this region's etcd.
     pub async fn connect(&self) -> Result<Etcd, crate::etcd::EtcdError> {
         let endpoints = vec![self.etcd_url.clone()];
-        Etcd::connect(&EtcdConfig { endpoints, ..EtcdConfig::default() }).await
+        Etcd::connect(&EtcdConfig { endpoints, ..EtcdConfig::default() }, &EtcdFiles::default()).await
     }
 
     pub fn config_path(&self) -> PathBuf {

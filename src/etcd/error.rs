@@ -48,8 +48,7 @@ impl EtcdError {
     /// True if the request surely changed nothing. False leaves doubt: the caller must read before it goes on.
     pub fn changed_nothing(&self) -> bool {
         match self {
-            EtcdError::NoSpace
-            | EtcdError::Denied { .. }
+            EtcdError::Denied { .. }
             | EtcdError::LoginLost(_)
             | EtcdError::Compacted
             | EtcdError::FutureRevision
@@ -57,7 +56,9 @@ impl EtcdError {
             | EtcdError::TooLarge
             | EtcdError::VersionRefused(_)
             | EtcdError::Config(_) => true,
-            EtcdError::Unreachable { .. }
+            // What crosses the quota is applied, and refused all the same (etcd's `quotaApplierV3`).
+            EtcdError::NoSpace
+            | EtcdError::Unreachable { .. }
             | EtcdError::NoLeader(_)
             | EtcdError::TimedOut
             | EtcdError::OtherCluster { .. }
@@ -259,6 +260,8 @@ mod tests {
                 "{status}: {reaction:?}"
             );
         }
+        let full = status_reaction(&Status::resource_exhausted("etcdserver: mvcc: database space exceeded"), "etcd");
+        assert!(matches!(full, EtcdError::NoSpace) && !full.changed_nothing(), "what crosses the quota is applied");
         for (status, wanted) in [
             (Status::permission_denied("etcdserver: permission denied"), "Denied"),
             (Status::unavailable("etcdserver: no leader"), "NoLeader"),

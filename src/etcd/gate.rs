@@ -10,8 +10,10 @@ use super::{Etcd, EtcdError, Member};
 use crate::config::EtcdConfig;
 use crate::model::EtcdHealth;
 use crate::model::limits::TxnLimits;
+use crate::tls::EtcdFiles;
 use bytes::Bytes;
 use futures::stream::{FuturesUnordered, StreamExt};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Mutex, watch};
 use tokio::time::Instant;
@@ -31,6 +33,7 @@ const MEASURE_AGAIN_MIN: Duration = Duration::from_secs(5);
 /// The cluster beside this sidecar, whose members are asked who they are before anything else is.
 pub struct Gate {
     config: EtcdConfig,
+    files: watch::Receiver<Arc<EtcdFiles>>,
     /// One that the configured user may read, wherever the rights are as they must be.
     readable_key: Bytes,
     /// When members began to be asked last; held until they have answered, so that whoever came before shares the next answer.
@@ -88,12 +91,13 @@ enum Who {
 }
 
 impl Gate {
-    /// `readable_key`: what the configured user may read.
-    pub fn new(config: EtcdConfig, readable_key: Bytes) -> Self {
+    /// `files`: what connections are made with at present. `readable_key`: what the configured user may read.
+    pub fn new(config: EtcdConfig, files: watch::Receiver<Arc<EtcdFiles>>, readable_key: Bytes) -> Self {
         let unasked = |endpoint: &String| EtcdHealth { endpoint: endpoint.clone(), ..EtcdHealth::default() };
         let members = config.endpoints.iter().map(unasked).collect();
         Self {
             config,
+            files,
             readable_key,
             asked: Mutex::new(None),
             members: watch::channel(members).0,
@@ -120,11 +124,21 @@ impl Gate {
     /// A connection to the cluster, unless one of its members is of a version that corrupts. It takes no calls any more once such a member is
     /// met: below it, a connection that broke is made anew without a word.
     pub async fn connect(&self) -> Result<Etcd, EtcdError> {
-        let ((), etcd) = tokio::join!(Box::pin(self.ask(Who::Anyone)), Box::pin(Etcd::connect(&self.config)));
+        let ((), etcd) = tokio::join!(Box::pin(self.ask(Who::Anyone)), Box::pin(self.dial(&self.config)));
         match self.refusal.borrow().clone() {
             Some(refusal) => Err(EtcdError::VersionRefused(refusal)),
             None => etcd.map(|etcd| etcd.behind(self.refusal.subscribe(), self.progress_in_order())),
         }
+    }
+
+    /// A connection to one member, whatever its version.
+    pub async fn connect_to(&self, endpoint: &str) -> Result<Etcd, EtcdError> {
+        self.dial(&EtcdConfig { endpoints: vec![endpoint.to_owned()], ..self.config.clone() }).await
+    }
+
+    async fn dial(&self, config: &EtcdConfig) -> Result<Etcd, EtcdError> {
+        let files = self.files.borrow().clone();
+        Etcd::connect(config, &files).await
     }
 
     /// Whether a notice of progress that a watch asks for comes after the events that it speaks of, whichever member answers. One that does not
@@ -170,7 +184,9 @@ impl Gate {
         let asking = measured.iter_mut().zip(&members).filter(|(known, member)| member.ok && known.is_due());
         let asking = asking.map(|(known, member)| async move {
             let one = EtcdConfig { endpoints: vec![member.endpoint.clone()], ..self.config.clone() };
-            let asked = tokio::time::timeout(MEASURE_MAX, Box::pin(limits::of_member(&one, &self.readable_key))).await;
+            let files = self.files.borrow().clone();
+            let asking = Box::pin(limits::of_member(&one, &files, &self.readable_key));
+            let asked = tokio::time::timeout(MEASURE_MAX, asking).await;
             let Found { limits, pulse, reasons } =
                 asked.unwrap_or_else(|_| Found { reasons: vec![EtcdError::TimedOut], ..Found::default() });
             for reason in &reasons {
@@ -244,9 +260,9 @@ impl Gate {
     async fn version_of(&self, endpoint: &str, who: Who) -> Result<Member, EtcdError> {
         let one = EtcdConfig { endpoints: vec![endpoint.to_owned()], ..self.config.clone() };
         let nobody = EtcdConfig { username: None, password_file: None, ..one.clone() };
-        match Etcd::connect(&nobody).await?.member().await {
+        match self.dial(&nobody).await?.member().await {
             Err(EtcdError::Denied { .. } | EtcdError::LoginLost(_)) if who == Who::User && one.username.is_some() => {
-                Etcd::connect(&one).await?.member().await
+                self.dial(&one).await?.member().await
             }
             answer => answer,
         }

@@ -9,6 +9,7 @@ use super::{Compare, CompareOp, Etcd, EtcdError, Txn, TxnOp, Watch, WatchSignal,
 use crate::config::EtcdConfig;
 use crate::model::limits::{LimitsStatus, LimitsVerdict, TxnLimits};
 use crate::model::{KeyRange, LinkName, Revision, Side};
+use crate::tls::EtcdFiles;
 use bytes::Bytes;
 use etcd_client::GetOptions;
 use http::uri::PathAndQuery;
@@ -66,14 +67,14 @@ impl Pulse {
 }
 
 /// What the one member of `config` takes.
-pub(super) async fn of_member(config: &EtcdConfig, key: &[u8]) -> Found {
+pub(super) async fn of_member(config: &EtcdConfig, files: &EtcdFiles, key: &[u8]) -> Found {
     let asking = async {
-        let etcd = Etcd::connect(config).await?;
+        let etcd = Etcd::connect(config, files).await?;
         // Before it is asked, so that no restart is missed. Without the right to it, looks must do.
         let pulse = Pulse::take(&etcd, key).await.ok();
         Ok((txn_ops_max(&etcd, key).await?, pulse))
     };
-    let (ops, bytes) = tokio::join!(Box::pin(asking), Box::pin(request_bytes_max(config)));
+    let (ops, bytes) = tokio::join!(Box::pin(asking), Box::pin(request_bytes_max(config, files)));
     let mut found = Found::default();
     match ops {
         Ok((ops, pulse)) => (found.limits.txn_ops_max, found.pulse) = (Some(ops), pulse),
@@ -105,14 +106,14 @@ fn never(key: &[u8], ops: u64) -> Txn {
     Txn::new().when([Compare::version(key, CompareOp::Less, 0)]).and_then(reads)
 }
 
-async fn request_bytes_max(config: &EtcdConfig) -> Result<u64, EtcdError> {
+async fn request_bytes_max(config: &EtcdConfig, files: &EtcdFiles) -> Result<u64, EtcdError> {
     let address = config.endpoints.first().cloned().unwrap_or_default();
     let unreachable = |e: tonic::transport::Error| EtcdError::Unreachable {
         endpoints: address.clone(),
         reason: super::with_sources(&e),
     };
     let mut endpoint = Endpoint::from_shared(address.clone()).map_err(unreachable)?;
-    if let Some(tls) = tls_options(config)? {
+    if let Some(tls) = tls_options(config, files) {
         endpoint = endpoint.tls_config(tls).map_err(unreachable)?;
     }
     let channel = endpoint.connect().await.map_err(unreachable)?;

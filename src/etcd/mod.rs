@@ -12,6 +12,7 @@ mod watch;
 
 use crate::config::EtcdConfig;
 use crate::model::{ClusterId, KeyRange, Revision};
+use crate::tls::EtcdFiles;
 use bytes::Bytes;
 use error::{USERS_OFF, reaction};
 use etcd_client::{
@@ -124,15 +125,16 @@ pub struct Etcd {
 impl Etcd {
     /// Connects and, with a user, logs in. Members that are down are left out, or every third request to a cluster of three would fail
     /// for as long as one of them is: whoever meets an error connects anew.
-    pub async fn connect(config: &EtcdConfig) -> Result<Self, EtcdError> {
+    pub async fn connect(config: &EtcdConfig, files: &EtcdFiles) -> Result<Self, EtcdError> {
         let config = &EtcdConfig { endpoints: listening(&config.endpoints).await, ..config.clone() };
         let endpoints = config.endpoints.join(", ");
-        let (options, without_user) = (connect_options(config)?, EtcdConfig { username: None, ..config.clone() });
+        let (options, without_user) =
+            (connect_options(config, files)?, EtcdConfig { username: None, ..config.clone() });
         let connecting = async {
             match Client::connect(&config.endpoints, Some(options)).await.map_err(|e| reaction(&e, &endpoints)) {
                 // While users are switched off in etcd nobody has to be anyone, and nobody can log in.
                 Err(EtcdError::LoginLost(e)) if e.contains(USERS_OFF) => {
-                    let options = connect_options(&without_user)?;
+                    let options = connect_options(&without_user, files)?;
                     Client::connect(&config.endpoints, Some(options)).await.map_err(|e| reaction(&e, &endpoints))
                 }
                 outcome => outcome,
@@ -345,7 +347,7 @@ pub fn txn_revision(response: &TxnResponse) -> Revision {
     head_of(response.header()).0
 }
 
-fn connect_options(config: &EtcdConfig) -> Result<ConnectOptions, EtcdError> {
+fn connect_options(config: &EtcdConfig, files: &EtcdFiles) -> Result<ConnectOptions, EtcdError> {
     let mut options = ConnectOptions::new()
         .with_keep_alive(KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT)
         .with_keep_alive_while_idle(false)
@@ -358,25 +360,23 @@ fn connect_options(config: &EtcdConfig) -> Result<ConnectOptions, EtcdError> {
             .map_err(|e| EtcdError::Config(format!("password_file {}: {e}", file.display())))?;
         options = options.with_user(user, password.trim_end_matches(['\r', '\n']));
     }
-    if let Some(tls) = tls_options(config)? {
+    if let Some(tls) = tls_options(config, files) {
         options = options.with_tls(tls);
     }
     Ok(options)
 }
 
 /// `None`: without TLS.
-fn tls_options(config: &EtcdConfig) -> Result<Option<TlsOptions>, EtcdError> {
+fn tls_options(config: &EtcdConfig, files: &EtcdFiles) -> Option<TlsOptions> {
     if !config.endpoints.iter().any(|e| e.starts_with("https://")) {
-        return Ok(None);
+        return None;
     }
-    let read =
-        |file: &std::path::Path| std::fs::read(file).map_err(|e| EtcdError::Config(format!("{}: {e}", file.display())));
     let mut tls = TlsOptions::new();
-    if let Some(ca) = &config.ca {
-        tls = tls.ca_certificate(Certificate::from_pem(read(ca)?));
+    if let Some(ca) = &files.ca {
+        tls = tls.ca_certificate(Certificate::from_pem(ca));
     }
-    if let (Some(cert), Some(key)) = (&config.cert, &config.key) {
-        tls = tls.identity(Identity::from_pem(read(cert)?, read(key)?));
+    if let Some((cert, key)) = &files.pair {
+        tls = tls.identity(Identity::from_pem(cert, key));
     }
-    Ok(Some(tls))
+    Some(tls)
 }

@@ -359,6 +359,10 @@ pub struct CertificatesStatus {
     pub ca_expires_at: i64,
     /// When the revocation list is out of date, so that nobody is let in any more; `None`: none is configured, or it does not say.
     pub crl_expires_at: Option<i64>,
+    /// When the certificate ends that etcd is shown; `None`: it is shown none.
+    pub etcd_expires_at: Option<i64>,
+    /// When the first certificate of the file ends that etcd's own is judged by; `None`: there is no such file.
+    pub etcd_ca_expires_at: Option<i64>,
     /// How often new files were taken into use since the start.
     pub reloads: u64,
     /// Why the files that are there now are not in use; empty: they are.

@@ -13,6 +13,8 @@ use std::io;
 use time::OffsetDateTime;
 use tonic::Status;
 
+/// What a refusal for a certificate's time ends with: where the certificate is right, a clock is not, and either end's may be the one.
+const CLOCKS: &str = "check the clocks of both machines";
 /// What rustls writes before an alert's name; some layers above keep only the text of an error.
 const ALERT_TEXT: &str = "received fatal alert: ";
 
@@ -113,8 +115,9 @@ fn tls_words(fault: &TlsFault) -> String {
 /// What an alert says about us; the peer's own log has the details. (In TLS 1.3 we are the one who is refused: the peer
 /// has judged our certificate by then, whichever side dialled.)
 fn refusal(alert: &str) -> String {
+    let out_of_its_time = format!("it has expired or is not yet valid: renew it, or {CLOCKS}");
     let about_us = match alert {
-        "CertificateExpired" => "it has expired or is not yet valid",
+        "CertificateExpired" => out_of_its_time.as_str(),
         "UnknownCA" => "it is not of the CA that the peer trusts, or the peer cannot tell whether it is revoked",
         "CertificateRequired" => "none was presented, and the peer requires one",
         "CertificateRevoked" => "it is revoked",
@@ -133,16 +136,21 @@ fn refusal(alert: &str) -> String {
 #[expect(clippy::wildcard_enum_match_arm, reason = "all other variants keep the words of rustls")]
 fn certificate_words(why: &CertificateError) -> String {
     let reason = match why {
-        CertificateError::ExpiredContext { not_after, .. } => format!("it expired on {}", day(*not_after)),
+        CertificateError::ExpiredContext { not_after, .. } => {
+            format!("it expired on {}: have it renewed, or {CLOCKS}", day(*not_after))
+        }
         CertificateError::NotValidYetContext { not_before, .. } => {
-            format!("it is not valid before {}", day(*not_before))
+            format!("it is not valid before {}: {CLOCKS}", day(*not_before))
         }
         CertificateError::UnknownIssuer => "it is not of the CA that we trust (tls.ca)".to_owned(),
         CertificateError::BadSignature => "its signature is not of the CA that we trust (tls.ca)".to_owned(),
         CertificateError::Revoked => "it is revoked".to_owned(),
         CertificateError::UnknownRevocationStatus => "the revocation list (tls.crl) does not cover its CA".to_owned(),
         CertificateError::ExpiredRevocationListContext { next_update, .. } => {
-            format!("our revocation list (tls.crl) is out of date since {}: renew it", day(*next_update))
+            let since = day(*next_update);
+            format!(
+                "our revocation list (tls.crl) is out of date since {since}: renew it, or set this machine's clock if it is ahead"
+            )
         }
         CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => {
             "it is not issued for this use (extended key usage)".to_owned()
@@ -165,6 +173,7 @@ fn day(time: UnixTime) -> String {
 mod tests {
     use super::*;
     use rustls::AlertDescription;
+    use std::time::Duration;
 
     #[derive(Debug, thiserror::Error)]
     #[error("transport error")]
@@ -184,7 +193,31 @@ mod tests {
         let alert = TlsFault::AlertReceived(AlertDescription::CertificateExpired);
         let io = io::Error::new(io::ErrorKind::InvalidData, alert);
         let words = explain(&Outer(Box::new(Outer(Box::new(io)))));
-        assert_eq!(words, "the peer refused our certificate: it has expired or is not yet valid");
+        assert!(words.starts_with("the peer refused our certificate: it has expired or is not yet valid"), "{words}");
+    }
+
+    #[test]
+    fn a_refusal_for_the_time_of_a_certificate_names_it_and_says_to_look_at_both_clocks() {
+        let at = |seconds| UnixTime::since_unix_epoch(Duration::from_secs(seconds));
+        let (time, not_before, not_after) = (at(2_000_000_000), at(2_100_000_000), at(1_900_000_000));
+        let early = CertificateError::NotValidYetContext { time, not_before };
+        let late = CertificateError::ExpiredContext { time, not_after };
+        let refused = |why| explain(&TlsFault::InvalidCertificate(why));
+        let heard = |alert| explain(&TlsFault::AlertReceived(alert));
+        for (words, told) in [
+            (refused(early), "it is not valid before 2036-07-18T13:20:00Z: check the clocks of both machines"),
+            (
+                refused(late),
+                "it expired on 2030-03-17T17:46:40Z: have it renewed, or check the clocks of both machines",
+            ),
+            (
+                heard(AlertDescription::CertificateExpired),
+                "it has expired or is not yet valid: renew it, or check the clocks of both machines",
+            ),
+        ] {
+            assert!(words.ends_with(told), "{words}");
+        }
+        assert!(!refused(CertificateError::Revoked).contains("clock"), "a clock has no part in it");
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 pub mod accept;
 pub mod connect;
+mod etcd_files;
 pub mod explain;
 mod recheck;
 pub mod reload;
@@ -21,6 +22,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 pub use crate::certs::identity::PeerIdentity;
+pub use etcd_files::EtcdFiles;
 pub use explain::explain;
 pub use reload::Certificates;
 pub use verify::WrongName;

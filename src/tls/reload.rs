@@ -5,9 +5,9 @@
 //! Always true: what is in use was loaded whole and fits together; a set that is not sound leaves the last one in use, and is told.
 
 use super::recheck::{As, Peer};
-use super::{PeerIdentity, TlsError, client_verifier, server_config_from, server_verifier};
+use super::{EtcdFiles, PeerIdentity, TlsError, client_verifier, server_config_from, server_verifier};
 use crate::certs::load::{self, Credentials, TlsFiles, rfc3339};
-use crate::config::TlsConfig;
+use crate::config::{EtcdConfig, TlsConfig};
 use crate::metrics;
 use crate::model::CertificatesStatus;
 use notify::event::AccessKind;
@@ -61,14 +61,17 @@ impl InUse {
     }
 }
 
-/// The files of one sidecar, and the set of them in use.
+/// The files of one sidecar, and the sets of them in use: one for peers and operators, one for its etcd. A set that is not sound does not keep
+/// the other from being taken.
 pub struct Certificates {
     files: TlsConfig,
+    etcd: EtcdConfig,
     in_use: watch::Sender<Arc<InUse>>,
+    etcd_in_use: watch::Sender<Arc<EtcdFiles>>,
     status: watch::Sender<CertificatesStatus>,
 }
 
-/// What the last looks found.
+/// What the last looks at one set found.
 #[derive(Default)]
 struct Looks {
     /// Why the files are not sound; told once a second look says so too, since files are replaced one after the other.
@@ -76,15 +79,44 @@ struct Looks {
     told: Option<String>,
 }
 
+impl Looks {
+    /// `outcome`: whether something new was taken. True if so.
+    fn saw(&mut self, outcome: Result<bool, TlsError>) -> bool {
+        let error = match outcome {
+            Ok(taken) => {
+                *self = Self::default();
+                return taken;
+            }
+            Err(error) => error,
+        };
+        let reason = error.to_string();
+        let again = self.refused.as_ref() == Some(&reason);
+        self.refused = Some(reason.clone());
+        if again && self.told.replace(reason.clone()).as_ref() != Some(&reason) {
+            tracing::warn!(%reason, "new certificates are refused; the last ones stay in use");
+        }
+        false
+    }
+}
+
 impl Certificates {
     /// Loads the files for the first time. That they are what peers would talk to is checked with the configuration.
-    pub fn load(files: &TlsConfig) -> Result<Self, TlsError> {
-        let in_use = match read(files) {
-            Err(TlsError::Changing) => read(files)?,
-            in_use => in_use?,
-        };
-        let status = watch::channel(status_of(&in_use.credentials)).0;
-        Ok(Self { files: files.clone(), in_use: watch::channel(Arc::new(in_use)).0, status })
+    pub fn load(files: &TlsConfig, etcd: &EtcdConfig) -> Result<Self, TlsError> {
+        let in_use = unchanged(|| read(files))?;
+        let etcd_in_use = unchanged(|| EtcdFiles::load(etcd))?;
+        let status = watch::channel(status_of(&in_use.credentials, &etcd_in_use)).0;
+        Ok(Self {
+            files: files.clone(),
+            etcd: etcd.clone(),
+            in_use: watch::channel(Arc::new(in_use)).0,
+            etcd_in_use: watch::channel(Arc::new(etcd_in_use)).0,
+            status,
+        })
+    }
+
+    /// What connections to etcd are made with, and each set that follows.
+    pub fn etcd_in_use(&self) -> watch::Receiver<Arc<EtcdFiles>> {
+        self.etcd_in_use.subscribe()
     }
 
     /// The set in use, and each that follows.
@@ -98,18 +130,23 @@ impl Certificates {
 
     /// Takes new files into use until `stop`.
     pub async fn run(&self, stop: CancellationToken) {
-        let (changed, mut changes) = watch::channel(());
-        let watcher = watch_folders(&self.files, changed);
+        let (changed, changes) = watch::channel(());
+        let watcher = watch_folders(&self.files, &self.etcd, changed);
         if let Err(error) = &watcher {
             tracing::warn!(%error, "the folders of the certificates cannot be watched; their files are read every {} s", LOOK_EVERY.as_secs());
         }
-        let mut looks = Looks::default();
+        self.follow(changes, LOOK_EVERY, stop).await;
+    }
+
+    /// Looks whenever a change is told, and each so often.
+    async fn follow(&self, mut changes: watch::Receiver<()>, every: Duration, stop: CancellationToken) {
+        let mut looks = [Looks::default(), Looks::default()];
         metrics::record_certificates(&self.status.borrow());
         loop {
             let next = async {
                 tokio::select! {
                     Ok(()) = changes.changed() => tokio::time::sleep(SETTLE).await,
-                    () = tokio::time::sleep(LOOK_EVERY) => {}
+                    () = tokio::time::sleep(every) => {}
                 }
                 changes.mark_unchanged();
                 self.look(&mut looks).await;
@@ -129,35 +166,58 @@ impl Certificates {
         lost.map_or(Ok(()), |san| Err(TlsError::NameLost { san }))
     }
 
-    async fn look(&self, looks: &mut Looks) {
-        let files = self.files.clone();
-        let Ok(found) = tokio::task::spawn_blocking(move || read(&files)).await else { return };
+    async fn look(&self, [peers, to_etcd]: &mut [Looks; 2]) {
+        let (files, etcd) = (self.files.clone(), self.etcd.clone());
+        let Ok((found, of_etcd)) = tokio::task::spawn_blocking(move || (read(&files), EtcdFiles::load(&etcd))).await
+        else {
+            return;
+        };
         let before = self.in_use.borrow().clone();
-        match found.and_then(|found| self.successor(&before.credentials, &found.credentials).map(|()| found)) {
-            Ok(found) => {
-                *looks = Looks::default();
-                if found.fingerprint != before.fingerprint {
-                    let identity = &found.credentials.identity;
-                    let changed = changed_files(&before.fingerprint, &found.fingerprint);
-                    tracing::info!(%changed, subject = %identity.subject, not_after = %rfc3339(identity.not_after), "new certificates are in use");
-                    let (fresh, reloads) = (status_of(&found.credentials), self.status.borrow().reloads + 1);
-                    self.status.send_replace(CertificatesStatus { reloads, ..fresh });
-                    self.in_use.send_replace(Arc::new(found));
-                } else {
-                    self.status.send_if_modified(|status| !std::mem::take(&mut status.refused).is_empty());
-                }
-            }
-            Err(error) => {
-                let reason = error.to_string();
-                let again = looks.refused.as_ref() == Some(&reason);
-                looks.refused = Some(reason.clone());
-                if again && looks.told.replace(reason.clone()).as_ref() != Some(&reason) {
-                    tracing::warn!(%reason, "new certificates are refused; the last ones stay in use");
-                    self.status.send_modify(|status| status.refused = reason);
-                }
-            }
-        }
+        let found = found.and_then(|found| self.successor(&before.credentials, &found.credentials).map(|()| found));
+        let taken = [
+            peers.saw(found.map(|found| self.take(&before, found))),
+            to_etcd.saw(of_etcd.map(|found| self.take_for_etcd(found))),
+        ];
+        let refused: Vec<&str> = [&*peers, &*to_etcd].into_iter().filter_map(|looks| looks.told.as_deref()).collect();
+        let now = CertificatesStatus {
+            reloads: self.status.borrow().reloads + taken.into_iter().filter(|taken| *taken).count() as u64,
+            refused: refused.join("; "),
+            ..status_of(&self.in_use.borrow().credentials, &self.etcd_in_use.borrow())
+        };
+        self.status.send_if_modified(|before| std::mem::replace(before, now.clone()) != now);
         metrics::record_certificates(&self.status.borrow());
+    }
+
+    /// True if they are others than before.
+    fn take(&self, before: &InUse, found: InUse) -> bool {
+        if found.fingerprint == before.fingerprint {
+            return false;
+        }
+        let identity = &found.credentials.identity;
+        let changed = changed_files(&before.fingerprint, &found.fingerprint);
+        tracing::info!(%changed, subject = %identity.subject, not_after = %rfc3339(identity.not_after), "new certificates are in use");
+        self.in_use.send_replace(Arc::new(found));
+        true
+    }
+
+    /// The same for etcd. A connection that stands goes on with what it was made with, and so does etcd with it.
+    fn take_for_etcd(&self, found: EtcdFiles) -> bool {
+        let before = self.etcd_in_use.borrow().clone();
+        if found == *before {
+            return false;
+        }
+        let not_after = found.pair_not_after.map(rfc3339);
+        tracing::info!(changed = %found.changed(&before), ?not_after, "new certificates are in use for etcd, from the next connection on");
+        self.etcd_in_use.send_replace(Arc::new(found));
+        true
+    }
+}
+
+/// Files that are replaced just now are read once more.
+fn unchanged<T>(read: impl Fn() -> Result<T, TlsError>) -> Result<T, TlsError> {
+    match read() {
+        Err(TlsError::Changing) => read(),
+        read => read,
     }
 }
 
@@ -187,7 +247,7 @@ fn files_of(files: &TlsConfig) -> impl Iterator<Item = (&'static str, &Path)> {
     [("ca", ca), ("cert", cert), ("key", key)].into_iter().chain(crl.map(|crl| ("crl", crl)))
 }
 
-fn status_of(credentials: &Credentials) -> CertificatesStatus {
+fn status_of(credentials: &Credentials, etcd: &EtcdFiles) -> CertificatesStatus {
     let identity = &credentials.identity;
     CertificatesStatus {
         subject: identity.subject.clone(),
@@ -195,13 +255,19 @@ fn status_of(credentials: &Credentials) -> CertificatesStatus {
         own_expires_at: identity.not_after.unix_timestamp(),
         ca_expires_at: credentials.ca_not_after.unix_timestamp(),
         crl_expires_at: credentials.crl_next_update.map(OffsetDateTime::unix_timestamp),
+        etcd_expires_at: etcd.pair_not_after.map(OffsetDateTime::unix_timestamp),
+        etcd_ca_expires_at: etcd.ca_not_after.map(OffsetDateTime::unix_timestamp),
         refused: String::new(),
         reloads: 0,
     }
 }
 
 /// Watches the folder of each file: a file that is replaced is another file, and Kubernetes swaps a link beside it.
-fn watch_folders(files: &TlsConfig, changed: watch::Sender<()>) -> Result<impl Watcher + use<>, notify::Error> {
+fn watch_folders(
+    files: &TlsConfig,
+    etcd: &EtcdConfig,
+    changed: watch::Sender<()>,
+) -> Result<impl Watcher + use<>, notify::Error> {
     // Our own reading opens files.
     let is_change =
         |event: &notify::Event| !matches!(event.kind, EventKind::Access(AccessKind::Open(_) | AccessKind::Read));
@@ -210,8 +276,8 @@ fn watch_folders(files: &TlsConfig, changed: watch::Sender<()>) -> Result<impl W
             changed.send_replace(());
         }
     })?;
-    let folders: BTreeSet<PathBuf> =
-        files_of(files).filter_map(|(_, path)| path.parent()).map(Path::to_owned).collect();
+    let paths = files_of(files).map(|(_, path)| path).chain(EtcdFiles::paths(etcd));
+    let folders: BTreeSet<PathBuf> = paths.filter_map(Path::parent).map(Path::to_owned).collect();
     for folder in folders {
         let folder = if folder.as_os_str().is_empty() { PathBuf::from(".") } else { folder };
         watcher.watch(&folder, RecursiveMode::NonRecursive)?;
@@ -222,6 +288,72 @@ fn watch_folders(files: &TlsConfig, changed: watch::Sender<()>) -> Result<impl W
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::certs;
+    use crate::certs::issue::{IssueRequest, Issuer};
+    use tempfile::TempDir;
+
+    /// Long for a file to be read.
+    const PATIENCE: Duration = Duration::from_secs(30);
+
+    /// One sidecar's files and what is in use of them.
+    struct Place {
+        dir: TempDir,
+        certificates: Certificates,
+    }
+
+    impl Place {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            certs::dev(dir.path(), &["us-east-1"]).unwrap();
+            let file = |name: &str| dir.path().join(name);
+            let files = TlsConfig {
+                ca: file("ca.pem"),
+                cert: file("us-east-1.pem"),
+                key: file("us-east-1.key"),
+                crl: None,
+                admins: Vec::new(),
+                viewers: Vec::new(),
+            };
+            let certificates = Certificates::load(&files, &EtcdConfig::default()).unwrap();
+            Self { dir, certificates }
+        }
+
+        fn renew(&self) {
+            let file = |name: &str| self.dir.path().join(name);
+            let issuer = Issuer::load(&file("ca.pem"), &file("ca.key")).unwrap();
+            let pair = issuer.issue(&IssueRequest::region("us-east-1")).unwrap();
+            std::fs::write(file("us-east-1.pem"), &pair.cert_pem).unwrap();
+            std::fs::write(file("us-east-1.key"), &pair.key_pem).unwrap();
+        }
+
+        /// Renews once the looks go on, and waits for the new pair to be in use.
+        async fn is_taken(&self, changes: watch::Receiver<()>, every: Duration) -> bool {
+            let mut status = self.certificates.status();
+            let taken = async {
+                self.renew();
+                status.wait_for(|status| status.reloads == 1).await.is_ok()
+            };
+            tokio::select! {
+                biased;
+                () = self.certificates.follow(changes, every, CancellationToken::new()) => false,
+                taken = tokio::time::timeout(PATIENCE, taken) => taken.unwrap_or(false),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_change_that_no_file_system_tells_of_is_found_at_the_next_look() {
+        let (_silent, changes) = watch::channel(());
+        assert!(Place::new().is_taken(changes, Duration::from_millis(5)).await);
+    }
+
+    #[tokio::test]
+    async fn a_change_that_is_told_of_waits_for_no_look() {
+        let place = Place::new();
+        let (changed, changes) = watch::channel(());
+        let _watcher = watch_folders(&place.certificates.files, &place.certificates.etcd, changed).unwrap();
+        assert!(place.is_taken(changes, Duration::from_secs(3_600)).await);
+    }
 
     #[test]
     fn the_files_that_changed_are_named() {

@@ -119,6 +119,28 @@ mod tests {
         );
     }
 
+    /// Of a later version (docs/protocol.md#compatibility): as a field of its own, and inside of a message that is known.
+    #[test]
+    fn a_field_and_a_kind_that_are_not_known_are_skipped() {
+        // Field 1000, three bytes.
+        let unknown = [0xc2, 0x3e, 3, 1, 2, 3];
+        let later = |known: &[u8]| {
+            let mut sealed = [known, &unknown].concat();
+            let checksum = crc32c::crc32c(&sealed);
+            sealed.extend(checksum.to_le_bytes());
+            Bytes::from(sealed)
+        };
+        let hello = HelloRequest { link: "config".to_owned(), epoch: 3, ..HelloRequest::default() };
+        assert_eq!(unseal::<HelloRequest>(later(&hello.encode_to_vec())).unwrap(), hello);
+        let progress = Progress { origin_revision: 700, ..Progress::default() };
+        let longer = [progress.encode_to_vec(), unknown.to_vec()].concat();
+        let tag_and_length = [0x12, u8::try_from(longer.len()).unwrap()];
+        let known = [&tag_and_length[..], &longer].concat();
+        assert_eq!(unseal::<Shipment>(later(&known)).unwrap(), shipment(shipment::What::Progress(progress)));
+        assert_eq!(unseal::<Shipment>(later(&[])).unwrap(), Shipment::default(), "it says nothing");
+        assert_eq!(unseal::<Receipt>(later(&[])).unwrap(), Receipt::default(), "it says nothing");
+    }
+
     proptest! {
         #[test]
         fn bytes_from_anywhere_never_panic_and_never_pass(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {

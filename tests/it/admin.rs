@@ -10,7 +10,7 @@ use etcd_ferry::admin::proto::admin_client::AdminClient;
 use etcd_ferry::admin::roles::Admins;
 use etcd_ferry::admin::service::{Server, ServiceError};
 use etcd_ferry::admin::{Directory, LinkCommand, LinkHandle, Listening, Own, certificates, proto, verification};
-use etcd_ferry::config::{Config, TlsConfig};
+use etcd_ferry::config::{Config, EtcdConfig, TlsConfig};
 use etcd_ferry::model::{LinkName, LinkState, LinkStatus, Outcome, PartsProgress, Revision, Seq, Side};
 use etcd_ferry::tls::Certificates;
 use etcd_ferry::{certs, logs, metrics};
@@ -105,7 +105,7 @@ async fn start() -> Running {
         viewers: vec![region_name("eu-central-1")],
         crl: None,
     };
-    let certificates = Certificates::load(&tls).unwrap();
+    let certificates = Certificates::load(&tls, &EtcdConfig::default()).unwrap();
     let server = Server::bind(LOOPBACK, certificates.in_use(), Admins { admins: tls.admins, viewers: tls.viewers })
         .await
         .unwrap();
@@ -463,7 +463,7 @@ async fn a_port_that_is_taken_is_named() {
         viewers: Vec::new(),
         crl: None,
     };
-    let in_use = Certificates::load(&tls).unwrap().in_use();
+    let in_use = Certificates::load(&tls, &EtcdConfig::default()).unwrap().in_use();
     let error =
         Server::bind(running.addr, in_use, Admins::default()).await.err().expect("the port is taken").to_string();
     assert!(error.contains(&running.addr.to_string()) && error.contains("listen.admin"), "{error}");

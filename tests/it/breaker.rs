@@ -8,7 +8,7 @@ use crate::bed::sidecar::Sidecar;
 use crate::bed::traffic::{Write, commit};
 use crate::bed::{PATIENCE, until};
 use crate::resume::wait_spooled;
-use crate::verify::over_app;
+use crate::verify::{outcome_of, over_app};
 use etcd_ferry::model::{Change, Revision};
 use serde_json::Value;
 use std::process::Output;
@@ -102,6 +102,9 @@ async fn a_revision_that_deletes_more_than_the_share_is_held_back_also_over_rest
     let told = allow(&pair.replica_sidecar);
     assert!(told.contains(&format!("revision {deleted} (seq 2) goes through")) && told.contains("90 of 190"), "{told}");
     pair.wait_applied(after).await;
+    // Whoever did not hear the answer asks again; that allows nothing of what is still to come.
+    let done = pair.replica_sidecar.admin(&["allow", LINK]);
+    assert!(!done.status.success() && said(&done).contains("nothing is held back"), "{}", said(&done));
     for sidecar in [&pair.replica_sidecar, &pair.origin_sidecar] {
         sidecar.wait_for(LINK, "following without a reason", |e| e["state"] == "following" && e["reason"] == "").await;
     }
@@ -114,7 +117,9 @@ async fn a_revision_that_deletes_more_than_the_share_is_held_back_also_over_rest
     held(&pair.replica_sidecar, &[format!("revision {again} (seq 4) deletes 101 keys, of 101")]).await;
     assert_eq!(keys_at_replica(&pair).await, 101);
     assert_eq!(pair.position().await.unwrap().held_back.unwrap().revision, again);
-    allow(&pair.replica_sidecar);
+    let allowed = outcome_of(&pair.replica_sidecar.admin(&["allow", LINK, "--json"]));
+    assert_eq!((&allowed["origin_revision"], &allowed["minute"]), (&again.0.into(), &false.into()), "{allowed}");
+    assert_eq!((&allowed["deletes"], &allowed["keys"]), (&101.into(), &101.into()), "{allowed}");
     let position = pair.wait_applied(again).await;
     assert_eq!((keys_at_replica(&pair).await, position.held_back), (0, None));
 }

@@ -4,9 +4,11 @@
 
 use crate::bed::pair::{LINK, Pair, REPLICA_REGION};
 use crate::bed::sidecar::{Sidecar, ferry, region_name};
+use crate::documents;
 use crate::verify::over_app;
 use etcd_ferry::config::Config;
 use serde_json::Value;
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
@@ -55,6 +57,32 @@ fn the_help_of_every_command_has_an_example() {
     for (name, help) in &found {
         assert!(help.contains(&format!("Example: etcd-ferry {name}")), "{name}:\n{help}");
     }
+}
+
+#[test]
+fn the_table_of_calls_names_commands_that_there_are_and_every_command_that_asks_a_sidecar() {
+    let (mut found, mut told) = (Vec::new(), BTreeSet::new());
+    helps(Vec::new(), &mut found);
+    let page = documents::text("docs/links.md");
+    let rows = page.lines().skip_while(|line| !line.starts_with("| call | role | command |")).skip(2);
+    for row in rows.take_while(|line| line.starts_with('|')) {
+        // As: `status`, `top` (once), `quarantine list LINK`
+        let cell = row.split(" | ").nth(2).unwrap_or_else(|| panic!("no command in {row}"));
+        for command in cell.split('`').skip(1).step_by(2) {
+            let is_argument = |word: &&str| word.starts_with('-') || word.to_uppercase() == **word;
+            let name: Vec<&str> = command.split(' ').take_while(|word| !is_argument(word)).collect();
+            let known = found.iter().find(|(known, _)| *known == name.join(" "));
+            let (name, help) = known.unwrap_or_else(|| panic!("{command:?} is no command: {row}"));
+            for argument in command.split(' ').filter(is_argument) {
+                let forms = [format!("<{argument}>"), format!("[{argument}]"), format!(" {argument}")];
+                let there = if argument.starts_with('-') { &forms[2..] } else { &forms[..2] };
+                assert!(there.iter().any(|form| help.contains(form.as_str())), "{name} takes no {argument}:\n{help}");
+            }
+            told.insert(name.as_str());
+        }
+    }
+    let asking = found.iter().filter(|(_, help)| help.contains("--cert <FILE>")).map(|(name, _)| name.as_str());
+    assert_eq!(told, asking.collect(), "the commands of the table (left) must be those that take an operator's --cert");
 }
 
 #[test]

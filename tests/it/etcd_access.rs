@@ -13,6 +13,7 @@ use etcd_client::{DeleteOptions, KvClient, Permission, PermissionType, RoleRevok
 use etcd_ferry::config::EtcdConfig;
 use etcd_ferry::etcd::{Columns, EtcdError, Txn};
 use etcd_ferry::model::{KeyRange, Revision};
+use etcd_ferry::tls::EtcdFiles;
 use serde_json::Value;
 use std::path::Path;
 
@@ -370,7 +371,7 @@ async fn a_link_both_ways_needs_both_sets_of_rights_at_both_ends() {
 async fn a_connection_refuses_the_answers_of_another_cluster_at_its_old_place() {
     let mut etcd = Box::pin(Etcd::start(EtcdOptions::origin())).await;
     let config = EtcdConfig { endpoints: vec![etcd.url()], ..EtcdConfig::default() };
-    let connection = etcd_ferry::etcd::Etcd::connect(&config).await.unwrap();
+    let connection = etcd_ferry::etcd::Etcd::connect(&config, &EtcdFiles::default()).await.unwrap();
     let before = connection.look(b"/a").await.unwrap().cluster;
 
     etcd.replace().await;
@@ -390,7 +391,7 @@ async fn a_connection_refuses_the_answers_of_another_cluster_at_its_old_place() 
     let mut watch = connection.watch(&app(), Revision(1), 1 << 20).await.unwrap();
     let watched = watch.next().await;
     assert!(matches!(watched, Err(EtcdError::OtherCluster { .. })), "and what a watch shows");
-    let anew = etcd_ferry::etcd::Etcd::connect(&config).await.unwrap();
+    let anew = etcd_ferry::etcd::Etcd::connect(&config, &EtcdFiles::default()).await.unwrap();
     assert_eq!(anew.look(b"/a").await.unwrap().cluster, is);
 }
 

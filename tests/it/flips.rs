@@ -12,14 +12,14 @@ use std::time::Duration;
 /// A flip costs up to a hello and its wait.
 const LIMIT: Duration = Duration::from_secs(90);
 
-struct BentPair {
-    pair: Pair,
-    bender: Bender,
+pub struct BentPair {
+    pub pair: Pair,
+    pub bender: Bender,
 }
 
 impl BentPair {
     /// Both etcds up, both sidecars down, the bender before the proxy.
-    async fn prepare() -> Self {
+    pub async fn prepare() -> Self {
         let mut pair = Box::pin(Pair::prepare(PairOptions::default())).await;
         let certs = pair.dir().join("certs");
         let bender = Bender::start(pair.proxy.address(), &certs, ORIGIN_REGION, REPLICA_REGION).await;
@@ -28,7 +28,7 @@ impl BentPair {
         Self { pair, bender }
     }
 
-    async fn start(&mut self) {
+    pub async fn start(&mut self) {
         self.pair.replica_sidecar.restart().await;
         self.pair.origin_sidecar.restart().await;
     }
@@ -37,13 +37,13 @@ impl BentPair {
         self.bender.bend(rand::random(), aim, bytes_between, flips_max);
     }
 
-    async fn write(&self, writes_per_writer: usize) -> Vec<Acknowledged> {
+    pub async fn write(&self, writes_per_writer: usize) -> Vec<Acknowledged> {
         let options = TrafficOptions { writes_per_writer, value_bytes_max: 4_096, ..TrafficOptions::default() };
         Traffic::start(&self.pair.origin.access(), &options).finish().await
     }
 
     /// Waits for the end of what was written, and judges it.
-    async fn judge(&self, recorder: PairRecorder, acknowledged: &[Acknowledged]) {
+    pub async fn judge(&self, recorder: PairRecorder, acknowledged: &[Acknowledged]) {
         self.pair.wait_applied_within(acknowledged.last().unwrap().revision, LIMIT).await;
         self.pair.assert_equal().await;
         let recording = self.pair.recorded(recorder).await;

@@ -1,5 +1,6 @@
 """Job: ask a sidecar's admin port as any client of gRPC would that has never seen proto/admin.proto.
-Input: an address, the CA, a certificate, its key. Output: one JSON object: services, status and statuses, or the refusal.
+Input: an address, the CA, a certificate, its key; a link to pause and resume. Output: one JSON object: services, status and statuses, what the
+changes were answered with, or the refusal.
 Always true: what is known of the service comes from its reflection."""
 
 import json
@@ -70,7 +71,7 @@ def told(message):
     return json_format.MessageToDict(message, preserving_proto_field_name=True)
 
 
-def main(address, ca, cert, key):
+def main(address, ca, cert, key, link=None):
     def read(path):
         with open(path, "rb") as file:
             return file.read()
@@ -87,7 +88,12 @@ def main(address, ca, cert, key):
         watch = client.method(channel.unary_stream, "WatchStatus", "WatchStatusRequest", "StatusReply")(interval_ms=100)
         statuses = [told(next(watch)) for _ in range(2)]
         watch.cancel()
-        return {"services": services, "status": told(status), "statuses": statuses}
+        answer = {"services": services, "status": told(status), "statuses": statuses}
+        if link is not None:
+            for name, call in (("paused", "Pause"), ("resumed", "Resume")):
+                change = client.method(channel.unary_unary, call, f"{call}Request", f"{call}Reply")
+                answer[name] = told(change(link=link))
+        return answer
 
 
 try:

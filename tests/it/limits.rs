@@ -12,8 +12,10 @@ use etcd_ferry::config::EtcdConfig;
 use etcd_ferry::etcd::gate::{ClusterLimits, Gate};
 use etcd_ferry::model::KeyRange;
 use etcd_ferry::model::limits::TxnLimits;
+use etcd_ferry::tls::EtcdFiles;
 use serde_json::{Value, json};
 use std::sync::Arc;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 const BYTES_DEFAULT: u64 = 1_572_864;
@@ -29,7 +31,8 @@ fn flags(ops: Option<u64>, bytes: Option<u64>) -> EtcdOptions {
 
 /// What a gate before these members finds, once all of it is known.
 async fn found(config: EtcdConfig) -> ClusterLimits {
-    let gate = Arc::new(Gate::new(config, link_name(LINK).position_key()));
+    let files = EtcdFiles::load(&config).unwrap();
+    let gate = Arc::new(Gate::new(config, watch::channel(Arc::new(files)).1, link_name(LINK).position_key()));
     let (stop, mut found) = (CancellationToken::new(), gate.limits());
     let running = tokio::spawn({
         let (gate, stop) = (gate.clone(), stop.clone());

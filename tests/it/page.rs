@@ -1,24 +1,26 @@
 //! Job: the status page as a person sees it: in a real browser, before two running sidecars.
 //! Input: a pair; Debian's chromium, driven by chromedriver (W3C WebDriver). Output: passes or fails; screenshots under `target/page/`.
-//! Always true: what is judged stands on the page; the browser's console is empty at the end.
+//! Always true: what is judged stands on the page, and is compared with what the sidecar says elsewhere; the browser's console is empty at the end.
 
-use crate::bed::pair::{LINK, Pair, PairOptions};
+use crate::bed::pair::{LINK, ORIGIN_REGION, Pair, PairOptions};
 use crate::bed::process::Process;
-use crate::bed::sidecar::Sidecar;
+use crate::bed::sidecar::{Sidecar, link_of};
 use crate::bed::{PATIENCE, until};
+use crate::verify::{assert_verified, over_app};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use etcd_ferry::certs::load::load_identity;
 use etcd_ferry::demo::ports::free_port;
 use serde_json::{Value, json};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 
-/// The page is told how things are each second: so a cut is on it within three.
-const LOOKS_MAX: u64 = 3;
+/// From the cut of a link until both sides' pages show it, by the clock on the wall: what an operator is promised.
+const CUT_SHOWN_MAX: Duration = Duration::from_secs(3);
 
 /// One browser with one window.
 struct Browser {
@@ -75,6 +77,26 @@ impl Browser {
 
     async fn wait_text(&self, selector: &str, what: &str, wanted: impl Fn(&str) -> bool) -> String {
         until(what, PATIENCE, async || Some(self.text_of(selector).await).filter(|text| wanted(text))).await
+    }
+
+    /// What stands beside a name in a list of figures; empty: the name is not there.
+    async fn figure(&self, list: &str, name: &str) -> String {
+        let pairs = format!("{list} > div");
+        let script = format!(
+            "const found = [...document.querySelectorAll({pairs:?})].find(pair => pair.querySelector('dt').textContent === {name:?}); \
+             return found ? found.querySelector('dd').textContent : '';"
+        );
+        self.run(&script).await.as_str().unwrap_or_default().to_owned()
+    }
+
+    /// The lines of one stage of the link's way.
+    async fn stage(&self, side: &str, name: &str) -> Vec<String> {
+        let stages = format!("#link-{LINK}-{side} .stage");
+        let script = format!(
+            "const found = [...document.querySelectorAll({stages:?})].find(stage => stage.querySelector('b').textContent === {name:?}); \
+             return found ? [...found.querySelectorAll('small')].map(line => line.textContent) : [];"
+        );
+        serde_json::from_value(self.run(&script).await).unwrap_or_default()
     }
 
     async fn screenshot(&self, name: &str) -> PathBuf {
@@ -143,15 +165,82 @@ fn state_of(side: &str) -> String {
     format!("#link-{LINK}-{side} .state")
 }
 
+fn figures_of(side: &str) -> String {
+    format!("#link-{LINK}-{side} dl")
+}
+
+/// How long after the cut the page of this side shows it.
+async fn cut_shown(browser: &Browser, side: &str, since: Instant) -> Duration {
+    browser.wait_text(&state_of(side), "the cut", |text| text == "connecting").await;
+    since.elapsed()
+}
+
+/// Waits until the page has so much of the origin.
+async fn shows_revision(browser: &Browser, side: &str, revision: u64) {
+    until("the last revision on the page", PATIENCE, async || {
+        let shown = browser.figure(&figures_of(side), "in the replica up to revision").await;
+        shown.replace(',', "").parse::<u64>().ok().filter(|shown| *shown >= revision)
+    })
+    .await;
+}
+
+/// Waits until the page says of its side's position what `/healthz?full=1` does; returns that. Of a link at rest both looks see the same.
+async fn same_position(browser: &Browser, sidecar: &Sidecar, side: &str) -> Value {
+    until(&format!("the page of the {side} to have the position that it has"), PATIENCE, async || {
+        let entry = link_of(&sidecar.health().await?, LINK)?;
+        let told = |field: &str| entry[field].to_string();
+        let wanted = [
+            ("seq: given or received", format!("{} (epoch {}, term {})", told("seq"), told("epoch"), told("term"))),
+            ("seq: durable, applied", format!("{}, {}", told("durable_seq"), told("applied_seq"))),
+            ("in the replica up to revision", told("origin_revision")),
+            ("origin's head", told("head_revision")),
+        ];
+        for (name, value) in wanted {
+            if browser.figure(&figures_of(side), name).await != value {
+                return None;
+            }
+        }
+        Some(entry)
+    })
+    .await
+}
+
+/// Waits until a stage of the page has the queue that `/healthz?full=1` tells, with what may wait there.
+async fn same_queue(browser: &Browser, sidecar: &Sidecar, (side, stage): (&str, &str)) {
+    until(&format!("the queue of {stage} on the page"), PATIENCE, async || {
+        let entry = link_of(&sidecar.health().await?, LINK)?;
+        let told = entry["stages"].as_array()?.iter().find(|told| told["stage"] == stage)?.clone();
+        let (queue, max) = (&told["queue_bytes"], &told["queue_bytes_max"]);
+        let line = browser.run(&format!("return `${{bytes({queue})}} of ${{bytes({max})}} wait`")).await;
+        let lines = browser.stage(side, stage).await;
+        (max.as_u64() > Some(0) && lines.iter().any(|shown| line == *shown)).then_some(())
+    })
+    .await;
+}
+
+/// Waits until a stage of the page has a rate of this unit that is more than nothing.
+async fn some_rate(browser: &Browser, (side, stage): (&str, &str), unit: &str) {
+    until(&format!("a rate in {unit} at {stage}"), PATIENCE, async || {
+        let lines = browser.stage(side, stage).await;
+        let rate = lines.iter().find_map(|line| line.strip_suffix(unit)?.trim().parse::<f64>().ok());
+        rate.filter(|rate| *rate > 0.0)
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_page_shows_a_link_that_is_cut_and_its_healing_in_a_real_browser() {
     let pair = Box::pin(Pair::start(PairOptions::default())).await;
     let revision = pair.origin.put("/app/first", "1").await;
     pair.wait_applied(revision).await;
-    let browser = Browser::start(pair.dir(), false).await;
+    // Each side's page in a browser of its own; the one in the dark has another folder.
+    let (browser, beside) = (Browser::start(pair.dir(), false).await, Browser::start(pair.dir(), true).await);
+    beside.open(&pair.replica_sidecar).await;
     browser.open(&pair.origin_sidecar).await;
     let (state, events) = (state_of("origin"), "#events");
-    browser.wait_text(&state, "the link to follow", |text| text == "following").await;
+    for (page, side) in [(&beside, "replica"), (&browser, "origin")] {
+        page.wait_text(&state_of(side), "the link to follow", |text| text == "following").await;
+    }
     let stages = browser.text_of(&format!("#link-{LINK}-origin .way")).await;
     for stage in ["watch", "spool", "ship", "the other side"] {
         assert!(stages.contains(stage), "{stage} is not in {stages}");
@@ -159,15 +248,16 @@ async fn the_page_shows_a_link_that_is_cut_and_its_healing_in_a_real_browser() {
     assert!(browser.text_of("#certificates").await.contains("own ends"));
     assert!(browser.text_of("#etcd").await.contains("version 3."));
 
-    let count = "window.looks = 0; source.addEventListener('status', () => { if (!window.cutShown) window.looks += 1; \
-                 window.cutShown ||= document.querySelector('.state:not(#live)').textContent === 'connecting'; })";
-    browser.run(count).await;
+    // Both pages were told just now, so that the cut comes where they wait longest for the next word.
+    let revision = pair.origin.put("/app/second", "2").await;
+    tokio::join!(shows_revision(&beside, "replica", revision.0), shows_revision(&browser, "origin", revision.0));
     let since = Instant::now();
     pair.proxy.cut();
-    browser.wait_text(&state, "the cut", |text| text == "connecting").await;
-    eprintln!("a cut is on the page after {:?}", since.elapsed());
-    let looks = browser.run("return window.looks").await.as_u64();
-    assert!(looks.is_some_and(|looks| (1..=LOOKS_MAX).contains(&looks)), "it took {looks:?} looks");
+    let (here, there) = tokio::join!(cut_shown(&browser, "origin", since), cut_shown(&beside, "replica", since));
+    eprintln!("a cut is on the page of the origin after {here:?}, of the replica after {there:?}");
+    for (shown, side) in [(here, "origin"), (there, "replica")] {
+        assert!(shown <= CUT_SHOWN_MAX, "the page of the {side} shows the cut after {shown:?}");
+    }
     browser.wait_text(&format!("#link-{LINK}-origin .reason"), "why", |text| !text.is_empty()).await;
     browser.screenshot("origin-cut.png").await;
     pair.proxy.heal();
@@ -179,13 +269,62 @@ async fn the_page_shows_a_link_that_is_cut_and_its_healing_in_a_real_browser() {
     let points = "return document.querySelectorAll('svg.lag polyline').length";
     assert!(browser.run(points).await.as_u64() >= Some(1), "the lag's curve");
 
-    browser.open(&pair.replica_sidecar).await;
-    browser.wait_text(&state_of("replica"), "the replica's side", |text| text == "following").await;
+    beside.wait_text(&state_of("replica"), "the replica's side", |text| text == "following").await;
     let outside =
         "return performance.getEntriesByType('resource').map(r => r.name).filter(n => !n.startsWith(location.origin))";
-    assert_eq!(browser.run(outside).await, json!([]), "nothing is loaded from elsewhere");
-    let console = browser.console().await;
-    assert!(console.is_empty(), "{console:#?}");
+    for page in [&browser, &beside] {
+        assert_eq!(page.run(outside).await, json!([]), "nothing is loaded from elsewhere");
+        let console = page.console().await;
+        assert!(console.is_empty(), "{console:#?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_page_tells_queues_and_rates_the_position_of_both_sides_the_last_proof_and_when_certificates_end() {
+    let pair = Box::pin(Pair::start(over_app())).await;
+    let first = pair.origin.put("/app/first", "1").await;
+    pair.wait_applied(first).await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    let before_ms = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis();
+    assert_verified(&pair);
+    let browser = Browser::start(pair.dir(), false).await;
+    let sides = [
+        (&pair.origin_sidecar, "origin", "spool", ("ship", " revisions/s")),
+        (&pair.replica_sidecar, "replica", "journal", ("apply", " transactions/s")),
+    ];
+    for (sidecar, side, queues, (moves, unit)) in sides {
+        browser.open(sidecar).await;
+        browser.wait_text(&state_of(side), "the link to follow", |text| text == "following").await;
+        // The page counts from its first look on.
+        let written = pair.origin.put("/app/more", side).await;
+        some_rate(&browser, (side, moves), unit).await;
+        same_queue(&browser, sidecar, (side, queues)).await;
+        shows_revision(&browser, side, written.0).await;
+        let entry = same_position(&browser, sidecar, side).await;
+        assert!(entry["applied_seq"].as_u64() > Some(0) && entry["head_revision"].as_u64() >= Some(written.0));
+
+        let proof = &entry["verification"];
+        let at_ms = proof["verified_at_ms"].as_u64().unwrap();
+        assert!(u128::from(at_ms) >= before_ms, "{proof}");
+        let date = browser.run(&format!("return new Date({at_ms}).toLocaleString()")).await;
+        let shown = browser.figure(&figures_of(side), "last proved equal").await;
+        let wanted = format!("{} at revision {}", date.as_str().unwrap(), proof["verified_revision"]);
+        assert_eq!(shown, wanted, "of the {side}");
+        if side == "origin" {
+            certificates_end(&browser, sidecar).await;
+        }
+    }
+}
+
+/// The page of the origin says when its own certificate and its CA's end, as they do.
+async fn certificates_end(browser: &Browser, sidecar: &Sidecar) {
+    for (name, file) in [("own ends", format!("{ORIGIN_REGION}.pem")), ("CA ends", "ca.pem".to_owned())] {
+        let certificate = load_identity(&sidecar.options.certs.join(file)).unwrap();
+        let ends = certificate.not_after.unix_timestamp();
+        let day = browser.run(&format!("return new Date({ends} * 1000).toLocaleDateString()")).await;
+        let shown = browser.figure("#certificates", name).await;
+        assert!(shown.starts_with(&format!("{}, in ", day.as_str().unwrap())), "{name}: {shown}, and it is {day}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -7,7 +7,7 @@ use crate::bed::pair::{LINK, Pair};
 use crate::bed::sidecar::Sidecar;
 use crate::bed::traffic::{Write, commit};
 use crate::resume::wait_spooled;
-use crate::verify::over_app;
+use crate::verify::{outcome_of, over_app};
 use etcd_ferry::model::{Change, Revision};
 use serde_json::Value;
 
@@ -149,6 +149,9 @@ async fn no_base_copy_and_no_comparison_goes_past_a_pause() {
     let (last, _) = put(&pair, "/app/after").await;
     wait_spooled(&pair, last).await;
     done(&pair.origin_sidecar, &["resync", LINK]);
+    // Asked once more, it is the same wish: one base copy comes of it.
+    let asked = outcome_of(&pair.origin_sidecar.admin(&["resync", LINK, "--json"]));
+    assert_eq!((&asked["link"], &asked["asked"]), (&LINK.into(), &true.into()), "{asked}");
     let waits = |entry: &Value| {
         let reason = entry["reason"].as_str().unwrap_or_default();
         reason.contains(&format!("paused at the replica by {ADMIN}"))
@@ -159,7 +162,8 @@ async fn no_base_copy_and_no_comparison_goes_past_a_pause() {
     assert_eq!(keys_at_replica(&pair).await, 10);
     assert_eq!(pair.position().await.unwrap().epoch.0, 1);
 
-    done(&pair.replica_sidecar, &["resume", LINK]);
+    let resumed = outcome_of(&pair.replica_sidecar.admin(&["resume", LINK, "--json"]));
+    assert_eq!((&resumed["paused"], &resumed["by"]), (&false.into(), &ADMIN.into()), "{resumed}");
     let copied = |entry: &Value| entry["state"] == "following" && entry["epoch"] == 2 && entry["reason"] == "";
     pair.origin_sidecar.wait_for(LINK, "the base copy", copied).await;
     pair.wait_equal().await;

@@ -98,6 +98,10 @@ async fn a_revision_that_does_not_fit_is_quarantined_and_its_keys_come_back_with
         assert!(shown.contains(words), "{words} is not in {shown}");
     }
     assert!(!shown.contains("sss"), "no value is shown");
+    let shown = outcome_of(&pair.replica_sidecar.admin(&["quarantine", "show", LINK, "1", "--json"]));
+    let (first, second) = (&shown["keys"][0], &shown["keys"][1]);
+    assert_eq!((&shown["seq"], &first["key"]), (&1.into(), &"/app/beside".into()), "{shown}");
+    assert_eq!((&second["deleted"], &second["value_bytes"]), (&false.into(), &80_000.into()), "{shown}");
     for (sidecar, side) in [(&pair.replica_sidecar, "replica"), (&pair.origin_sidecar, "origin")] {
         quarantined(sidecar, 1).await;
         let (code, ready) = sidecar.http("/readyz").await;
@@ -130,6 +134,9 @@ async fn a_revision_that_does_not_fit_is_quarantined_and_its_keys_come_back_with
     widen(&mut pair).await;
     let mended = assert_done(&pair.replica_sidecar.admin(&["quarantine", "retry", LINK, "1"]));
     assert!(mended.contains("2 put, 0 deleted"), "{mended}");
+    // Whoever did not hear the answer asks again.
+    let again = pair.replica_sidecar.admin(&["quarantine", "retry", LINK, "1"]);
+    assert!(!again.status.success() && said(&again).contains("seq 1 is not in quarantine"), "{}", said(&again));
     assert_verified(&pair);
     list(&pair.replica_sidecar, 0).await;
     assert_eq!(pair.position().await.unwrap().skipped, []);
@@ -166,7 +173,10 @@ async fn a_quarantine_outlives_restarts_of_both_sidecars_and_a_lost_data_folder_
 
     // A new base copy brings every key, and nothing is skipped in its epoch.
     widen(&mut pair).await;
-    assert_done(&pair.origin_sidecar.admin(&["resync", LINK]));
+    for _ in 0..2 {
+        let asked = outcome_of(&pair.origin_sidecar.admin(&["resync", LINK, "--json"]));
+        assert_eq!((&asked["link"], &asked["asked"]), (&LINK.into(), &true.into()), "{asked}");
+    }
     pair.wait_equal().await;
     let epoch = position.epoch;
     until("the new epoch", PATIENCE, async || {
@@ -176,6 +186,9 @@ async fn a_quarantine_outlives_restarts_of_both_sidecars_and_a_lost_data_folder_
     quarantined(&pair.replica_sidecar, 0).await;
     let kept = pair.replica.get(link_name(LINK).quarantine_key(epoch, Seq(1)).to_vec()).await;
     assert_eq!(kept, None, "the records go with the epoch");
+    // It was asked twice, and the link goes on.
+    pair.wait_applied(pair.origin.put("/app/after", "4").await).await;
+    pair.assert_equal().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -283,8 +296,9 @@ async fn what_is_not_permitted_is_singled_out_of_merged_revisions_and_brought_ba
     pair.wait_applied(pair.origin.put("/app/free/after", "1").await).await;
     let mended = assert_done(&pair.replica_sidecar.admin(&["quarantine", "retry", LINK, "23"]));
     assert!(mended.contains("1 put, 0 deleted"), "{mended}");
-    let mended = assert_done(&pair.replica_sidecar.admin(&["quarantine", "retry", LINK, "24"]));
-    assert!(mended.contains("0 put, 1 deleted"), "{mended}");
+    let mended = outcome_of(&pair.replica_sidecar.admin(&["quarantine", "retry", LINK, "24", "--json"]));
+    assert_eq!((&mended["seq"], &mended["puts"]), (&24.into(), &0.into()), "{mended}");
+    assert_eq!((&mended["link"], &mended["deletes"]), (&LINK.into(), &1.into()), "{mended}");
     assert_eq!(pair.assert_equal().await, 50 + 38 + 1 + 1);
     assert_eq!(pair.position().await.unwrap().skipped, []);
 }
@@ -315,7 +329,11 @@ async fn what_was_discarded_differs_until_a_repair_mends_it() {
     let mut pair = Box::pin(narrow("quarantine")).await;
     put_large(&pair).await;
     pair.wait_applied(pair.origin.put("/app/after", "1").await).await;
-    assert_done(&pair.replica_sidecar.admin(&["quarantine", "discard", LINK, "1"]));
+    let discarded = outcome_of(&pair.replica_sidecar.admin(&["quarantine", "discard", LINK, "1", "--json"]));
+    assert_eq!((&discarded["link"], &discarded["seq"]), (&LINK.into(), &1.into()), "{discarded}");
+    let again = pair.replica_sidecar.admin(&["quarantine", "discard", LINK, "1"]);
+    let told = said(&again);
+    assert!(!again.status.success() && told.contains("seq 1 is not in quarantine; there is nothing"), "{told}");
     assert_eq!(pair.position().await.unwrap().skipped, []);
     list(&pair.replica_sidecar, 0).await;
     widen(&mut pair).await;

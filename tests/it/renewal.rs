@@ -3,12 +3,13 @@
 //! Input: pairs whose certificates' files are replaced, as people, scripts and Kubernetes replace them. Output: passes or fails.
 //! Always true: no revision is lost, and both sides end equal.
 
-use crate::bed::etcd::EtcdOptions;
+use crate::bed::etcd::{EtcdOptions, EtcdTls};
 use crate::bed::pair::{LINK, ORIGIN_REGION, Pair, PairOptions, REPLICA_REGION};
 use crate::bed::sidecar::Sidecar;
 use crate::bed::{PATIENCE, until};
 use crate::etcd_access::etcd_tls;
 use etcd_ferry::certs::issue::{IssueRequest, Issuer, Pair as KeyPair};
+use etcd_ferry::certs::load;
 use etcd_ferry::model::Revision;
 use serde_json::Value;
 use std::fs;
@@ -188,11 +189,18 @@ async fn a_ca_is_replaced_by_steps_and_no_handshake_fails() {
         reloaded(sidecar, 2).await;
         writes(&pair, 2).await;
     }
+    // The stream was opened with certificates of the old CA, and outlived their renewal.
+    let of_the_old_ca = streams(&pair);
     for (files, sidecar) in files.iter().zip(both) {
         files.put_ca(&[&new]);
         reloaded(sidecar, 3).await;
         writes(&pair, 3).await;
     }
+    let cut = async || {
+        pair.origin_sidecar.log().contains("a connection is cut since certificates were reloaded").then_some(())
+    };
+    until("what dialled to cut the stream of the old CA", PATIENCE, cut).await;
+    until("a stream of the new CA", PATIENCE, async || (streams(&pair) > of_the_old_ca).then_some(())).await;
     let last = writes(&pair, 4).await;
     pair.wait_applied(last).await;
     for (sidecar, before) in both.into_iter().zip(before) {
@@ -289,6 +297,59 @@ async fn an_etcd_that_comes_back_with_another_ca_is_reached_with_what_is_in_the_
     etcd_tls(&certs);
     pair.origin.restart().await;
     let last = writes(&pair, 1).await;
+    pair.wait_applied(last).await;
+    pair.assert_equal().await;
+}
+
+/// A pair and a CA for etcd that only the sidecar has, so that etcd itself starts whatever is in them.
+async fn with_files_for_etcd(dir: &Path) -> (Pair, EtcdTls) {
+    let tls = etcd_tls(&dir.join("etcd"));
+    let origin = EtcdOptions { tls: Some(tls.clone()), ..EtcdOptions::origin() };
+    let mut pair = Box::pin(Pair::prepare(PairOptions { origin, ..PairOptions::default() })).await;
+    let own = dir.join("sidecar");
+    fs::create_dir(&own).unwrap();
+    let copy = |file: &Path| {
+        let to = own.join(file.file_name().unwrap());
+        fs::copy(file, &to).unwrap();
+        to
+    };
+    let copied = EtcdTls { ca: copy(&tls.ca), cert: copy(&tls.cert), key: copy(&tls.key), ..tls };
+    pair.origin_sidecar.options.etcd.tls = Some(copied.clone());
+    pair.origin_sidecar.write_config();
+    (pair, copied)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pair_for_etcd_that_is_not_sound_is_refused_and_etcd_is_reached_with_the_last_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut pair, files) = with_files_for_etcd(dir.path()).await;
+    following(&mut pair).await;
+    let good = fs::read_to_string(&files.key).unwrap();
+    let stranger = etcd_tls(&dir.path().join("stranger"));
+    fs::copy(&stranger.key, &files.key).unwrap();
+    let told = |c: &Value| c["refused"].as_str().is_some_and(|reason| reason.contains("is not the key of"));
+    certificates(&pair.origin_sidecar, "a key of another certificate to be refused", told).await;
+    let (_, metrics) = pair.origin_sidecar.http("/metrics").await;
+    assert!(metrics.contains("\netcd_ferry_certificates_refused 1\n"), "{metrics}");
+    // Every connection to it is made anew.
+    pair.origin.restart().await;
+    let last = writes(&pair, 1).await;
+    pair.wait_applied(last).await;
+
+    fs::write(&files.key, good).unwrap();
+    reloaded(&pair.origin_sidecar, 0).await;
+    let issuer = Issuer::load(&dir.path().join("etcd/ca.pem"), &dir.path().join("etcd/ca.key")).unwrap();
+    let next = issuer.issue(&IssueRequest::region("etcd")).unwrap();
+    fs::write(&files.cert, &next.cert_pem).unwrap();
+    fs::write(&files.key, &next.key_pem).unwrap();
+    reloaded(&pair.origin_sidecar, 1).await;
+    let ends = load::load_identity(&files.cert).unwrap().not_after.unix_timestamp();
+    certificates(&pair.origin_sidecar, "the new pair's end", |c| c["etcd_expires_at"] == ends).await;
+    let (_, metrics) = pair.origin_sidecar.http("/metrics").await;
+    let metric = format!("\netcd_ferry_certificate_expiry_timestamp_seconds{{certificate=\"etcd\"}} {ends}\n");
+    assert!(metrics.contains(&metric), "{metric} is not in: {metrics}");
+    pair.origin.restart().await;
+    let last = writes(&pair, 2).await;
     pair.wait_applied(last).await;
     pair.assert_equal().await;
 }

@@ -329,6 +329,7 @@ async fn begin_after(etcd: &Etcd, dir: &Path, after: Revision) -> Result<(), Tai
         link: link_name(LINK),
         etcd: Arc::new(Gate::new(
             EtcdConfig { endpoints: vec![etcd.url()], ..EtcdConfig::default() },
+            watch::channel(Arc::default()).1,
             link_name(LINK).waymark_key(),
         )),
         ranges,

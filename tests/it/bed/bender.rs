@@ -1,11 +1,12 @@
 //! Job: a man in the middle whom both sides trust, and whose memory is bad: TLS ends here, and bits of the gRPC messages flip.
-//! Input: connections of the origin's sidecar, certificates of both regions, what to aim at. Output: the same HTTP/2 frames, with bits flipped.
+//! Input: connections of the origin's sidecar, certificates of both regions, what to aim at. Output: the same HTTP/2 frames, with bits flipped;
+//! or with messages put in that neither side has sent.
 //! Always true: frame headers, header blocks and the five bytes before each gRPC message pass unharmed, so what is hit is what the sidecars
 //! say to each other; the same seed aims in the same way.
 
 use super::sidecar::region_name;
-use bytes::{Bytes, BytesMut};
-use etcd_ferry::config::TlsConfig;
+use bytes::{BufMut, Bytes, BytesMut};
+use etcd_ferry::config::{EtcdConfig, TlsConfig};
 use etcd_ferry::tls::{Certificates, client_config};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -25,6 +26,10 @@ const FRAME_HEADER_BYTES: usize = 9;
 const MESSAGE_HEADER_BYTES: usize = 5;
 /// What follows each message: crc32c, little-endian.
 const CHECKSUM_BYTES: u32 = 4;
+/// The flag of the last frame of a stream.
+const END_STREAM: u8 = 0x1;
+/// What hellos and their answers begin with, and nothing in a Ship stream does.
+const HELLO_TAG: u8 = 0x08;
 
 /// Which bytes may be hit: those of messages that begin with `tag`, from byte `from` to before byte `to`, but for the last `tail`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,9 +71,33 @@ struct Plan {
     /// Bytes that may be hit until one is.
     next: u64,
     flips: u64,
+    /// What comes behind each message of a Ship stream.
+    stranger: Option<Bytes>,
+    /// How often it came, to the origin and to the replica.
+    strangers: [u64; 2],
 }
 
 impl Plan {
+    fn new(random: StdRng, aim: Aim, bytes_between: u64) -> Self {
+        Self { random, aim, bytes_between, flips_left: 0, next: 0, flips: 0, stranger: None, strangers: [0, 0] }
+    }
+
+    /// Puts the stranger behind the last frame of a message, in a frame of its own.
+    fn put_in(&mut self, to_target: bool, stream: u32, frame: &mut BytesMut) {
+        let Some(stranger) = &self.stranger else { return };
+        let message_bytes = stranger.len() as u64 + u64::from(CHECKSUM_BYTES);
+        frame.put_uint(MESSAGE_HEADER_BYTES as u64 + message_bytes, 3);
+        // Data, without a flag.
+        frame.put_slice(&[0, 0]);
+        frame.put_u32(stream);
+        // Not compressed.
+        frame.put_u8(0);
+        frame.put_uint(message_bytes, 4);
+        frame.put_slice(stranger);
+        frame.put_u32_le(crc32c::crc32c(stranger));
+        self.strangers[usize::from(to_target)] += 1;
+    }
+
     /// Takes one byte that may be hit.
     fn pass(&mut self, byte: &mut u8) {
         if self.flips_left == 0 {
@@ -112,11 +141,16 @@ impl Bender {
             viewers: Vec::new(),
         };
         let random = StdRng::seed_from_u64(0);
-        let plan = Plan { random, aim: Aim::FRAMES, bytes_between: 1, flips_left: 0, next: 0, flips: 0 };
+        let plan = Plan::new(random, Aim::FRAMES, 1);
         let middle = Middle {
             target,
             acceptor: TlsAcceptor::from(
-                Certificates::load(&tls(replica)).expect("the replica's certificate").in_use().borrow().server.clone(),
+                Certificates::load(&tls(replica), &EtcdConfig::default())
+                    .expect("the replica's certificate")
+                    .in_use()
+                    .borrow()
+                    .server
+                    .clone(),
             ),
             connector: TlsConnector::from(
                 client_config(&tls(origin), &region_name(replica)).expect("the origin's certificate"),
@@ -139,7 +173,17 @@ impl Bender {
         let mut random = StdRng::seed_from_u64(seed);
         let next = random.random_range(0..2 * bytes_between);
         let mut plan = self.plan.lock().expect("no holder panics");
-        *plan = Plan { random, aim, bytes_between, flips_left: flips_max, next, flips: 0 };
+        *plan = Plan { flips_left: flips_max, next, ..Plan::new(random, aim, bytes_between) };
+    }
+
+    /// From now on puts a message behind each one of a Ship stream, in both directions, whole and with its checksum.
+    pub fn put_in(&self, stranger: Bytes) {
+        self.plan.lock().expect("no holder panics").stranger = Some(stranger);
+    }
+
+    /// How many were put in, on the way to the origin and to the replica.
+    pub fn strangers(&self) -> [u64; 2] {
+        self.plan.lock().expect("no holder panics").strangers
     }
 
     /// How many bits were flipped since `bend`.
@@ -253,6 +297,9 @@ impl Bent {
                 }
                 message.seal(byte, plan.aim);
             }
+            if message.has_ended() && message.first != HELLO_TAG && flags & END_STREAM == 0 {
+                plan.put_in(self.to_target, stream, &mut frame);
+            }
         }
         Some(frame.freeze())
     }
@@ -293,6 +340,11 @@ impl Message {
             Some(after) if aim.sealed => *byte = self.checksum.to_le_bytes()[(CHECKSUM_BYTES - 1 - after) as usize],
             Some(_) => {}
         }
+    }
+
+    /// True between a message and the next.
+    fn has_ended(&self) -> bool {
+        self.header_seen == 0 && self.at > 0
     }
 
     fn begin_if_over(&mut self) {

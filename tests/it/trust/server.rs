@@ -4,7 +4,7 @@
 //! Always true: what is logged is kept for the thread of the test alone.
 
 use etcd_ferry::certs::issue::{IssueRequest, Issuer, Pair};
-use etcd_ferry::config::TlsConfig;
+use etcd_ferry::config::{EtcdConfig, TlsConfig};
 use etcd_ferry::tls::accept::{AcceptLimits, PeerConnectInfo, incoming};
 use etcd_ferry::tls::connect::{PeerConnector, endpoint};
 use etcd_ferry::tls::{Certificates, explain};
@@ -109,7 +109,7 @@ impl Server {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let shutdown = CancellationToken::new();
-        let certificates = Certificates::load(tls).unwrap();
+        let certificates = Certificates::load(tls, &EtcdConfig::default()).unwrap();
         let (accept, connections) = incoming(listener, certificates.in_use(), limits, shutdown.clone());
         let (_reporter, health) = tonic_health::server::health_reporter();
         let callers = Arc::new(Mutex::new(Vec::new()));
