@@ -82,6 +82,38 @@ fn the_table_of_metrics_is_what_the_code_has() {
     assert_eq!(found, wanted, "the table of {MONITORING} must be:\n{}\n", wanted.join("\n"));
 }
 
+/// The labels of a line of Prometheus' text format, with their values.
+fn labels(line: &str) -> Vec<(&str, &str)> {
+    let Some((_, labels)) = line.split_once('{') else { return Vec::new() };
+    let labels = labels.split_once('}').map_or("", |(labels, _)| labels);
+    labels
+        .split(',')
+        .filter_map(|label| label.split_once('='))
+        .map(|(name, value)| (name, value.trim_matches('"')))
+        .collect()
+}
+
+/// A label whose values have no end would have a time series for each of them.
+fn assert_only_told_labels(metrics: &str) {
+    let states = table(MONITORING, "| state | meaning |").into_iter().map(|row| row[0].clone());
+    let mut told: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for row in table(MONITORING, "| label | values |") {
+        told.insert(row[0].clone(), row[1].split(", ").map(str::to_owned).collect());
+    }
+    told.insert("state".to_owned(), states.collect());
+    told.insert("link".to_owned(), BTreeSet::from([LINK.to_owned()]));
+    let mut seen = BTreeSet::new();
+    for line in metrics.lines().filter(|line| !line.starts_with('#')) {
+        for (label, value) in labels(line) {
+            let values = told.get(label).unwrap_or_else(|| panic!("{MONITORING} has no label {label}: {line}"));
+            let is_bound = label == "le" && (value == "+Inf" || value.parse::<f64>().is_ok());
+            assert!(is_bound || values.contains(value), "{MONITORING} has no value {value} of {label}: {line}");
+            seen.insert(label.to_owned());
+        }
+    }
+    assert_eq!(seen, told.into_keys().collect(), "the labels that there are (left), and those of {MONITORING} (right)");
+}
+
 #[tokio::test]
 async fn every_metric_of_a_running_pair_is_in_the_table_with_its_type() {
     let pair = Box::pin(Pair::start(PairOptions::default())).await;
@@ -95,6 +127,7 @@ async fn every_metric_of_a_running_pair_is_in_the_table_with_its_type() {
     for sidecar in [&pair.origin_sidecar, &pair.replica_sidecar] {
         let (code, text) = sidecar.http("/metrics").await;
         assert_eq!(code, 200);
+        assert_only_told_labels(&text);
         for line in text.lines().filter_map(|line| line.strip_prefix("# TYPE ")) {
             seen.insert(line.split_once(' ').map(|(name, kind)| (name.to_owned(), kind.to_owned())).unwrap());
         }

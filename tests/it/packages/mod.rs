@@ -1,8 +1,11 @@
-//! Job: hold what etcd-ferry is delivered as against the product: the service, the image, the Debian package; Kubernetes has its own file.
+//! Job: hold what etcd-ferry is delivered as against the product: the service, the image, the Debian package; what is in that, Kubernetes, and what
+//! is built in have files of their own.
 //! Input: deploy/, Dockerfile, Cargo.toml, the built program; systemd-analyze and dpkg-deb. Output: passes or fails.
 //! Edge: runs these tools and the scripts in deploy/.
 //! Always true: nothing is installed; a tool that is missing fails the test and says what installs it.
 
+mod debian;
+mod dependencies;
 mod kubernetes;
 
 use crate::documents::below_docs;
@@ -137,13 +140,26 @@ fn setting<'a>(unit: &'a str, key: &str) -> Vec<&'a str> {
     unit.lines().filter_map(|line| line.strip_prefix(key)?.strip_prefix('=')).collect()
 }
 
+/// The Debian package, made in this folder.
+fn debian_package(folder: &Path, revision: &str) -> PathBuf {
+    let mut build = Command::new(file("deploy/debian/build"));
+    let output = run(build.env("DEB_COMPRESSION", "none").env("DEB_REVISION", revision).arg(PROGRAM).arg(folder));
+    assert!(output.status.success(), "{}", said(&output));
+    PathBuf::from(String::from_utf8(output.stdout).unwrap().trim())
+}
+
+/// Of a line of `dpkg-deb --contents`. (A symbolic link is always open to all, and says nothing.)
+fn is_root_s_alone_to_change(line: &str) -> bool {
+    let mut words = line.split_whitespace();
+    let (mode, owner) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+    let others_write = mode.get(5..6) == Some("w") || mode.get(8..9) == Some("w");
+    owner == "root/root" && (mode.starts_with('l') || !others_write)
+}
+
 #[test]
 fn the_debian_package_holds_what_the_service_and_its_documents_name() {
     let folder = tempfile::tempdir().unwrap();
-    let mut build = Command::new(file("deploy/debian/build"));
-    let output = run(build.env("DEB_COMPRESSION", "none").env("DEB_REVISION", "7").arg(PROGRAM).arg(folder.path()));
-    assert!(output.status.success(), "{}", said(&output));
-    let package = PathBuf::from(String::from_utf8(output.stdout).unwrap().trim());
+    let package = debian_package(folder.path(), "7");
     let version = format!("{}-7", env!("CARGO_PKG_VERSION"));
     let name = package.file_name().unwrap().to_string_lossy().into_owned();
     assert!(name.starts_with(&format!("etcd-ferry_{version}_")), "{name}");
@@ -154,6 +170,8 @@ fn the_debian_package_holds_what_the_service_and_its_documents_name() {
     assert!(field("Depends").contains("libc6 (>= 2."), "{}", field("Depends"));
 
     let listed = said(&run(Command::new("dpkg-deb").arg("--contents").arg(&package)));
+    let strange: Vec<&str> = listed.lines().filter(|line| !is_root_s_alone_to_change(line)).collect();
+    assert!(strange.is_empty(), "{strange:#?}");
     let listed: BTreeSet<&str> = listed.lines().filter_map(|line| line.split_whitespace().nth(5)).collect();
     let unit = text(UNIT);
     let program = setting(&unit, "ExecStart")[0].split_whitespace().next().unwrap().to_owned();
@@ -164,9 +182,18 @@ fn the_debian_package_holds_what_the_service_and_its_documents_name() {
     {
         assert!(listed.contains(format!(".{wanted}").as_str()), "the package lacks {wanted}: {listed:?}");
     }
-    // Where they stand to each other as here, so that the links between them lead somewhere.
-    for document in below_docs().iter().chain([&"README.md".to_owned()]) {
-        let wanted = format!("./usr/share/doc/etcd-ferry/{document}");
+    let manual = ["README.md", "CHANGELOG.md", "copyright", "examples/etcd-ferry.example.toml", "examples/alerts.yml"];
+    let manual = manual.into_iter().map(str::to_owned).chain(below_docs());
+    let manual = manual.map(|document| format!("doc/etcd-ferry/{document}"));
+    let beside = [
+        "man/man1/etcd-ferry.1.gz",
+        "man/man1/etcd-ferry-quarantine-retry.1.gz",
+        "bash-completion/completions/etcd-ferry",
+        "zsh/vendor-completions/_etcd-ferry",
+        "fish/vendor_completions.d/etcd-ferry.fish",
+    ];
+    for document in manual.chain(beside.map(str::to_owned)) {
+        let wanted = format!("./usr/share/{document}");
         assert!(listed.contains(wanted.as_str()), "the package lacks {document}: {listed:?}");
     }
     let scripts = ["postinst", "prerm", "postrm"].map(|script| text(&format!("deploy/debian/{script}")));

@@ -3,6 +3,7 @@
 //! recorded yet are appended first.
 //! Always true: what is recorded is never written over; each recording is compared as a whole with what it was made from.
 
+mod newer;
 mod samples;
 
 use bytes::Bytes;
