@@ -22,6 +22,7 @@ pub mod plan;
 pub mod poison;
 pub mod position;
 mod quarantine;
+mod ranges;
 pub mod receive;
 mod shipments;
 mod stall;
@@ -49,7 +50,8 @@ use foreign::OwnRevisions;
 use journal::{Journal, JournalExtent};
 use lookout::{AccountFile, Lookout, LookoutView};
 use poison::Trial;
-use receive::{LinkEnd, RangesFile, Told};
+use ranges::RangesFile;
+use receive::{LinkEnd, Told};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -73,7 +75,7 @@ pub enum ReplicaError {
     #[error("the dedupe log: {0}")]
     Dedupe(#[from] dedupe::DedupeError),
     #[error(transparent)]
-    Ranges(#[from] receive::RangesError),
+    Ranges(#[from] ranges::RangesError),
     #[error("applying has ended: {why}")]
     Ended { why: String },
 }
