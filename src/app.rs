@@ -44,6 +44,8 @@ const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 const STREAMS_MAX: u32 = 256;
 /// SIGTERM stops within 5 s.
 const STOP_DEADLINE: Duration = Duration::from_millis(4_500);
+/// Their peers have been told by then.
+const STREAMS_END_MAX: Duration = Duration::from_millis(500);
 
 /// Runs until SIGTERM or Ctrl-C. `layers`: what `config` was read from, to be read again.
 pub async fn run(config: Config, layers: Layers, logs: Logs) -> anyhow::Result<()> {
@@ -156,7 +158,7 @@ impl App {
         self,
         layers: Layers,
         reloads: mpsc::Sender<ReloadCommand>,
-        mut reloading: mpsc::Receiver<ReloadCommand>,
+        reloading: mpsc::Receiver<ReloadCommand>,
     ) -> anyhow::Result<()> {
         let Self {
             config,
@@ -190,108 +192,101 @@ impl App {
         });
         let (in_force, told) = watch::channel(Arc::new(config.clone()));
         let own = Own { config: told, logs: logs.clone(), exporter: exporter.clone() };
-        tasks.spawn({
-            let (etcd, stop) = (etcd.clone(), stop.clone());
-            async move {
-                etcd.run(stop).await;
-                Ok(())
-            }
-        });
+        let (gate, until) = (etcd.clone(), stop.clone());
+        start(&mut tasks, async move { gate.run(until).await });
         tasks.spawn(serve_peers(config.clone(), peer, certificates.in_use(), receiver, stop.clone()));
         if let Some(traces) = &config.traces {
             let exporter = traces::install(traces, &config.region, &config.node).context("[traces]")?;
-            let stop = stop.clone();
-            tasks.spawn(async move {
-                exporter.run(stop).await;
-                Ok(())
-            });
+            start(&mut tasks, exporter.run(stop.clone()));
         }
         if let Some(pki) = pki {
-            let (in_use, stop) = (certificates.in_use(), stop.clone());
-            tasks.spawn(async move {
-                Box::pin(pki.run(in_use, stop)).await;
-                Ok(())
-            });
+            let (in_use, until) = (certificates.in_use(), stop.clone());
+            start(&mut tasks, Box::pin(async move { pki.run(in_use, until).await }));
         }
-        tasks.spawn({
-            let stop = stop.clone();
-            async move {
-                certificates.run(stop).await;
-                Ok(())
-            }
-        });
+        let until = stop.clone();
+        start(&mut tasks, async move { certificates.run(until).await });
         tasks.spawn({
             let (directory, stop) = (directory.clone(), stop.clone());
             async move { admin.run(directory, own, stop).await.context("the admin service") }
         });
-        tasks.spawn({
-            let stop = stop.clone();
-            async move {
-                http.run(directory, exporter, stop).await;
-                Ok(())
-            }
-        });
+        start(&mut tasks, http.run(directory, exporter, stop.clone()));
         if let Some(compact) = config.compact {
             let compactor = replica::compactor(etcd.clone(), compact, links.reads());
-            let stop = stop.clone();
-            tasks.spawn(async move {
-                Box::pin(compactor.run(stop)).await;
-                Ok(())
-            });
+            start(&mut tasks, Box::pin(compactor.run(stop.clone())));
         }
         links.start(&config);
-        let mut reloader = Reloader::new(layers, config, logs, in_force);
-        let mut outcome = Ok(());
-        let mut deadline = None;
-        while !(tasks.is_empty() && links.is_over()) {
-            let failed = tokio::select! {
-                biased;
-                () = stop.cancelled(), if deadline.is_none() => {
-                    deadline = Some(tokio::time::Instant::now() + STOP_DEADLINE);
-                    continue;
-                }
-                () = until(deadline) => {
-                    tracing::warn!("not everything stopped in time");
-                    break;
-                }
-                Some(ended) = tasks.join_next() => match ended {
-                    Ok(Ok(())) => continue,
-                    Ok(Err(e)) => e,
-                    Err(e) => anyhow::anyhow!("a task failed: {e}"),
-                },
-                Some(ended) = links.next_end(), if !links.is_over() => {
-                    reloader.ended(&ended);
-                    match ended {
-                        Ended { result: Ok(()), .. } => continue,
-                        Ended { result: Err(e), from_start: true, .. } => e,
-                        Ended { link, side, result: Err(e), from_start: false } => {
-                            let side = side.as_str();
-                            tracing::error!(%link, side, error = with_sources(e.as_ref()), "a link of the last reload has ended; the others go on");
-                            continue;
-                        }
-                    }
-                }
-                Some(reply) = reloading.recv(), if deadline.is_none() => {
-                    tokio::select! {
-                        biased;
-                        () = stop.cancelled() => {}
-                        reloaded = reloader.reload(&mut links) => {
-                            // Whoever asked may have gone; the log has it.
-                            let _ = reply.send(reloaded.map_err(|faults| faults.to_string().lines().map(str::to_owned).collect()));
-                        }
-                    }
-                    continue;
-                }
-            };
-            tracing::error!(error = with_sources(failed.as_ref()), "stopping: a task failed");
-            outcome = Err(failed);
-            stop.cancel();
-        }
+        let reloader = Reloader::new(layers, config, logs, in_force);
+        let outcome = until_over(tasks, links, reloader, reloading, &stop).await;
         streams.close();
-        let _ = tokio::time::timeout(Duration::from_millis(500), streams.wait()).await;
+        let _ = tokio::time::timeout(STREAMS_END_MAX, streams.wait()).await;
         tracing::info!("stopped");
         outcome
     }
+}
+
+/// A task that cannot fail.
+fn start(tasks: &mut JoinSet<anyhow::Result<()>>, task: impl Future<Output = ()> + Send + 'static) {
+    tasks.spawn(async move {
+        task.await;
+        Ok(())
+    });
+}
+
+/// Until all tasks and links have ended, after `stop` or what failed; reloads meanwhile.
+async fn until_over(
+    mut tasks: JoinSet<anyhow::Result<()>>,
+    mut links: Links,
+    mut reloader: Reloader,
+    mut reloading: mpsc::Receiver<ReloadCommand>,
+    stop: &CancellationToken,
+) -> anyhow::Result<()> {
+    let mut outcome = Ok(());
+    let mut deadline = None;
+    while !(tasks.is_empty() && links.is_over()) {
+        let failed = tokio::select! {
+            biased;
+            () = stop.cancelled(), if deadline.is_none() => {
+                deadline = Some(tokio::time::Instant::now() + STOP_DEADLINE);
+                continue;
+            }
+            () = until(deadline) => {
+                tracing::warn!("not everything stopped in time");
+                break;
+            }
+            Some(ended) = tasks.join_next() => match ended {
+                Ok(Ok(())) => continue,
+                Ok(Err(e)) => e,
+                Err(e) => anyhow::anyhow!("a task failed: {e}"),
+            },
+            Some(ended) = links.next_end(), if !links.is_over() => {
+                reloader.ended(&ended);
+                match ended {
+                    Ended { result: Ok(()), .. } => continue,
+                    Ended { result: Err(e), from_start: true, .. } => e,
+                    Ended { link, side, result: Err(e), from_start: false } => {
+                        let side = side.as_str();
+                        tracing::error!(%link, side, error = with_sources(e.as_ref()), "a link of the last reload has ended; the others go on");
+                        continue;
+                    }
+                }
+            }
+            Some(reply) = reloading.recv(), if deadline.is_none() => {
+                tokio::select! {
+                    biased;
+                    () = stop.cancelled() => {}
+                    reloaded = reloader.reload(&mut links) => {
+                        // Whoever asked may have gone; the log has it.
+                        let _ = reply.send(reloaded.map_err(|faults| faults.to_string().lines().map(str::to_owned).collect()));
+                    }
+                }
+                continue;
+            }
+        };
+        tracing::error!(error = with_sources(failed.as_ref()), "stopping: a task failed");
+        outcome = Err(failed);
+        stop.cancel();
+    }
+    outcome
 }
 
 /// One that this sidecar's user may read in its etcd, as docs/operating.md#users-and-rights-in-etcd states the rights.

@@ -158,6 +158,33 @@ mod hex_key {
 }
 
 #[cfg(test)]
+impl Position {
+    /// What tests begin with: following at seq 40 and revision 100, the last carried one 90.
+    pub(crate) fn of_tests() -> Self {
+        Self {
+            epoch: Epoch(3),
+            term: Term(2),
+            seq: Seq(40),
+            origin_cluster: ClusterId(1),
+            origin_revision: Revision(100),
+            carried_revision: Revision(90),
+            carried_digest: Digest([9; 16]),
+            waymark: Waymark::default(),
+            ranges_digest: Digest::default(),
+            state: Phase::Following,
+            anchor_revision: Revision(50),
+            cursor: None,
+            part: 0,
+            part_digest: None,
+            skipped: Vec::new(),
+            held_back: None,
+            paused: None,
+            equal_revision: Revision(0),
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

@@ -177,7 +177,6 @@ pub fn skipped_bytes(skipped: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{ClusterId, Phase, Term, Waymark};
 
     fn bytes(text: &'static str) -> Bytes {
         Bytes::from_static(text.as_bytes())
@@ -192,26 +191,7 @@ mod tests {
     }
 
     fn position(skipped: &[u64]) -> Position {
-        Position {
-            epoch: Epoch(3),
-            term: Term(2),
-            seq: Seq(40),
-            origin_cluster: ClusterId(1),
-            origin_revision: Revision(100),
-            carried_revision: Revision(90),
-            carried_digest: Digest([9; 16]),
-            waymark: Waymark::default(),
-            ranges_digest: Digest::default(),
-            state: Phase::Following,
-            anchor_revision: Revision(50),
-            cursor: None,
-            part: 0,
-            part_digest: None,
-            skipped: skipped.iter().copied().map(Seq).collect(),
-            held_back: None,
-            paused: None,
-            equal_revision: Revision(0),
-        }
+        Position { skipped: skipped.iter().copied().map(Seq).collect(), ..Position::of_tests() }
     }
 
     /// It lies in etcds, written by other versions.

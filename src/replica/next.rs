@@ -226,28 +226,8 @@ mod tests {
 
     const DIGEST: Digest = Digest([9; 16]);
 
-    /// Following at revision 100, seq 40, the last carried one 90.
     fn position() -> Position {
-        Position {
-            epoch: Epoch(3),
-            term: Term(2),
-            seq: Seq(40),
-            origin_cluster: ClusterId(1),
-            origin_revision: Revision(100),
-            carried_revision: Revision(90),
-            carried_digest: DIGEST,
-            waymark: Waymark::default(),
-            ranges_digest: Digest::default(),
-            state: Phase::Following,
-            anchor_revision: Revision(50),
-            cursor: None,
-            part: 0,
-            part_digest: None,
-            skipped: Vec::new(),
-            held_back: None,
-            paused: None,
-            equal_revision: Revision(0),
-        }
+        Position::of_tests()
     }
 
     fn settled(extent: Extent) -> Settled {

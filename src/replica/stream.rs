@@ -40,6 +40,8 @@ const ACK_INTERVAL: Duration = Duration::from_millis(25);
 /// its place (`HANDOVER_DEADLINE`), or such a sender would keep out the one that follows it.
 const REFUSAL_MAX: Duration = Duration::from_secs(3);
 
+type ReceiptPermit<'a> = mpsc::Permit<'a, Result<Receipt, Status>>;
+
 /// What must be told to the origin, as soon as the way is free.
 #[derive(Default)]
 pub(super) struct Due {
@@ -176,23 +178,9 @@ impl Stream {
                     self.refuse(Kind::Closing, "the replica's sidecar is shutting down".to_owned());
                 }
                 permit = out.reserve(), if self.due.urgent() || (self.due.ack && !quiet) => match permit {
-                    Ok(permit) => {
-                        let receipt = self.next_receipt(admit);
-                        let is_ack = matches!(receipt.what, Some(receipt::What::Ack(_)));
-                        if is_ack {
-                            failpoint::reach("ack-made");
-                            told_at = Instant::now();
-                        }
-                        if let Some(receipt::What::Refusal(refusal)) = &receipt.what {
-                            let reason = refusal.reason.clone();
-                            permit.send(Ok(receipt));
-                            return reason;
-                        }
-                        permit.send(Ok(receipt));
-                        if is_ack {
-                            failpoint::reach("ack-sent");
-                        }
-                    }
+                    Ok(permit) => if let Some(ended) = self.tell(admit, permit, &mut told_at) {
+                        return ended;
+                    },
                     Err(_) => return "the origin closed the stream".to_owned(),
                 },
                 () = sleep_until(gives_up_at) => {
@@ -220,19 +208,48 @@ impl Stream {
                     }
                     self.due.ack = true;
                 }
-                message = inbound.message(), if placing.is_none() && !refused => match message {
-                    Ok(Some(shipment)) => match self.take(admit, shipment) {
-                        Ok(next) => placing = next,
-                        Err((kind, reason)) => self.refuse(kind, reason),
-                    },
-                    Ok(None) => return "the origin closed the stream".to_owned(),
-                    Err(status) => {
-                        if status.code() == Code::DataLoss {
-                            self.end.counters.damaged.fetch_add(1, Ordering::Relaxed);
-                        }
-                        return format!("the stream broke: {}", crate::tls::explain(&status));
-                    }
+                message = inbound.message(), if placing.is_none() && !refused => match self.hear(admit, message) {
+                    Ok(next) => placing = next,
+                    Err(ended) => return ended,
                 },
+            }
+        }
+    }
+
+    /// The next receipt goes out. Why the stream ends with it, if it does.
+    fn tell(&mut self, admit: &Admit, permit: ReceiptPermit<'_>, told_at: &mut Instant) -> Option<String> {
+        let receipt = self.next_receipt(admit);
+        let is_ack = matches!(receipt.what, Some(receipt::What::Ack(_)));
+        if is_ack {
+            failpoint::reach("ack-made");
+            *told_at = Instant::now();
+        }
+        let refusal =
+            if let Some(receipt::What::Refusal(refusal)) = &receipt.what { Some(refusal.reason.clone()) } else { None };
+        permit.send(Ok(receipt));
+        if is_ack {
+            failpoint::reach("ack-sent");
+        }
+        refusal
+    }
+
+    /// What is to be put into its place next. `Err`: why the stream has ended.
+    fn hear(
+        &mut self,
+        admit: &mut Admit,
+        message: Result<Option<Shipment>, Status>,
+    ) -> Result<Option<Placing>, String> {
+        match message {
+            Ok(Some(shipment)) => Ok(self.take(admit, shipment).unwrap_or_else(|(kind, reason)| {
+                self.refuse(kind, reason);
+                None
+            })),
+            Ok(None) => Err("the origin closed the stream".to_owned()),
+            Err(status) => {
+                if status.code() == Code::DataLoss {
+                    self.end.counters.damaged.fetch_add(1, Ordering::Relaxed);
+                }
+                Err(format!("the stream broke: {}", crate::tls::explain(&status)))
             }
         }
     }

@@ -4,7 +4,7 @@
 
 use super::*;
 use crate::config::EtcdConfig;
-use crate::model::{Change, ClusterId, Phase, WholeRevision};
+use crate::model::{Change, ClusterId, WholeRevision};
 use crate::replica::position::HelloFacts;
 use crate::segment::feed::FeedEntry;
 use crate::wire::replicate::refusal::Kind;
@@ -70,26 +70,7 @@ async fn a_new_run_of_seqs_knows_nothing_of_the_progress_in_the_old_one() {
 
 /// Following at seq 40, with so many changes of the next revision in.
 fn position(part: u64) -> Position {
-    Position {
-        epoch: Epoch(3),
-        term: Term(2),
-        seq: Seq(40),
-        origin_cluster: ClusterId(1),
-        origin_revision: Revision(100),
-        carried_revision: Revision(90),
-        carried_digest: Digest::default(),
-        waymark: Waymark::default(),
-        ranges_digest: Digest::default(),
-        state: Phase::Following,
-        anchor_revision: Revision(50),
-        cursor: None,
-        part,
-        part_digest: None,
-        skipped: Vec::new(),
-        held_back: None,
-        paused: None,
-        equal_revision: Revision(0),
-    }
+    Position { part, ..Position::of_tests() }
 }
 
 #[tokio::test]
