@@ -99,10 +99,45 @@ pub fn next(own: Own<'_>, candidates: &[Candidate]) -> Next {
     }
 }
 
+/// What keeps this sidecar from shipping well, and need not keep another one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unfit {
+    /// Its spool's disk has failed.
+    Disk,
+    /// Its spool lacks what the replica needs next, and etcd has compacted it.
+    Compacted,
+}
+
+impl Unfit {
+    /// Why another sidecar is to ship.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Unfit::Disk => "this sidecar's spool cannot be used: another sidecar's turn",
+            Unfit::Compacted => {
+                "this sidecar's spool lacks what etcd has compacted: another sidecar's turn, whose spool may have it"
+            }
+        }
+    }
+}
+
 /// Whether a shipper that has not heard from the replica for `silent` lets another one try. `None`: it waits for an operator, as any
-/// other would.
-pub fn gives_way(silent: Option<Duration>, patience: Duration, others: usize) -> bool {
-    others > 0 && silent.is_some_and(|silent| silent >= patience)
+/// other would. One that would have to compare both sides, for want of what another may have in its spool, does not wait.
+pub fn gives_way(silent: Option<Duration>, patience: Duration, others: usize, unfit: Option<Unfit>) -> bool {
+    let at_once = unfit == Some(Unfit::Compacted);
+    others > 0 && (at_once || silent.is_some_and(|silent| silent >= patience))
+}
+
+/// Where the replica is, and this sidecar's spool cannot go on from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Gap {
+    pub epoch: Epoch,
+    pub after: Revision,
+}
+
+/// Whether a shipper first lets the others look into their spools. `asked`: for which gap it did so last; nobody had it, if the gap is
+/// still the same.
+pub fn asks_others(gap: Gap, asked: Option<Gap>, others: usize) -> bool {
+    others > 0 && asked != Some(gap)
 }
 
 /// Whether a shipper that cannot renew stops by itself. `since`: when it sent the last renewal that was answered; `others`: who stood by
@@ -288,12 +323,27 @@ mod tests {
     }
 
     #[test]
+    fn others_are_asked_once_for_each_gap() {
+        let gap = |epoch, after| Gap { epoch: Epoch(epoch), after: Revision(after) };
+        assert!(asks_others(gap(1, 7), None, 1));
+        assert!(!asks_others(gap(1, 7), None, 0), "nobody is there to ask");
+        assert!(!asks_others(gap(1, 7), Some(gap(1, 7)), 1), "nobody had it");
+        for other in [gap(1, 8), gap(2, 7)] {
+            assert!(asks_others(other, Some(gap(1, 7)), 1));
+        }
+    }
+
+    #[test]
     fn a_shipper_gives_way_only_to_others_and_only_after_silence() {
         let (long, short) = (Duration::from_secs(6), Duration::from_secs(5));
         for (silent, others, expected) in
             [(Some(long), 1, true), (Some(long), 0, false), (Some(short), 1, false), (None, 2, false)]
         {
-            assert_eq!(gives_way(silent, PATIENCE_FIRST, others), expected, "{silent:?}, {others}");
+            for unfit in [None, Some(Unfit::Disk)] {
+                assert_eq!(gives_way(silent, PATIENCE_FIRST, others, unfit), expected, "{silent:?}, {others}");
+            }
+            let at_once = gives_way(silent, PATIENCE_FIRST, others, Some(Unfit::Compacted));
+            assert_eq!(at_once, others > 0, "{silent:?}, {others}");
         }
         let mut patience = PATIENCE_FIRST;
         for _ in 0..10 {

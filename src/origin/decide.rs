@@ -3,6 +3,7 @@
 //! Edge: part of the shipper, which owns all of it.
 //! Always true: nothing begins but as the resume table says; a watch that is refused for compaction is a new fact, and asked about again.
 
+use super::candidacy::{self, Gap, Unfit};
 use super::hello::Greeted;
 use super::history;
 use super::probe::{Probed, probe};
@@ -82,6 +83,9 @@ impl Shipper {
         let spool = (usable && !extent.damaged && extent.covered > Revision(0)).then_some(spool);
         loop {
             let decided = resume::decide(spool.as_ref(), &replica, &origin);
+            if let (Some(after), Some(position)) = (decided.compacted_after(), &position) {
+                self.leave_to_others(Gap { epoch: position.epoch, after })?;
+            }
             let decided = match self.copy_wanted {
                 Some(differing) => resume::copy_instead(decided, position.as_deref(), differing),
                 None => decided,
@@ -94,6 +98,17 @@ impl Shipper {
                 Err(end) => return Err(end),
             }
         }
+    }
+
+    /// What this sidecar's spool lacks may be in that of one that stands by, whose watch was never cut: rather than compare both sides, it
+    /// lets them try, once. `Err`: it does.
+    fn leave_to_others(&mut self, gap: Gap) -> Result<(), SessionEnd> {
+        let others = self.elected.borrow().others;
+        if !candidacy::asks_others(gap, self.asked_others, others) {
+            return Ok(());
+        }
+        self.asked_others = Some(gap);
+        Err(SessionEnd::OthersTurn(Unfit::Compacted))
     }
 
     /// What the replica answered and what the origin's etcd says, the carried revision compared.

@@ -5,7 +5,7 @@
 
 use super::candidacy::{
     self, Candidate, Enrolment, LEASE_TTL, LOOK_INTERVAL, Next, Own, PATIENCE_FIRST, Published, RENEW_INTERVAL,
-    SHIPS_UNRENEWED_MAX,
+    SHIPS_UNRENEWED_MAX, Unfit,
 };
 use crate::etcd::gate::Gate;
 use crate::etcd::{Columns, Compare, CompareOp, Etcd, EtcdError, Lease, Txn, TxnOp};
@@ -52,14 +52,21 @@ impl Standing {
 }
 
 /// What the shipper tells the election of the replica.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 pub struct Heard {
-    /// When it said something last, in this term.
+    /// In which term: what was heard in an earlier one says nothing of this one.
+    pub term: Term,
+    /// When it said something last.
     pub at: Option<Instant>,
     /// The link waits for an operator, as it would in any sidecar's hands: silence means nothing.
     pub stopped: bool,
-    /// This sidecar cannot ship, and another one might: its spool's disk has failed.
-    pub unfit: bool,
+    pub unfit: Option<Unfit>,
+}
+
+impl Heard {
+    pub fn nothing(term: Term) -> Self {
+        Self { term, at: None, stopped: false, unfit: None }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -69,11 +76,13 @@ pub struct ElectView {
     pub published: Option<Published>,
     /// How often this sidecar became the shipper.
     pub won: u64,
+    /// How many others stood when this one was last seen to lead.
+    pub others: usize,
 }
 
 impl Default for ElectView {
     fn default() -> Self {
-        Self { standing: Standing::Unknown { reason: String::new() }, published: None, won: 0 }
+        Self { standing: Standing::Unknown { reason: String::new() }, published: None, won: 0, others: 0 }
     }
 }
 
@@ -221,20 +230,27 @@ impl Election {
         match next {
             Next::Lead { term, others } => {
                 self.others = others;
+                // Before it leads in anyone's eyes: what it decides first may depend on it.
+                self.view.send_if_modified(|view| {
+                    view.others = others;
+                    false
+                });
                 if self.say(Standing::Shipper { term }) {
                     self.led_since = Instant::now();
                     self.view.send_modify(|view| view.won += 1);
                     tracing::info!(link = %self.link, node = %self.node, %term, others, "elected: this sidecar ships the link");
                 }
                 self.logged.clear();
-                let heard = *self.heard.borrow();
-                let at = heard.at.filter(|at| *at > self.led_since);
+                let heard = Some(*self.heard.borrow()).filter(|heard| heard.term == term);
+                let at = heard.and_then(|heard| heard.at);
                 if at.is_some() {
                     self.patience = PATIENCE_FIRST;
                 }
-                let silent = (!heard.stopped).then(|| at.unwrap_or(self.led_since).elapsed());
-                if candidacy::gives_way(silent, self.patience, others) {
-                    return self.give_way(term, heard.unfit).await;
+                let silent =
+                    (!heard.is_some_and(|heard| heard.stopped)).then(|| at.unwrap_or(self.led_since).elapsed());
+                let unfit = heard.and_then(|heard| heard.unfit);
+                if candidacy::gives_way(silent, self.patience, others, unfit) {
+                    return self.give_way(term, unfit).await;
                 }
                 let left = silent.map_or(RENEW_INTERVAL, |silent| self.patience.saturating_sub(silent));
                 // With nobody to give way to, what is left of the patience is nothing to wake for.
@@ -263,14 +279,16 @@ impl Election {
     }
 
     /// Takes the key away and comes back as the last of the candidates.
-    async fn give_way(&mut self, term: Term, unfit: bool) -> Duration {
+    async fn give_way(&mut self, term: Term, unfit: Option<Unfit>) -> Duration {
         let silent_s = self.patience.as_secs();
-        self.patience = candidacy::patience_after(self.patience);
-        let reason = if unfit {
-            "this sidecar's spool cannot be used: another sidecar's turn".to_owned()
-        } else {
-            format!("nothing was heard from the replica for {silent_s} s: another sidecar's turn")
+        let reason = match unfit {
+            Some(unfit) => unfit.reason().to_owned(),
+            None => format!("nothing was heard from the replica for {silent_s} s: another sidecar's turn"),
         };
+        // Who was heard a moment ago has nothing to be more patient about.
+        if unfit != Some(Unfit::Compacted) {
+            self.patience = candidacy::patience_after(self.patience);
+        }
         tracing::warn!(link = %self.link, node = %self.node, %term, %reason, "giving way to another sidecar");
         self.say(Standing::Unknown { reason });
         let Some(etcd) = self.connection.clone() else { return LOOK_INTERVAL };

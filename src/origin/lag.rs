@@ -365,7 +365,8 @@ mod tests {
     proptest! {
         #[test]
         fn an_anchor_hides_nothing_until_it_is_applied_and_nothing_that_comes_after_it(
-            count in 1_u64..3_000, applied in 0_u64..3_000, head in 0_u64..4_000, anchor in 0_u64..4_000, after in 0_u64..50,
+            // An anchor is a head, and an etcd's first one is 1.
+            count in 1_u64..3_000, applied in 0_u64..3_000, head in 0_u64..4_000, anchor in 1_u64..4_000, after in 0_u64..50,
         ) {
             let mut tracker = arrived((1..=count).map(|r| (r, r * 10)));
             tracker.applied(Revision(applied));

@@ -43,7 +43,9 @@ use crate::etcd::limits;
 use crate::metrics;
 use crate::model::limits::LimitsStatus;
 use crate::model::stall::{Stalled, Verdict, Watchdog};
-use crate::model::{CanaryStatus, Epoch, LinkName, LinkState, LinkStatus, Revision, Role, Seq, Side, StageStatus};
+use crate::model::{
+    CanaryStatus, Epoch, LinkName, LinkState, LinkStatus, Revision, Role, Seq, Side, StageStatus, Term,
+};
 use crate::tls::reload::InUse;
 use crate::wire::digest;
 use elect::{ElectView, Election, Heard, Standing};
@@ -235,7 +237,7 @@ impl OriginLink {
         tasks.spawn(watching.run(stop.clone()));
         tasks.spawn(head::poll(self.etcd.clone(), link.clone(), head_sender, events.clone(), clock, stop.clone()));
         let (elect_sender, elect) = watch_channel::channel(ElectView::default());
-        let (heard, last_heard) = watch_channel::channel(Heard::default());
+        let (heard, last_heard) = watch_channel::channel(Heard::nothing(Term(0)));
         let node = self.node.clone();
         let election = Election::new(link, node.clone(), self.etcd.clone(), elect_sender, last_heard);
         tasks.spawn(election.run(stop.clone()));

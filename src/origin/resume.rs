@@ -75,6 +75,22 @@ pub enum Resume {
     Stop { reason: StopReason },
 }
 
+impl Resume {
+    /// Where the replica is, if a copy or a repair is needed only because neither the spool nor etcd holds what came after.
+    pub fn compacted_after(&self) -> Option<Revision> {
+        match self {
+            Resume::Copy { reason: CopyReason::Compacted { after, .. }, .. }
+            | Resume::Repair { reason: CopyReason::Compacted { after, .. }, .. } => Some(*after),
+            Resume::Copy { .. }
+            | Resume::Repair { .. }
+            | Resume::ShipFromSpool { .. }
+            | Resume::WatchFrom { .. }
+            | Resume::Tail { .. }
+            | Resume::Stop { .. } => None,
+        }
+    }
+}
+
 /// Where a base copy goes on that was cut short.
 #[derive(Clone, PartialEq, Eq)]
 pub struct CopyCursor {

@@ -3,6 +3,7 @@
 //! Always true: frames carry consecutive seqs; the stream has a deadline of its own.
 
 use super::LinkEvent;
+use super::candidacy::Unfit;
 use super::heartbeat::{Movement, Writes, movement};
 use super::hello::Greeted;
 use super::receipts::Receipts;
@@ -52,6 +53,8 @@ pub enum SessionEnd {
     OtherHistory(String),
     HelloAgain(String),
     Commanded(Option<LinkCommand>),
+    /// Another sidecar may go on where this one cannot.
+    OthersTurn(Unfit),
     /// The watch that was to be opened starts at a compacted revision.
     Compacted(Revision),
 }
@@ -64,6 +67,7 @@ impl fmt::Display for SessionEnd {
             | SessionEnd::Stop(reason)
             | SessionEnd::OtherHistory(reason)
             | SessionEnd::HelloAgain(reason) => f.write_str(reason),
+            SessionEnd::OthersTurn(unfit) => f.write_str(unfit.reason()),
             SessionEnd::Commanded(_) => f.write_str("an operator asked for something else"),
             SessionEnd::Compacted(revision) => write!(f, "the origin has compacted up to {revision}"),
         }

@@ -4,6 +4,7 @@
 //! everything that ends a stream is a value of `Ended` with one planned reaction.
 
 use super::canary::Canary;
+use super::candidacy::{Gap, Unfit};
 use super::decide::Way;
 use super::elect::{ElectView, Heard};
 use super::head::HeadView;
@@ -33,6 +34,8 @@ const WAIT_MAX: Duration = Duration::from_secs(1);
 const DIAL_WAIT: Duration = Duration::from_millis(200);
 /// A stream that lasted so long was a good one: what ended it is a new trouble.
 const STEADY: Duration = Duration::from_secs(5);
+/// The election looks each second, and each look may take a second and a half.
+const GIVES_WAY_MAX: Duration = Duration::from_secs(4);
 /// A stop that could not be written down is tried again so often: an etcd without room or leader may be cured any moment.
 const REMEMBER_AGAIN: Duration = Duration::from_secs(5);
 
@@ -62,6 +65,8 @@ pub struct Shipper {
     pub(super) term: Term,
     /// Another sidecar shipped before this one was elected.
     pub(super) took_over: bool,
+    /// For which gap of its spool this sidecar gave way last.
+    pub(super) asked_others: Option<Gap>,
     /// The epoch of a position whose term was higher than ours, although we were elected: only the next epoch goes past it.
     pub(super) went_back: Option<Epoch>,
     pub(super) known_epoch: Epoch,
@@ -139,6 +144,7 @@ impl Shipper {
             hello_again,
             term: Term(0),
             took_over: false,
+            asked_others: None,
             went_back: None,
             known_epoch: Epoch(0),
             resync: None,
@@ -217,6 +223,11 @@ impl Shipper {
                     self.rest(LinkState::Connecting, format!("the origin has compacted up to {revision}"));
                     tokio::time::sleep(backoff.after_failure(rand::random())).await;
                 }
+                SessionEnd::OthersTurn(unfit) => {
+                    if !self.wait_for_others(unfit).await {
+                        return;
+                    }
+                }
                 SessionEnd::Commanded(None) => return,
                 SessionEnd::Commanded(Some(command)) => _ = self.obey(command),
             }
@@ -228,8 +239,8 @@ impl Shipper {
         let reason = self.named(reason);
         tracing::error!(link = %self.origin.send.link, %reason, "the link stops");
         self.rest(LinkState::Stopped, reason);
-        let unfit = self.spool.usable().is_err();
-        self.heard.send_replace(Heard { at: None, stopped: !unfit, unfit });
+        let unfit = self.spool.usable().is_err().then_some(Unfit::Disk);
+        self.heard.send_replace(Heard { stopped: unfit.is_none(), unfit, ..Heard::nothing(self.term) });
         let goes_on = loop {
             self.show_unwritten();
             let unwritten = self.unwritten.is_some();
@@ -277,6 +288,15 @@ impl Shipper {
             goes_on = self.resync_asked() => goes_on,
             () = tokio::time::sleep(wait) => true,
         }
+    }
+
+    /// Has the election give way, which ends this term. Where that does not happen, nobody else can ship: this sidecar goes on. False: the
+    /// process ends.
+    async fn wait_for_others(&mut self, unfit: Unfit) -> bool {
+        self.heard.send_replace(Heard { unfit: Some(unfit), ..Heard::nothing(self.term) });
+        let goes_on = self.wait(unfit.reason().to_owned(), GIVES_WAY_MAX).await;
+        self.heard();
+        goes_on
     }
 
     /// A failure that repeats is logged once.

@@ -22,7 +22,6 @@ impl Shipper {
             failpoint::reach("elected");
             self.term = term;
             self.forget_wishes();
-            self.heard.send_replace(Heard::default());
             let mut elected = self.elected.clone();
             tokio::select! {
                 biased;
@@ -51,7 +50,7 @@ impl Shipper {
 
     /// The replica has said something.
     pub(super) fn heard(&self) {
-        self.heard.send_replace(Heard { at: Some(Instant::now()), ..Heard::default() });
+        self.heard.send_replace(Heard { at: Some(Instant::now()), ..Heard::nothing(self.term) });
     }
 
     /// The replica has seen a higher (epoch, term) than ours, and its answer holds the position that says so.

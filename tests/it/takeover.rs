@@ -10,7 +10,7 @@ use crate::bed::traffic::Acknowledged;
 use crate::bed::{PATIENCE, until};
 use crate::resume::{last, spool_end, write};
 use crate::verify::outcome_of;
-use etcd_ferry::model::{Position, Revision};
+use etcd_ferry::model::{Phase, Position, Revision};
 use std::time::{Duration, Instant};
 
 /// etcd answers a request that was on its way to a leader that died only after 7 s (5 s and two election time-outs), and the link has one
@@ -221,6 +221,48 @@ async fn taken_over_in_an_outage(end: End) {
     }
     regions.heal();
     regions.judge(recorder, &acknowledged, &before).await;
+}
+
+/// These sidecars lose etcd for less than their lease lasts, and it is compacted past the ends of their spools.
+async fn lose_history_for_a_moment(regions: &Regions, sidecars: &[usize]) -> Vec<Acknowledged> {
+    sidecars.iter().for_each(|sidecar| regions.cut_off_from_etcd(*sidecar));
+    let acknowledged = write(&regions.origin[0].access(), "/app/unseen/", 200, 100).await;
+    for seeing in (0..regions.origin_sidecars.len()).filter(|sidecar| !sidecars.contains(sidecar)) {
+        spooled(regions, seeing, last(&acknowledged)).await;
+    }
+    let head = recorded_so_far(&regions.origin[0]).await;
+    regions.origin[0].compact(head).await;
+    regions.heal();
+    acknowledged
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shipper_whose_spool_lacks_what_etcd_has_compacted_gives_way_to_one_whose_spool_has_it() {
+    let (regions, before) = following(RegionsOptions::default()).await;
+    let recorder = regions.record().await;
+    let shipper = regions.shipper().await;
+    let acknowledged = lose_history_for_a_moment(&regions, &[shipper]).await;
+    let position = regions.wait_taken_over(&before).await;
+    assert_eq!(position.epoch, before.epoch, "nothing was lost: the standby has it");
+    regions.wait_applied(last(&acknowledged)).await;
+    regions.wait_standby(shipper).await;
+    regions.judge(recorder, &acknowledged, &before).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_no_sidecar_has_seen_is_asked_of_each_once_and_then_compared() {
+    let (regions, before) = following(RegionsOptions::default()).await;
+    lose_history_for_a_moment(&regions, &[0, 1]).await;
+    let follows_anew = async || {
+        let position = regions.try_position().await?;
+        (position.epoch > before.epoch && position.state == Phase::Following).then_some(position)
+    };
+    let position = until("the epoch that a comparison opens", TAKEOVER_LIMIT, follows_anew).await;
+    assert_eq!(position.epoch, before.epoch.next());
+    assert!(position.term > before.term, "the other one was asked");
+    let revision = regions.origin[0].put("/app/after", "1").await;
+    regions.wait_applied(revision).await;
+    regions.assert_equal().await;
 }
 
 /// The head, once nothing that the recorder has not seen can be compacted: its watch is as far as any other that was opened later.
