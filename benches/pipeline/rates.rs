@@ -14,10 +14,14 @@ use tokio::time::Instant;
 
 /// A rate is carried if p99 of the lag stays under the line's one-way delay and this.
 const CARRIED_LAG: Duration = Duration::from_millis(100);
+/// The search goes up, or down, in such steps.
 const RATE_STEP: f64 = 1.26;
-
+/// Then it halves the last step until what is carried and what is not are so close: a ratio of two rates is no finer than they are.
+const FINE_STEP: f64 = 1.07;
 /// The search begins above this, whatever the machine.
 const RATE_MIN: f64 = 50.0;
+/// A disk that stands still for a fifth of a second spoils a trial of any system: a rate is carried if one of these shows it.
+const TRIES: u32 = 3;
 
 /// Where the search for the highest rate begins.
 #[derive(Debug, Clone, Copy, serde::Serialize)]
@@ -28,7 +32,28 @@ pub struct Begin {
     pub etcd_alone: Option<f64>,
 }
 
-/// The highest rate that is carried, in steps of 26 %; each is tried twice, since one stall of the disk spoils a trial.
+/// What the trials have shown.
+#[derive(Clone, Copy)]
+struct Search {
+    begin: f64,
+    fine_step: f64,
+    carried: Option<f64>,
+    refused: Option<f64>,
+}
+
+impl Search {
+    /// The next rate to be tried; `None`: the highest is found.
+    fn next(&self) -> Option<f64> {
+        match (self.carried, self.refused) {
+            (None, None) => Some(self.begin),
+            (Some(carried), None) => Some(carried * RATE_STEP),
+            (None, Some(refused)) => Some(refused / RATE_STEP).filter(|rate| *rate > RATE_MIN),
+            (Some(carried), Some(refused)) => (refused / carried > self.fine_step).then(|| (carried * refused).sqrt()),
+        }
+    }
+}
+
+/// The highest rate that is carried.
 pub async fn highest(scale: &Scale, report: &mut Report) {
     let line = Line::Far;
     let lag_max_ms = (line.one_way() + CARRIED_LAG).as_secs_f64() * 1e3;
@@ -39,22 +64,17 @@ pub async fn highest(scale: &Scale, report: &mut Report) {
     };
     for (at, system) in BOTH.into_iter().enumerate() {
         let mut running = Running::start(system, line, scale.keys).await;
-        let mut rate = match system {
+        let begin = match system {
             System::MakeMirror => scale.rates_from.make_mirror,
             System::EtcdFerry => scale.rates_from.etcd_ferry,
         };
-        let mut descending = false;
-        while rate > RATE_MIN {
+        let fine_step = if scale.whole() { FINE_STEP } else { f64::INFINITY };
+        let mut search = Search { begin, fine_step, carried: None, refused: None };
+        while let Some(rate) = search.next() {
             let carried = is_carried(&mut running, scale, system, rate as u64, lag_max_ms, report).await;
-            if carried {
-                highest[at] = Some(rate.floor());
-            }
-            descending |= !carried && highest[at].is_none();
-            if carried == descending {
-                break;
-            }
-            rate = if descending { rate / RATE_STEP } else { rate * RATE_STEP };
+            *(if carried { &mut search.carried } else { &mut search.refused }) = Some(rate);
         }
+        highest[at] = search.carried.map(f64::floor);
         running.end().await;
     }
     let bound = Bound::AtLeast { times: 5.0 };
@@ -76,7 +96,7 @@ async fn is_carried(
 ) -> bool {
     let puts = rate * scale.rate_seconds;
     let load = Load { values: Values::Kubernetes, keys: scale.keys, puts, rate: Some(rate) };
-    for _ in 0..2 {
+    for _ in 0..TRIES {
         let line = Line::Far.name();
         say(&format!("{rate} revisions/s for {} s, {line}, {}", scale.rate_seconds, system.name()));
         running.judge_from_here().await;
