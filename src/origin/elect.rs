@@ -4,8 +4,8 @@
 //! Always true: while others stand by, `Shipper` is never said past the end of a lease; the key goes when the sidecar stops.
 
 use super::candidacy::{
-    self, Candidate, Enrolment, LEASE_TTL, LOOK_INTERVAL, Next, Own, PATIENCE_FIRST, Published, RENEW_INTERVAL,
-    SHIPS_UNRENEWED_MAX, Unfit,
+    self, Candidate, Enrolment, LEASE_TTL, LOOK_INTERVAL, Next, Own, PATIENCE_FIRST, Published, SHIPS_UNRENEWED_MAX,
+    Unfit,
 };
 use crate::etcd::gate::Gate;
 use crate::etcd::{Columns, Compare, CompareOp, Etcd, EtcdError, Lease, Txn, TxnOp};
@@ -252,9 +252,8 @@ impl Election {
                 if candidacy::gives_way(silent, self.patience, others, unfit) {
                     return self.give_way(term, unfit).await;
                 }
-                let left = silent.map_or(RENEW_INTERVAL, |silent| self.patience.saturating_sub(silent));
-                // With nobody to give way to, what is left of the patience is nothing to wake for.
-                if others > 0 { RENEW_INTERVAL.min(left) } else { RENEW_INTERVAL }
+                let left = silent.map_or(self.patience, |silent| self.patience.saturating_sub(silent));
+                candidacy::renews_after(left, others)
             }
             Next::StandBy { shipper, term } => {
                 self.logged.clear();

@@ -102,13 +102,13 @@ impl Looks {
 impl Certificates {
     /// Loads the files for the first time. That they are what peers would talk to is checked with the configuration.
     pub fn load(files: &TlsConfig, etcd: &EtcdConfig) -> Result<Self, TlsError> {
-        let in_use = Arc::new(unchanged(|| read(files))?);
+        let in_use = unchanged(|| read(files))?;
         let etcd_in_use = unchanged(|| EtcdFiles::load(etcd))?;
         let status = watch::channel(status_of(&in_use.credentials, &etcd_in_use)).0;
         Ok(Self {
             files: files.clone(),
             etcd: etcd.clone(),
-            in_use: watch::channel(in_use).0,
+            in_use: watch::channel(Arc::new(in_use)).0,
             etcd_in_use: watch::channel(Arc::new(etcd_in_use)).0,
             status,
         })
@@ -168,10 +168,11 @@ impl Certificates {
 
     async fn look(&self, [peers, to_etcd]: &mut [Looks; 2]) {
         let (files, etcd) = (self.files.clone(), self.etcd.clone());
+        let Ok((found, of_etcd)) = tokio::task::spawn_blocking(move || (read(&files), EtcdFiles::load(&etcd))).await
+        else {
+            return;
+        };
         let before = self.in_use.borrow().clone();
-        let known = before.clone();
-        let read_all = move || (read_again(&files, known), EtcdFiles::load(&etcd));
-        let Ok((found, of_etcd)) = tokio::task::spawn_blocking(read_all).await else { return };
         let found = found.and_then(|found| self.successor(&before.credentials, &found.credentials).map(|()| found));
         let taken = [
             peers.saw(found.map(|found| self.take(&before, found))),
@@ -188,14 +189,14 @@ impl Certificates {
     }
 
     /// True if they are others than before.
-    fn take(&self, before: &InUse, found: Arc<InUse>) -> bool {
+    fn take(&self, before: &InUse, found: InUse) -> bool {
         if found.fingerprint == before.fingerprint {
             return false;
         }
         let identity = &found.credentials.identity;
         let changed = changed_files(&before.fingerprint, &found.fingerprint);
         tracing::info!(%changed, subject = %identity.subject, not_after = %rfc3339(identity.not_after), "new certificates are in use");
-        self.in_use.send_replace(found);
+        self.in_use.send_replace(Arc::new(found));
         true
     }
 
@@ -218,11 +219,6 @@ fn unchanged<T>(read: impl Fn() -> Result<T, TlsError>) -> Result<T, TlsError> {
         Err(TlsError::Changing) => read(),
         read => read,
     }
-}
-
-/// Files that hold what they held are not taken apart again: an idle sidecar does little else. Whether they are still sound is the caller's.
-fn read_again(files: &TlsConfig, known: Arc<InUse>) -> Result<Arc<InUse>, TlsError> {
-    if fingerprint_of(files)? == known.fingerprint { Ok(known) } else { read(files).map(Arc::new) }
 }
 
 /// Reads all files: what was loaded is what has this fingerprint.
