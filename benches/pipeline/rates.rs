@@ -115,27 +115,38 @@ async fn of_etcd_alone(scale: &Scale, begin: f64, put_max_ms: f64, report: &mut 
     fill(rig.origin(), PREFIX, scale.keys, Values::Kubernetes, VALUE_BYTES + 200).await;
     let (mut highest, mut rate, mut next) = (None, begin, 1);
     loop {
-        let wanted = rate as u64;
-        say(&format!("{wanted} puts/s for {} s, the origin's etcd alone", scale.rate_seconds));
-        let load = Load {
-            values: Values::Kubernetes,
-            keys: scale.keys,
-            puts: wanted * scale.rate_seconds,
-            rate: Some(wanted),
-        };
+        if !answers_in_time(&rig, scale, rate as u64, put_max_ms, &mut next, report).await {
+            return highest;
+        }
+        highest = Some(rate.floor());
+        rate *= RATE_STEP;
+    }
+}
+
+/// `next`: the number of the load's first put, which counts on.
+async fn answers_in_time(
+    rig: &Rig,
+    scale: &Scale,
+    rate: u64,
+    put_max_ms: f64,
+    next: &mut u64,
+    report: &mut Report,
+) -> bool {
+    let puts = rate * scale.rate_seconds;
+    let load = Load { values: Values::Kubernetes, keys: scale.keys, puts, rate: Some(rate) };
+    for _ in 0..TRIES {
+        say(&format!("{rate} puts/s for {} s, the origin's etcd alone", scale.rate_seconds));
         let arrivals = Arc::new(Arrivals::new());
         let (began, cpu) = (Instant::now(), rig.cpu_of_all());
-        drive(rig.origin(), load, next, &arrivals).await;
-        next += load.puts;
+        drive(rig.origin(), load, *next, &arrivals).await;
+        *next += load.puts;
         let cores = rig.cores_since(cpu, began);
         let put_p99_ms = percentile(arrivals.take().1, 0.99) * 1e3;
         println!("  the puts' p99 {put_p99_ms:.0} ms; cores: etcd {:.2}, load {:.2}", cores[0], cores[3]);
-        let trial = Trial { system: None, rate: wanted, p50_ms: f64::NAN, p99_ms: f64::NAN, put_p99_ms, cores };
-        report.trials.push(trial);
-        if put_p99_ms > put_max_ms {
-            return highest;
+        report.trials.push(Trial { system: None, rate, p50_ms: f64::NAN, p99_ms: f64::NAN, put_p99_ms, cores });
+        if put_p99_ms < put_max_ms {
+            return true;
         }
-        highest = Some(wanted as f64);
-        rate *= RATE_STEP;
     }
+    false
 }

@@ -54,6 +54,9 @@ impl Default for Limits {
 }
 
 impl Limits {
+    /// The most that `revision_bytes_max` can be set to.
+    pub const REVISION_BYTES_CEILING: usize = 1 << 30;
+
     /// Every limit, and which side's links have it. Taken apart by name, so that one that is added is not forgotten here.
     pub(super) fn each(&self) -> [Limit; 12] {
         let Limits {

@@ -368,6 +368,36 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_was_spooled_under_a_larger_limit_is_carried_under_a_smaller_one() {
+        const LARGE: usize = 3 << 20;
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("spool");
+        let roomy = Limits { spool_bytes_max: 64 << 20, revision_bytes_max: 8 << 20, ..limits() };
+        let narrow = Limits { revision_bytes_max: 64 << 10, ..roomy.clone() };
+        let mut noise = 1_u64;
+        let value: Vec<u8> = std::iter::repeat_with(|| {
+            noise = noise.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            noise.to_be_bytes()[0]
+        })
+        .take(LARGE)
+        .collect();
+        let large = Change::Put { key: Bytes::from_static(b"/a/large"), value: Bytes::from(value) };
+        let large = Arc::new(WholeRevision { revision: Revision(8), changes: vec![large] });
+        let digest = digest::of_revision(&large);
+        let large = SpoolEntry { revision: large, digest, arrived_ms: 1_000_000, came_from: Vec::new() };
+        for entries in [vec![entry(7), large.clone(), entry(9)], vec![entry(7), large]] {
+            let (spool, _) = Spool::open(&dir, &roomy, Digest::default()).await.unwrap();
+            spool.reset(Revision(0)).await.unwrap();
+            append_durably(&spool, entries.clone()).await;
+            spool.close().await.unwrap();
+            let (spool, opened) = Spool::open(&dir, &narrow, Digest::default()).await.unwrap();
+            assert_eq!(opened, Opened::default(), "nothing is cut off");
+            assert!(read_all(&spool).await == entries);
+            spool.close().await.unwrap();
+        }
+    }
+
+    #[tokio::test]
     async fn a_reset_spool_without_revisions_still_knows_where_it_stands_after_a_restart() {
         let folder = tempfile::tempdir().unwrap();
         let dir = folder.path().join("spool");

@@ -67,9 +67,10 @@ impl FeedLimits {
             // Files go as a whole: with eight of them or more, what is trimmed and still there is little.
             segment_bytes: limits.segment_bytes.min(total_bytes_max / 8),
             total_bytes_max,
-            record_bytes_max: limits.revision_bytes_max.saturating_mul(2).saturating_add(1 << 20),
+            record_bytes_max: 2 * Limits::REVISION_BYTES_CEILING + (1 << 20),
         };
-        let plain_bytes_max = limits.revision_bytes_max.max(1 << 20); // several revisions may share a record
+        // The configured limit is for what arrives: what was taken under a larger one is carried all the same.
+        let plain_bytes_max = Limits::REVISION_BYTES_CEILING;
         let queue_bytes_max = limits.queue_bytes_max;
         Self { segment, queue_bytes_max, plain_bytes_max, write_every: WRITE_EVERY, sync_after }
     }
