@@ -217,15 +217,46 @@ impl Receipts {
 
 fn end_of(ship: &mut Shipper, refusal: Refusal) -> SessionEnd {
     match refusal.kind() {
-        Kind::Fenced => {
-            ship.forget_epoch();
-            SessionEnd::HelloAgain(refusal.reason)
+        Kind::Fenced => ship.forget_epoch(),
+        Kind::Guard => (ship.resync, ship.copy_wanted, ship.other_history.goes_on) = (None, None, false),
+        Kind::PositionMoved
+        | Kind::Gap
+        | Kind::Closing
+        | Kind::Unspecified
+        | Kind::Conflict
+        | Kind::Outside
+        | Kind::TooLarge => {}
+    }
+    if stops(refusal.kind()) { SessionEnd::Stop(refusal.reason) } else { SessionEnd::HelloAgain(refusal.reason) }
+}
+
+/// Whether only an operator can go on after this refusal; after any other, the next hello learns where the replica is.
+fn stops(kind: Kind) -> bool {
+    match kind {
+        Kind::Guard | Kind::Conflict | Kind::Outside | Kind::TooLarge => true,
+        Kind::Fenced | Kind::PositionMoved | Kind::Gap | Kind::Closing | Kind::Unspecified => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_link_stops_for_what_another_hello_would_not_mend_and_for_nothing_else() {
+        // As `Kind` is documented in the protocol.
+        for (kind, stopped) in [
+            (Kind::Unspecified, false),
+            (Kind::Fenced, false),
+            (Kind::PositionMoved, false),
+            (Kind::Gap, false),
+            (Kind::Guard, true),
+            (Kind::Conflict, true),
+            (Kind::Outside, true),
+            (Kind::TooLarge, true),
+            (Kind::Closing, false),
+        ] {
+            assert_eq!(stops(kind), stopped, "{kind:?}");
         }
-        Kind::PositionMoved | Kind::Gap | Kind::Closing | Kind::Unspecified => SessionEnd::HelloAgain(refusal.reason),
-        Kind::Guard => {
-            (ship.resync, ship.copy_wanted, ship.other_history.goes_on) = (None, None, false);
-            SessionEnd::Stop(refusal.reason)
-        }
-        Kind::Conflict | Kind::Outside | Kind::TooLarge => SessionEnd::Stop(refusal.reason),
     }
 }

@@ -9,13 +9,16 @@ use crate::bed::{PATIENCE, until};
 use bytes::Bytes;
 use etcd_ferry::certs::issue::{IssueRequest, Issuer};
 use etcd_ferry::config::TlsConfig;
+use etcd_ferry::model::{Change, Term, WholeRevision};
 use etcd_ferry::tls::connect::{PeerConnector, endpoint};
 use etcd_ferry::tls::{client_config, explain};
+use etcd_ferry::wire::digest;
+use etcd_ferry::wire::frame::encode_standalone;
 use etcd_ferry::wire::replicate::handshake_client::HandshakeClient;
 use etcd_ferry::wire::replicate::replicate_client::ReplicateClient;
-use etcd_ferry::wire::replicate::{HelloRequest, Progress, Range, Shipment, shipment};
+use etcd_ferry::wire::replicate::{HelloReply, HelloRequest, Progress, Range, Shipment, receipt, refusal, shipment};
 use etcd_ferry::wire::{LINK_METADATA, PROTOCOL_VERSION, SESSION_METADATA};
-use futures::Stream;
+use futures::{Stream, StreamExt};
 use rustls::pki_types::ServerName;
 use serde_json::Value;
 use std::fs;
@@ -396,6 +399,52 @@ async fn what_a_sidecar_keeps_on_disk_is_its_users_alone() {
     }
 }
 
+/// Opens the stream that this hello was answered for.
+fn stream_of<S>(reply: &HelloReply, shipments: S) -> tonic::Request<S> {
+    let session: String = reply.session.iter().map(|byte| format!("{byte:02x}")).collect();
+    let mut request = tonic::Request::new(shipments);
+    request.metadata_mut().insert(LINK_METADATA, LINK.parse().unwrap());
+    request.metadata_mut().insert(SESSION_METADATA, session.parse().unwrap());
+    request
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_revision_that_comes_again_under_its_seq_with_another_content_is_refused_as_a_conflict() {
+    let mut pair = prepared().await;
+    pair.replica_sidecar.restart().await;
+    pair.origin_sidecar.restart().await;
+    assert_follows(&pair).await;
+    let revision = pair.origin.put("/app/b", "1").await;
+    pair.wait_applied(revision).await;
+    pair.origin_sidecar.stop().await;
+    let position = pair.position().await.unwrap();
+    let term = Term(position.term.0 + 1_000);
+    let takes_over =
+        HelloRequest { epoch: position.epoch.0, term: term.0, origin_cluster: position.origin_cluster.0, ..hello() };
+    let wide = channel(&pair, ORIGIN_REGION).await;
+    let reply = HandshakeClient::new(wide.clone()).hello(takes_over).await.unwrap().into_inner();
+    let put = Change::Put { key: Bytes::from_static(b"/app/b"), value: Bytes::from_static(b"another") };
+    let other = WholeRevision { revision: position.origin_revision, changes: vec![put] };
+    let digests = [digest::of_revision(&other)];
+    let frame = encode_standalone(position.epoch, term, position.seq, &[other], &digests);
+    let shipment = Shipment { what: Some(shipment::What::Frame(frame)) };
+    let shipments = futures::stream::iter([shipment]).chain(futures::stream::pending());
+    let mut receipts = ReplicateClient::new(wide).ship(stream_of(&reply, shipments)).await.unwrap().into_inner();
+    let refusal = async {
+        loop {
+            let receipt = receipts.message().await.unwrap().expect("a refusal before the stream's end");
+            if let Some(receipt::What::Refusal(refusal)) = receipt.what {
+                break refusal;
+            }
+        }
+    };
+    let refusal = tokio::time::timeout(PATIENCE, refusal).await.expect("a refusal");
+    assert_eq!(refusal.kind(), refusal::Kind::Conflict, "{refusal:?}");
+    assert!(refusal.reason.contains("came before"), "{refusal:?}");
+    assert_eq!(pair.replica.get("/app/b").await.as_deref(), Some(&b"1"[..]));
+    assert_eq!(pair.position().await.unwrap().seq, position.seq);
+}
+
 /// What a sender says each 30 ms: that its etcd has come so far.
 fn heads() -> impl Stream<Item = Shipment> + Send + 'static {
     let ticks = tokio::time::interval(Duration::from_millis(30));
@@ -412,12 +461,8 @@ async fn a_sender_that_takes_no_receipts_does_not_keep_out_the_one_that_follows_
     pair.replica_sidecar.restart().await;
     let wide = channel(&pair, ORIGIN_REGION).await;
     let request = async || {
-        let session = HandshakeClient::new(wide.clone()).hello(hello()).await.unwrap().into_inner().session;
-        let session: String = session.iter().map(|byte| format!("{byte:02x}")).collect();
-        let mut request = tonic::Request::new(heads());
-        request.metadata_mut().insert(LINK_METADATA, LINK.parse().unwrap());
-        request.metadata_mut().insert(SESSION_METADATA, session.parse().unwrap());
-        request
+        let reply = HandshakeClient::new(wide.clone()).hello(hello()).await.unwrap().into_inner();
+        stream_of(&reply, heads())
     };
     // A byte of receipts is on its way, and nobody reads it.
     let config = client_config(&tls_of(&pair, ORIGIN_REGION), &region_name(REPLICA_REGION)).unwrap();

@@ -202,6 +202,7 @@ async fn taken_over_in_an_outage(end: End) {
     regions.cut_link();
     let access = regions.origin[0].access();
     let mut acknowledged = write(&access, "/app/one/", 1_000, 100).await;
+    let gone = Instant::now();
     match end {
         End::Kill => regions.origin_sidecars[shipper].kill(),
         End::Pause => regions.origin_sidecars[shipper].pause(),
@@ -212,7 +213,8 @@ async fn taken_over_in_an_outage(end: End) {
     let origin = recorded_so_far(&regions.origin[0]).await;
     regions.origin[0].compact(origin).await;
     let ships = |entry: &serde_json::Value| entry["role"] == "shipper";
-    regions.origin_sidecars[standby].wait_for(LINK, "the standby to be elected", ships).await;
+    let limit = TAKEOVER_LIMIT.saturating_sub(gone.elapsed());
+    regions.origin_sidecars[standby].wait_for_within(LINK, "the standby to be elected", limit, ships).await;
     regions.peer_lines.iter().flatten().for_each(|line| line.heal());
     let position = regions.wait_taken_over(&before).await;
     assert!(position.epoch == before.epoch, "{end:?}: no new copy, {position:?}");
