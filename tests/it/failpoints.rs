@@ -371,7 +371,8 @@ async fn ended_in_a_repair(trial: Trial, pair: &mut Pair) {
     // What was begun goes on by itself.
     pair.wait_equal().await;
     pair.origin_sidecar.wait_for_state(LINK, "following").await;
-    pair.recorded(recorder).await.ordered().unwrap_or_else(|fault| panic!("{trial}: {fault}"));
+    let recorded = pair.recorded(recorder).await;
+    recorded.fenced().and_then(|_| recorded.ordered()).unwrap_or_else(|fault| panic!("{trial}: {fault}"));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -2,10 +2,12 @@
 //! two at once.
 //! Input: `MINUTES` (2 unless set). Output: passes or fails; which faults there were, what was judged, how long each took to recover from.
 //! Always true: whatever was acknowledged is judged from the recordings of both ends, round by round; a link that does not move again after a
-//! fault is a failure, and so is a kind of fault that never was.
+//! fault is a failure, and so is one that stands still in silence, and a kind of fault that never was or did nothing.
+
+mod silence;
 
 use crate::bed::checkers::Recording;
-use crate::bed::faults::{Fault, strike, told};
+use crate::bed::faults::{Done, Fault, strike, told};
 use crate::bed::pair::link_name;
 use crate::bed::recording::Recorder;
 use crate::bed::regions::{Regions, RegionsOptions};
@@ -15,6 +17,7 @@ use etcd_ferry::model::{Phase, Revision};
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
+use silence::{silence_max, silent_for_too_long};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
@@ -31,8 +34,12 @@ const RECOVERY_MAX: Duration = Duration::from_secs(120);
 struct Report {
     /// From the end of a fault until something written after it was applied.
     recoveries: BTreeMap<Fault, Vec<Duration>>,
+    /// What faults that may do nothing have done.
+    done: Done,
     acknowledged: usize,
     judged: usize,
+    /// Positions that were judged to be fenced.
+    positions: usize,
     keys: usize,
     rounds: usize,
     epochs: u64,
@@ -55,12 +62,15 @@ impl Report {
         }
         let faults: usize = self.recoveries.values().map(Vec::len).sum();
         println!(
-            "\n{faults} faults in {:.0} s and {} rounds: {} acknowledged revisions all carried, {} replica revisions judged to be whole, once \
-             and in order, {} keys equal at the ends, {} new epochs",
+            "\n{faults} faults in {:.0} s and {} rounds, {} bits flipped after TLS, {} compactions: {} acknowledged revisions all carried, {} \
+             replica revisions judged to be whole, once and in order, {} positions fenced, {} keys equal at the ends, {} new epochs",
             took.as_secs_f64(),
             self.rounds,
+            self.done.flips,
+            self.done.compactions,
             self.acknowledged,
             self.judged,
+            self.positions,
             self.keys,
             self.epochs
         );
@@ -82,7 +92,7 @@ fn traffic(regions: &Regions) -> Vec<Traffic> {
     regions.origin.iter().enumerate().map(at).collect()
 }
 
-/// Until something that is written now is applied; how long that took.
+/// Until something that is written now is applied; how long that took. `after`: which fault, for whoever reads the failure.
 async fn recover(regions: &Regions, after: &str) -> Duration {
     let since = Instant::now();
     let moved = async {
@@ -98,8 +108,16 @@ async fn recover(regions: &Regions, after: &str) -> Duration {
         })
         .await;
     };
-    if tokio::time::timeout(RECOVERY_MAX, moved).await.is_err() {
-        panic!("the link did not recover within {RECOVERY_MAX:?} of: {after}\n{}", told(regions).await);
+    let failed = tokio::select! {
+        in_time = tokio::time::timeout(RECOVERY_MAX, Box::pin(moved)) => {
+            in_time.err().map(|_| format!("the link did not recover within {RECOVERY_MAX:?}"))
+        }
+        () = Box::pin(silent_for_too_long(regions)) => {
+            Some(format!("the link stood still for {:?}, and no sidecar said why", silence_max()))
+        }
+    };
+    if let Some(failed) = failed {
+        panic!("{failed}, after: {after}\n{}", told(regions).await);
     }
     since.elapsed()
 }
@@ -128,7 +146,9 @@ async fn round(regions: &mut Regions, length: Duration, random: &mut StdRng, rep
         let length = random.random_range(FAULT_MIN..FAULT_MAX);
         let names = faults.iter().map(|fault| fault.name()).collect::<Vec<_>>().join(", and ");
         eprintln!("{names}, for {length:?}");
-        strike(regions, &faults, length, &origin, random).await;
+        let done = strike(regions, &faults, length, &origin, random).await;
+        report.done.flips += done.flips;
+        report.done.compactions += done.compactions;
         let took = recover(regions, &names).await;
         faults.iter().for_each(|fault| report.recoveries.entry(*fault).or_default().push(took));
     }
@@ -148,7 +168,8 @@ async fn round(regions: &mut Regions, length: Duration, random: &mut StdRng, rep
         origin: origin.finish(at_origin.head().await).await,
     };
     report.acknowledged += recording.complete(&acknowledged).expect("complete");
-    report.judged += recording.check().expect("once, whole and in order");
+    report.judged += recording.check().expect("fenced, once, whole and in order");
+    report.positions += recording.fenced().expect("fenced");
     report.keys = at_origin.read(&regions.ranges, None).await.1.len();
     report.epochs += regions.position().await.epoch.0 - before.epoch.0;
     report.rounds += 1;
@@ -170,7 +191,9 @@ async fn whatever_fails_for_minutes_nothing_is_lost_doubled_torn_or_silent() {
         Box::pin(round(&mut regions, left.min(ROUND), &mut random, &mut report)).await;
     }
     report.print(began.elapsed());
-    assert!(report.acknowledged > 0 && report.judged > 0, "nothing was judged");
+    assert!(report.acknowledged > 0 && report.judged > 0 && report.positions > 0, "nothing was judged");
+    assert!(report.done.flips > 0, "no bit was flipped after TLS");
+    assert!(report.done.compactions > 0, "the origin was never compacted");
     let missing: Vec<&str> =
         Fault::ALL.iter().filter(|fault| !report.recoveries.contains_key(fault)).map(|fault| fault.name()).collect();
     assert!(missing.is_empty() || minutes < 2, "these never happened: {missing:?}");

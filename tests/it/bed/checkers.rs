@@ -1,4 +1,4 @@
-//! Job: judge a run by what was recorded at both ends; one function for each invariant of the design.
+//! Job: judge a run by what was recorded at both ends; one function for each invariant that histories can show.
 //! Input: a `Recording`, and what writers were told. Output: how much was judged, or the first `Fault`.
 //! Pure: no clock, no I/O.
 //! Always true: a fault names revisions, keys and counts, never a value; a checker that had nothing to judge says so by its count.
@@ -44,6 +44,7 @@ struct Step<'a> {
 impl Recording {
     /// All checks that need only the recording. Returns how many replica revisions were judged.
     pub fn check(&self) -> Result<usize, Fault> {
+        self.fenced()?;
         self.ordered()?;
         self.once()?;
         self.whole()
@@ -138,8 +139,23 @@ impl Recording {
         Ok(judged)
     }
 
-    /// **Ordered**: the position of a following link only goes forward, in (epoch, seq) and in the origin's revisions. Returns the number of
-    /// positions.
+    /// **Fenced**: the position's (epoch, term) never falls, so no sender of an older one has written. Returns the number of positions.
+    pub fn fenced(&self) -> Result<usize, Fault> {
+        const INVARIANT: &str = "fenced";
+        let mut before = self.base_position()?.map(|position| (position.epoch, position.term));
+        let mut judged = 0;
+        for step in self.steps()? {
+            let Some(new) = step.position.map(|position| (position.epoch, position.term)) else { continue };
+            judged += 1;
+            if let Some(old) = before.filter(|old| new < *old) {
+                return fault(INVARIANT, format!("replica revision {}: {new:?} came after {old:?}", step.revision));
+            }
+            before = Some(new);
+        }
+        Ok(judged)
+    }
+
+    /// **Ordered**: the position of a following link only goes forward, in seq and in the origin's revisions. Returns the number of positions.
     pub fn ordered(&self) -> Result<usize, Fault> {
         const INVARIANT: &str = "ordered";
         let mut before = self.base_position()?;
@@ -147,24 +163,12 @@ impl Recording {
         for step in self.steps()? {
             let Some(now) = step.position else { continue };
             judged += 1;
-            if let Some(before) = &before {
-                let (old, new) = ((before.epoch, before.term), (now.epoch, now.term));
-                if new < old {
-                    return fault(
-                        INVARIANT,
-                        format!("replica revision {}: (epoch, term) fell to {new:?}", step.revision),
-                    );
-                }
-                let following = before.state == Phase::Following && now.state == Phase::Following;
-                if before.epoch == now.epoch && following {
-                    let old = (before.seq, before.origin_revision, before.carried_revision);
-                    let new = (now.seq, now.origin_revision, now.carried_revision);
-                    if new.0 < old.0 || new.1 < old.1 || new.2 < old.2 {
-                        return fault(
-                            INVARIANT,
-                            format!("replica revision {}: {new:?} came after {old:?}", step.revision),
-                        );
-                    }
+            let following = |position: &Position| position.state == Phase::Following;
+            if let Some(before) = before.filter(|p| p.epoch == now.epoch && following(p) && following(&now)) {
+                let old = (before.seq, before.origin_revision, before.carried_revision);
+                let new = (now.seq, now.origin_revision, now.carried_revision);
+                if new.0 < old.0 || new.1 < old.1 || new.2 < old.2 {
+                    return fault(INVARIANT, format!("replica revision {}: {new:?} came after {old:?}", step.revision));
                 }
             }
             before = Some(now);
@@ -312,181 +316,4 @@ impl Pair {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use etcd_ferry::model::{ClusterId, Digest, Epoch, Seq, Term, Waymark};
-
-    fn put(key: &str, value: &str) -> Change {
-        Change::Put { key: Bytes::from(key.to_owned()), value: Bytes::from(value.to_owned()) }
-    }
-
-    fn delete(key: &str) -> Change {
-        Change::Delete { key: Bytes::from(key.to_owned()) }
-    }
-
-    /// What the origin was told, revision by revision.
-    fn written() -> Vec<Acknowledged> {
-        let ack = |revision, changes| Acknowledged { revision: Revision(revision), changes };
-        vec![
-            ack(2, vec![put("/a", "1")]),
-            ack(3, vec![put("/a", "2"), put("/b", "2")]),
-            ack(4, vec![delete("/a")]),
-            ack(5, vec![put("/b", "5"), put("/c", "5")]),
-        ]
-    }
-
-    fn position(seq: u64, revision: u64) -> Change {
-        let position = Position {
-            epoch: Epoch(1),
-            term: Term(0),
-            seq: Seq(seq),
-            origin_cluster: ClusterId(7),
-            origin_revision: Revision(revision),
-            carried_revision: Revision(revision),
-            carried_digest: Digest::default(),
-            waymark: Waymark::default(),
-            ranges_digest: Digest::default(),
-            state: Phase::Following,
-            anchor_revision: Revision(1),
-            cursor: None,
-            part: 0,
-            part_digest: None,
-            skipped: Vec::new(),
-            held_back: None,
-            paused: None,
-            equal_revision: Revision(0),
-        };
-        Change::Put { key: LinkName::new("config").unwrap().position_key(), value: position.to_json().into() }
-    }
-
-    fn history(revisions: Vec<(u64, Vec<Change>)>) -> History {
-        let revisions = revisions.into_iter().map(|(revision, changes)| (Revision(revision), changes)).collect();
-        History { base_revision: Revision(1), base: KeyMap::new(), revisions }
-    }
-
-    /// A replica that applied each origin revision in one of its own: `changes` follow the position.
-    fn recording(applied: Vec<(u64, u64, Vec<Change>)>) -> Recording {
-        let with_position = |(at, (seq, revision, changes)): (u64, (u64, u64, Vec<Change>))| {
-            (at, std::iter::once(position(seq, revision)).chain(changes).collect())
-        };
-        Recording {
-            link: LinkName::new("config").unwrap(),
-            ranges: Ranges::new(&[], &[]),
-            origin: history(written().into_iter().map(|ack| (ack.revision.0, ack.changes)).collect()),
-            replica: history((10..).zip(applied).map(with_position).collect()),
-        }
-    }
-
-    fn good() -> Vec<(u64, u64, Vec<Change>)> {
-        (1..).zip(written()).map(|(seq, ack)| (seq, ack.revision.0, ack.changes)).collect()
-    }
-
-    fn invariant<T: fmt::Debug>(judged: Result<T, Fault>) -> &'static str {
-        judged.unwrap_err().invariant
-    }
-
-    #[test]
-    fn a_faithful_replica_passes_every_checker() {
-        let recording = recording(good());
-        assert_eq!(recording.check().unwrap(), 4);
-        assert_eq!(recording.ordered().unwrap(), 4);
-        assert_eq!(recording.once().unwrap(), 3, "the first position has none before it");
-        assert_eq!(recording.complete(&written()).unwrap(), 4);
-    }
-
-    #[test]
-    fn a_replica_that_merges_revisions_passes_too() {
-        let mut applied = good();
-        applied[2] = (4, 5, vec![delete("/a"), put("/b", "5"), put("/c", "5")]);
-        applied.truncate(3);
-        assert_eq!(recording(applied).check().unwrap(), 3);
-    }
-
-    #[test]
-    fn a_missing_revision_is_not_complete() {
-        let mut applied = good();
-        applied.truncate(3);
-        assert_eq!(invariant(recording(applied).complete(&written())), "complete");
-    }
-
-    #[test]
-    fn a_lost_delete_is_neither_complete_nor_whole() {
-        let mut applied = good();
-        applied[2].2.clear();
-        assert_eq!(invariant(recording(applied.clone()).complete(&written())), "complete");
-        assert_eq!(invariant(recording(applied).whole()), "whole");
-    }
-
-    #[test]
-    fn an_acknowledgement_that_the_origins_history_lacks_is_noticed() {
-        let mut recording = recording(good());
-        recording.origin.revisions.remove(&Revision(3));
-        assert_eq!(invariant(recording.complete(&written())), "complete");
-    }
-
-    #[test]
-    fn a_torn_revision_is_not_whole() {
-        let mut applied = good();
-        applied[1].2.pop();
-        assert_eq!(invariant(recording(applied).whole()), "whole");
-    }
-
-    #[test]
-    fn a_torn_revision_under_a_position_that_copies_is_not_judged() {
-        let mut torn = recording(good());
-        for changes in torn.replica.revisions.values_mut() {
-            let Change::Put { key, value } = &changes[0] else { continue };
-            let json = String::from_utf8(value.to_vec()).unwrap().replace("following", "copying");
-            changes[0] = Change::Put { key: key.clone(), value: json.into() };
-        }
-        torn.replica.revisions.values_mut().for_each(|changes| changes.truncate(2));
-        assert_eq!(torn.whole().unwrap(), 0);
-    }
-
-    #[test]
-    fn a_position_ahead_of_its_changes_is_not_whole() {
-        let mut applied = good();
-        applied[0].1 = 3;
-        assert_eq!(invariant(recording(applied).whole()), "whole");
-    }
-
-    #[test]
-    fn revisions_in_another_order_are_not_ordered() {
-        let mut applied = good();
-        applied.swap(1, 2);
-        assert_eq!(invariant(recording(applied.clone()).ordered()), "ordered");
-        assert_eq!(invariant(recording(applied).whole()), "whole");
-    }
-
-    #[test]
-    fn a_repeated_revision_is_not_once() {
-        let mut applied = good();
-        let again = applied[3].clone();
-        applied.push(again);
-        assert_eq!(invariant(recording(applied).once()), "once");
-    }
-
-    #[test]
-    fn a_seq_that_skips_or_stretches_is_not_once() {
-        let mut applied = good();
-        applied[2].0 = 4;
-        applied[3].0 = 5;
-        assert_eq!(invariant(recording(applied).once()), "once");
-    }
-
-    #[test]
-    fn a_change_beside_the_position_is_not_once() {
-        let mut recording = recording(good());
-        recording.replica.revisions.insert(Revision(50), vec![put("/b", "5")]);
-        assert_eq!(invariant(recording.once()), "once");
-    }
-
-    #[test]
-    fn one_differing_key_is_not_equal_and_is_named_without_its_value() {
-        let map = |value: &str| KeyMap::from([(Bytes::from_static(b"/a"), Bytes::from(value.to_owned()))]);
-        assert_eq!(equal(&map("same"), &map("same")), Ok(1));
-        let fault = equal(&map("here"), &map("there-value")).unwrap_err().to_string();
-        assert!(fault.contains("/a") && !fault.contains("there-value"), "{fault}");
-        assert_eq!(invariant(equal(&map("1"), &KeyMap::new())), "equal");
-    }
-}
+mod tests;

@@ -1,9 +1,9 @@
 //! Job: faults of a running pair of regions, each with its end: processes, lines, files, leaders, compaction.
-//! Input: `Regions` that run, a seed. Output: the fault is there for a while, then gone; how often each kind was.
+//! Input: `Regions` that run, a seed. Output: the fault is there for a while, then gone; what was done, where that could be nothing.
 //! Always true: one fault is ended before the next of its target begins; of a cluster of three, two members always run; compaction spares
 //! only what the recorder has not seen yet.
 
-use super::bender::Aim;
+use super::bender::{Aim, Bender};
 use super::pair::{LINK, link_name};
 use super::recording::Recorder;
 use super::regions::Regions;
@@ -23,9 +23,14 @@ use tokio::time::Instant;
 const COMPACTION_PERIOD: Duration = Duration::from_millis(100);
 const SLOW_ONE_WAY: Duration = Duration::from_millis(150);
 const SLOW_BYTES_PER_SECOND: u64 = 100_000;
-/// Acknowledgements and the like are small, frames and pages larger.
-const BYTES_BETWEEN_FLIPS: u64 = 2_000;
+/// What bits flip in, and in about each how many bytes: frames are large, what steers the link is small. No pages: a fault begins at a link
+/// that follows, and no copy runs there.
+const AIMS: [(Aim, u64); 5] =
+    [(Aim::SEALED_FRAMES, 2_000), (Aim::FRAMES, 2_000), (Aim::ACKS, 100), (Aim::HELLOS, 60), (Aim::HELLO_REPLIES, 100)];
 const FLIPS_MAX: u64 = 5;
+/// Within which something comes through that a bit can flip in, once no other fault is there: another sidecar may have to be elected first.
+const FLIP_WAIT_MAX: Duration = Duration::from_secs(15);
+const FLIP_LOOK_EVERY: Duration = Duration::from_millis(20);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Fault {
@@ -127,22 +132,42 @@ impl Fault {
     }
 }
 
+/// What was done by faults that may do nothing.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Done {
+    /// Bits that were flipped after TLS.
+    pub flips: u64,
+    pub compactions: u64,
+}
+
 /// Begins all of them at once, holds them for `length`, and ends them in turn.
-pub async fn strike(regions: &mut Regions, faults: &[Fault], length: Duration, origin: &Recorder, random: &mut StdRng) {
-    let mut begun = Vec::new();
+pub async fn strike(
+    regions: &mut Regions,
+    faults: &[Fault],
+    length: Duration,
+    origin: &Recorder,
+    random: &mut StdRng,
+) -> Done {
+    let (mut begun, mut done) = (Vec::new(), Done::default());
     for fault in faults {
         begun.push((*fault, begin(regions, *fault, random).await));
     }
     let until = Instant::now() + length;
+    let mut compacted = Revision(0);
     while Instant::now() < until {
-        if faults.contains(&Fault::Compaction) {
-            compact(regions, origin.seen()).await;
+        let seen = origin.seen();
+        if faults.contains(&Fault::Compaction) && seen > compacted && compact(regions, seen).await {
+            compacted = seen;
+            done.compactions += 1;
         }
         tokio::time::sleep(COMPACTION_PERIOD.min(until.saturating_duration_since(Instant::now()))).await;
     }
+    // The last one: where nothing comes through, no bit flips.
+    begun.sort_by_key(|(fault, _)| *fault == Fault::LinkBitsFlipped);
     for (fault, at) in begun {
-        end(regions, fault, at, random).await;
+        done.flips += end(regions, fault, at, random).await;
     }
+    done
 }
 
 /// Returns which one of several it befell.
@@ -180,20 +205,15 @@ async fn begin(regions: &mut Regions, fault: Fault, random: &mut StdRng) -> usiz
                 line.set_rate(Some(SLOW_BYTES_PER_SECOND));
             }
         }
-        Fault::LinkBitsFlipped => {
-            let aims = [Aim::SEALED_FRAMES, Aim::FRAMES, Aim::PAGES, Aim::ACKS, Aim::HELLOS, Aim::HELLO_REPLIES];
-            let aim = aims[random.random_range(0..aims.len())];
-            for bender in &regions.benders {
-                bender.bend(random.random(), aim, BYTES_BETWEEN_FLIPS, FLIPS_MAX);
-            }
-        }
+        Fault::LinkBitsFlipped => bend(regions, random),
         Fault::SidecarCutOffFromEtcd => regions.cut_off_from_etcd(at),
         Fault::Compaction => {}
     }
     at
 }
 
-async fn end(regions: &mut Regions, fault: Fault, at: usize, random: &mut StdRng) {
+/// Returns how many bits were flipped after TLS.
+async fn end(regions: &mut Regions, fault: Fault, at: usize, random: &mut StdRng) -> u64 {
     match fault {
         Fault::OriginSidecarKilled | Fault::SpoolBitFlipped => regions.origin_sidecars[at].restart().await,
         Fault::OriginSidecarPaused => regions.origin_sidecars[at].resume(),
@@ -212,7 +232,7 @@ async fn end(regions: &mut Regions, fault: Fault, at: usize, random: &mut StdRng
                 line.set_rate(None);
             }
         }
-        Fault::LinkBitsFlipped => regions.benders.iter().for_each(|bender| _ = bender.rest()),
+        Fault::LinkBitsFlipped => return flipped(&regions.benders).await,
         Fault::SidecarCutOffFromEtcd => {
             // Some come back to connections that lost bytes, some to none.
             if random.random() {
@@ -222,18 +242,43 @@ async fn end(regions: &mut Regions, fault: Fault, at: usize, random: &mut StdRng
         }
         Fault::OriginLeaderMoved | Fault::Compaction => {}
     }
+    0
 }
 
-/// As far as the recorder has seen: a history with a hole judges nothing. A member that does not answer is compacted the next time.
-async fn compact(regions: &Regions, seen: Revision) {
+fn bend(regions: &Regions, random: &mut StdRng) {
+    let (aim, bytes_between) = AIMS[random.random_range(0..AIMS.len())];
+    for bender in &regions.benders {
+        bender.bend(random.random(), aim, bytes_between, FLIPS_MAX);
+    }
+    // A link that follows says no hello.
+    if [Aim::HELLOS, Aim::HELLO_REPLIES].contains(&aim) {
+        regions.peer_lines.iter().flatten().for_each(super::LinkProxy::reset);
+    }
+}
+
+/// Ends it once a bit has flipped, or none will. Returns how many did.
+async fn flipped(benders: &[Bender]) -> u64 {
+    let deadline = Instant::now() + FLIP_WAIT_MAX;
+    while benders.iter().all(|bender| bender.flips() == 0) && Instant::now() < deadline {
+        tokio::time::sleep(FLIP_LOOK_EVERY).await;
+    }
+    benders.iter().map(Bender::rest).sum()
+}
+
+/// As far as the recorder has seen: a history with a hole judges nothing. False if no member answers; it is tried again the next time.
+async fn compact(regions: &Regions, seen: Revision) -> bool {
     for member in regions.origin.iter().filter(|member| member.is_running()) {
         let Ok(mut client) = member.access().try_client().await else { continue };
         let options = CompactionOptions::new().with_physical();
         let compacted = tokio::time::timeout(COMPACTION_PERIOD, client.compact(seen.to_etcd(), Some(options))).await;
-        if compacted.is_ok_and(|answer| answer.is_ok()) {
-            return;
+        match compacted {
+            Ok(Ok(_)) => return true,
+            // A member that was too slow to say so has done it.
+            Ok(Err(error)) if error.to_string().contains("has been compacted") => return true,
+            Ok(Err(_)) | Err(_) => {}
         }
     }
+    false
 }
 
 /// To the member of this number, or the next one if it leads already.
