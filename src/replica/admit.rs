@@ -48,6 +48,23 @@ impl Admit {
         admit
     }
 
+    /// What the dedupe log remembers of the newest epoch: the digests of the seqs that end it without a gap. `recent`: in order.
+    pub fn remembering(recent: &[(Epoch, Seq, Digest)]) -> Self {
+        let Some((epoch, last, _)) = recent.last().copied() else {
+            return Self::new(Epoch(0), Term(0), Seq(0), []);
+        };
+        let mut digests = Vec::new();
+        let mut expected = last;
+        for (of, seq, digest) in recent.iter().rev() {
+            if *of != epoch || *seq != expected {
+                break;
+            }
+            digests.push(*digest);
+            expected = Seq(seq.0.saturating_sub(1));
+        }
+        Self::new(epoch, Term(0), last, digests.into_iter().rev())
+    }
+
     pub fn epoch(&self) -> (Epoch, Term) {
         (self.epoch, self.term)
     }

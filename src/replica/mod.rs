@@ -145,7 +145,7 @@ impl ReplicaLink {
             commands: incoming,
             view: view_sender,
         });
-        let admit = remembered_by(&remembered.recent);
+        let admit = Admit::remembering(&remembered.recent);
         let end = Arc::new(LinkEnd {
             config: self.receive,
             etcd: self.etcd,
@@ -233,23 +233,6 @@ impl ReplicaTask {
 /// Compacts the etcd that these links are applied to, which may come and go.
 pub fn compactor(etcd: Arc<Gate>, config: CompactConfig, reads: watch::Receiver<Vec<Arc<Reads>>>) -> Compactor {
     Compactor { etcd, config, reads }
-}
-
-/// What the dedupe log remembers of the newest epoch: the digests of the seqs that end it without a gap.
-fn remembered_by(recent: &[(Epoch, Seq, Digest)]) -> Admit {
-    let Some((epoch, last, _)) = recent.last().copied() else {
-        return Admit::new(Epoch(0), Term(0), Seq(0), []);
-    };
-    let mut digests = Vec::new();
-    let mut expected = last;
-    for (of, seq, digest) in recent.iter().rev() {
-        if *of != epoch || *seq != expected {
-            break;
-        }
-        digests.push(*digest);
-        expected = Seq(seq.0.saturating_sub(1));
-    }
-    Admit::new(epoch, Term(0), last, digests.into_iter().rev())
 }
 
 /// The revision that an earlier process was refused, if the journal still holds it as its first.

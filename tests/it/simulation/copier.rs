@@ -53,6 +53,7 @@ impl Replica {
                     self.copying = None;
                     return self.refuse(kind, reason);
                 }
+                Err(StepError::Trouble(Trouble::Crashed, _)) => return,
                 Err(StepError::Trouble(trouble, sent_bytes)) => {
                     self.learn(trouble, sent_bytes);
                     if self.stopped {
@@ -116,6 +117,7 @@ impl Replica {
         let first = copying.first_position(&ranges);
         let epoch = first.epoch;
         self.commit_step(first, nothing(), 0, context)?;
+        self.survive(100, "receiver crashed between epoch and journal", context)?;
         self.restart_journal(epoch);
         if let Some(copying) = &mut self.copying {
             copying.opened(&ranges);

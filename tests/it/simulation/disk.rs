@@ -147,8 +147,9 @@ impl<T: FeedEntry> Disk<T> {
     }
 
     pub fn trim(&mut self, index: u64) {
-        let index = index.min(self.covered);
+        let (index, before) = (index.min(self.covered), self.base());
         self.log().trim(index).expect("the disk trims");
+        assert!(self.base() <= before.max(index), "trimmed up to {index}, and gone is all up to {}", self.base());
         self.find_active_if_moved();
     }
 

@@ -40,6 +40,8 @@ pub struct Judge {
     /// Which histories the present run of the replica may still be following.
     follows: BTreeSet<usize>,
     before: Option<Position>,
+    /// The highest of the origin's revisions that any position has said to be in.
+    reached: Revision,
     /// The origin's revision at which the present epoch began.
     anchor: Revision,
     foreign: BTreeSet<Bytes>,
@@ -57,6 +59,7 @@ impl Judge {
             histories: vec![first],
             follows: BTreeSet::from([0]),
             before: None,
+            reached: Revision(0),
             anchor: Revision(0),
             foreign: BTreeSet::new(),
             judged: 0,
@@ -130,6 +133,15 @@ impl Judge {
         self.before.as_ref()
     }
 
+    /// A spool that has let go of more has lost it.
+    pub fn may_forget(&self, through: Revision) -> Result<(), Fault> {
+        let reached = self.reached;
+        if through <= reached {
+            return Ok(());
+        }
+        Err(Fault::new("complete", format!("the spool forgets up to {through}, and no position was past {reached}")))
+    }
+
     /// A transaction of the link was committed.
     pub fn link_wrote(&mut self, written: &[Change], state: &Keys) -> Result<(), Fault> {
         let mut now = None;
@@ -146,6 +158,7 @@ impl Judge {
         let Some(now) = now else {
             return Err(Fault::new("once", format!("{} keys were written without the position", keys.len())));
         };
+        self.reached = self.reached.max(now.origin_revision);
         let before = self.before.replace(now.clone());
         let opens = before.as_ref().is_none_or(|before| before.epoch != now.epoch);
         if opens || (now.state == Phase::Copying && now.seq == Seq(0)) {

@@ -6,6 +6,7 @@
 //! `SEED=n` runs that seed alone; `SEEDS=n` runs so many (`make soak`).
 
 mod copier;
+mod dedupe;
 mod disk;
 mod etcd;
 mod judge;
@@ -22,6 +23,7 @@ mod world;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 const SEEDS: u64 = 2_000;
 /// Failing seeds that are told of in full.
@@ -30,7 +32,7 @@ const FAILURES_SHOWN: usize = 3;
 const HEADS_SHOWN: usize = 40;
 
 /// What must have happened over all seeds.
-const MUST_HAPPEN: [&str; 63] = [
+const MUST_HAPPEN: [&str; 77] = [
     "frame damaged",
     "frame dropped",
     "frame repeated",
@@ -47,6 +49,8 @@ const MUST_HAPPEN: [&str; 63] = [
     "reset",
     "standalone frame",
     "duplicates",
+    "framed anew",
+    "two senders",
     "hello lost",
     "hello fenced",
     "hello takes over",
@@ -74,6 +78,13 @@ const MUST_HAPPEN: [&str; 63] = [
     "base copy complete",
     "sender crashed",
     "receiver crashed",
+    "sender crashed between spool and copy",
+    "sender crashed between note and stop",
+    "receiver crashed between journal and dedupe log",
+    "receiver crashed between commit and trim",
+    "receiver crashed between trim and done",
+    "receiver crashed between epoch and journal",
+    "receiver crashed between claim and session",
     "stream broken",
     "watch broken",
     "origin compacted",
@@ -82,6 +93,11 @@ const MUST_HAPPEN: [&str; 63] = [
     "election",
     "spool lost",
     "journal lost",
+    "dedupe log lost",
+    "dedupe log read from files",
+    "dedupe log ahead of the journal",
+    "dedupe log behind the journal",
+    "repeat and conflict known after a restart",
     "replica restored",
     "origin restored",
     "origin replaced",
@@ -186,10 +202,11 @@ fn whatever_fails_on_the_way_the_replica_is_the_origin_at_each_of_its_positions_
         assert!(sum.failures.is_empty(), "\n{}\n", sum.failures.join("\n"));
         return;
     }
-    let seeds = number_in("SEEDS").unwrap_or(SEEDS);
+    let (seeds, started) = (number_in("SEEDS").unwrap_or(SEEDS), Instant::now());
     let sum = run_all(seeds);
+    let seconds = started.elapsed().as_secs_f64();
     let (failed, shown) = (sum.failures.len(), sum.failures.iter().take(FAILURES_SHOWN).cloned().collect::<Vec<_>>());
-    println!("{} transactions judged; {:#?}", sum.judged, sum.counts);
+    println!("{} transactions judged; {:#?}\n{seeds} seeds took {seconds:.1} s", sum.judged, sum.counts);
     let heads: Vec<&str> = sum.failures.iter().filter_map(|failure| failure.lines().next()).take(HEADS_SHOWN).collect();
     assert!(shown.is_empty(), "\n{}\n\n{failed} of {seeds} seeds failed:\n{}\n", shown.join("\n\n"), heads.join("\n"));
     let outcomes = OUTCOMES.iter().map(|outcome| format!("resume {outcome}"));

@@ -22,6 +22,7 @@ use etcd_ferry::wire::replicate::refusal::Kind;
 use etcd_ferry::wire::replicate::{CopyAck, Progress};
 use etcd_ferry::wire::window::{Encoder, WindowLimits};
 use remember::write;
+use std::collections::BTreeSet;
 
 const PAGES_IN_FLIGHT_MAX: u64 = 3;
 const FRAMES_IN_FLIGHT_MAX: usize = 64;
@@ -46,6 +47,8 @@ pub struct Origin {
     followed: Option<(Epoch, Seq)>,
     /// Stands for a sidecar of a version without waymarks.
     pub writes_waymarks: bool,
+    /// For a count alone: it outlives the process.
+    framed: Framed,
 }
 
 pub struct Session {
@@ -89,6 +92,7 @@ impl Origin {
             stopped: None,
             followed: None,
             writes_waymarks,
+            framed: Framed::default(),
         }
     }
 
@@ -96,6 +100,17 @@ impl Origin {
     pub fn start_again(&mut self, ranges: Ranges) {
         self.tail.start_again(ranges);
         (self.session, self.known_epoch, self.resync, self.stopped) = (None, Epoch(0), None, None);
+    }
+
+    /// An error now and then: the process has died here, between two things that last. `what`: as it is counted.
+    fn survive(&mut self, permille: usize, what: &str, context: &mut Context) -> Result<(), End> {
+        if !context.fails(permille, what) {
+            return Ok(());
+        }
+        let kept_by_kernel = context.random.percent(40);
+        self.tail.spool.crash(kept_by_kernel, &mut context.random);
+        self.start_again(self.tail.ranges.clone());
+        Err(End::Again("its process has died".to_owned()))
     }
 
     /// Ships in a new term; a wish was for an earlier one.
@@ -111,7 +126,11 @@ impl Origin {
 
     fn end(&mut self, end: End, etcd: &mut Etcd, context: &mut Context) {
         if let End::OtherHistory(reason) = &end {
+            let notes = self.followed.is_some();
             self.remember(reason, etcd, context);
+            if notes && self.survive(200, "sender crashed between note and stop", context).is_err() {
+                return;
+            }
         }
         match end {
             End::Again(reason) => context.note(|| format!("{} says hello again: {reason}", self.name)),
@@ -144,10 +163,18 @@ impl Origin {
         })
     }
 
-    fn trim_as_known(&mut self) {
-        if let Some(session) = &self.session {
-            self.tail.spool.trim(session.shipped.acked.position_revision.0);
+    fn trim_as_known(&mut self, context: &mut Context) {
+        let known = self.session.as_ref().map(|session| session.shipped.acked.position_revision);
+        if let Some(through) = known {
+            self.trim(through, context);
         }
+    }
+
+    fn trim(&mut self, through: Revision, context: &mut Context) {
+        if let Err(fault) = context.judge.may_forget(through) {
+            context.fail(fault);
+        }
+        self.tail.spool.trim(through.0);
     }
 
     fn copy(
@@ -166,6 +193,7 @@ impl Origin {
                 let head = etcd.head();
                 let opened = self.tail.restart(head, None, etcd, context);
                 opened.map_err(|state| End::Again(format!("the watch did not open: {state:?}")))?;
+                self.survive(80, "sender crashed between spool and copy", context)?;
                 head
             }
         };
@@ -258,6 +286,9 @@ impl Origin {
             format!("{} ships seq {first} and {} more, revisions {from} to {to}", self.name, revisions.len() - 1)
         });
         session.line.ship(context, Shipment::Frame(frame));
+        if self.framed.add(epoch, first, session.shipped.seq) {
+            context.count("framed anew");
+        }
         Ok(())
     }
 
@@ -324,7 +355,7 @@ impl Origin {
             session.epoch = epoch;
             session.shipped.open_epoch(anchor);
             session.shipped.follow(anchor);
-            self.trim_as_known();
+            self.trim_as_known(context);
         }
         Ok(())
     }
@@ -345,7 +376,7 @@ impl Origin {
                 let moved = session.shipped.acknowledge(&ack, copying);
                 let moved = moved.map_err(|untrue| End::Again(untrue.to_string()))?;
                 if let Some(through) = moved.trim {
-                    self.tail.spool.trim(through.0);
+                    self.trim(through, context);
                 }
                 Ok(())
             }
@@ -377,6 +408,24 @@ impl Origin {
                 })
             }
         }
+    }
+}
+
+/// The frames of one epoch that were shipped, each by its first and last seq.
+#[derive(Default)]
+struct Framed {
+    epoch: Epoch,
+    frames: BTreeSet<(Seq, Seq)>,
+}
+
+impl Framed {
+    /// True if some of its revisions came before, in another frame.
+    fn add(&mut self, epoch: Epoch, first: Seq, last: Seq) -> bool {
+        if self.epoch != epoch {
+            *self = Self { epoch, frames: BTreeSet::new() };
+        }
+        let again = self.frames.iter().any(|(from, to)| *from <= last && first <= *to);
+        self.frames.insert((first, last)) && again
     }
 }
 

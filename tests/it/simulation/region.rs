@@ -43,6 +43,8 @@ pub enum Trouble {
     Lost,
     TooManyOps,
     TooLarge,
+    /// Who waited has died.
+    Crashed,
 }
 
 impl Context {

@@ -1,13 +1,15 @@
 //! Job: a replica's sidecar, stepped: the product's journal files, plans and positions, with the calls between them.
 //! Input: what its stream took in, etcd's answers. Output: requests to the replica's etcd.
-//! Synchronous; its journal is on a disk that can be torn.
+//! Synchronous; its journal is on a disk that can be torn, its dedupe log on one that is synced later.
 //! Always true: whatever decides is the product's; this file only carries values from one decision to the next, as the edges do.
 
 mod hello;
+mod restart;
 mod stream;
 
 pub use self::hello::{Hello, HelloAnswer, HelloRefused};
 
+use super::dedupe::{DedupeLog, Remembered};
 use super::disk::Disk;
 use super::etcd::{Answer, Refused};
 use super::region::{Context, Trouble, trouble_of};
@@ -32,9 +34,14 @@ pub struct Replica {
     pub name: String,
     pub link: LinkName,
     pub limits: RequestLimits,
+    /// What it begins with, before it learns.
+    configured: RequestLimits,
     /// As a file keeps them.
     pub ranges: Option<Ranges>,
     pub journal: Disk<JournalEntry>,
+    pub dedupe: DedupeLog,
+    /// What the dedupe log gave back at the start, until the first hello.
+    remembered: Option<Vec<Remembered>>,
     pub held: Option<(Option<Position>, Revision)>,
     expected: Option<Position>,
     read_through: Seq,
@@ -75,13 +82,17 @@ pub struct Stream {
 }
 
 impl Replica {
-    pub fn start(name: String, link: LinkName, dir: PathBuf, limits: RequestLimits) -> Self {
+    /// `journal`: its folder.
+    pub fn start(name: String, link: LinkName, journal: PathBuf, dedupe: DedupeLog, configured: RequestLimits) -> Self {
         Self {
             name,
             link,
-            limits,
+            limits: configured,
+            configured,
             ranges: None,
-            journal: Disk::open(dir, 24 << 10),
+            journal: Disk::open(journal, 24 << 10),
+            dedupe,
+            remembered: None,
             held: None,
             expected: None,
             read_through: Seq(0),
@@ -102,31 +113,6 @@ impl Replica {
             admit: Admit::new(Epoch(0), Term(0), Seq(0), []),
             stream: None,
         }
-    }
-
-    /// Everything in memory is gone; the journal is what its disk kept.
-    pub fn crash(&mut self, kept_by_kernel: bool, configured: RequestLimits, context: &mut Context) {
-        if let Some(in_flight) = &self.in_flight {
-            context.drop_pending(in_flight.number);
-        }
-        self.journal.crash(kept_by_kernel, &mut context.random);
-        let epoch = Epoch(self.journal.tag);
-        let entries = self.journal.read_after(self.journal.base(), usize::MAX).unwrap_or_default();
-        let last = Seq(self.journal.covered);
-        self.admit = Admit::new(epoch, Term(0), last, entries.iter().map(|entry| entry.digest));
-        self.held = None;
-        self.expected = None;
-        self.start_afresh(Seq(0));
-        self.limits = configured;
-        self.guard_failures = 0;
-        self.in_flight = None;
-        self.waymark = Waymark::default();
-        self.progress = None;
-        (self.stopped, self.given_up) = (false, false);
-        self.claim = None;
-        self.copying = None;
-        self.refusal = None;
-        self.stream = None;
     }
 
     pub fn waiting_bytes(&self) -> usize {
@@ -224,7 +210,8 @@ impl Replica {
         }
         if self.held.is_none() {
             let _ = self.read_position(context);
-            return self.publish();
+            let _ = self.publish(context);
+            return;
         }
         if !self.follows() {
             return;
@@ -323,7 +310,8 @@ impl Replica {
             Answered::Committed => {
                 self.guard_failures = 0;
                 self.waiting.drain(..revisions.min(self.waiting.len()));
-                self.publish();
+                // Where it dies of that, nothing is left to be done.
+                let _ = self.publish(context);
             }
             Answered::GuardFailed => {
                 context.count("guard of a range delete failed");
@@ -352,6 +340,7 @@ impl Replica {
     pub fn learn(&mut self, trouble: Trouble, sent_bytes: usize) {
         let refusal = match trouble {
             Trouble::Lost => return self.doubt(),
+            Trouble::Crashed => return,
             Trouble::TooManyOps => LimitRefusal::TooManyOps,
             Trouble::TooLarge => LimitRefusal::TooLarge { sent_bytes },
         };
@@ -382,7 +371,7 @@ impl Replica {
             Ok(answer) => {
                 let judged = self.judge(answer, next);
                 if judged == Answered::Committed {
-                    self.publish();
+                    self.publish(context)?;
                 }
                 Ok(judged)
             }
@@ -394,14 +383,14 @@ impl Replica {
         }
     }
 
-    fn publish(&mut self) {
-        let seq = match &self.held {
-            Some((position, _)) => position.as_ref().map(|p| p.seq),
-            None => None,
-        };
-        if let Some(seq) = seq {
-            self.journal.trim(seq.0);
-        }
+    /// Journal and dedupe log may let go of what the position covers.
+    fn publish(&mut self, context: &mut Context) -> Result<(), Trouble> {
+        let Some((epoch, seq)) = self.position().map(|position| (position.epoch, position.seq)) else { return Ok(()) };
+        self.survive(3, "receiver crashed between commit and trim", context)?;
+        self.journal.trim(seq.0);
+        self.survive(3, "receiver crashed between trim and done", context)?;
+        self.dedupe.done_through(epoch, seq);
+        Ok(())
     }
 
     fn persist_idle(&mut self, context: &mut Context) {

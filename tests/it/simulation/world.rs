@@ -6,6 +6,7 @@
 mod disasters;
 mod rest;
 
+use super::dedupe::DedupeLog;
 use super::disk::Disk;
 use super::etcd::Etcd;
 use super::judge::{Fault, Judge};
@@ -27,6 +28,8 @@ const ROUNDS_MAX: usize = 600;
 const SPOOL_BYTES_MAX: u64 = 16 << 10;
 /// The largest record beyond a limit: one batch that was taken below it.
 const BATCH_BYTES_MAX: u64 = 64 << 10;
+/// Seeds whose dedupe logs are on files.
+const DEDUPE_FILES_PERCENT: usize = 25;
 
 /// Which disasters a seed may bring.
 struct May {
@@ -39,6 +42,20 @@ struct May {
     elections: bool,
 }
 
+impl May {
+    fn choose(random: &mut Random) -> Self {
+        Self {
+            foreign: random.percent(25),
+            restore_replica: random.percent(25),
+            restore_origin: random.percent(30),
+            replace_origin: random.percent(7),
+            change_ranges: random.percent(10),
+            lose_disks: random.percent(15),
+            elections: random.percent(25),
+        }
+    }
+}
+
 pub struct World {
     context: Context,
     origin: Etcd,
@@ -47,7 +64,6 @@ pub struct World {
     may: May,
     ranges: Vec<Ranges>,
     ranges_now: usize,
-    configured: RequestLimits,
     dir: PathBuf,
     last_number: u64,
     last_value: u64,
@@ -137,15 +153,7 @@ impl World {
             position_key_bytes: link.position_key().len(),
             position_value_bytes_max: 700,
         };
-        let may = May {
-            foreign: random.percent(25),
-            restore_replica: random.percent(25),
-            restore_origin: random.percent(30),
-            replace_origin: random.percent(7),
-            change_ranges: random.percent(10),
-            lose_disks: random.percent(15),
-            elections: random.percent(25),
-        };
+        let may = May::choose(&mut random);
         let mut judge = Judge::new(&link, &ranges, origin.cluster);
         judge.origin_wrote(origin.head(), &[], origin.state());
         let mut context = Context::new(random, replica, judge);
@@ -154,13 +162,13 @@ impl World {
         }
         let (senders, receivers) = (context.random.between(1, 2), context.random.between(1, 2));
         let writes_waymarks = !context.random.percent(8);
+        let dedupe_on_files = context.random.percent(DEDUPE_FILES_PERCENT);
         let mut world = Self {
             origins: Vec::new(),
             replicas: Vec::new(),
             may,
             ranges,
             ranges_now: 0,
-            configured,
             dir: dir.to_owned(),
             last_number: 0,
             last_value: 0,
@@ -179,8 +187,10 @@ impl World {
             world.origins.push(Origin::start(name, link.clone(), Term(0), tail, writes_waymarks));
         }
         for at in 0..receivers {
-            let dir = world.dir.join(format!("journal{at}"));
-            world.replicas.push(Replica::start(format!("receiver {at}"), link.clone(), dir, configured));
+            let journal = world.dir.join(format!("journal{at}"));
+            let dedupe = DedupeLog::new(world.dir.join(format!("dedupe{at}")), dedupe_on_files);
+            let name = format!("receiver {at}");
+            world.replicas.push(Replica::start(name, link.clone(), journal, dedupe, configured));
         }
         for _ in 0..world.context.random.below(12) {
             world.write();
@@ -193,7 +203,7 @@ impl World {
     fn step(&mut self) {
         let random = &mut self.context.random;
         let (origin, replica) = (random.below(self.origins.len()), random.below(self.replicas.len()));
-        match random.below(100) {
+        match random.below(101) {
             0..14 => self.write(),
             14..32 => self.origins[origin].tail.step(&self.origin, &mut self.context),
             32..38 => step_disk(&mut self.origins[origin].tail.spool, &mut self.context),
@@ -204,7 +214,8 @@ impl World {
             80..91 => (0..2).for_each(|_| self.replicas[replica].apply(&mut self.context)),
             91..95 => self.context.commit_pending(),
             95..99 => step_disk(&mut self.replicas[replica].journal, &mut self.context),
-            _ => self.replicas[replica].look_again(),
+            99 => self.replicas[replica].look_again(),
+            _ => self.replicas[replica].dedupe.sync(),
         }
         self.disturb(origin, replica);
     }
@@ -264,6 +275,9 @@ impl World {
             self.last_number += 1;
             let to = self.context.random.below(self.replicas.len());
             origin.connect(self.last_number, to, &mut self.replicas[to], &mut self.origin, &mut self.context);
+            if self.origins.iter().filter(|origin| origin.session.is_some()).count() > 1 {
+                self.context.count("two senders");
+            }
         }
     }
 

@@ -158,13 +158,13 @@ impl Origin {
             Resume::Tail { .. } => Err(End::Again("the replica did not answer".to_owned())),
             Resume::ShipFromSpool { after } => {
                 self.open(greeted, stream).follow(after);
-                self.trim_as_known();
+                self.trim_as_known(context);
                 Ok(())
             }
             Resume::WatchFrom { after } => {
                 self.tail.restart(after, carried, etcd, context).map_err(failed)?;
                 self.open(greeted, stream).follow(after);
-                self.trim_as_known();
+                self.trim_as_known(context);
                 Ok(())
             }
             Resume::Copy { epoch, cursor: Some(cursor), .. } => {

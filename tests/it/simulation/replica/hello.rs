@@ -50,6 +50,8 @@ impl Replica {
                 if self.commit(*next, tree, context) != Ok(Answered::Committed) {
                     return Err(HelloRefused::Unavailable);
                 }
+                let survived = self.survive(50, "receiver crashed between claim and session", context);
+                survived.map_err(|_| HelloRefused::Unavailable)?;
                 Some(claim)
             }
         };
@@ -67,7 +69,7 @@ impl Replica {
         self.refusal = None;
         self.copy_ack = CopyAck::default();
         self.copy_session = hello.number;
-        self.publish();
+        self.publish(context).map_err(|_| HelloRefused::Unavailable)?;
         let position = self.position().cloned();
         if let Some(position) = &position {
             self.waymark = position.waymark;
@@ -80,6 +82,7 @@ impl Replica {
         if self.admit.open_epoch(epoch, hello.term, received.0).is_err() {
             self.admit = Admit::new(epoch, hello.term, received.0, []);
         }
+        self.judge_memory(context);
         self.stream = Some(Stream {
             number: hello.number,
             decoder: Decoder::new(hello.window),

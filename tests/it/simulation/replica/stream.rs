@@ -1,9 +1,10 @@
 //! Job: a simulated replica's end of a stream: the product's decoder and admission, and what is said of how far it is.
-//! Input: a line's shipments. Output: journal entries, steps of a copy; receipts.
+//! Input: a line's shipments. Output: journal entries, notes of them in the dedupe log, steps of a copy; receipts.
 //! Synchronous.
 //! Always true: as in the product's replica/stream.rs, whose calls it stands for; a stream that was refused takes and says nothing any more.
 
 use super::Replica;
+use crate::simulation::dedupe::notes_of;
 use crate::simulation::line::{Line, Receipt, Shipment};
 use crate::simulation::region::Context;
 use etcd_ferry::model::{Epoch, Phase, Revision, Seq, Waymark};
@@ -32,7 +33,10 @@ impl Replica {
             step @ (Shipment::Begin(_) | Shipment::Keys { .. } | Shipment::Page { .. } | Shipment::End { .. }) => {
                 if self.stream.as_ref().is_some_and(|stream| stream.number == number) && !self.stopped {
                     self.settle_in_flight(context);
-                    self.copy_step(&step, context);
+                    // It may have died of that.
+                    if self.stream.is_some() {
+                        self.copy_step(&step, context);
+                    }
                 }
                 Ok(())
             }
@@ -87,9 +91,18 @@ impl Replica {
         if entries.is_empty() {
             return Ok(());
         }
+        let notes = notes_of(&entries);
         if Epoch(self.journal.tag) != epoch || !self.journal.append(entries) {
             return Err((Kind::Closing, "the replica's journal does not take it".to_owned()));
         }
+        if context.fails(6, "receiver crashed between journal and dedupe log") {
+            // The journal's own thread was faster.
+            self.journal.write(&mut context.random);
+            self.journal.sync();
+            self.crash(true, context);
+            return Ok(());
+        }
+        self.dedupe.note(epoch, notes);
         Ok(())
     }
 

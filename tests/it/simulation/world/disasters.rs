@@ -19,7 +19,7 @@ impl World {
         }
         if self.context.fails(4, "receiver crashed") {
             let kept = self.context.random.percent(40);
-            self.replicas[replica].crash(kept, self.configured, &mut self.context);
+            self.replicas[replica].crash(kept, &mut self.context);
         }
         if self.context.fails(5, "stream broken") {
             self.origins[origin].session = None;
@@ -63,9 +63,12 @@ impl World {
             self.origins[origin].start_again(self.ranges[self.ranges_now].clone());
         }
         if self.may.lose_disks && self.context.fails(3, "journal lost") {
-            self.replicas[replica].crash(true, self.configured, &mut self.context);
             self.replicas[replica].journal.lose();
-            self.replicas[replica].crash(true, self.configured, &mut self.context);
+            self.replicas[replica].crash(true, &mut self.context);
+        }
+        if self.may.lose_disks && self.context.fails(3, "dedupe log lost") {
+            self.replicas[replica].dedupe.lose();
+            self.replicas[replica].crash(true, &mut self.context);
         }
         if self.may.restore_replica && self.context.random.permille(15) {
             self.replica_snapshot = Some((self.context.replica.clone(), self.context.judge.foreign()));

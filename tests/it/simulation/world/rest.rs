@@ -64,6 +64,7 @@ impl World {
             flush(&mut self.replicas[at].journal, &mut self.context);
             if round % 8 == 7 {
                 self.replicas[at].look_again();
+                self.replicas[at].dedupe.sync();
             }
         }
     }
