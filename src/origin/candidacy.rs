@@ -20,9 +20,6 @@ pub const LEASE_TTL: Duration = Duration::from_secs(5);
 pub const SHIPS_UNRENEWED_MAX: Duration = Duration::from_secs(4);
 /// A shipper renews, and looks at the candidates, so often.
 pub const RENEW_INTERVAL: Duration = Duration::from_secs(1);
-/// One for whom nobody stands by does so more rarely: all that hangs on it is how soon it sees another one come. Most of what an idle link
-/// costs is this.
-pub const RENEW_ALONE_INTERVAL: Duration = Duration::from_secs(2);
 /// A standby does so more often: how soon it sees that it leads is a part of every takeover.
 pub const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 /// A replica says something every 3 s on an open stream. A shipper that has heard nothing for so long gives way, if others stand by:
@@ -128,12 +125,6 @@ impl Unfit {
 pub fn gives_way(silent: Option<Duration>, patience: Duration, others: usize, unfit: Option<Unfit>) -> bool {
     let at_once = unfit == Some(Unfit::Compacted);
     others > 0 && (at_once || silent.is_some_and(|silent| silent >= patience))
-}
-
-/// When a shipper renews and looks next. `left`: of its patience with a replica that says nothing, which is nothing to wake for with nobody
-/// to give way to.
-pub fn renews_after(left: Duration, others: usize) -> Duration {
-    if others > 0 { RENEW_INTERVAL.min(left) } else { RENEW_ALONE_INTERVAL }
 }
 
 /// Where the replica is, and this sidecar's spool cannot go on from.
@@ -329,18 +320,6 @@ mod tests {
                 assert_eq!(next(own("a"), &candidates), taken);
             }
         }
-    }
-
-    #[test]
-    fn a_shipper_renews_in_time_and_wakes_to_give_way_when_its_patience_ends() {
-        for (left_ms, others, expected_ms) in
-            [(5_000, 1, 1_000), (300, 1, 300), (0, 2, 0), (300, 0, 2_000), (5_000, 0, 2_000)]
-        {
-            let after = renews_after(Duration::from_millis(left_ms), others);
-            assert_eq!(after, Duration::from_millis(expected_ms), "{left_ms} ms left, {others} others");
-        }
-        // One renewal may fail, which takes a second and a half and the wait until the next.
-        assert!(RENEW_ALONE_INTERVAL + Duration::from_millis(1_500) + LOOK_INTERVAL < LEASE_TTL);
     }
 
     #[test]

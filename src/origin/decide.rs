@@ -4,6 +4,7 @@
 //! Always true: nothing begins but as the resume table says; a watch that is refused for compaction is a new fact, and asked about again.
 
 use super::candidacy::{self, Gap, Unfit};
+use super::elect;
 use super::hello::Greeted;
 use super::history;
 use super::probe::{Probed, probe};
@@ -84,7 +85,7 @@ impl Shipper {
         loop {
             let decided = resume::decide(spool.as_ref(), &replica, &origin);
             if let (Some(after), Some(position)) = (decided.compacted_after(), &position) {
-                self.leave_to_others(Gap { epoch: position.epoch, after })?;
+                self.leave_to_others(&greeted.etcd, Gap { epoch: position.epoch, after }).await?;
             }
             let decided = match self.copy_wanted {
                 Some(differing) => resume::copy_instead(decided, position.as_deref(), differing),
@@ -102,8 +103,8 @@ impl Shipper {
 
     /// What this sidecar's spool lacks may be in that of one that stands by, whose watch was never cut: rather than compare both sides, it
     /// lets them try, once. `Err`: it does.
-    fn leave_to_others(&mut self, gap: Gap) -> Result<(), SessionEnd> {
-        let others = self.elected.borrow().others;
+    async fn leave_to_others(&mut self, etcd: &Etcd, gap: Gap) -> Result<(), SessionEnd> {
+        let others = elect::others(etcd, &self.origin.send.link, &self.origin.node).await.map_err(|e| at_origin(&e))?;
         if !candidacy::asks_others(gap, self.asked_others, others) {
             return Ok(());
         }

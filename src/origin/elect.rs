@@ -4,8 +4,8 @@
 //! Always true: while others stand by, `Shipper` is never said past the end of a lease; the key goes when the sidecar stops.
 
 use super::candidacy::{
-    self, Candidate, Enrolment, LEASE_TTL, LOOK_INTERVAL, Next, Own, PATIENCE_FIRST, Published, SHIPS_UNRENEWED_MAX,
-    Unfit,
+    self, Candidate, Enrolment, LEASE_TTL, LOOK_INTERVAL, Next, Own, PATIENCE_FIRST, Published, RENEW_INTERVAL,
+    SHIPS_UNRENEWED_MAX, Unfit,
 };
 use crate::etcd::gate::Gate;
 use crate::etcd::{Columns, Compare, CompareOp, Etcd, EtcdError, Lease, Txn, TxnOp};
@@ -76,13 +76,11 @@ pub struct ElectView {
     pub published: Option<Published>,
     /// How often this sidecar became the shipper.
     pub won: u64,
-    /// How many others stood when this one was last seen to lead.
-    pub others: usize,
 }
 
 impl Default for ElectView {
     fn default() -> Self {
-        Self { standing: Standing::Unknown { reason: String::new() }, published: None, won: 0, others: 0 }
+        Self { standing: Standing::Unknown { reason: String::new() }, published: None, won: 0 }
     }
 }
 
@@ -230,11 +228,6 @@ impl Election {
         match next {
             Next::Lead { term, others } => {
                 self.others = others;
-                // Before it leads in anyone's eyes: what it decides first may depend on it.
-                self.view.send_if_modified(|view| {
-                    view.others = others;
-                    false
-                });
                 if self.say(Standing::Shipper { term }) {
                     self.led_since = Instant::now();
                     self.view.send_modify(|view| view.won += 1);
@@ -252,8 +245,9 @@ impl Election {
                 if candidacy::gives_way(silent, self.patience, others, unfit) {
                     return self.give_way(term, unfit).await;
                 }
-                let left = silent.map_or(self.patience, |silent| self.patience.saturating_sub(silent));
-                candidacy::renews_after(left, others)
+                let left = silent.map_or(RENEW_INTERVAL, |silent| self.patience.saturating_sub(silent));
+                // With nobody to give way to, what is left of the patience is nothing to wake for.
+                if others > 0 { RENEW_INTERVAL.min(left) } else { RENEW_INTERVAL }
             }
             Next::StandBy { shipper, term } => {
                 self.logged.clear();
@@ -343,6 +337,11 @@ pub(super) async fn leads(etcd: &Etcd, link: &LinkName, node: &str, term: Term) 
     let seen = look(etcd, link).await?;
     let first = seen.candidates.iter().min_by_key(|candidate| candidate.term);
     Ok(first.is_some_and(|first| first.node == node && first.term == term))
+}
+
+/// How many others stand, by a linearizable read.
+pub(super) async fn others(etcd: &Etcd, link: &LinkName, node: &str) -> Result<usize, EtcdError> {
+    Ok(look(etcd, link).await?.candidates.iter().filter(|candidate| candidate.node != node).count())
 }
 
 fn delete_if(key: &[u8], condition: Compare) -> Txn {
