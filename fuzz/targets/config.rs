@@ -10,6 +10,6 @@ use libfuzzer_sys::fuzz_target;
 fuzz_target!(|data: &[u8]| {
     let Ok(text) = std::str::from_utf8(data) else { return };
     if let Err(faults) = Config::from_toml(text) {
-        assert!(!faults.to_string().is_empty());
+        assert!(faults.0.iter().all(|fault| !fault.field.is_empty() && !fault.rule.is_empty()) && !faults.0.is_empty());
     }
 });

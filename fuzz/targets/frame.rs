@@ -14,7 +14,10 @@ use libfuzzer_sys::fuzz_target;
 const PLAIN_BYTES_MAX: usize = 1 << 16;
 
 fn limits() -> WindowLimits {
-    WindowLimits { window_bytes_max: 1 << 14, frame: FrameLimits { plain_bytes_max: PLAIN_BYTES_MAX, revisions_max: 256 } }
+    WindowLimits {
+        window_bytes_max: 1 << 14,
+        frame: FrameLimits { plain_bytes_max: PLAIN_BYTES_MAX, revisions_max: 256 },
+    }
 }
 
 /// Revisions of a few small changes, by the bytes.

@@ -22,7 +22,8 @@ fuzz_target!(|data: &[u8]| {
         }
         log.sync().expect("a sync");
     }
-    let mut files: Vec<_> = fs::read_dir(dir.path()).expect("it is there").flatten().map(|entry| entry.path()).collect();
+    let mut files: Vec<_> =
+        fs::read_dir(dir.path()).expect("it is there").flatten().map(|entry| entry.path()).collect();
     files.retain(|path| path.extension().is_some_and(|extension| extension == "segment"));
     files.sort();
     let path = &files[usize::from(*choice >> 1) % files.len()];
