@@ -14,16 +14,17 @@ fuzz_target!(|data: &[u8]| {
     let [choice, at, data @ ..] = data else { return };
     let memory = std::path::Path::new("/dev/shm");
     let root = if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() };
-    let dir = tempfile::tempdir_in(root).expect("a folder");
+    let root = tempfile::tempdir_in(root).expect("a folder");
+    // Made by the log itself: one that others may look into is refused.
+    let dir = root.path().join("log");
     {
-        let (mut log, _) = SegmentLog::open(dir.path(), LIMITS, OnDamage::Refuse, &mut |_, _| ()).expect("a new log");
+        let (mut log, _) = SegmentLog::open(&dir, LIMITS, OnDamage::Refuse, &mut |_, _| ()).expect("a new log");
         for index in 1..=20 {
             log.append(index, &[index as u8; 300]).expect("room");
         }
         log.sync().expect("a sync");
     }
-    let mut files: Vec<_> =
-        fs::read_dir(dir.path()).expect("it is there").flatten().map(|entry| entry.path()).collect();
+    let mut files: Vec<_> = fs::read_dir(&dir).expect("it is there").flatten().map(|entry| entry.path()).collect();
     files.retain(|path| path.extension().is_some_and(|extension| extension == "segment"));
     files.sort();
     let path = &files[usize::from(*choice >> 1) % files.len()];
@@ -42,7 +43,7 @@ fuzz_target!(|data: &[u8]| {
         assert!(payload.len() <= LIMITS.record_bytes_max);
         shown += 1;
     };
-    let Ok((mut log, _)) = SegmentLog::open(dir.path(), LIMITS, OnDamage::SetAside, &mut visit) else { return };
+    let Ok((mut log, _)) = SegmentLog::open(&dir, LIMITS, OnDamage::SetAside, &mut visit) else { return };
     let last = log.last_index();
     let mut reader = log.read_after(log.base());
     let (mut before, mut payload) = (log.base(), Vec::new());
