@@ -56,6 +56,14 @@ impl BentPair {
         let counted = |entry: &Value| entry["counts"][name].as_u64().is_some_and(|count| count > 0);
         self.pair.replica_sidecar.wait_for(LINK, &format!("{name} to be counted"), counted).await;
     }
+
+    /// What was noticed is mended at once: the watchdog, which helps a link that stands still, had nothing to do.
+    async fn assert_never_stalled(&self) {
+        for sidecar in [&self.pair.origin_sidecar, &self.pair.replica_sidecar] {
+            let entry = sidecar.wait_for_state(LINK, "following").await;
+            assert_eq!(entry["counts"]["stalls"], 0, "{entry:#}");
+        }
+    }
 }
 
 /// Live frames under flips: at least `flips_wanted` are made, all are noticed, counted as `counted`, and cost nothing.
@@ -70,6 +78,7 @@ async fn flipped_live(aim: Aim, bytes_between: u64, flips_max: u64, flips_wanted
     let flips = bent.bender.rest();
     assert!(flips >= flips_wanted, "{flips} bits were flipped");
     bent.wait_for_count(counted).await;
+    bent.assert_never_stalled().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -96,6 +105,7 @@ async fn bits_flipped_while_catching_up_before_frames_were_sealed_are_noticed_an
     let flips = bent.bender.rest();
     assert!(flips >= 3, "{flips} bits were flipped");
     bent.wait_for_count("resets").await;
+    bent.assert_never_stalled().await;
 }
 
 /// Enough keys for some twenty pages' worth of compressed bytes.

@@ -138,6 +138,8 @@ async fn a_watch_that_stays_frozen_is_opened_anew_on_another_connection() {
     let last = acknowledged.last().unwrap().revision;
     pair.wait_applied_within(last, PATIENCE).await;
     pair.origin_sidecar.wait_for(LINK, "lag 0 without a thaw", |e| caught_up(e, last)).await;
+    let entry = pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    assert_eq!(entry["counts"]["stalls"], 0, "the watch's own silence is shorter than a stall: {entry:#}");
     let recording = pair.recorded(recorder).await;
     assert_eq!(recording.complete(&acknowledged).unwrap(), acknowledged.len());
     assert!(recording.check().unwrap() > 0);
