@@ -405,6 +405,7 @@ const TIB: u64 = 1 << 40;
 
 fn limits(s: &mut Section<'_>) -> Option<Limits> {
     let d = Limits::default();
+    let revision_max = wide(Limits::REVISION_BYTES_CEILING);
     let limits = Limits {
         spool_bytes_max: limit(s, "spool_bytes_max", d.spool_bytes_max, MIB, 16 * TIB),
         journal_bytes_max: limit(s, "journal_bytes_max", d.journal_bytes_max, MIB, 16 * TIB),
@@ -412,13 +413,7 @@ fn limits(s: &mut Section<'_>) -> Option<Limits> {
         queue_bytes_max: limit(s, "queue_bytes_max", d.queue_bytes_max, 64 * KIB, GIB),
         frame_bytes_max: limit(s, "frame_bytes_max", d.frame_bytes_max, 4 * KIB, 32 * MIB),
         window_bytes_max: limit(s, "window_bytes_max", d.window_bytes_max, 64 * KIB, GIB),
-        revision_bytes_max: limit(
-            s,
-            "revision_bytes_max",
-            d.revision_bytes_max,
-            64 * KIB,
-            wide(Limits::REVISION_BYTES_CEILING),
-        ),
+        revision_bytes_max: limit(s, "revision_bytes_max", d.revision_bytes_max, 64 * KIB, revision_max),
         txn_ops_max: limit(s, "txn_ops_max", d.txn_ops_max, 4, 65_536),
         request_bytes_max: limit(s, "request_bytes_max", d.request_bytes_max, 64 * KIB, 256 * MIB),
         page_keys_max: limit(s, "page_keys_max", d.page_keys_max, 1, 100_000),
