@@ -85,31 +85,12 @@ impl Met {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{ClusterId, Phase, Revision, Term, Waymark};
+    use crate::model::{Phase, Revision, Term};
 
     const RANGES: Digest = Digest([1; 16]);
 
     fn position(state: Phase) -> Position {
-        Position {
-            epoch: Epoch(3),
-            term: Term(0),
-            seq: Seq(40),
-            origin_cluster: ClusterId(1),
-            origin_revision: Revision(100),
-            carried_revision: Revision(90),
-            carried_digest: Digest([9; 16]),
-            waymark: Waymark::default(),
-            ranges_digest: RANGES,
-            state,
-            anchor_revision: Revision(10),
-            cursor: None,
-            part: 0,
-            part_digest: None,
-            skipped: Vec::new(),
-            held_back: None,
-            paused: None,
-            equal_revision: Revision(0),
-        }
+        Position { term: Term(0), ranges_digest: RANGES, state, anchor_revision: Revision(10), ..Position::of_tests() }
     }
 
     #[test]

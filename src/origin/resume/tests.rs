@@ -12,24 +12,12 @@ const CLUSTER: ClusterId = ClusterId(1);
 /// Following at revision 100, the last carried one 90.
 fn position() -> Position {
     Position {
-        epoch: Epoch(3),
         term: Term(0),
-        seq: Seq(40),
         origin_cluster: CLUSTER,
-        origin_revision: Revision(100),
-        carried_revision: Revision(90),
-        carried_digest: Digest([9; 16]),
         waymark: NOW,
         ranges_digest: Digest([1; 16]),
-        state: Phase::Following,
         anchor_revision: Revision(10),
-        cursor: None,
-        part: 0,
-        part_digest: None,
-        skipped: Vec::new(),
-        held_back: None,
-        paused: None,
-        equal_revision: Revision(0),
+        ..Position::of_tests()
     }
 }
 

@@ -4,7 +4,7 @@
 //! Always true: no etcd is asked.
 
 use super::*;
-use crate::model::{Epoch, Phase, Position, Seq, Term};
+use crate::model::{Epoch, Position, Seq, Term};
 use proptest::prelude::*;
 
 const PEER: ClusterId = ClusterId(7);
@@ -43,17 +43,8 @@ fn position(origin_cluster: ClusterId) -> String {
         origin_revision: Revision(5),
         carried_revision: Revision(5),
         carried_digest: Digest::default(),
-        waymark: Waymark::default(),
-        ranges_digest: Digest::default(),
-        state: Phase::Following,
         anchor_revision: Revision(1),
-        cursor: None,
-        part: 0,
-        part_digest: None,
-        skipped: Vec::new(),
-        held_back: None,
-        paused: None,
-        equal_revision: Revision(0),
+        ..Position::of_tests()
     };
     String::from_utf8(position.to_json()).unwrap()
 }

@@ -63,7 +63,7 @@ pub fn answered(succeeded: bool, found: Option<Revision>, held: Revision) -> Ans
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{ClusterId, Digest, Epoch, KeyRange, Phase, Seq, Term, Waymark};
+    use crate::model::{ClusterId, Digest, Epoch, KeyRange, Seq, Term};
 
     fn position() -> Position {
         Position {
@@ -74,17 +74,8 @@ mod tests {
             origin_revision: Revision(20),
             carried_revision: Revision(20),
             carried_digest: Digest::default(),
-            waymark: Waymark::default(),
-            ranges_digest: Digest::default(),
-            state: Phase::Following,
             anchor_revision: Revision(1),
-            cursor: None,
-            part: 0,
-            part_digest: None,
-            skipped: Vec::new(),
-            held_back: None,
-            paused: None,
-            equal_revision: Revision(0),
+            ..Position::of_tests()
         }
     }
 
