@@ -17,7 +17,7 @@
 //! etcd/              mod gate limits bisect(p) version(p) error watch: the narrow typed door to etcd
 //! pki/               mod answer(p) ask files life(p): this sidecar's pair, from a PKI that speaks Vault's API
 //! traces/            mod book(p) export span(p): spans of sampled revisions, for a collector
-//! tls/               mod (configurations) reload etcd_files accept connect recheck verify explain
+//! tls/               mod (configurations) reload stamps etcd_files accept connect recheck verify explain
 //! wire/              mod codec window(p) frame(p) body(p) cache(p) delta(p) digest(p) parts(p) limits(p) varint(p) kubernetes_like (tests)
 //! segment/           mod open file writer (append-only files) feed (memory first, then files), under spool and journal
 //! config/            mod read(p) layers(p) check(p) limits(p) pki(p) traces(p) files effective(p) change(p): raw to checked, all faults at once

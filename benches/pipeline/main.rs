@@ -15,6 +15,7 @@ mod proxy_cost;
 mod rates;
 mod report;
 mod rig;
+mod straight;
 mod works;
 
 use clap::Parser;

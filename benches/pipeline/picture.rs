@@ -10,11 +10,13 @@ use std::path::Path;
 const SIZE: (u32, u32) = (1_200, 460);
 const MIRROR: RGBColor = RGBColor(200, 80, 40);
 const FERRY: RGBColor = RGBColor(30, 100, 180);
+const STRAIGHT: RGBColor = RGBColor(130, 130, 130);
 
 fn colour(system: System) -> RGBColor {
     match system {
         System::MakeMirror => MIRROR,
         System::EtcdFerry => FERRY,
+        System::Straight => STRAIGHT,
     }
 }
 

@@ -1,4 +1,4 @@
-//! Job: the highest rate that is carried, for each system and for the origin's etcd alone.
+//! Job: the highest rate that is carried, for each system, for both etcds with nothing between them, and for the origin's etcd alone.
 //! Input: a `Scale`. Output: rows and trials of the report.
 //! Always true: a rate counts as carried only if p99 of its lag, from when a put was due, stays under the bound.
 
@@ -7,7 +7,7 @@ use crate::load::{Load, PREFIX, VALUE_BYTES, Values, drive, fill};
 use crate::report::{Bound, Report, Row, Trial, Unit};
 use crate::rig::{Line, Rig, System};
 use crate::say;
-use crate::works::{BOTH, Running, Scale};
+use crate::works::{Running, Scale};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -28,6 +28,8 @@ const TRIES: u32 = 3;
 pub struct Begin {
     pub make_mirror: f64,
     pub etcd_ferry: f64,
+    /// Of both etcds, with nothing but this process between them. `None`: not searched.
+    pub straight: Option<f64>,
     /// `None`: not searched.
     pub etcd_alone: Option<f64>,
 }
@@ -53,56 +55,66 @@ impl Search {
     }
 }
 
-/// The highest rate that is carried.
+/// The highest rate that each system carries, and what limits any.
 pub async fn highest(scale: &Scale, report: &mut Report) {
     let line = Line::Far;
-    let lag_max_ms = (line.one_way() + CARRIED_LAG).as_secs_f64() * 1e3;
-    let mut highest = [None; 2];
-    let alone = match scale.rates_from.etcd_alone {
-        Some(begin) => Some(Box::pin(of_etcd_alone(scale, begin, lag_max_ms, report)).await),
+    let begin = scale.rates_from;
+    let alone = match begin.etcd_alone {
+        Some(begin) => Some(Box::pin(of_etcd_alone(scale, begin, lag_max_ms(line), report)).await),
         None => None,
     };
-    for (at, system) in BOTH.into_iter().enumerate() {
-        let mut running = Running::start(system, line, scale.keys).await;
-        let begin = match system {
-            System::MakeMirror => scale.rates_from.make_mirror,
-            System::EtcdFerry => scale.rates_from.etcd_ferry,
-        };
-        let fine_step = if scale.whole() { FINE_STEP } else { f64::INFINITY };
-        let mut search = Search { begin, fine_step, carried: None, refused: None };
-        while let Some(rate) = search.next() {
-            let carried = is_carried(&mut running, scale, system, rate as u64, lag_max_ms, report).await;
-            *(if carried { &mut search.carried } else { &mut search.refused }) = Some(rate);
-        }
-        highest[at] = search.carried.map(f64::floor);
-        running.end().await;
-    }
+    let straight = match begin.straight {
+        Some(begin) => Some(Box::pin(highest_of(System::Straight, Line::Loopback, begin, scale, report)).await),
+        None => None,
+    };
+    let mirror = Box::pin(highest_of(System::MakeMirror, line, begin.make_mirror, scale, report)).await;
+    let ferry = Box::pin(highest_of(System::EtcdFerry, line, begin.etcd_ferry, scale, report)).await;
     let bound = Bound::AtLeast { times: 5.0 };
-    let row = Row::new("highest rate carried, revisions/s", line, Unit::Count, (highest[0], highest[1]), bound);
+    let row = Row::new("highest rate carried, revisions/s", line, Unit::Count, (mirror, ferry), bound);
     report.row(row.judged_if(scale.whole()));
-    if let Some(alone) = alone {
-        let work = "highest rate at which the origin's etcd alone answers so fast, revisions/s";
-        report.row(Row::new(work, Line::Loopback, Unit::Count, (alone, None), Bound::None));
+    let limits = [
+        ("the same of both etcds, from the watch straight into transactions", straight),
+        ("puts/s that the origin's etcd alone answers so fast", alone),
+    ];
+    for (what, highest) in limits {
+        if let Some(highest) = highest.flatten() {
+            let work = format!("{what}: {highest:.0}");
+            report.row(Row::new(work, Line::Loopback, Unit::Count, (None, None), Bound::None));
+        }
     }
+}
+
+fn lag_max_ms(line: Line) -> f64 {
+    (line.one_way() + CARRIED_LAG).as_secs_f64() * 1e3
+}
+
+async fn highest_of(system: System, line: Line, begin: f64, scale: &Scale, report: &mut Report) -> Option<f64> {
+    let mut running = Running::start(system, line, scale.keys).await;
+    let fine_step = if scale.whole() { FINE_STEP } else { f64::INFINITY };
+    let mut search = Search { begin, fine_step, carried: None, refused: None };
+    while let Some(rate) = search.next() {
+        let carried = is_carried(&mut running, scale, (system, line), rate as u64, report).await;
+        *(if carried { &mut search.carried } else { &mut search.refused }) = Some(rate);
+    }
+    running.end().await;
+    search.carried.map(f64::floor)
 }
 
 async fn is_carried(
     running: &mut Running,
     scale: &Scale,
-    system: System,
+    (system, line): (System, Line),
     rate: u64,
-    lag_max_ms: f64,
     report: &mut Report,
 ) -> bool {
     let puts = rate * scale.rate_seconds;
     let load = Load { values: Values::Kubernetes, keys: scale.keys, puts, rate: Some(rate) };
     for _ in 0..TRIES {
-        let line = Line::Far.name();
-        say(&format!("{rate} revisions/s for {} s, {line}, {}", scale.rate_seconds, system.name()));
+        say(&format!("{rate} revisions/s for {} s, {}, {}", scale.rate_seconds, line.name(), system.name()));
         running.judge_from_here().await;
         let trial = running.trial(load, rate, Some(system)).await;
         report.trials.push(trial);
-        if trial.p99_ms < lag_max_ms {
+        if trial.p99_ms < lag_max_ms(line) {
             return true;
         }
     }

@@ -1,4 +1,4 @@
-//! Job: two fresh etcds and what carries from one to the other: a pair of sidecars, or `etcdctl make-mirror` beside the destination.
+//! Job: two fresh etcds and what carries from one to the other: a pair of sidecars, `etcdctl make-mirror` beside the destination, or this process.
 //! Input: a system, a line. Output: a running `Rig`; its bytes on the line, CPU and memory.
 //! Always true: whatever crosses between the two sides crosses the proxy, which counts it; etcd syncs as it does in earnest.
 
@@ -8,6 +8,7 @@ use crate::bed::pair::{LINK, Pair, PairOptions, link_name};
 use crate::bed::process::Process;
 use crate::bed::recording::Recorder;
 use crate::bed::{LinkProxy, until};
+use crate::straight::Straight;
 use etcd_client::GetOptions;
 use etcd_ferry::model::{Phase, Ranges, Revision};
 use std::fs;
@@ -26,6 +27,8 @@ const CLOCK_TICKS_PER_SECOND: f64 = 100.0;
 pub enum System {
     MakeMirror,
     EtcdFerry,
+    /// No replicator, but what the etcds leave possible to one.
+    Straight,
 }
 
 impl System {
@@ -33,6 +36,7 @@ impl System {
         match self {
             Self::MakeMirror => "make-mirror",
             Self::EtcdFerry => "etcd-ferry",
+            Self::Straight => "straight from the watch",
         }
     }
 }
@@ -71,6 +75,7 @@ impl Line {
 pub enum Rig {
     Mirror { origin: Box<Etcd>, replica: Box<Etcd>, proxy: LinkProxy, process: Option<Process>, dir: TempDir },
     Ferry(Box<Pair>),
+    Straight { origin: Box<Etcd>, replica: Box<Etcd>, proxy: LinkProxy, carries: Option<Straight> },
 }
 
 /// What was used since some moment.
@@ -100,10 +105,12 @@ impl Rig {
     pub async fn prepare(system: System, line: Line) -> Self {
         let rig = match system {
             System::MakeMirror => {
-                let origin = Box::new(Box::pin(Etcd::start(roomy(EtcdOptions::origin()))).await);
-                let replica = Box::new(Box::pin(Etcd::start(roomy(EtcdOptions::replica()))).await);
-                let proxy = LinkProxy::start(origin.address()).await.unwrap();
+                let (origin, replica, proxy) = Self::etcds().await;
                 Self::Mirror { origin, replica, proxy, process: None, dir: tempfile::tempdir().unwrap() }
+            }
+            System::Straight => {
+                let (origin, replica, proxy) = Self::etcds().await;
+                Self::Straight { origin, replica, proxy, carries: None }
             }
             System::EtcdFerry => {
                 let (origin, replica) = (roomy(EtcdOptions::origin()), roomy(EtcdOptions::replica()));
@@ -120,6 +127,13 @@ impl Rig {
         rig
     }
 
+    async fn etcds() -> (Box<Etcd>, Box<Etcd>, LinkProxy) {
+        let origin = Box::new(Box::pin(Etcd::start(roomy(EtcdOptions::origin()))).await);
+        let replica = Box::new(Box::pin(Etcd::start(roomy(EtcdOptions::replica()))).await);
+        let proxy = LinkProxy::start(origin.address()).await.unwrap();
+        (origin, replica, proxy)
+    }
+
     /// Starts carrying; returns at once.
     pub fn carry(&mut self) {
         match self {
@@ -133,26 +147,27 @@ impl Rig {
                 pair.replica_sidecar.spawn();
                 pair.origin_sidecar.spawn();
             }
+            Self::Straight { origin, replica, carries, .. } => *carries = Some(Straight::start(origin, replica)),
         }
     }
 
     pub fn origin(&self) -> &Etcd {
         match self {
-            Self::Mirror { origin, .. } => origin,
+            Self::Mirror { origin, .. } | Self::Straight { origin, .. } => origin,
             Self::Ferry(pair) => &pair.origin,
         }
     }
 
     pub fn replica(&self) -> &Etcd {
         match self {
-            Self::Mirror { replica, .. } => replica,
+            Self::Mirror { replica, .. } | Self::Straight { replica, .. } => replica,
             Self::Ferry(pair) => &pair.replica,
         }
     }
 
     pub fn proxy(&self) -> &LinkProxy {
         match self {
-            Self::Mirror { proxy, .. } => proxy,
+            Self::Mirror { proxy, .. } | Self::Straight { proxy, .. } => proxy,
             Self::Ferry(pair) => &pair.proxy,
         }
     }
@@ -188,6 +203,7 @@ impl Rig {
         match self {
             Self::Mirror { process, .. } => process.iter().collect(),
             Self::Ferry(pair) => vec![pair.origin_sidecar.process(), pair.replica_sidecar.process()],
+            Self::Straight { .. } => Vec::new(),
         }
     }
 
@@ -249,6 +265,7 @@ impl Rig {
         match self {
             Self::Mirror { process, .. } => process.as_ref().map(Process::log).unwrap_or_default(),
             Self::Ferry(pair) => format!("link {LINK}: {}", pair.origin_sidecar.log()),
+            Self::Straight { .. } => String::new(),
         }
     }
 }

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt;
+use tokio::sync::watch;
 
 /// Which end of a link a status, metric or stage belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -370,6 +371,15 @@ pub struct CertificatesStatus {
 }
 
 impl LinkStatus {
+    /// Has `write` say how the link is now. Whoever waits for a change is woken only if something is other than before.
+    pub fn update(told: &watch::Sender<Self>, write: impl FnOnce(&mut Self)) {
+        told.send_if_modified(|status| {
+            let before = status.clone();
+            write(status);
+            *status != before
+        });
+    }
+
     pub fn new(link: LinkName, side: Side, peer: String) -> Self {
         Self {
             link,

@@ -214,7 +214,7 @@ impl ReplicaTask {
                         stalled: None,
                     };
                     views.watch(&mut dog, &mut stalls, started.elapsed());
-                    status.send_modify(|status| views.write(status, stalls));
+                    LinkStatus::update(&status, |status| views.write(status, stalls));
                 }
             }
         }

@@ -9,6 +9,7 @@ mod etcd_files;
 pub mod explain;
 mod recheck;
 pub mod reload;
+mod stamps;
 mod verify;
 
 use crate::certs::load::{self, Credentials, LoadError, TlsFiles};

@@ -1,10 +1,11 @@
 //! Job: the certificates in use, and their change while connections stand.
-//! Input: the configured files, read when their folders change and every few seconds. Output: the last sound set, to whoever shakes hands
+//! Input: the configured files, looked at when their folders change and every few seconds. Output: the last sound set, to whoever shakes hands
 //! or holds a connection; what is known of it, for status and metrics.
 //! Edge: reads files, watches folders.
 //! Always true: what is in use was loaded whole and fits together; a set that is not sound leaves the last one in use, and is told.
 
 use super::recheck::{As, Peer};
+use super::stamps::Stamps;
 use super::{EtcdFiles, PeerIdentity, TlsError, client_verifier, server_config_from, server_verifier};
 use crate::certs::load::{self, Credentials, TlsFiles, rfc3339};
 use crate::config::{EtcdConfig, TlsConfig};
@@ -17,7 +18,7 @@ use rustls::client::danger::ServerCertVerifier;
 use rustls::pki_types::{ServerName, UnixTime};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use time::OffsetDateTime;
 use tokio::sync::watch;
@@ -80,6 +81,11 @@ struct Looks {
 }
 
 impl Looks {
+    /// What was found last is not in use.
+    fn refuses(&self) -> bool {
+        self.refused.is_some()
+    }
+
     /// `outcome`: whether something new was taken. True if so.
     fn saw(&mut self, outcome: Result<bool, TlsError>) -> bool {
         let error = match outcome {
@@ -131,7 +137,7 @@ impl Certificates {
     /// Takes new files into use until `stop`.
     pub async fn run(&self, stop: CancellationToken) {
         let (changed, changes) = watch::channel(());
-        let watcher = watch_folders(&self.files, &self.etcd, changed);
+        let watcher = watch_folders(&self.paths(), changed);
         if let Err(error) = &watcher {
             tracing::warn!(%error, "the folders of the certificates cannot be watched; their files are read every {} s", LOOK_EVERY.as_secs());
         }
@@ -141,15 +147,19 @@ impl Certificates {
     /// Looks whenever a change is told, and each so often.
     async fn follow(&self, mut changes: watch::Receiver<()>, every: Duration, stop: CancellationToken) {
         let mut looks = [Looks::default(), Looks::default()];
+        let stamps = Arc::new(Mutex::new(Stamps::new(self.paths())));
         metrics::record_certificates(&self.status.borrow());
         loop {
             let next = async {
-                tokio::select! {
-                    Ok(()) = changes.changed() => tokio::time::sleep(SETTLE).await,
-                    () = tokio::time::sleep(every) => {}
-                }
+                let told = tokio::select! {
+                    Ok(()) = changes.changed() => {
+                        tokio::time::sleep(SETTLE).await;
+                        true
+                    }
+                    () = tokio::time::sleep(every) => false,
+                };
                 changes.mark_unchanged();
-                self.look(&mut looks).await;
+                self.look(&mut looks, &stamps, told).await;
             };
             tokio::select! {
                 biased;
@@ -159,6 +169,11 @@ impl Certificates {
         }
     }
 
+    fn paths(&self) -> Vec<PathBuf> {
+        let paths = files_of(&self.files).map(|(_, path)| path).chain(EtcdFiles::paths(&self.etcd));
+        paths.map(Path::to_owned).collect()
+    }
+
     /// Refuses what peers would not talk to. They know this sidecar by its names: a certificate without them would be refused everywhere.
     fn successor(&self, before: &Credentials, found: &Credentials) -> Result<(), TlsError> {
         found.check((&self.files).into(), OffsetDateTime::now_utc())?;
@@ -166,12 +181,15 @@ impl Certificates {
         lost.map_or(Ok(()), |san| Err(TlsError::NameLost { san }))
     }
 
-    async fn look(&self, [peers, to_etcd]: &mut [Looks; 2]) {
-        let (files, etcd) = (self.files.clone(), self.etcd.clone());
-        let Ok((found, of_etcd)) = tokio::task::spawn_blocking(move || (read(&files), EtcdFiles::load(&etcd))).await
-        else {
-            return;
-        };
+    /// `told`: of a change. Otherwise files that are the ones that were read, and taken, are not read again.
+    async fn look(&self, [peers, to_etcd]: &mut [Looks; 2], stamps: &Arc<Mutex<Stamps>>, told: bool) {
+        let (files, etcd, stamps) = (self.files.clone(), self.etcd.clone(), stamps.clone());
+        let in_any_case = told || peers.refuses() || to_etcd.refuses();
+        let read = tokio::task::spawn_blocking(move || {
+            let may_be_new = stamps.lock().unwrap_or_else(PoisonError::into_inner).ask_to_read();
+            (may_be_new || in_any_case).then(|| (read(&files), EtcdFiles::load(&etcd)))
+        });
+        let Ok(Some((found, of_etcd))) = read.await else { return };
         let before = self.in_use.borrow().clone();
         let found = found.and_then(|found| self.successor(&before.credentials, &found.credentials).map(|()| found));
         let taken = [
@@ -263,11 +281,7 @@ fn status_of(credentials: &Credentials, etcd: &EtcdFiles) -> CertificatesStatus 
 }
 
 /// Watches the folder of each file: a file that is replaced is another file, and Kubernetes swaps a link beside it.
-fn watch_folders(
-    files: &TlsConfig,
-    etcd: &EtcdConfig,
-    changed: watch::Sender<()>,
-) -> Result<impl Watcher + use<>, notify::Error> {
+fn watch_folders(paths: &[PathBuf], changed: watch::Sender<()>) -> Result<impl Watcher + use<>, notify::Error> {
     // Our own reading opens files.
     let is_change =
         |event: &notify::Event| !matches!(event.kind, EventKind::Access(AccessKind::Open(_) | AccessKind::Read));
@@ -276,11 +290,10 @@ fn watch_folders(
             changed.send_replace(());
         }
     })?;
-    let paths = files_of(files).map(|(_, path)| path).chain(EtcdFiles::paths(etcd));
-    let folders: BTreeSet<PathBuf> = paths.filter_map(Path::parent).map(Path::to_owned).collect();
+    let folders: BTreeSet<&Path> = paths.iter().filter_map(|path| path.parent()).collect();
     for folder in folders {
-        let folder = if folder.as_os_str().is_empty() { PathBuf::from(".") } else { folder };
-        watcher.watch(&folder, RecursiveMode::NonRecursive)?;
+        let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+        watcher.watch(folder, RecursiveMode::NonRecursive)?;
     }
     Ok(watcher)
 }
@@ -351,7 +364,7 @@ mod tests {
     async fn a_change_that_is_told_of_waits_for_no_look() {
         let place = Place::new();
         let (changed, changes) = watch::channel(());
-        let _watcher = watch_folders(&place.certificates.files, &place.certificates.etcd, changed).unwrap();
+        let _watcher = watch_folders(&place.certificates.paths(), changed).unwrap();
         assert!(place.is_taken(changes, Duration::from_secs(3_600)).await);
     }
 

@@ -118,20 +118,28 @@ async fn a_full_disk_under_the_journal_is_told_and_waited_out_without_a_hole() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_read_only_data_folder_is_refused_at_the_start_and_nothing_is_lost_by_it() {
+    read_only(|data_dir, _| data_dir).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_link_whose_folder_alone_is_read_only_is_refused_at_the_start_and_nothing_is_lost_by_it() {
+    read_only(|data_dir, side| data_dir.join(side).join(LINK)).await;
+}
+
+/// Makes the folder that `over` chooses, of a data folder and a side, read-only at both sides; each sidecar ends and names it, and goes on
+/// once it can be written again.
+async fn read_only(over: impl Fn(PathBuf, &str) -> PathBuf) {
     let (mut pair, before) = following(PairOptions::default()).await;
-    let disks =
-        [Tmpfs::over(&pair.origin_sidecar.data_dir(), "64m"), Tmpfs::over(&pair.replica_sidecar.data_dir(), "64m")];
+    let folders = [over(pair.origin_sidecar.data_dir(), "origin"), over(pair.replica_sidecar.data_dir(), "replica")];
     pair.origin_sidecar.stop().await;
     pair.replica_sidecar.stop().await;
+    let disks = folders.each_ref().map(|folder| Tmpfs::over(folder, "64m"));
     disks.iter().for_each(|disk| disk.remount("ro"));
-    for sidecar in [&mut pair.origin_sidecar, &mut pair.replica_sidecar] {
+    for (sidecar, folder) in [&mut pair.origin_sidecar, &mut pair.replica_sidecar].into_iter().zip(&folders) {
         sidecar.spawn();
         assert!(!sidecar.ended().await.success());
         let log = sidecar.log().to_lowercase();
-        assert!(
-            log.contains("read-only") && log.contains(&*sidecar.data_dir().to_string_lossy().to_lowercase()),
-            "{log}"
-        );
+        assert!(log.contains("read-only") && log.contains(&*folder.to_string_lossy().to_lowercase()), "{log}");
     }
     disks.iter().for_each(|disk| disk.remount("rw"));
     pair.origin_sidecar.restart().await;
