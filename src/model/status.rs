@@ -9,7 +9,6 @@ use bytes::Bytes;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt;
-use tokio::sync::watch;
 
 /// Which end of a link a status, metric or stage belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -371,13 +370,11 @@ pub struct CertificatesStatus {
 }
 
 impl LinkStatus {
-    /// Has `write` say how the link is now. Whoever waits for a change is woken only if something is other than before.
-    pub fn update(told: &watch::Sender<Self>, write: impl FnOnce(&mut Self)) {
-        told.send_if_modified(|status| {
-            let before = status.clone();
-            write(status);
-            *status != before
-        });
+    /// Has `write` say how the link is now. True if anything is other than before: nobody need be woken to read the same.
+    pub fn differs_after(&mut self, write: impl FnOnce(&mut Self)) -> bool {
+        let before = self.clone();
+        write(self);
+        *self != before
     }
 
     pub fn new(link: LinkName, side: Side, peer: String) -> Self {
@@ -423,5 +420,18 @@ impl LinkStatus {
         for (count, value) in &before.counts {
             *self.counts.entry(count).or_default() += value;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_status_differs_once_it_says_something_else() {
+        let link = LinkName::new("config").unwrap_or_else(|error| panic!("{error}"));
+        let mut status = LinkStatus::new(link, Side::Origin, String::new());
+        let mut lags = |revisions| status.differs_after(|status| status.lag_revisions = revisions);
+        assert_eq!([0, 7, 7, 0].map(&mut lags), [false, true, false, true]);
     }
 }

@@ -188,7 +188,7 @@ impl OriginLink {
                     let mut views =
                         Views { node, tail, head, ship, elect, spool, spool_bytes_max, limits, stalled };
                     views.watch(&mut dog, &mut stalls, &stages.help, &link, clock.now_ms());
-                    LinkStatus::update(&status, |status| views.write(status, &lag, stalls, clock.now_ms()));
+                    status.send_if_modified(|status| status.differs_after(|status| views.write(status, &lag, stalls, clock.now_ms())));
                 }
             }
         }

@@ -214,7 +214,7 @@ impl ReplicaTask {
                         stalled: None,
                     };
                     views.watch(&mut dog, &mut stalls, started.elapsed());
-                    LinkStatus::update(&status, |status| views.write(status, stalls));
+                    status.send_if_modified(|status| status.differs_after(|status| views.write(status, stalls)));
                 }
             }
         }
