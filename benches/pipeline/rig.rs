@@ -73,9 +73,21 @@ impl Line {
 }
 
 pub enum Rig {
-    Mirror { origin: Box<Etcd>, replica: Box<Etcd>, proxy: LinkProxy, process: Option<Process>, dir: TempDir },
+    Mirror {
+        origin: Box<Etcd>,
+        replica: Box<Etcd>,
+        proxy: LinkProxy,
+        process: Option<Process>,
+        dir: TempDir,
+    },
     Ferry(Box<Pair>),
-    Straight { origin: Box<Etcd>, replica: Box<Etcd>, proxy: LinkProxy, carries: Option<Straight> },
+    /// What carries ends before the etcds do.
+    Straight {
+        carries: Option<Straight>,
+        origin: Box<Etcd>,
+        replica: Box<Etcd>,
+        proxy: LinkProxy,
+    },
 }
 
 /// What was used since some moment.
@@ -110,7 +122,7 @@ impl Rig {
             }
             System::Straight => {
                 let (origin, replica, proxy) = Self::etcds().await;
-                Self::Straight { origin, replica, proxy, carries: None }
+                Self::Straight { carries: None, origin, replica, proxy }
             }
             System::EtcdFerry => {
                 let (origin, replica) = (roomy(EtcdOptions::origin()), roomy(EtcdOptions::replica()));
