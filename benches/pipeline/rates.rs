@@ -20,8 +20,6 @@ const RATE_STEP: f64 = 1.26;
 const FINE_STEP: f64 = 1.07;
 /// The search begins above this, whatever the machine.
 const RATE_MIN: f64 = 50.0;
-/// A disk that stands still for a fifth of a second spoils a trial of any system: a rate is carried if one of these shows it.
-const TRIES: u32 = 3;
 
 /// Where the search for the highest rate begins.
 #[derive(Debug, Clone, Copy, serde::Serialize)]
@@ -109,7 +107,7 @@ async fn is_carried(
 ) -> bool {
     let puts = rate * scale.rate_seconds;
     let load = Load { values: Values::Kubernetes, keys: scale.keys, puts, rate: Some(rate) };
-    for _ in 0..TRIES {
+    for _ in 0..scale.rate_tries {
         say(&format!("{rate} revisions/s for {} s, {}, {}", scale.rate_seconds, line.name(), system.name()));
         running.judge_from_here().await;
         let trial = running.trial(load, rate, Some(system)).await;
@@ -146,7 +144,7 @@ async fn answers_in_time(
 ) -> bool {
     let puts = rate * scale.rate_seconds;
     let load = Load { values: Values::Kubernetes, keys: scale.keys, puts, rate: Some(rate) };
-    for _ in 0..TRIES {
+    for _ in 0..scale.rate_tries {
         say(&format!("{rate} puts/s for {} s, the origin's etcd alone", scale.rate_seconds));
         let arrivals = Arc::new(Arrivals::new());
         let (began, cpu) = (Instant::now(), rig.cpu_of_all());

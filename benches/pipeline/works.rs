@@ -29,6 +29,8 @@ pub struct Scale {
     pub lag_runs: u64,
     pub fast_seconds: u64,
     pub rate_seconds: u64,
+    /// A disk that stands still for a fifth of a second spoils a trial of any system: a rate is carried if one of these shows it.
+    pub rate_tries: u32,
     pub rates_from: Begin,
     pub waiting: u64,
     /// As of the lags: the median counts.
@@ -47,6 +49,7 @@ impl Scale {
         lag_runs: 5,
         fast_seconds: 10,
         rate_seconds: 20,
+        rate_tries: 3,
         rates_from: Begin {
             make_mirror: 400.0,
             etcd_ferry: 1_000.0,
@@ -67,10 +70,11 @@ impl Scale {
         lag_runs: 1,
         fast_seconds: 2,
         rate_seconds: 3,
+        rate_tries: 1,
         rates_from: Begin { make_mirror: 1_000.0, etcd_ferry: 5_000.0, straight: None, etcd_alone: None },
         waiting: 5_000,
         waiting_runs: 1,
-        copied: 10_000,
+        copied: 5_000,
         spooled: 50_000,
         at_rest: 50_000,
         idle_seconds: 10,
