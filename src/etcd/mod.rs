@@ -6,6 +6,7 @@
 mod bisect;
 mod error;
 pub mod gate;
+mod lease;
 pub mod limits;
 pub mod version;
 mod watch;
@@ -16,8 +17,7 @@ use crate::tls::EtcdFiles;
 use bytes::Bytes;
 use error::{USERS_OFF, reaction};
 use etcd_client::{
-    Certificate, Client, ConnectOptions, Error as ClientError, GetOptions, Identity, KvClient, PutOptions, TlsOptions,
-    WatchOptions,
+    Certificate, Client, ConnectOptions, Error as ClientError, GetOptions, Identity, KvClient, TlsOptions, WatchOptions,
 };
 use gate::Refusal;
 use std::future::Future;
@@ -26,10 +26,10 @@ use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::sync::watch as watch_channel;
 use tokio::time::{Instant, Interval};
-use tonic::Code;
 
 pub use error::{EtcdError, with_sources};
 pub use etcd_client::{Compare, CompareOp, DeleteOptions, Txn, TxnOp, TxnOpResponse, TxnResponse};
+pub use lease::{Lease, Renewals};
 pub use watch::{Watch, WatchSignal};
 
 /// etcd's own client gives an unanswered request this long; so do we.
@@ -59,17 +59,6 @@ pub struct Kv {
     pub value: Bytes,
     pub create_revision: Revision,
     pub mod_revision: Revision,
-}
-
-/// A lease by its id: keys that are put with it are deleted when it ends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Lease(i64);
-
-impl Lease {
-    /// Puts a key that lives as long as this lease.
-    pub fn put(self, key: &[u8], value: Vec<u8>) -> TxnOp {
-        TxnOp::put(key, value, Some(PutOptions::new().with_lease(self.0)))
-    }
 }
 
 /// A linearizable look at one key, and at the head.
@@ -201,34 +190,6 @@ impl Etcd {
         let response = self.within(kv.txn(txn)).await.map_err(|e| e.needing(|| right.to_owned()))?;
         check_cluster(&self.cluster, head_of(response.header()).1)?;
         Ok(response)
-    }
-
-    /// A lease that ends so long after its last renewal. It makes no revision.
-    pub async fn grant(&self, ttl: Duration) -> Result<Lease, EtcdError> {
-        let mut client = self.client.lease_client();
-        let seconds = i64::try_from(ttl.as_secs()).unwrap_or(i64::MAX);
-        Ok(Lease(self.within(client.grant(seconds, None)).await?.id()))
-    }
-
-    /// Lets the lease's time begin anew; false: it has ended.
-    pub async fn renew(&self, lease: Lease) -> Result<bool, EtcdError> {
-        let mut client = self.client.lease_client();
-        let renewing = async {
-            match client.keep_alive(lease.0).await {
-                Ok(_) => Ok(true),
-                // The client's own words for an answer without time left.
-                Err(ClientError::LeaseKeepAliveError(e)) if e == "lease not found" => Ok(false),
-                Err(ClientError::GRpcStatus(status)) if status.code() == Code::NotFound => Ok(false),
-                Err(e) => Err(e),
-            }
-        };
-        self.within(renewing).await
-    }
-
-    /// Ends a lease, and deletes the keys that live with it.
-    pub async fn revoke(&self, lease: Lease) -> Result<(), EtcdError> {
-        let mut client = self.client.lease_client();
-        self.within(client.revoke(lease.0)).await.map(|_| ())
     }
 
     /// Opens a watch stream with one watcher, with fragments. `message_bytes_max` bounds one message.

@@ -8,7 +8,7 @@ use super::candidacy::{
     SHIPS_UNRENEWED_MAX, Unfit,
 };
 use crate::etcd::gate::Gate;
-use crate::etcd::{Columns, Compare, CompareOp, Etcd, EtcdError, Lease, Txn, TxnOp};
+use crate::etcd::{Columns, Compare, CompareOp, Etcd, EtcdError, Lease, Renewals, Txn, TxnOp};
 use crate::failpoint;
 use crate::model::{KeyRange, LinkName, Revision, Term};
 use std::sync::Arc;
@@ -94,7 +94,11 @@ pub struct Election {
     enrolled: bool,
     connection: Option<Etcd>,
     lease: Option<Lease>,
-    /// When the last renewal was sent that was answered, together with a look that showed our key.
+    /// Over `connection`, as what follows.
+    renewals: Option<Renewals>,
+    /// What the last look at the candidates came to, while nobody else stands.
+    looked: Option<Looked>,
+    /// When the last renewal was sent that was answered, together with a look that showed our key, or with word that nothing has changed.
     renewed: Option<Instant>,
     /// How many others stood then.
     others: usize,
@@ -104,8 +108,17 @@ pub struct Election {
     logged: String,
 }
 
+/// What a look came to, and at which head.
+#[derive(Debug, Clone, Copy)]
+struct Looked {
+    head: Revision,
+    term: Term,
+    published: Option<Published>,
+}
+
 /// What the link's keys say.
 struct Seen {
+    head: Revision,
     candidates: Vec<Candidate>,
     published: Option<Published>,
 }
@@ -128,6 +141,8 @@ impl Election {
             enrolled: false,
             connection: None,
             lease: None,
+            renewals: None,
+            looked: None,
             renewed: None,
             others: 0,
             patience: PATIENCE_FIRST,
@@ -169,7 +184,7 @@ impl Election {
             Ok(Err(e)) => format!("the election in the origin's etcd: {e}"),
             Err(_) => format!("the election in the origin's etcd: no answer within {} ms", TRY_MAX.as_millis()),
         };
-        self.connection = None;
+        (self.connection, self.renewals, self.looked) = (None, None, None);
         self.log(&reason);
         let since = self.renewed.map(|renewed| renewed.elapsed());
         if !leads || since.is_none_or(|since| candidacy::stops_unrenewed(since, self.others)) {
@@ -178,18 +193,31 @@ impl Election {
         LOOK_INTERVAL
     }
 
-    /// Renews the lease, then looks at the candidates, and stands if need be. Only both together say that the key lives: a renewal alone
-    /// may be answered by a member that has lost its cluster and does not know it yet.
+    /// Renews the lease, then looks at the candidates, and stands if need be. Where others stand, only both together say that the key lives:
+    /// a renewal alone may be answered by a member that has lost its cluster and does not know it yet. A shipper that is alone looks once
+    /// etcd has made a revision.
     async fn renew_and_look(&mut self) -> Result<(Next, Option<Published>), EtcdError> {
         let sent = Instant::now();
         let etcd = match &self.connection {
             Some(etcd) => etcd.clone(),
             None => self.connection.insert(self.etcd.connect().await?).clone(),
         };
-        let lease = match self.lease {
-            Some(lease) if etcd.renew(lease).await? => lease,
-            Some(_) | None => {
-                self.lease = None;
+        let renewed = match self.lease {
+            Some(lease) => etcd.renew(lease, self.renewals.take()).await?.map(|renewed| (lease, renewed)),
+            None => None,
+        };
+        let lease = match renewed {
+            Some((lease, (renewals, head))) => {
+                self.renewals = Some(renewals);
+                self.looked = self.looked.filter(|looked| head == Some(looked.head));
+                if let Some(Looked { term, published, .. }) = self.looked {
+                    self.renewed = Some(sent);
+                    return Ok((Next::Lead { term, others: 0 }, published));
+                }
+                lease
+            }
+            None => {
+                (self.lease, self.looked) = (None, None);
                 *self.lease.insert(etcd.grant(LEASE_TTL).await?)
             }
         };
@@ -210,6 +238,9 @@ impl Election {
                 next @ (Next::Lead { .. } | Next::StandBy { .. } | Next::NameTaken { .. }) => {
                     self.enrolled = true;
                     self.renewed = Some(sent);
+                    if let Next::Lead { term, others: 0 } = next {
+                        self.looked = Some(Looked { head: seen.head, term, published: seen.published });
+                    }
                     return Ok((next, seen.published));
                 }
             };
@@ -355,7 +386,7 @@ async fn look(etcd: &Etcd, link: &LinkName) -> Result<Seen, EtcdError> {
     let page = etcd.page(&KeyRange::prefix(&folder), 0, None, Columns::KeysAndValues).await;
     let page = page.map_err(|e| e.needing(right))?;
     let (candidates, applied) = (link.candidate_key(""), link.applied_key());
-    let mut seen = Seen { candidates: Vec::new(), published: None };
+    let mut seen = Seen { head: page.head, candidates: Vec::new(), published: None };
     for kv in page.kvs {
         if let Some(node) = kv.key.strip_prefix(&candidates[..]) {
             let enrolment = serde_json::from_slice::<Enrolment>(&kv.value).ok();

@@ -48,6 +48,22 @@ async fn a_sidecar_alone_is_elected_at_once_and_outages_of_the_link_do_not_make_
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lease_that_is_revoked_is_followed_by_another_one() {
+    let regions = Box::pin(Regions::start(alone())).await;
+    let revision = regions.origin[0].put("/app/a", "1").await;
+    let before = regions.wait_applied(revision).await;
+    let mut etcd = regions.origin[0].client().await;
+    for lease in etcd.leases().await.unwrap().leases() {
+        etcd.lease_revoke(lease.id()).await.unwrap();
+    }
+    let elected = |entry: &Value| entry["counts"]["elections"] == 2 && entry["state"] == "following";
+    regions.origin_sidecars[0].wait_for(LINK, "another election", elected).await;
+    let revision = regions.origin[0].put("/app/b", "1").await;
+    let after = regions.wait_applied(revision).await;
+    assert!(after.term > before.term && after.epoch == before.epoch, "{before:?}, then {after:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_standby_says_that_it_stands_by_and_for_whom_is_ready_and_declines_commands() {
     let regions = Box::pin(Regions::start(RegionsOptions::default())).await;
     let revision = regions.origin[0].put("/app/a", "1").await;

@@ -97,6 +97,25 @@ async fn a_shipper_that_is_cut_off_from_its_peer_gives_way_to_one_that_is_not() 
     regions.judge(recorder, &traffic.stop().await, &before).await;
 }
 
+/// While it is alone it looks at the candidates only once etcd has made a revision.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shipper_that_was_alone_gives_way_to_one_that_has_come_since() {
+    let (mut regions, before) = following(RegionsOptions::default()).await;
+    let shipper = regions.shipper().await;
+    let other = 1 - shipper;
+    regions.origin_sidecars[other].stop().await;
+    let revision = regions.origin[0].put("/app/alone", "1").await;
+    let alone = regions.wait_applied(revision).await;
+    assert_eq!(alone.term, before.term);
+    regions.origin_sidecars[other].restart().await;
+    regions.wait_standby(other).await;
+    regions.cut_off_from_peers(shipper);
+    regions.origin[0].put("/app/cut", "1").await;
+    let after = regions.wait_taken_over(&alone).await;
+    assert_eq!(after.epoch, before.epoch, "without a copy");
+    regions.heal();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_shipper_whose_spool_s_disk_fails_gives_way_to_one_whose_disk_is_well() {
     let limits = ["segment_bytes", "queue_bytes_max", "frame_bytes_max", "page_bytes_max"].map(|name| (name, 64 << 10));
