@@ -36,14 +36,15 @@ pub struct BundleFile {
 
 /// Everything, as it is now. To be called where it may block: it reads folders.
 pub(super) fn files(directory: &Directory, own: &Own, certificates: &GetCertificatesReply) -> Vec<BundleFile> {
-    directory.snapshots().iter().for_each(metrics::record_link);
+    let links = directory.snapshots();
+    links.iter().for_each(metrics::record_link);
     let file = |name: &str, content: String| BundleFile { name: name.to_owned(), content: content.into_bytes() };
     vec![
         file("about.json", about(directory)),
         file("configuration.toml", effective_toml(&own.config())),
         file("status.json", pretty(&http::full_health(directory))),
         file("certificates.json", certificates::certificates_json(certificates)),
-        file("metrics.txt", own.exporter.render()),
+        file("metrics.txt", own.exporter.render_links(&links)),
         file("log.txt", own.logs.recent()),
         file("data.json", pretty(&data(&own.config().data_dir))),
     ]

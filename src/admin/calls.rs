@@ -3,6 +3,7 @@
 //! Edge: reads statuses and files; a call that goes on telling is a task of its own.
 //! Always true: every call is in the log, with its caller and its outcome.
 
+use super::audit::{audit, audited, caller};
 use super::commands::{command, commands};
 use super::messages::{certificates_message, link_message, member_message, paused_message, record_message};
 use super::proto::admin_server::Admin;
@@ -14,7 +15,6 @@ use super::proto::{
     RetryQuarantinedReply, SetLogLevelRequest, StatusReply, StatusRequest, Verification, VerifyRequest,
     WatchStatusRequest,
 };
-use super::service::{audit, caller};
 use super::{Directory, LinkCommand, Own, ReplicaCommand, bundle, certificates, reload, watching};
 use crate::config::effective_toml;
 use crate::logs::{self, Logs};
@@ -133,16 +133,13 @@ impl Admin for Service {
         &self,
         request: Request<GetCertificatesRequest>,
     ) -> Result<Response<GetCertificatesReply>, Status> {
-        let gathered = self.certificates().await;
-        audit(&request, "GetCertificates", "", &gathered);
-        gathered.map(Response::new)
+        audited(&request, "GetCertificates", "", self.certificates()).await.map(Response::new)
     }
 
     async fn bundle(&self, request: Request<BundleRequest>) -> Result<Response<Self::BundleStream>, Status> {
-        let files = self.bundled().await;
-        audit(&request, "Bundle", "", &files);
+        let files = audited(&request, "Bundle", "", self.bundled()).await?;
         let (out, pieces) = mpsc::channel(1);
-        self.go_on(bundle::tell(files?, self.stop.clone(), out));
+        self.go_on(bundle::tell(files, self.stop.clone(), out));
         Ok(Response::new(ReceiverStream::new(pieces)))
     }
 
@@ -154,10 +151,9 @@ impl Admin for Service {
     async fn set_log_level(&self, request: Request<SetLogLevelRequest>) -> Result<Response<LogLevelReply>, Status> {
         let (logs, level) = (&self.own.logs, &request.get_ref().level);
         let checked = logs::check(level).map_err(|e| Status::invalid_argument(e.to_string()));
-        // Before it changes: "off" would keep it out of the log.
-        audit(&request, &format!("SetLogLevel {level}"), "", &checked);
-        checked?;
-        logs.set_level(level).map_err(|e| Status::internal(e.to_string()))?;
+        let set = checked.and_then(|()| logs.set_level(level).map_err(|e| Status::internal(e.to_string())));
+        audit(&request, &format!("SetLogLevel {level}"), "", &set);
+        set?;
         Ok(Response::new(log_level(logs)))
     }
 
@@ -210,22 +206,17 @@ impl Admin for Service {
         &self,
         request: Request<ReloadConfigurationRequest>,
     ) -> Result<Response<ReloadConfigurationReply>, Status> {
-        let outcome = reload::ask(&self.directory.reloads).await;
-        audit(&request, "ReloadConfiguration", "", &outcome);
-        outcome.map(Response::new)
+        let reloaded = reload::ask(&self.directory.reloads);
+        audited(&request, "ReloadConfiguration", "", reloaded).await.map(Response::new)
     }
 
     async fn resync(&self, request: Request<ResyncRequest>) -> Result<Response<ResyncReply>, Status> {
         let ResyncRequest { link, allow_deletes } = request.get_ref();
-        let outcome = match commands(&self.directory.links(), link, |handle| handle.commands.clone()) {
-            Ok((commands, _)) => {
-                command(&commands, link, |reply| LinkCommand::Resync { allow_deletes: *allow_deletes, reply }).await
-            }
-            Err(refusal) => Err(refusal),
-        };
+        let asked = commands(&self.directory.links(), link, |handle| handle.commands.clone());
+        let build = |reply| LinkCommand::Resync { allow_deletes: *allow_deletes, reply };
         let call = if *allow_deletes { "Resync --allow-deletes" } else { "Resync" };
-        audit(&request, call, link, &outcome);
-        outcome.map(|()| Response::new(ResyncReply {}))
+        audited(&request, call, link, async { command(&asked?.0, link, build).await }).await?;
+        Ok(Response::new(ResyncReply {}))
     }
 }
 

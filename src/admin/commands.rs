@@ -3,10 +3,10 @@
 //! Edge: asks by channel, within a time.
 //! Always true: a link is asked at the side that can do it, or the caller is told which side that is; what was asked is in the log.
 
+use super::audit::audited;
 use super::calls::Service;
 use super::messages::verification_message;
 use super::proto::{QuarantinedRequest, Verification};
-use super::service::audit;
 use super::{LinkCommand, LinkHandle, ReplicaCommand};
 use crate::model::{LinkStatus, Seq};
 use std::time::Duration;
@@ -56,12 +56,12 @@ impl Service {
         link: &str,
         build: impl FnOnce(oneshot::Sender<Result<u64, String>>) -> LinkCommand,
     ) -> Result<Response<ReceiverStream<Result<Verification, Status>>>, Status> {
-        let asked = match commands(&self.directory.links(), link, |handle| handle.commands.clone()) {
-            Ok((commands, status)) => command(&commands, link, build).await.map(|run| (run, status)),
-            Err(refusal) => Err(refusal),
+        let asked = commands(&self.directory.links(), link, |handle| handle.commands.clone());
+        let begun = async {
+            let (commands, status) = asked?;
+            Ok((command(&commands, link, build).await?, status))
         };
-        audit(request, call, link, &asked);
-        let (run, status) = asked?;
+        let (run, status) = audited(request, call, link, begun).await?;
         let (out, words) = mpsc::channel(1);
         self.go_on(tell_verification(link.to_owned(), run, status, out));
         Ok(Response::new(ReceiverStream::new(words)))
@@ -77,12 +77,8 @@ impl Service {
         link: &str,
         build: impl FnOnce(oneshot::Sender<Result<T, String>>) -> ReplicaCommand,
     ) -> Result<T, Status> {
-        let outcome = match commands(&self.directory.links(), link, |handle| handle.replica_commands.clone()) {
-            Ok((commands, _)) => command(&commands, link, build).await,
-            Err(refusal) => Err(refusal),
-        };
-        audit(request, call, link, &outcome);
-        outcome
+        let asked = commands(&self.directory.links(), link, |handle| handle.replica_commands.clone());
+        audited(request, call, link, async { command(&asked?.0, link, build).await }).await
     }
 
     /// Asks a link's replica about one revision in quarantine.

@@ -3,6 +3,7 @@
 //! Edge: owns no link; reads statuses by `watch` and asks by channel.
 //! Always true: nothing here changes a link except by a `LinkCommand` or a `ReplicaCommand`; no answer holds a key or a value.
 
+mod audit;
 pub mod bundle;
 mod calls;
 pub mod certificates;

@@ -6,7 +6,8 @@
 use super::client::{ClientError, Connection, ask, dialled};
 use super::proto::{Link, Quarantined, QuarantinedRequest, QuarantinedRevision, RetryQuarantinedReply, StatusReply};
 use super::show::printable;
-use super::verification::{counted, moment};
+use super::table::aligned;
+use super::verification::moment;
 use serde::Serialize;
 
 /// The link as its replica's sidecar tells it, from that sidecar's status.
@@ -72,20 +73,19 @@ pub fn list_json(link: &Link) -> String {
     serde_json::to_string_pretty(&all).unwrap_or_default()
 }
 
-/// For people, one line for each.
-pub fn list_lines(link: &Link) -> Vec<String> {
+/// For people: a table, without the last line's break.
+pub fn list_text(link: &Link) -> String {
     if link.quarantined.is_empty() {
-        return vec![format!("link {}: nothing is in quarantine", link.link)];
+        return format!("link {}: nothing is in quarantine", link.link);
     }
-    let line = |entry: &Quarantined| {
-        let at = moment(entry.at).map_or_else(String::new, |at| format!(", {at}"));
-        let keys = counted(entry.keys);
-        printable(&format!(
-            "seq {} (origin revision {}, {keys}{at}): {}",
-            entry.seq, entry.origin_revision, entry.reason
-        ))
+    let row = |entry: &Quarantined| {
+        let Quarantined { seq, origin_revision, keys, at, reason } = entry;
+        let at = moment(*at).unwrap_or_default();
+        [seq.to_string(), origin_revision.to_string(), keys.to_string(), at, reason.clone()]
     };
-    link.quarantined.iter().map(line).collect()
+    let mut text = aligned(["SEQ", "REVISION", "KEYS", "GIVEN UP", "REASON"], link.quarantined.iter().map(row));
+    text.truncate(text.trim_end().len());
+    text
 }
 
 /// What `status` says of a link's quarantine; `None`: it is empty.
@@ -185,16 +185,15 @@ mod tests {
     }
 
     #[test]
-    fn each_revision_is_one_line_and_an_empty_quarantine_says_so() {
-        assert_eq!(list_lines(&link("replica", Vec::new())), ["link config: nothing is in quarantine"]);
-        let lines = list_lines(&link("replica", vec![entry(), Quarantined { seq: 7, at: 0.0, ..entry() }]));
-        assert_eq!(
-            lines,
-            [
-                "seq 5 (origin revision 40, 1 key, 2026-09-21T14:13:20Z): too large",
-                "seq 7 (origin revision 40, 1 key): too large"
-            ]
-        );
+    fn each_revision_is_one_line_of_a_table_and_an_empty_quarantine_says_so() {
+        assert_eq!(list_text(&link("replica", Vec::new())), "link config: nothing is in quarantine");
+        let text = list_text(&link("replica", vec![entry(), Quarantined { seq: 17, at: 0.0, ..entry() }]));
+        let lines = [
+            "SEQ  REVISION  KEYS  GIVEN UP              REASON",
+            "5    40        1     2026-09-21T14:13:20Z  too large",
+            "17   40        1                           too large",
+        ];
+        assert_eq!(text, lines.join("\n"));
         let json = list_json(&link("replica", vec![entry()]));
         let json: String = json.lines().map(str::trim_start).collect();
         assert_eq!(

@@ -90,7 +90,7 @@ impl Admins {
 }
 
 /// The role that a call asks for, by its path: `/etcd_ferry.admin.v1.Admin/Status`.
-fn asked(path: &str) -> AdminRole {
+pub(super) fn asked(path: &str) -> AdminRole {
     let Some((service, call)) = path.strip_prefix('/').and_then(|path| path.split_once('/')) else {
         return AdminRole::Full;
     };

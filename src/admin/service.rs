@@ -3,10 +3,11 @@
 //! Edge: decides only who may call.
 //! Always true: nothing is answered to a certificate whose role is not enough (roles.rs); every admin call and every refusal is in the log.
 
+use super::audit::Caller;
 use super::calls::Service;
 use super::health::{end_health, health_name, report_all};
 use super::proto::admin_server::{self, AdminServer};
-use super::roles::{Admins, Denied};
+use super::roles::{Admins, Denied, asked};
 use super::{Directory, Own};
 use crate::certs::PeerIdentity;
 use crate::tls::accept::{self, AcceptLimits, PeerConnectInfo};
@@ -21,13 +22,13 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tonic::Status;
 use tonic::service::Routes;
 use tonic::transport;
-use tonic::{Request, Status};
 use tonic_health::pb::health_server;
 use tonic_health::server::HealthReporter;
 use tonic_reflection::pb::v1::server_reflection_server;
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
 /// Requests hold a name and a few flags.
 const REQUEST_BYTES_MAX: usize = 4 * 1024;
@@ -112,14 +113,6 @@ impl Server {
     }
 }
 
-/// Who calls, once it is known that they may. Put into the request by [`authorise`].
-#[derive(Debug, Clone)]
-struct Caller {
-    /// The one of `tls.admins` or `tls.viewers` that the certificate bears.
-    admin: String,
-    from: SocketAddr,
-}
-
 /// The services of the admin port, behind [`authorise`].
 fn routes(service: Service, admins: Admins, health: HealthReporter) -> Result<Routes, ServiceError> {
     let reflection = || {
@@ -164,7 +157,7 @@ async fn authorise(
         }
     };
     debug!(admin, %from, call, "admin port called");
-    request.extensions_mut().insert(Caller { admin, from });
+    request.extensions_mut().insert(Caller { admin, from, asked: asked(&call) });
     next.run(request).await
 }
 
@@ -183,24 +176,5 @@ fn refusal_of(denied: &Denied, identity: &PeerIdentity, call: &str) -> String {
                  (--cert and --key)"
             )
         }
-    }
-}
-
-/// The name by which the caller was let in.
-pub(super) fn caller<T>(request: &Request<T>) -> String {
-    request.extensions().get::<Caller>().map_or_else(String::new, |caller| caller.admin.clone())
-}
-
-/// One line in the log for each admin call: who, what, on which link, how it ended.
-pub(super) fn audit<R, T>(request: &Request<R>, call: &str, link: &str, outcome: &Result<T, Status>) {
-    // `authorise` lets nothing through without a caller.
-    let Some(Caller { admin, from }) = request.extensions().get::<Caller>() else { return };
-    match outcome {
-        // What they begin ends later, and is told by the link.
-        Ok(_) if ["Verify", "Repair", "Resync"].iter().any(|begins| call.starts_with(begins)) => {
-            info!(admin, %from, call, link, outcome = "begun", "admin call");
-        }
-        Ok(_) => info!(admin, %from, call, link, outcome = "done", "admin call"),
-        Err(status) => warn!(admin, %from, call, link, outcome = status.message(), "admin call"),
     }
 }

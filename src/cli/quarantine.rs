@@ -62,7 +62,7 @@ fn list(Named { link, sidecar }: &Named) -> Result<(), Failure> {
         let reply = client::status(&connection).await?;
         quarantine::at_replica(&connection, &reply, link).cloned()
     })?;
-    if sidecar.json { say(&quarantine::list_json(&link)) } else { say_all(&quarantine::list_lines(&link)) }
+    if sidecar.json { say(&quarantine::list_json(&link)) } else { say(&quarantine::list_text(&link)) }
 }
 
 fn show(One { named: Named { link, sidecar }, seq }: &One) -> Result<(), Failure> {

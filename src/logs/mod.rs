@@ -16,6 +16,9 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::{SubscriberInitExt, TryInitError};
 use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
 
+/// The target of what operators changed. It is logged whatever the level, unless a level names it.
+pub const AUDIT: &str = "etcd_ferry::audit";
+
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
     #[error("the log level {level:?} {LOG_LEVEL_RULE}")]
@@ -75,7 +78,7 @@ fn filter_of(level: &str) -> Result<EnvFilter, LogError> {
     if !is_log_level(level) {
         return Err(wrong());
     }
-    EnvFilter::try_new(level).map_err(|_| wrong())
+    EnvFilter::try_new(format!("{AUDIT}=info,{level}")).map_err(|_| wrong())
 }
 
 impl Logs {

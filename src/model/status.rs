@@ -305,7 +305,7 @@ impl fmt::Debug for DifferingRange {
     }
 }
 
-/// One stage of a link, for `/healthz?full=1`.
+/// One stage of a link, for `/healthz?full=1` and the page.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct StageStatus {
     /// `watch`, `spool`, `ship`, `receive`, `journal`, `apply` or `lookout`.
@@ -315,14 +315,27 @@ pub struct StageStatus {
     pub detail: String,
     /// What waits before it, in bytes.
     pub queue_bytes: u64,
-    /// What may wait before it, by the configuration; 0: nothing waits there.
+    /// What may wait before it, by the configuration; 0: no bytes are counted there.
     pub queue_bytes_max: u64,
+    /// How far it is: a revision of the etcd beside it (watch, spool, lookout), or a seq (ship, receive, journal), or the transactions made
+    /// (apply). Its rate is how fast that grows; a new epoch gives seqs anew.
+    pub reached: u64,
+    /// How many revisions wait before it; `None`: it has no queue of its own.
+    pub waiting: Option<u64>,
 }
 
 impl StageStatus {
-    /// A stage before which nothing waits.
+    /// A stage without a queue, that has not begun.
     pub fn new(stage: &'static str, ok: bool, detail: String) -> Self {
-        Self { stage, ok, detail, queue_bytes: 0, queue_bytes_max: 0 }
+        Self { stage, ok, detail, queue_bytes: 0, queue_bytes_max: 0, reached: 0, waiting: None }
+    }
+
+    pub fn at(self, reached: u64) -> Self {
+        Self { reached, ..self }
+    }
+
+    pub fn with_waiting(self, revisions: u64) -> Self {
+        Self { waiting: Some(revisions), ..self }
     }
 
     pub fn with_queue(self, queue_bytes: u64, queue_bytes_max: u64) -> Self {

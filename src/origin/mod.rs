@@ -378,14 +378,19 @@ impl Views<'_> {
         status.verification.clone_from(&ship.verification);
         status.quarantined_revisions = ship.quarantined;
         status.stages = vec![
-            StageStatus::new("watch", matches!(self.tail.state, TailState::Running), self.tail_detail()),
+            StageStatus::new("watch", matches!(self.tail.state, TailState::Running), self.tail_detail())
+                .at(self.tail.covered.0)
+                .with_waiting(self.head.revision.0.saturating_sub(self.tail.covered.0)),
             StageStatus::new(
                 "spool",
                 !self.spool.full && !self.spool.damaged,
                 format!("holds revisions after {} up to {}", self.spool.base, self.spool.covered),
             )
+            .at(self.spool.covered.0)
             .with_queue(self.spool.bytes, self.spool_bytes_max),
-            StageStatus::new("ship", ship.reason.is_empty(), ship.detail.clone()),
+            StageStatus::new("ship", ship.reason.is_empty(), ship.detail.clone())
+                .at(status.seq.0)
+                .with_waiting(status.lag_revisions),
         ];
     }
 

@@ -349,6 +349,38 @@ mod tests {
         spool.close().await.unwrap();
     }
 
+    fn noise(seed: u64, bytes: usize) -> Bytes {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        let mut next = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state.to_le_bytes()[4]
+        };
+        (0..bytes).map(|_| next()).collect()
+    }
+
+    /// docs/operating.md sizes the spool by it.
+    #[tokio::test]
+    async fn a_revision_that_comes_alone_takes_at_most_80_bytes_beside_its_keys_and_values() {
+        let folder = tempfile::tempdir().unwrap();
+        let (spool, _) = Spool::open(&folder.path().join("spool"), &limits(), Digest::default()).await.unwrap();
+        let one = |number: u64| {
+            let changes = vec![Change::Put { key: noise(number, 11), value: noise(number + 1_000, 1_000) }];
+            let revision = Arc::new(WholeRevision { revision: Revision(number), changes });
+            let digest = digest::of_revision(&revision);
+            vec![SpoolEntry { revision, digest, arrived_ms: 1_764_000_000_000 + number, ..entry(3) }]
+        };
+        append_durably(&spool, one(1)).await;
+        let before = spool.extent().borrow().bytes;
+        for number in 2..=101 {
+            append_durably(&spool, one(number)).await;
+        }
+        let each = (spool.extent().borrow().bytes - before) / 100;
+        assert!((1_011..=1_011 + 80).contains(&each), "{each}");
+        spool.close().await.unwrap();
+    }
+
     #[tokio::test]
     async fn what_was_spooled_for_other_ranges_is_dropped() {
         let folder = tempfile::tempdir().unwrap();

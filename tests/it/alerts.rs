@@ -86,6 +86,19 @@ fn the_rule_tests_pass() {
     }
 }
 
+#[test]
+fn the_configuration_that_the_documents_give_to_prometheus_is_one() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::copy(file("deploy/alerts.yml"), folder.path().join("alerts.yml")).unwrap();
+    let monitoring = text("docs/monitoring.md");
+    let block = monitoring.split("\n```yaml\n").nth(1).and_then(|rest| rest.split("\n```").next()).unwrap();
+    fs::write(folder.path().join("prometheus.yml"), block).unwrap();
+    let output = Command::new("promtool").args(["check", "config"]).arg(folder.path().join("prometheus.yml")).output();
+    let output = output.expect("promtool runs: `.ci/install` brings it (Debian's prometheus)");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.contains("rules found"), "{said}");
+}
+
 /// A Prometheus before both sidecars, with the product's rules; what an alert waits for is shortened, or the test would take that long.
 struct Prometheus {
     port: u16,

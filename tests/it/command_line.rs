@@ -206,7 +206,11 @@ async fn a_sidecar_tells_its_configuration_its_certificates_and_its_log_s_level_
     let before = calls(sidecar);
     sidecar.status();
     assert_eq!(calls(sidecar), before, "an error is all that it tells");
-    assert!(sidecar.log().contains("call=\"SetLogLevel error\""));
+    json(sidecar, &["log-level", "off"]);
+    for changed in ["SetLogLevel error", "SetLogLevel off"] {
+        assert!(sidecar.log().contains(&format!("call={changed:?}")), "{changed} is in the log at every level");
+    }
+    json(sidecar, &["log-level", "error"]);
     let wrong = sidecar.admin(&["log-level", "loud"]);
     assert!(wrong.status.code() == Some(1) && text(&wrong).contains("must be off, error, warn"), "{}", text(&wrong));
     let told = text(&sidecar.admin(&["log-level"]));

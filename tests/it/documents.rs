@@ -120,6 +120,8 @@ fn reasons() -> BTreeSet<String> {
         ("src/origin/remember.rs", "that it stopped is not written down"),
         ("src/replica/trouble.rs", "mend the disk"),
         ("src/model/quarantine.rs", "it is not quarantined"),
+        ("src/app/links.rs", "mend that, and reload"),
+        ("src/admin/mod.rs", "the link's task has ended"),
     ] {
         let code = product(&file(path));
         let told = code.split('"').enumerate().filter(|(at, _)| at % 2 == 1).map(|(_, text)| text);

@@ -66,3 +66,4 @@ mod traces;
 mod trust;
 mod verify;
 mod versions;
+mod walkthrough;

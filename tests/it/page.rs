@@ -237,6 +237,7 @@ async fn the_page_shows_a_link_that_is_cut_and_its_healing_in_a_real_browser() {
     let (browser, beside) = (Browser::start(pair.dir(), false).await, Browser::start(pair.dir(), true).await);
     beside.open(&pair.replica_sidecar).await;
     browser.open(&pair.origin_sidecar).await;
+    assert_eq!(ground(&browser).await, json!([false, "rgb(246, 247, 249)"]), "in the light");
     let (state, events) = (state_of("origin"), "#events");
     for (page, side) in [(&beside, "replica"), (&browser, "origin")] {
         page.wait_text(&state_of(side), "the link to follow", |text| text == "following").await;
@@ -288,16 +289,31 @@ async fn the_page_tells_queues_and_rates_the_position_of_both_sides_the_last_pro
     let before_ms = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis();
     assert_verified(&pair);
     let browser = Browser::start(pair.dir(), false).await;
-    let sides = [
-        (&pair.origin_sidecar, "origin", "spool", ("ship", " revisions/s")),
-        (&pair.replica_sidecar, "replica", "journal", ("apply", " transactions/s")),
+    let origin = [("watch", "0 revisions wait"), ("spool", " wait"), ("ship", "0 revisions wait")];
+    let replica = [
+        ("receive", "no queue"),
+        ("journal", "0 revisions wait"),
+        ("apply", "0 revisions wait"),
+        ("lookout", "no queue"),
     ];
-    for (sidecar, side, queues, (moves, unit)) in sides {
+    let sides = [
+        (&pair.origin_sidecar, "origin", "spool", origin.as_slice()),
+        (&pair.replica_sidecar, "replica", "journal", replica.as_slice()),
+    ];
+    for (sidecar, side, queues, stages) in sides {
         browser.open(sidecar).await;
         browser.wait_text(&state_of(side), "the link to follow", |text| text == "following").await;
         // The page counts from its first look on.
         let written = pair.origin.put("/app/more", side).await;
-        some_rate(&browser, (side, moves), unit).await;
+        for (stage, queue) in stages {
+            let unit = if *stage == "apply" { " transactions/s" } else { " revisions/s" };
+            some_rate(&browser, (side, stage), unit).await;
+            let lines = format!("the queue of {stage}: {queue}");
+            until(&lines, PATIENCE, async || {
+                browser.stage(side, stage).await.iter().any(|line| line.ends_with(queue)).then_some(())
+            })
+            .await;
+        }
         same_queue(&browser, sidecar, (side, queues)).await;
         shows_revision(&browser, side, written.0).await;
         let entry = same_position(&browser, sidecar, side).await;
@@ -327,6 +343,12 @@ async fn certificates_end(browser: &Browser, sidecar: &Sidecar) {
     }
 }
 
+/// Whether the browser asks for the dark, and what the page's ground is then.
+async fn ground(browser: &Browser) -> Value {
+    let dark = "matchMedia('(prefers-color-scheme: dark)').matches";
+    browser.run(&format!("return [{dark}, getComputedStyle(document.body).backgroundColor]")).await
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_page_is_readable_on_a_phone_and_in_the_dark() {
     let pair = Box::pin(Pair::start(PairOptions::default())).await;
@@ -336,8 +358,6 @@ async fn the_page_is_readable_on_a_phone_and_in_the_dark() {
     browser.wait_text(&state_of("origin"), "the link to follow", |text| text == "following").await;
     let overflow = "return document.documentElement.scrollWidth - document.documentElement.clientWidth";
     assert_eq!(browser.run(overflow).await, 0, "nothing is wider than the screen");
-    let ground = browser.run("return getComputedStyle(document.body).backgroundColor").await;
-    let dark = browser.run("return matchMedia('(prefers-color-scheme: dark)').matches").await;
-    assert_eq!((dark, ground), (json!(true), json!("rgb(16, 20, 26)")));
+    assert_eq!(ground(&browser).await, json!([true, "rgb(16, 20, 26)"]));
     browser.screenshot("phone-dark.png").await;
 }

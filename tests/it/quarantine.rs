@@ -8,12 +8,15 @@ use crate::bed::pair::{LINK, Pair, PairOptions, link_name};
 use crate::bed::sidecar::Sidecar;
 use crate::bed::traffic::{Write, commit};
 use crate::bed::{PATIENCE, until};
+use crate::calls::admin_of;
 use crate::verify::{assert_verified, outcome_of, over_app, verify};
 use bytes::Bytes;
 use etcd_client::{Permission, PermissionType};
+use etcd_ferry::admin::proto::QuarantinedRequest;
 use etcd_ferry::model::{Change, KeyRange, LINKS_PREFIX, Revision, Seq};
 use serde_json::Value;
 use std::process::Output;
+use tonic::Response;
 
 /// What the replica's sidecar takes for its etcd's `--max-request-bytes`.
 const REQUEST_BYTES: u64 = 64 << 10;
@@ -279,6 +282,30 @@ async fn merged(pair: &mut Pair) -> Revision {
     last
 }
 
+/// While the origin does not answer, a revision is retried twice. What is put and deleted, as the last call is told; the first is told of it.
+async fn retried_twice_at_once(pair: &Pair, seq: u64) -> (u64, u64) {
+    let admin = admin_of(&pair.replica_sidecar).await;
+    let retry = || {
+        let mut admin = admin.clone();
+        let asked = QuarantinedRequest { link: LINK.to_owned(), seq };
+        tokio::spawn(async move { admin.retry_quarantined(asked).await.map(Response::into_inner) })
+    };
+    pair.origin_sidecar.pause();
+    let retries = [retry(), retry()];
+    let superseded = "another retry was asked for meanwhile";
+    until(superseded, PATIENCE, async || pair.replica_sidecar.log().contains(superseded).then_some(())).await;
+    pair.origin_sidecar.resume();
+    let mut told = Vec::new();
+    for retried in retries {
+        told.push(retried.await.unwrap());
+    }
+    let refused = told.iter().filter_map(|told| told.as_ref().err()).map(tonic::Status::message);
+    assert_eq!(refused.collect::<Vec<_>>(), [format!("link {LINK}: {superseded}")]);
+    let done: Vec<_> = told.into_iter().filter_map(Result::ok).collect();
+    assert_eq!(done.len(), 1, "{done:?}");
+    (done[0].puts, done[0].deletes)
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_not_permitted_is_singled_out_of_merged_revisions_and_brought_back_once_it_is() {
     let mut pair = Box::pin(with_a_forbidden_folder("quarantine")).await;
@@ -294,8 +321,7 @@ async fn what_is_not_permitted_is_singled_out_of_merged_revisions_and_brought_ba
     pair.origin.kv().await.delete("/app/forbidden/24", None).await.unwrap();
     grant_all(&pair).await;
     pair.wait_applied(pair.origin.put("/app/free/after", "1").await).await;
-    let mended = assert_done(&pair.replica_sidecar.admin(&["quarantine", "retry", LINK, "23"]));
-    assert!(mended.contains("1 put, 0 deleted"), "{mended}");
+    assert_eq!(retried_twice_at_once(&pair, 23).await, (1, 0));
     let mended = outcome_of(&pair.replica_sidecar.admin(&["quarantine", "retry", LINK, "24", "--json"]));
     assert_eq!((&mended["seq"], &mended["puts"]), (&24.into(), &0.into()), "{mended}");
     assert_eq!((&mended["link"], &mended["deletes"]), (&LINK.into(), &1.into()), "{mended}");

@@ -10,7 +10,7 @@ use crate::bed::{PATIENCE, until};
 use crate::etcd_access::etcd_tls;
 use etcd_ferry::certs::issue::{IssueRequest, Issuer, Pair as KeyPair};
 use etcd_ferry::certs::load;
-use etcd_ferry::model::Revision;
+use etcd_ferry::model::{Revision, Side};
 use serde_json::Value;
 use std::fs;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink};
@@ -86,6 +86,20 @@ async fn following(pair: &mut Pair) {
 
 async fn certificates(sidecar: &Sidecar, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
     sidecar.wait_for_health(what, |health| Some(health["certificates"].clone()).filter(|c| wanted(c))).await
+}
+
+fn ends_of(certificate: &Path) -> i64 {
+    load::load_identity(certificate).unwrap().not_after.unix_timestamp()
+}
+
+/// Status and metrics say when these end, in seconds of Unix time.
+async fn ends_are_told<const N: usize>(sidecar: &Sidecar, ends: [(&str, i64); N]) {
+    for (name, at) in ends {
+        certificates(sidecar, &format!("the end of {name}"), |c| c[format!("{name}_expires_at")] == at).await;
+        let (_, metrics) = sidecar.http("/metrics").await;
+        let metric = format!("\netcd_ferry_certificate_expiry_timestamp_seconds{{certificate=\"{name}\"}} {at}\n");
+        assert!(metrics.contains(&metric), "{metric} is not in: {metrics}");
+    }
 }
 
 async fn reloaded(sidecar: &Sidecar, reloads: u64) {
@@ -219,31 +233,53 @@ async fn a_ca_is_replaced_by_steps_and_no_handshake_fails() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_peer_that_is_revoked_is_cut_off_its_live_stream_and_comes_back_with_another_certificate() {
+    Box::pin(revoked(Side::Origin)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_is_revoked_is_cut_off_by_its_origin_and_comes_back_with_another_certificate() {
+    Box::pin(revoked(Side::Replica)).await;
+}
+
+fn other_than(side: Side, pair: &mut Pair) -> &mut Sidecar {
+    match side {
+        Side::Origin => &mut pair.replica_sidecar,
+        Side::Replica => &mut pair.origin_sidecar,
+    }
+}
+
+/// The certificate of this side is revoked at the other one.
+async fn revoked(side: Side) {
     let (mut pair, issuer, [origin, replica]) = prepared().await;
     let tomorrow = OffsetDateTime::now_utc() + time::Duration::days(1);
-    let stolen = origin.issue(&issuer);
-    origin.put_pair(&stolen);
-    replica.put("crl.pem", &issuer.revoke(&[], tomorrow).unwrap(), 0o644);
-    pair.replica_sidecar.options.crl = Some(replica.dir.join("crl.pem"));
-    pair.replica_sidecar.write_config();
+    let (stolen_from, judge, region) = match side {
+        Side::Origin => (&origin, &replica, REPLICA_REGION),
+        Side::Replica => (&replica, &origin, ORIGIN_REGION),
+    };
+    let stolen = stolen_from.issue(&issuer);
+    stolen_from.put_pair(&stolen);
+    judge.put("crl.pem", &issuer.revoke(&[], tomorrow).unwrap(), 0o644);
+    other_than(side, &mut pair).options.crl = Some(judge.dir.join("crl.pem"));
+    other_than(side, &mut pair).write_config();
     following(&mut pair).await;
-    replica.put("crl.pem", &issuer.revoke(&[&stolen], tomorrow).unwrap(), 0o644);
-    reloaded(&pair.replica_sidecar, 1).await;
+    let own = ends_of(&judge.dir.join(format!("{region}.pem")));
+    let ends = [("own", own), ("ca", ends_of(&judge.dir.join("ca.pem"))), ("crl", tomorrow.unix_timestamp())];
+    ends_are_told(other_than(side, &mut pair), ends).await;
+    judge.put("crl.pem", &issuer.revoke(&[&stolen], tomorrow).unwrap(), 0o644);
+    reloaded(other_than(side, &mut pair), 1).await;
     let since = Instant::now();
     let told = "reason=the peer's certificate is refused: it is revoked";
+    let log = other_than(side, &mut pair).log_path();
     let cut = async || {
-        pair.replica_sidecar
-            .log()
-            .lines()
-            .any(|line| line.contains("a connection is cut") && line.contains(told))
-            .then_some(())
+        let log = fs::read_to_string(&log).unwrap();
+        log.lines().any(|line| line.contains("a connection is cut") && line.contains(told)).then_some(())
     };
     until("the live stream to be cut", PATIENCE, cut).await;
     assert!(since.elapsed() < CUT_WITHIN, "it took {:?}", since.elapsed());
     let refused = |link: &Value| link["reason"].as_str().is_some_and(|reason| reason.contains("revoked"));
     pair.origin_sidecar.wait_for(LINK, "its certificate to be refused", refused).await;
     let waiting = writes(&pair, 1).await;
-    origin.put_pair(&origin.issue(&issuer));
+    stolen_from.put_pair(&stolen_from.issue(&issuer));
     pair.wait_applied(waiting).await;
     pair.assert_equal().await;
 }
@@ -343,11 +379,8 @@ async fn a_pair_for_etcd_that_is_not_sound_is_refused_and_etcd_is_reached_with_t
     fs::write(&files.cert, &next.cert_pem).unwrap();
     fs::write(&files.key, &next.key_pem).unwrap();
     reloaded(&pair.origin_sidecar, 1).await;
-    let ends = load::load_identity(&files.cert).unwrap().not_after.unix_timestamp();
-    certificates(&pair.origin_sidecar, "the new pair's end", |c| c["etcd_expires_at"] == ends).await;
-    let (_, metrics) = pair.origin_sidecar.http("/metrics").await;
-    let metric = format!("\netcd_ferry_certificate_expiry_timestamp_seconds{{certificate=\"etcd\"}} {ends}\n");
-    assert!(metrics.contains(&metric), "{metric} is not in: {metrics}");
+    let ca = dir.path().join("etcd/ca.pem");
+    ends_are_told(&pair.origin_sidecar, [("etcd", ends_of(&files.cert)), ("etcd_ca", ends_of(&ca))]).await;
     pair.origin.restart().await;
     let last = writes(&pair, 2).await;
     pair.wait_applied(last).await;

@@ -4,6 +4,7 @@
 //! Always true: a field that Kubernetes does not know is found: what is parsed into types and written again is what stands in the file.
 
 use super::file;
+use crate::documents;
 use etcd_ferry::config::Config;
 use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::{ConfigMap, Container, PodSpec, Probe, Secret, Service};
@@ -157,6 +158,10 @@ fn the_sidecar_finds_its_configuration_its_secrets_and_its_data_where_they_are_m
         }
     }
     for volume in volumes.iter().filter_map(|volume| volume.secret.as_ref()) {
+        let name = volume.secret_name.as_ref().unwrap();
+        assert!(secrets.iter().any(|((_, known), _)| known == name), "{name} is in secrets.yaml");
+        let created = format!("create secret generic {name} ");
+        assert!(documents::text("docs/operating.md").contains(&created), "docs/operating.md makes {name}");
         assert_eq!(volume.default_mode, Some(0o440), "what the sidecar accepts of a key that is root's");
     }
 }
