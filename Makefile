@@ -58,7 +58,7 @@ soak: install
 	$(if $(SOAK_SEEDS),SEEDS=$(SOAK_SEEDS) $(TEST) --test it simulation -- --nocapture)
 	$(if $(SOAK_MINUTES),MINUTES=$(SOAK_MINUTES) $(TEST) --test it soak -- --nocapture)
 
-# Beside etcdctl make-mirror, on real etcds; 40 to 50 minutes, or less of everything with ARGS=--quick. Fails if a bound is not kept. The small
+# Beside etcdctl make-mirror, on real etcds; 40 to 55 minutes, or less of everything with ARGS=--quick. Fails if a bound is not kept. The small
 # pieces: cargo bench --bench encode --bench segment
 bench: install
 	cargo bench --bench pipeline -- $(ARGS)
