@@ -271,6 +271,8 @@ mod tests {
     use super::*;
     use crate::model::Change;
     use crate::wire::digest;
+    use rand::rngs::StdRng;
+    use rand::{Rng, SeedableRng};
 
     fn limits() -> Limits {
         Limits {
@@ -350,14 +352,8 @@ mod tests {
     }
 
     fn noise(seed: u64, bytes: usize) -> Bytes {
-        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-        let mut next = || {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            state.to_le_bytes()[4]
-        };
-        (0..bytes).map(|_| next()).collect()
+        let mut random = StdRng::seed_from_u64(seed);
+        (0..bytes).map(|_| random.random::<u8>()).collect()
     }
 
     /// docs/operating.md sizes the spool by it.

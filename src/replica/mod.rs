@@ -348,22 +348,28 @@ impl Views<'_> {
         status.quarantined_revisions = status.quarantined.len() as u64;
         status.paused = position.and_then(|p| p.paused.clone());
         status.foreign_writes = (self.seen.checked > Revision(0)).then(|| self.seen.status());
+        status.stages = self.stages(status, applied, same_epoch);
+    }
+
+    /// `of`: the seqs are written down in it already.
+    fn stages(&self, of: &LinkStatus, applied: Seq, same_epoch: bool) -> Vec<StageStatus> {
         let (connected, applies) = (self.told.connected, self.view.waiting.is_empty());
-        status.stages = vec![
-            StageStatus::new("receive", connected, self.receive_detail()).at(status.seq.0),
+        let LinkStatus { seq, durable_seq, .. } = of;
+        vec![
+            StageStatus::new("receive", connected, self.receive_detail()).at(seq.0),
             StageStatus::new(
                 "journal",
                 !self.extent.full && !self.extent.disk_full && !self.extent.damaged,
                 format!("holds seqs after {} up to {}", self.extent.base, self.extent.end),
             )
-            .at(status.durable_seq.0)
-            .with_waiting(status.seq.0.saturating_sub(status.durable_seq.0))
+            .at(durable_seq.0)
+            .with_waiting(seq.0.saturating_sub(durable_seq.0))
             .with_queue(self.extent.bytes, self.end.limits.journal_bytes_max),
             StageStatus::new("apply", applies, self.apply_detail(applied, same_epoch))
                 .at(self.view.transactions)
-                .with_waiting(status.seq.0.saturating_sub(applied.0)),
+                .with_waiting(seq.0.saturating_sub(applied.0)),
             StageStatus::new("lookout", self.seen.waiting.is_empty(), self.seen.detail()).at(self.seen.checked.0),
-        ];
+        ]
     }
 
     fn state(&self) -> LinkState {
