@@ -60,6 +60,7 @@ impl Service {
     /// The files of a bundle; on a thread of its own, as it reads folders.
     async fn bundled(&self) -> Result<Vec<bundle::BundleFile>, Status> {
         let certificates = self.certificates().await?;
+        self.directory.refresh().await;
         let (directory, own) = (self.directory.clone(), self.own.clone());
         let looking = tokio::task::spawn_blocking(move || bundle::files(&directory, &own, &certificates));
         looking.await.map_err(|e| Status::internal(format!("the bundle was not made: {e}")))
@@ -100,6 +101,7 @@ impl Admin for Service {
 
     async fn status(&self, request: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
         audit(&request, "Status", "", &Ok(()));
+        self.directory.refresh().await;
         Ok(Response::new(status_reply(&self.directory)))
     }
 

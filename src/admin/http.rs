@@ -165,11 +165,13 @@ fn router(shared: Shared) -> Router {
 }
 
 async fn serve_metrics(State(shared): State<Shared>) -> Response {
+    shared.directory.refresh().await;
     let text = shared.exporter.render_links(&shared.directory.snapshots());
     answer(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", text)
 }
 
 async fn serve_readiness(State(shared): State<Shared>) -> Response {
+    shared.directory.refresh().await;
     match not_ready(&shared.directory.snapshots()) {
         None => plain(StatusCode::OK, format!("ok\n{}", quarantines(&shared.directory.snapshots()))),
         Some(lines) => plain(StatusCode::SERVICE_UNAVAILABLE, lines),
@@ -181,6 +183,7 @@ async fn serve_health(State(shared): State<Shared>, RawQuery(query): RawQuery) -
     if !full {
         return plain(StatusCode::OK, "ok\n".to_owned());
     }
+    shared.directory.refresh().await;
     match serde_json::to_string_pretty(&full_health(&shared.directory)) {
         Ok(json) => answer(StatusCode::OK, "application/json", json),
         Err(error) => {
@@ -258,7 +261,7 @@ fn answer(status: StatusCode, content_type: &'static str, body: String) -> Respo
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::admin::LinkHandle;
+    use crate::admin::{LinkHandle, refresh};
     use crate::metrics;
     use crate::model::{LinkName, Side};
     use std::time::Instant;
@@ -288,7 +291,8 @@ mod tests {
         let name = following.link.clone();
         let (sender, status) = watch::channel(following);
         let (before, commands, replica_commands) = (None, None, None);
-        let handle = LinkHandle { link: name, side: Side::Origin, status, before, commands, replica_commands };
+        let refresh = refresh::channel().0;
+        let handle = LinkHandle { link: name, side: Side::Origin, status, refresh, before, commands, replica_commands };
         let member = EtcdHealth {
             endpoint: "http://127.0.0.1:2379".to_owned(),
             ok: true,

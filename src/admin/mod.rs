@@ -16,6 +16,7 @@ mod limits;
 mod messages;
 mod page;
 pub mod quarantine;
+pub mod refresh;
 pub mod reload;
 pub mod roles;
 pub mod service;
@@ -117,6 +118,8 @@ pub struct LinkHandle {
     pub link: LinkName,
     pub side: Side,
     pub status: watch::Receiver<LinkStatus>,
+    /// Where its task is asked to write its status now.
+    pub refresh: mpsc::Sender<refresh::Asked>,
     /// The last status of its earlier task, if a reload has started it anew: what is counted goes on from there.
     pub before: Option<Arc<LinkStatus>>,
     /// `None`: this is the replica's side, or it takes none.
@@ -229,7 +232,8 @@ mod tests {
         following.state = LinkState::Following;
         let (sender, status) = watch::channel(following);
         let (before, commands, replica_commands) = (None, None, None);
-        let handle = LinkHandle { link, side: Side::Origin, status, before, commands, replica_commands };
+        let refresh = refresh::channel().0;
+        let handle = LinkHandle { link, side: Side::Origin, status, refresh, before, commands, replica_commands };
         assert_eq!(handle.snapshot().state, LinkState::Following);
 
         drop(sender);
@@ -249,8 +253,9 @@ mod tests {
         now.counts = [("revisions", 3), ("stalls", 0)].into();
         let (_sender, status) = watch::channel(now);
         let (commands, replica_commands) = (None, None);
-        let before = Some(Arc::new(before));
-        let seen = LinkHandle { link, side: Side::Origin, status, before, commands, replica_commands }.snapshot();
+        let (before, refresh) = (Some(Arc::new(before)), refresh::channel().0);
+        let handle = LinkHandle { link, side: Side::Origin, status, refresh, before, commands, replica_commands };
+        let seen = handle.snapshot();
         assert_eq!((seen.bytes_raw, seen.bytes_sent), (101, 12));
         assert_eq!(seen.counts, [("revisions", 10), ("copies", 1), ("stalls", 0)].into());
     }

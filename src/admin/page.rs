@@ -69,6 +69,7 @@ pub(super) async fn serve_events(State(shared): State<Shared>, Extension(lasting
                 () = shared.stop.cancelled() => return,
                 _ = ticks.tick() => {}
             }
+            shared.directory.refresh().await;
             let health = super::http::full_health(&shared.directory);
             yield told_as("status", &Look { now_ms: now_ms(), health });
             let happened = shared.history().after(told);

@@ -44,6 +44,7 @@ pub(super) async fn tell_status(
     let telling = async {
         loop {
             ticks.tick().await;
+            directory.refresh().await;
             if out.send(Ok(status_reply(&directory))).await.is_err() {
                 return;
             }

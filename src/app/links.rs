@@ -3,7 +3,7 @@
 //! Always true: a link is open in one task at most, so that its files have one owner; what is asked about one link touches no other;
 //! every task is joined.
 
-use crate::admin::LinkHandle;
+use crate::admin::{LinkHandle, refresh};
 use crate::config::{Config, ReceiveConfig, SendConfig};
 use crate::etcd::gate::Gate;
 use crate::etcd::with_sources;
@@ -233,6 +233,7 @@ impl Links {
     fn open_origin(&mut self, config: &Config, send: &SendConfig) {
         let (status, watching) = watch::channel(LinkStatus::new(send.link.clone(), Side::Origin, send.peer.clone()));
         let (commands, incoming) = mpsc::channel(1);
+        let (refresh, asked) = refresh::channel();
         let origin = OriginLink {
             etcd: self.etcd.clone(),
             limits: config.limits.clone(),
@@ -246,13 +247,14 @@ impl Links {
         let (link, stop) = (send.link.clone(), self.stop.child_token());
         let runner = {
             let (link, stop) = (link.clone(), stop.clone());
-            async move { origin.run(status, incoming, stop).await.with_context(|| format!("link {link}")) }
+            async move { origin.run(status, asked, incoming, stop).await.with_context(|| format!("link {link}")) }
         };
         let handle = LinkHandle {
             before: self.before(&link, Side::Origin),
             link,
             side: Side::Origin,
             status: watching,
+            refresh,
             commands: Some(commands),
             replica_commands: None,
         };
@@ -264,6 +266,7 @@ impl Links {
         let (status, watching) =
             watch::channel(LinkStatus::new(receive.link.clone(), Side::Replica, receive.peer.clone()));
         let (commands, incoming) = mpsc::channel(1);
+        let (refresh, asked) = refresh::channel();
         let (link, stop) = (receive.link.clone(), self.stop.child_token());
         let replica = ReplicaLink {
             etcd: self.etcd.clone(),
@@ -278,13 +281,14 @@ impl Links {
         let reads = Arc::new(task.reads());
         let runner = {
             let (link, stop) = (link.clone(), stop.clone());
-            async move { task.run(status, stop).await.with_context(|| format!("link {link}")) }
+            async move { task.run(status, asked, stop).await.with_context(|| format!("link {link}")) }
         };
         let handle = LinkHandle {
             before: self.before(&link, Side::Replica),
             link,
             side: Side::Replica,
             status: watching,
+            refresh,
             commands: None,
             replica_commands: Some(commands),
         };
@@ -305,6 +309,7 @@ impl Links {
             link: link.clone(),
             side,
             status: watch::channel(status).1,
+            refresh: refresh::channel().0,
             commands: None,
             replica_commands: None,
         };

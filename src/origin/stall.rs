@@ -3,8 +3,8 @@
 //! No I/O: the link's task looks, and does what helps.
 //! Always true: a link that is not under way is not looked at: its state has a reason of its own; what moves only slowly is not cut short.
 
-use super::Views;
 use super::elect::Standing;
+use super::status::Views;
 use super::tail::TailState;
 use crate::model::stall::{Seen, Stage, Stalled};
 

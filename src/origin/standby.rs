@@ -30,7 +30,13 @@ impl Shipper {
         loop {
             let view = self.elected.borrow_and_update().clone();
             match &view.standing {
-                Standing::Shipper { term } => return Some(*term),
+                Standing::Shipper { term } => {
+                    // Until the replica answers, the best that is known of it; a hello takes back what does not hold.
+                    if let Some(published) = view.published {
+                        let _ = self.events.send(LinkEvent::Published(published.revision)).await;
+                    }
+                    return Some(*term);
+                }
                 Standing::Standby { .. } => self.took_over = true,
                 Standing::Unknown { .. } => {}
             }

@@ -33,6 +33,7 @@ mod verify;
 pub mod view;
 
 use crate::admin::ReplicaCommand;
+use crate::admin::refresh::Asked;
 use crate::config::{CompactConfig, Limits, ReceiveConfig};
 use crate::etcd::gate::{ClusterLimits, Gate};
 use crate::etcd::limits;
@@ -65,7 +66,8 @@ use view::ApplyView;
 const COMMANDS_MAX: usize = 2;
 /// Journal entries are read in portions of this size when the dedupe log is made anew.
 const NOTE_BYTES: usize = 1 << 20;
-const STATUS_INTERVAL: Duration = Duration::from_millis(250);
+/// Whoever reads the status asks for it anew; this is for what watches it.
+const STATUS_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Why a replica link cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -181,7 +183,12 @@ impl ReplicaTask {
     }
 
     /// Runs until `stop`, then flushes journal and dedupe log.
-    pub async fn run(self, status: watch::Sender<LinkStatus>, stop: CancellationToken) -> Result<(), ReplicaError> {
+    pub async fn run(
+        self,
+        status: watch::Sender<LinkStatus>,
+        mut asked: mpsc::Receiver<Asked>,
+        stop: CancellationToken,
+    ) -> Result<(), ReplicaError> {
         let Self { end, applier, view, told, lookout, seen } = self;
         let (started, limits) = (Instant::now(), end.etcd.limits());
         let mut applying = tokio::task::JoinSet::new();
@@ -193,29 +200,35 @@ impl ReplicaTask {
         let mut ticks = tokio::time::interval(STATUS_INTERVAL);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
-            tokio::select! {
+            let asked = tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
                 ended = applying.join_next() => {
                     let why = ended.map_or_else(String::new, |e| e.err().map_or_else(String::new, |e| e.to_string()));
                     return Err(ReplicaError::Ended { why });
                 }
-                _ = ticks.tick() => {
-                    let extent = end.journal.extent().borrow().clone();
-                    let durable = *end.journal.durable().borrow();
-                    let mut views = Views {
-                        end: &end,
-                        view: &view.borrow(),
-                        told: &told.borrow(),
-                        seen: &seen.borrow(),
-                        extent: &extent,
-                        durable,
-                        limits: *limits.borrow(),
-                        stalled: None,
-                    };
-                    views.watch(&mut dog, &mut stalls, started.elapsed());
-                    status.send_if_modified(|status| status.differs_after(|status| views.write(status, stalls)));
-                }
+                Some(asked) = asked.recv() => Some(asked),
+                _ = ticks.tick() => None,
+            };
+            {
+                let extent = end.journal.extent().borrow().clone();
+                let durable = *end.journal.durable().borrow();
+                let mut views = Views {
+                    end: &end,
+                    view: &view.borrow(),
+                    told: &told.borrow(),
+                    seen: &seen.borrow(),
+                    extent: &extent,
+                    durable,
+                    limits: *limits.borrow(),
+                    stalled: None,
+                };
+                views.watch(&mut dog, &mut stalls, started.elapsed());
+                status.send_if_modified(|status| status.differs_after(|status| views.write(status, stalls)));
+            }
+            if let Some(asked) = asked {
+                // Whoever asked may be gone.
+                let _ = asked.send(());
             }
         }
         while applying.join_next().await.is_some() {}

@@ -7,6 +7,7 @@ use crate::bed::sidecar::region_name;
 use crate::bed::{PATIENCE, until};
 use etcd_ferry::admin::client::{self, ClientError, Connection};
 use etcd_ferry::admin::proto::admin_client::AdminClient;
+use etcd_ferry::admin::refresh;
 use etcd_ferry::admin::roles::Admins;
 use etcd_ferry::admin::service::{Server, ServiceError};
 use etcd_ferry::admin::{Directory, LinkCommand, LinkHandle, Listening, Own, certificates, proto, verification};
@@ -67,7 +68,8 @@ fn handle(name: &str, side: Side, state: LinkState) -> (watch::Sender<LinkStatus
     first.applied_seq = Seq(7);
     first.counts.insert("repeated", 2);
     let (sender, status) = watch::channel(first);
-    (sender, LinkHandle { link, side, status, before: None, commands: None, replica_commands: None })
+    let refresh = refresh::channel().0;
+    (sender, LinkHandle { link, side, status, refresh, before: None, commands: None, replica_commands: None })
 }
 
 /// What it tells of itself; its log is nobody's.
