@@ -35,6 +35,7 @@ matrix: install-tests
 FUZZ_TARGETS := frame delta hello position segment config
 fuzz: install
 	@cargo +nightly --version >/dev/null || { echo "fuzz: nightly Rust is missing: rustup toolchain install nightly" >&2; exit 1; }
+	@command -v c++ >/dev/null || { echo "fuzz: a C++ compiler is missing: apt-get install g++" >&2; exit 1; }
 	@cargo fuzz --version >/dev/null 2>&1 || cargo install --locked cargo-fuzz
 	@for target in $(FUZZ_TARGETS); do \
 	  mkdir -p fuzz/corpus/$$target; \

@@ -17,6 +17,7 @@ use crate::model::LINKS_PREFIX;
 use crate::pki::Pki;
 use crate::replica;
 use crate::replica::receive::Receiver;
+use crate::tls::accept::LastTurnedAway;
 use crate::tls::reload::InUse;
 use crate::tls::{Certificates, accept};
 use crate::traces;
@@ -130,7 +131,7 @@ impl App {
         let mut links = Links::new(etcd.clone(), certificates.in_use(), stop.clone());
         links.open_all(&config).await?;
         let streams = TaskTracker::new();
-        let receiver = Receiver::new(links.ends(), &config.region, &config.node, streams.clone());
+        let receiver = Receiver::new(links.ends(), links.turned_away(), &config.region, &config.node, streams.clone());
         Ok(Self {
             config,
             logs,
@@ -194,7 +195,8 @@ impl App {
         let own = Own { config: told, logs: logs.clone(), exporter: exporter.clone() };
         let (gate, until) = (etcd.clone(), stop.clone());
         start(&mut tasks, async move { gate.run(until).await });
-        tasks.spawn(serve_peers(config.clone(), peer, certificates.in_use(), receiver, stop.clone()));
+        let turned_away = links.turned_away();
+        tasks.spawn(serve_peers(config.clone(), peer, certificates.in_use(), receiver, turned_away, stop.clone()));
         if let Some(traces) = &config.traces {
             let exporter = traces::install(traces, &config.region, &config.node).context("[traces]")?;
             start(&mut tasks, exporter.run(stop.clone()));
@@ -309,6 +311,7 @@ async fn serve_peers(
     listener: TcpListener,
     in_use: watch::Receiver<Arc<InUse>>,
     receiver: Receiver,
+    turned_away: LastTurnedAway,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let (accepting, incoming) = accept::incoming(listener, in_use, accept::AcceptLimits::default(), stop.clone());
@@ -323,7 +326,7 @@ async fn serve_peers(
         .add_service(ReplicateServer::new(receiver).max_decoding_message_size(shipment_bytes_max))
         .serve_with_incoming_shutdown(incoming, stop.cancelled_owned());
     let mut accept_loop = JoinSet::new();
-    accept_loop.spawn(accepting.run());
+    accept_loop.spawn(accepting.telling(turned_away).run());
     server.await.context("the peer listener")?;
     while accept_loop.join_next().await.is_some() {}
     Ok(())

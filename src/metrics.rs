@@ -5,7 +5,7 @@
 //! `certificate` (enums); never a key.
 
 use crate::model::limits::LimitsVerdict;
-use crate::model::{CertificatesStatus, ForeignStatus, LinkName, LinkState, LinkStatus, Role, Side};
+use crate::model::{CertificatesStatus, ForeignStatus, LinkName, LinkState, LinkStatus, Outcome, Role, Side};
 use metrics::{Label, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use std::sync::LazyLock;
@@ -31,6 +31,7 @@ pub const COPY_EXPECTED_KEYS: &str = "etcd_ferry_copy_expected_keys";
 pub const VERIFIED_TIMESTAMP_SECONDS: &str = "etcd_ferry_verified_timestamp_seconds";
 pub const VERIFIED_REVISION: &str = "etcd_ferry_verified_revision";
 pub const DIFFERING_KEYS: &str = "etcd_ferry_differing_keys";
+pub const VERIFICATION_FAILED: &str = "etcd_ferry_verification_failed";
 pub const QUARANTINED_REVISIONS: &str = "etcd_ferry_quarantined_revisions";
 pub const LIMITS_SHORT: &str = "etcd_ferry_limits_short";
 pub const QUEUE_BYTES: &str = "etcd_ferry_queue_bytes";
@@ -56,7 +57,7 @@ pub const ROUND_TRIP_SECONDS: &str = "etcd_ferry_round_trip_seconds";
 pub const APPLY_SECONDS: &str = "etcd_ferry_apply_seconds";
 pub const BATCH_REVISIONS: &str = "etcd_ferry_batch_revisions";
 
-const GAUGES: [(&str, &str); 30] = [
+const GAUGES: [(&str, &str); 31] = [
     (LINK_STATE, "1 for the state that the link is in, else 0."),
     (LAG_SECONDS, "Since when the oldest origin revision that is not applied has been in etcd."),
     (LAG_REVISIONS, "Origin revisions that are not applied at the replica."),
@@ -86,6 +87,7 @@ const GAUGES: [(&str, &str); 30] = [
     ),
     (VERIFIED_REVISION, "The origin revision at which both sides were last proved equal; 0: none yet."),
     (DIFFERING_KEYS, "Keys that differed at the last comparison of both sides."),
+    (VERIFICATION_FAILED, "1 if the last comparison of both sides came to no outcome, else 0 (origin)."),
     (QUARANTINED_REVISIONS, "Revisions that the replica goes on without."),
     (LIMITS_SHORT, "1 where the replica takes less in a transaction than the origin's etcd does, else 0."),
     (QUEUE_BYTES, "What waits before the link's stages, in memory and in files."),
@@ -278,6 +280,7 @@ pub fn record_link(status: &LinkStatus) {
         (VERIFIED_TIMESTAMP_SECONDS, status.verification.verified_at_ms as f64 / 1000.0),
         (VERIFIED_REVISION, status.verification.verified_revision.0 as f64),
         (DIFFERING_KEYS, status.verification.differing_now() as f64),
+        (VERIFICATION_FAILED, if status.verification.outcome == Outcome::Failed { 1.0 } else { 0.0 }),
         (QUARANTINED_REVISIONS, status.quarantined_revisions as f64),
         (LIMITS_SHORT, if short { 1.0 } else { 0.0 }),
         (QUEUE_BYTES, queue_bytes as f64),
@@ -401,6 +404,7 @@ mod tests {
         status.bytes_raw = 1000;
         status.counts.insert("repeated", 3);
         status.copy = Some(CopyProgress { keys_done: 5, keys_total: 9 });
+        status.verification.outcome = Outcome::Failed;
         let stage = |queue_bytes| StageStatus::new("spool", true, String::new()).with_queue(queue_bytes, 100);
         status.stages = vec![stage(40), stage(2)];
 
@@ -415,6 +419,7 @@ mod tests {
             "etcd_ferry_raw_bytes_total{link=\"metrics-snapshot\",side=\"origin\"} 1000",
             "etcd_ferry_repeated_total{link=\"metrics-snapshot\",side=\"origin\"} 3",
             "etcd_ferry_copy_done_keys{link=\"metrics-snapshot\",side=\"origin\"} 5",
+            "etcd_ferry_verification_failed{link=\"metrics-snapshot\",side=\"origin\"} 1",
             "etcd_ferry_queue_bytes{link=\"metrics-snapshot\",side=\"origin\"} 42",
             "etcd_ferry_queue_limit_bytes{link=\"metrics-snapshot\",side=\"origin\"} 200",
             "# HELP etcd_ferry_lag_seconds Since when",

@@ -18,6 +18,7 @@ fuzz_target!(|data: &[u8]| {
         Ok(len) => assert!(len == out.len() && len <= TARGET_LEN_MAX),
         Err(_) => assert!(out.is_empty()),
     }
+    assert!(out.capacity() <= 2 * TARGET_LEN_MAX, "{} bytes are held", out.capacity());
     let mut encoded = Vec::new();
     if DeltaEncoder::default().encode(base, input, &mut encoded) {
         out.clear();

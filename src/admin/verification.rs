@@ -114,7 +114,16 @@ pub fn verification_lines(verification: &Verification) -> Vec<String> {
         lines.push(format!("the last comparison failed: {}", verification.detail));
     }
     if let Some(at) = moment(verification.verified_at) {
-        lines.push(format!("both sides were equal at origin revision {}, proved {at}", verification.verified_revision));
+        let revision = verification.verified_revision;
+        // That may be the revision of the last comparison too: the replica can change without the origin.
+        let differed = verification.differing_keys > 0 && verification.outcome != "equal";
+        lines.push(match (differed, verification.outcome.as_str()) {
+            (true, _) => {
+                format!("both sides were last proved equal at origin revision {revision}, {at}, before they differed")
+            }
+            (false, "failed") => format!("both sides were last proved equal at origin revision {revision}, {at}"),
+            (false, _) => format!("both sides were equal at origin revision {revision}, proved {at}"),
+        });
     }
     if verification.differing_keys > 0 {
         let expected = match verification.expected_keys {
@@ -204,7 +213,7 @@ mod tests {
             verification_lines(&verification),
             [
                 "comparing both sides: 4 of 10 parts",
-                "both sides were equal at origin revision 40, proved 2026-09-21T14:13:20Z",
+                "both sides were last proved equal at origin revision 40, 2026-09-21T14:13:20Z, before they differed",
                 "3 keys differ",
                 "differs: /app/a",
                 "differ: 2 keys from /app/b to /app/d",
@@ -218,6 +227,9 @@ mod tests {
             verification_lines(&verification)[2],
             "3 keys differ, as expected: revisions in quarantine changed them"
         );
+        let proved = Verification { outcome: "equal".to_owned(), differing_keys: 0, ..different() };
+        let equal = "both sides were equal at origin revision 40, proved 2026-09-21T14:13:20Z";
+        assert_eq!(verification_lines(&proved)[0], equal);
         verification.outcome = "failed".to_owned();
         assert_eq!(verification_lines(&verification)[1], "the last comparison failed: 9 keys");
     }

@@ -12,6 +12,7 @@ use crate::origin::OriginLink;
 use crate::replica::ReplicaLink;
 use crate::replica::compact::Reads;
 use crate::replica::receive::LinkEnd;
+use crate::tls::accept::LastTurnedAway;
 use crate::tls::reload::InUse;
 use anyhow::Context;
 use std::collections::{BTreeMap, VecDeque};
@@ -67,6 +68,8 @@ pub struct Links {
     untold: VecDeque<Ended>,
     /// What earlier tasks of a link had counted.
     counted: BTreeMap<(LinkName, &'static str), Arc<LinkStatus>>,
+    /// Who was turned away at the peer port, for the links that nobody has come to.
+    turned_away: LastTurnedAway,
     shown: watch::Sender<Arc<[LinkHandle]>>,
     ends: watch::Sender<Vec<Arc<LinkEnd>>>,
     reads: watch::Sender<Vec<Arc<Reads>>>,
@@ -82,10 +85,16 @@ impl Links {
             tasks: JoinSet::new(),
             untold: VecDeque::new(),
             counted: BTreeMap::new(),
+            turned_away: watch::channel(None).0,
             shown: watch::channel(Arc::from([])).0,
             ends: watch::channel(Vec::new()).0,
             reads: watch::channel(Vec::new()).0,
         }
+    }
+
+    /// For whoever turns a caller away.
+    pub fn turned_away(&self) -> LastTurnedAway {
+        self.turned_away.clone()
     }
 
     /// For whoever shows or commands them.
@@ -275,6 +284,7 @@ impl Links {
             sends_back: config.sends_back(receive),
             receive: receive.clone(),
             commands: incoming,
+            turned_away: self.turned_away.subscribe(),
             stop: stop.clone(),
         };
         let (end, task) = Box::pin(replica.open()).await?;

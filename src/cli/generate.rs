@@ -4,8 +4,11 @@
 //! Always true: a command or an option that is added is in both.
 
 use super::{Cli, Failure, say};
-use clap::CommandFactory;
+use crate::software;
+use clap::{Command, CommandFactory};
 use clap_complete::Shell;
+use clap_mangen::Man;
+use std::io;
 use std::path::Path;
 
 pub(super) fn completions(shell: Shell) -> Result<(), Failure> {
@@ -15,11 +18,20 @@ pub(super) fn completions(shell: Shell) -> Result<(), Failure> {
 }
 
 pub(super) fn man(folder: &Path) -> Result<(), Failure> {
-    let unwritten = |e: std::io::Error| {
+    let unwritten = |e: io::Error| {
         let shown = folder.display();
         Failure::Failed(format!("the pages cannot be written to {shown} ({e}): give a folder that you may write to"))
     };
     std::fs::create_dir_all(folder).map_err(unwritten)?;
-    clap_mangen::generate_to(Cli::command(), folder).map_err(unwritten)?;
+    let mut program = Cli::command().disable_help_subcommand(true);
+    program.build();
+    pages(&program, folder).map_err(unwritten)?;
     say(&format!("made the man pages in {}; read one with `man -l {0}/etcd-ferry.1`", folder.display()))
+}
+
+/// One for each command; each is of the program's version, and in its manual.
+fn pages(command: &Command, folder: &Path) -> io::Result<()> {
+    let source = format!("etcd-ferry {}", software::SHORT);
+    Man::new(command.clone()).source(source).manual("etcd-ferry").generate_to(folder)?;
+    command.get_subcommands().try_for_each(|below| pages(below, folder))
 }

@@ -6,6 +6,7 @@
 use super::sidecar::{Sidecar, connection, runtime};
 use super::{Failure, say};
 use crate::admin::reload;
+use crate::config::Layers;
 use crate::top::{self, Source};
 use clap::Args;
 use std::io::{IsTerminal, stdout};
@@ -29,7 +30,7 @@ pub(super) fn top(several: Several) -> Result<(), Failure> {
     let Several { configs, cert, key } = several;
     let mut sources = Vec::new();
     for config in configs {
-        let connection = connection(&config, cert.as_deref(), key.as_deref())?;
+        let connection = connection(&Layers::new(&config, &[]), cert.as_deref(), key.as_deref())?;
         sources.push(Source { connection, name: config.display().to_string() });
     }
     let runtime = runtime()?;

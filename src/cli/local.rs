@@ -70,11 +70,16 @@ pub(super) fn check(configuration: &Configuration) -> Result<(), Failure> {
 
 pub(super) fn run(configuration: &Configuration) -> Result<(), Failure> {
     let layers = configuration.layers();
-    let Checked { config, overrides, .. } = layers.check()?;
+    let checked = layers.check()?;
+    let warnings = checked.warnings();
+    let Checked { config, overrides, .. } = checked;
     config.prepare_files()?;
     let logs = logs::install(&config.log).map_err(Failure::of)?;
     for Override { key, value, source } in &overrides {
         tracing::info!(key, value, %source, "a key is not as the configuration file says");
+    }
+    for warning in warnings {
+        tracing::warn!("{warning}");
     }
     #[cfg(feature = "failpoints")]
     crate::failpoint::arm().map_err(Failure::Failed)?;

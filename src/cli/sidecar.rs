@@ -16,6 +16,9 @@ pub(super) struct Sidecar {
     /// The configuration file of the running sidecar
     #[arg(long, value_name = "FILE")]
     pub config: PathBuf,
+    /// What the sidecar runs with beside it, such as listen.admin=127.0.0.1:7444; may be given several times
+    #[arg(long, value_name = "SECTION.KEY=VALUE")]
+    set: Vec<String>,
     /// The operator's certificate [default: admin.pem beside tls.cert]
     #[arg(long, value_name = "FILE", requires = "key")]
     cert: Option<PathBuf>,
@@ -38,12 +41,16 @@ pub(super) struct Named {
 
 impl Sidecar {
     fn connection(&self) -> Result<Connection, Failure> {
-        connection(&self.config, self.cert.as_deref(), self.key.as_deref())
+        connection(&self.layers(), self.cert.as_deref(), self.key.as_deref())
+    }
+
+    fn layers(&self) -> Layers {
+        Layers::new(&self.config, &self.set)
     }
 
     /// What the sidecar is called.
     pub fn node(&self) -> Result<String, Failure> {
-        Ok(Layers::new(&self.config, &[]).load()?.node)
+        Ok(self.layers().load()?.node)
     }
 
     /// One question, and its answer.
@@ -58,9 +65,9 @@ impl Sidecar {
 }
 
 /// To the sidecar of this configuration; with the operator's pair, or what lies beside `tls.cert`.
-pub(super) fn connection(config: &Path, cert: Option<&Path>, key: Option<&Path>) -> Result<Connection, Failure> {
-    let file = config.display().to_string();
-    let config = Layers::new(config, &[]).load().map_err(|Faults(mut faults)| {
+pub(super) fn connection(layers: &Layers, cert: Option<&Path>, key: Option<&Path>) -> Result<Connection, Failure> {
+    let file = layers.file().display().to_string();
+    let config = layers.load().map_err(|Faults(mut faults)| {
         let rule = "is not sound, so that it does not tell where its sidecar is. A sidecar that runs goes on with the last sound one; \
                     `curl http://HOST:PORT/healthz?full=1` at its listen.http tells its status";
         faults.push(Fault { field: file, rule: rule.to_owned() });

@@ -148,7 +148,13 @@ impl Layers {
     /// All layers in one table, what its rules make of it, and what it names.
     fn read(&self) -> Result<(Layered, Result<Config, Faults>, NamedFiles), Faults> {
         let text = read_file(&self.file)?;
-        let mut layered = layers::lay(&text, read::parse(&text)?, &self.variables, &self.flags);
+        let named = |Faults(faults)| {
+            let file = self.file.display();
+            let name = |fault: Fault| Fault { field: format!("{file}, {}", fault.field), ..fault };
+            Faults(faults.into_iter().map(name).collect())
+        };
+        let table = read::parse(&text).map_err(named)?;
+        let mut layered = layers::lay(&text, table, &self.variables, &self.flags);
         let (config, files) = check::config(&layered.table);
         let of_layers = std::mem::take(&mut layered.faults);
         let config = match config {

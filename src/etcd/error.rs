@@ -150,6 +150,9 @@ const TOO_LARGE: [&str; 3] =
 pub(super) const USERS_OFF: &str = "authentication is not enabled";
 const LOGIN_LOST: [&str; 3] = ["invalid auth token", "auth: revision in header is old", USERS_OFF];
 
+/// What the HTTP/2 library says of a port that answers something else, or closes the connection.
+const NO_HTTP2: [&str; 2] = ["frame with invalid size", "connection closed"];
+
 fn denied(said: &str) -> EtcdError {
     EtcdError::Denied { right: String::new(), said: said.to_owned() }
 }
@@ -182,7 +185,7 @@ fn status_reaction(status: &tonic::Status, endpoints: &str) -> EtcdError {
         EtcdError::LoginLost(format!("{text}: see [etcd] username and password_file"))
     } else if LOGIN_LOST.iter().any(|words| has(words)) {
         EtcdError::LoginLost(text.to_owned())
-    } else if has("transport error") {
+    } else if has("transport error") || NO_HTTP2.iter().any(|words| with_root_cause(status).contains(words)) {
         // The library's own words: no connection came about, or it broke.
         EtcdError::Unreachable { endpoints: endpoints.to_owned(), reason: with_root_cause(status) }
     } else {
@@ -270,6 +273,30 @@ mod tests {
             assert!(format!("{:?}", status_reaction(&status, "etcd")).starts_with(wanted), "{status}");
         }
     }
+
+    #[test]
+    fn a_port_that_does_not_speak_http2_is_named_with_what_to_look_at() {
+        for (status, advice) in [
+            (
+                Status::internal("h2 protocol error: http2 error: frame with invalid size"),
+                "it is no etcd, or it speaks https://",
+            ),
+            (
+                Status::cancelled("operation was canceled: connection closed"),
+                "check [etcd] endpoints and that etcd runs",
+            ),
+        ] {
+            let said = status_reaction(&status, "http://127.0.0.1:7444").to_string();
+            assert!(
+                said.starts_with("etcd cannot be reached at http://127.0.0.1:7444: ") && said.contains(advice),
+                "{said}"
+            );
+        }
+        let broken =
+            status_reaction(&Status::unknown("h2 protocol error: error reading a body from connection"), "etcd");
+        assert!(matches!(broken, EtcdError::Other(_)), "{broken}");
+    }
+
     #[test]
     fn only_an_answer_that_is_etcds_own_keeps_the_connection() {
         for (status, wanted) in [

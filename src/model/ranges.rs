@@ -20,6 +20,20 @@ impl fmt::Debug for KeyRange {
     }
 }
 
+/// For people: as the prefix that it is, if it is one.
+impl fmt::Display for KeyRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (from, to) = (self.from.escape_ascii(), self.to.escape_ascii());
+        match (self.from.is_empty(), self.to.is_empty()) {
+            (true, true) => f.write_str("all keys"),
+            (true, false) => write!(f, "all keys before {to}"),
+            (false, _) if self.to == prefix_end(&self.from) => write!(f, "the prefix {from}"),
+            (false, true) => write!(f, "all keys from {from} on"),
+            (false, false) => write!(f, "the keys from {from} to {to}, without the latter"),
+        }
+    }
+}
+
 impl KeyRange {
     /// All keys that start with `prefix` (etcd's prefix rule: the end is the prefix with its last byte below 0xff raised).
     pub fn prefix(prefix: &[u8]) -> Self {
@@ -61,6 +75,17 @@ fn prefix_end(prefix: &[u8]) -> Bytes {
 pub struct Ranges {
     /// Disjoint, not touching, in key order.
     pieces: Vec<KeyRange>,
+}
+
+/// For people: one after the other.
+impl fmt::Display for Ranges {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, piece) in self.pieces.iter().enumerate() {
+            let comma = if i == 0 { "" } else { ", " };
+            write!(f, "{comma}{piece}")?;
+        }
+        Ok(())
+    }
 }
 
 impl Ranges {
@@ -167,6 +192,17 @@ mod tests {
         let (all, last) = (KeyRange::prefix(b""), KeyRange::prefix(b"\xff"));
         assert!(all.contains(b"") && last.contains(b"\xff\xff") && !last.contains(b"\xfe"));
         assert_eq!((all.etcd_from(), all.etcd_end()), (vec![0], vec![0]));
+    }
+
+    #[test]
+    fn people_read_prefixes_where_there_are_such() {
+        let shown = |prefixes, excludes| ranges(prefixes, excludes).to_string();
+        assert_eq!(shown(&["/app/", "/b/"], &[]), "the prefix /app/, the prefix /b/");
+        assert_eq!(shown(&["\u{7f}"], &[]), "the prefix \\x7f");
+        assert_eq!(shown(&["/a", "/b"], &[]), "the keys from /a to /c, without the latter");
+        assert_eq!(shown(&[], &[]), "all keys before /etcd-ferry/, all keys from /etcd-ferry0 on");
+        assert_eq!(KeyRange::prefix(b"").to_string(), "all keys");
+        assert_eq!(KeyRange::prefix(b"\xff").to_string(), "the prefix \\xff");
     }
 
     #[test]

@@ -232,7 +232,8 @@ impl Election {
                     Txn::new().when([absent]).and_then([lease.put(&key, value)])
                 }
                 Next::Replace { mod_revision } => {
-                    tracing::info!(link = %self.link, node = %self.node, "taking the place of an earlier process of this node");
+                    tracing::warn!(link = %self.link, node = %self.node, "taking the place of an earlier process under this node's name, which has not resigned; \
+                        if it still runs, give each sidecar its own `node`");
                     delete_if(&key, Compare::mod_revision(key.to_vec(), CompareOp::Equal, mod_revision.to_etcd()))
                 }
                 next @ (Next::Lead { .. } | Next::StandBy { .. } | Next::NameTaken { .. }) => {

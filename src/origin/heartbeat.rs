@@ -10,15 +10,20 @@ use super::receipts::OPEN_DEADLINE;
 use super::sequence::OriginWaymark;
 use super::session::{Session, SessionEnd};
 use super::ship::{Shipper, at_origin};
+use super::tail::TailState;
 use crate::etcd::{Compare, CompareOp, Etcd, EtcdError, Txn, TxnOp, TxnResponse, txn_revision};
 use crate::failpoint;
 use crate::model::{Epoch, Revision};
+use crate::wire;
 use crate::wire::replicate::{Progress, Shipment, shipment};
 use std::time::Duration;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
 const IDLE_PROGRESS: Duration = Duration::from_secs(5);
+/// While frames fill the way they say most of it; what they do not say, the lag and the head, goes between two of them after this time.
+const PROGRESS_OVERDUE: Duration = Duration::from_secs(10);
 /// The replica answers each progress; so long without any receipt means that the stream is dead.
 const SILENCE_MAX: Duration = Duration::from_secs(20);
 /// The same where another of the replica's sidecars can be dialled instead: it says something every 3 s, unless the way is very narrow.
@@ -68,11 +73,21 @@ impl Session {
             && self.persisted_at.0.elapsed() >= IDLE_WRITE
             && now.by_others_since(self.persisted_at.1) > 0;
         let worth = through > self.shipped.progressed || idle_write || self.last_progress.elapsed() >= IDLE_PROGRESS;
-        if worth && self.send_progress(ship, through, idle_write) {
-            self.shipped.progressed = through;
-            if idle_write {
-                self.persisted_at = (Instant::now(), now);
+        if !worth {
+            return Ok(());
+        }
+        match self.send_progress(ship, through, idle_write) {
+            None => {
+                self.shipped.progressed = through;
+                if idle_write {
+                    self.persisted_at = (Instant::now(), now);
+                }
             }
+            unsent if self.last_progress.elapsed() >= PROGRESS_OVERDUE => {
+                self.overdue = unsent;
+                self.last_progress = Instant::now();
+            }
+            Some(_) => {}
         }
         Ok(())
     }
@@ -90,12 +105,13 @@ impl Session {
     /// Keeps the stream alive during a base copy; says nothing of revisions.
     pub(super) fn keep_alive(&mut self, ship: &Shipper) {
         if self.last_progress.elapsed() >= IDLE_PROGRESS {
+            // While pages fill the way it is alive.
             self.send_progress(ship, Revision(0), false);
         }
     }
 
-    /// False if frames fill the way: they say the same.
-    fn send_progress(&mut self, ship: &Shipper, through: Revision, persist: bool) -> bool {
+    /// Where frames fill the way, what is not sent.
+    fn send_progress(&mut self, ship: &Shipper, through: Revision, persist: bool) -> Option<Shipment> {
         let status = ship.status.borrow();
         let millis = |seconds: f64| {
             Duration::try_from_secs_f64(seconds).map_or(u64::MAX, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
@@ -111,12 +127,16 @@ impl Session {
             persist,
             after_seq: self.shipped.seq.0,
             limits: Some(ship.limits.borrow().most.into()),
+            trouble: trouble(&ship.tail.borrow().state, ship.head.borrow().trouble.as_deref()),
         };
-        let sent = self.outbound.try_send(Shipment { what: Some(shipment::What::Progress(progress)) }).is_ok();
-        if sent {
-            self.last_progress = Instant::now();
+        let shipment = Shipment { what: Some(shipment::What::Progress(progress)) };
+        match self.outbound.try_send(shipment) {
+            Ok(()) => {
+                self.last_progress = Instant::now();
+                None
+            }
+            Err(TrySendError::Full(unsent) | TrySendError::Closed(unsent)) => Some(unsent),
         }
-        sent
     }
 
     /// The waymark is rewritten only once the position holds the present one, so that a position's is always the present
@@ -340,6 +360,18 @@ impl Shipper {
     }
 }
 
+/// Why what etcd commits is not seen here, for the replica's status; empty: it is. `unread`: why the head could not be read.
+fn trouble(tail: &TailState, unread: Option<&str>) -> String {
+    let why = match tail {
+        TailState::Connecting { reason } if !reason.is_empty() => reason,
+        TailState::SpoolFull => "its spool is full",
+        TailState::Lost { .. } => "its etcd has compacted what it has not seen",
+        TailState::Stopped { reason } | TailState::OtherHistory { reason } => reason,
+        TailState::Idle | TailState::Connecting { .. } | TailState::Running => unread.unwrap_or_default(),
+    };
+    wire::cut_text(why.to_owned())
+}
+
 pub(super) fn movement(ship: &Shipper) -> Movement {
     let tail = ship.tail.borrow();
     Movement { covered: tail.covered, ferry_only: tail.ferry_only }
@@ -348,6 +380,18 @@ pub(super) fn movement(ship: &Shipper) -> Movement {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_replica_is_told_why_its_origin_sees_nothing_and_nothing_while_it_sees() {
+        assert_eq!(trouble(&TailState::Running, None), "");
+        assert_eq!(trouble(&TailState::Running, Some("no answer")), "no answer");
+        let refused = TailState::Connecting { reason: "refused".to_owned() };
+        assert_eq!(trouble(&refused, Some("no answer")), "refused");
+        let first = TailState::Connecting { reason: String::new() };
+        assert_eq!(trouble(&first, Some("no answer")), "no answer");
+        let long = TailState::Stopped { reason: "é".repeat(2_000) };
+        assert_eq!(trouble(&long, None).len(), wire::TEXT_BYTES_MAX);
+    }
 
     #[test]
     fn a_stream_that_is_not_open_yet_has_the_time_that_opening_takes_and_an_open_one_its_own() {

@@ -100,8 +100,12 @@ impl Shipper {
             .initial_stream_window_size(1 << 20)
             .initial_connection_window_size(2 << 20);
         endpoint.connect_with_connector(connector).await.map_err(|e| {
-            let reason = format!("{address} cannot be reached: {}", tls::explain(&e));
-            if tls::connect::found_nobody(&e) { SessionEnd::Unreachable(reason) } else { SessionEnd::Wait(reason) }
+            let why = tls::explain(&e);
+            if tls::connect::found_nobody(&e) {
+                SessionEnd::Unreachable(format!("{address} cannot be reached: {why}"))
+            } else {
+                SessionEnd::Wait(format!("no mutual trust with {address}: {why}"))
+            }
         })
     }
 }

@@ -125,8 +125,9 @@ impl LagTracker {
             let at_ms = self.arrivals.front().map_or(now_ms, |next| next.at_ms.min(now_ms));
             self.arrivals.push_front(Arrival { revision_last: known, at_ms, number_last });
             self.number_applied = number_last.saturating_sub(1);
-            self.applied = applied;
         }
+        // Also where nothing of it has arrived here: what comes next is not applied because an earlier process knew that it was.
+        self.applied = self.applied.min(applied);
         self.applied(applied);
     }
 
@@ -214,6 +215,17 @@ mod tests {
         assert_eq!((tracker.lag(7_000).revisions, tracker.lag(7_000).seconds), (2, 5.0));
         tracker.applied(Revision(20));
         assert_eq!(tracker.lag(9_000).revisions, 0);
+    }
+
+    #[test]
+    fn what_a_restored_replica_lost_is_behind_though_only_an_earlier_process_saw_it_arrive() {
+        let mut tracker = LagTracker::new();
+        tracker.applied(Revision(1_000));
+        tracker.greeted(Revision(500), Revision(500), 5_000);
+        tracker.arrived(Revision(600), 5_001);
+        tracker.covered(Revision(600));
+        assert_eq!(tracker.lag(6_001), Lag { revisions: 1, uncovered: 0, seconds: 1.0 });
+        assert_eq!(tracker.rpo(6_001).revisions, 1);
     }
 
     #[test]

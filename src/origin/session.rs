@@ -101,6 +101,8 @@ pub struct Session {
     pub(super) published_at: Option<(Instant, Movement)>,
     pub(super) last_receipt: Instant,
     pub(super) last_progress: Instant,
+    /// A progress that found no place, and goes next.
+    pub(super) overdue: Option<Shipment>,
     pub(super) copy_ack: CopyAck,
     /// A base copy is under way, whatever the position still says.
     pub(super) copying: bool,
@@ -157,6 +159,7 @@ impl Session {
             published_at: None,
             last_receipt: now,
             last_progress: now,
+            overdue: None,
             copy_ack: CopyAck::default(),
             copying: false,
             verifying: Verifying::default(),
@@ -207,6 +210,7 @@ impl Session {
         loop {
             if pending.is_none() {
                 self.shipped.sent = self.shipped.cursor;
+                pending = self.overdue.take();
             }
             // A read goes on while receipts are taken: begun anew at each of them, it might never end.
             reading = reading.filter(|reading| reading.after == self.shipped.cursor);

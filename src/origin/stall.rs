@@ -6,6 +6,7 @@
 use super::elect::Standing;
 use super::status::Views;
 use super::tail::TailState;
+use super::view::ShipView;
 use crate::model::stall::{Seen, Stage, Stalled};
 
 /// A line that is narrower than this does not carry a link.
@@ -43,10 +44,15 @@ pub(super) fn seen(views: &Views<'_>) -> [Seen; 5] {
         stage(Stage::Copy, ships && ship.copy.is_some(), (ship.copy_acks, 0)),
         Seen {
             allowance_ms: ship.unreceived_bytes.saturating_mul(1_000) / LINE_BYTES_PER_SECOND_MIN,
-            ..stage(Stage::Receive, follows && ship.seq > ship.received_seq, (ship.received_seq.0, ship.epoch.0))
+            ..stage(Stage::Receive, follows && ship.seq > ship.received_seq, received(ship))
         },
         stage(Stage::Apply, follows && ship.received_seq > ship.applied_seq, (ship.applied_seq.0, ship.transactions())),
     ]
+}
+
+/// How far the replica is with what it receives. A full journal takes nothing until some of it is applied: that too is progress.
+fn received(ship: &ShipView) -> (u64, u64) {
+    (ship.received_seq.0.saturating_add(ship.applied_seq.0), ship.epoch.0)
 }
 
 pub(super) fn help(views: &Views<'_>, stalled: Stalled) -> Help {
@@ -94,5 +100,18 @@ pub(super) fn reason(views: &Views<'_>, stalled: Stalled) -> String {
              sidecar's log",
             ship.received_seq, ship.applied_seq
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Seq;
+
+    #[test]
+    fn while_what_is_received_is_applied_the_replica_makes_progress_though_it_receives_nothing_more() {
+        let full = ShipView { received_seq: Seq(9), applied_seq: Seq(3), ..ShipView::default() };
+        let applying = ShipView { received_seq: Seq(9), applied_seq: Seq(4), ..ShipView::default() };
+        assert_ne!(received(&full), received(&applying));
     }
 }

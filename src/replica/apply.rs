@@ -37,8 +37,6 @@ use tokio_util::sync::CancellationToken;
 /// The longest JSON of a position without a cursor, skipped seqs and what is held back: its names, ten numbers of 20 digits, three digests,
 /// one cluster id.
 const POSITION_BYTES_MAX: usize = 700;
-/// A range read before a guarded range delete; its keys are held in memory for a moment.
-const RUN_KEYS_MAX: usize = 200_000;
 /// Guards that failed so often in a row mean that somebody else writes there: then key by key.
 const GUARD_FAILURES_MAX: u32 = 2;
 /// A committed transaction may take so long to answer while the process stops.
@@ -127,6 +125,8 @@ pub struct Applier {
     pub(super) retry_at: Option<Instant>,
     /// Set by what only an operator can cure; a new hello clears it.
     pub(super) stopped: bool,
+    /// Since when a fenced sender's rest is left to others, and where the position stood then.
+    pub(super) left_to_others: Option<(Instant, Seq)>,
     /// The position moved past what the session sends: the next hello begins with an empty journal.
     pub(super) given_up: bool,
     pub(super) session: u64,
@@ -213,6 +213,7 @@ impl Applier {
             backoff: Backoff::new(Duration::from_millis(100), Duration::from_secs(1)),
             retry_at: Some(Instant::now()),
             stopped: false,
+            left_to_others: None,
             given_up: false,
             session: 0,
             began: Instant::now(),
@@ -375,7 +376,8 @@ impl Applier {
         }
         let etcd = self.etcd().await?;
         for run in &planned.runs {
-            let page = etcd.page(&run.range, RUN_KEYS_MAX, None, Columns::KeysOnly).await?;
+            // One more than the run has is one that it does not delete.
+            let page = etcd.page(&run.range, run.ops.len() + 1, None, Columns::KeysOnly).await?;
             let keys: Vec<Bytes> = page.kvs.into_iter().map(|kv| kv.key).collect();
             let mut fact = planned.run_facts(run, page.head, &keys);
             fact.same_keys_only &= !page.more;

@@ -79,7 +79,7 @@ pub struct Dedupe {
 }
 
 impl Dedupe {
-    /// Opens the log in `dir`, or makes one. An error only if the directory itself cannot be had.
+    /// Opens the log in `dir`, or makes one; where the disk has no room for that, later. An error only if the directory itself cannot be had.
     pub async fn open(dir: &Path) -> Result<(Self, Opened), DedupeError> {
         let dir = dir.to_owned();
         let places = Arc::new(Semaphore::new(CALLS_MAX));
@@ -244,15 +244,26 @@ struct Log {
 
 impl Log {
     fn open(dir: &Path) -> Result<(Self, Opened), DedupeError> {
-        check_private(dir)?;
-        let (db, opened) = match guarded(|| Db::open(dir)) {
-            Ok((db, opened)) => (db, opened),
+        let mut log = Self { dir: dir.to_owned(), db: None, restart_at: Instant::now() };
+        match check_private(dir) {
+            Err(DedupeError::Io { source, .. }) if source.kind() == io::ErrorKind::StorageFull => {
+                log.restart("it found no room");
+                return Ok((log, Opened::default()));
+            }
+            checked => checked?,
+        }
+        let opened = match guarded(|| Db::open(dir)) {
+            Ok((db, opened)) => {
+                log.db = Some(db);
+                opened
+            }
+            // On a full disk there may be no new one either: the link goes on without.
             Err(reason) => {
-                let db = start_afresh(dir, &reason)?;
-                (db, Opened { moved_aside: true, ..Opened::default() })
+                log.restart(&reason);
+                Opened { moved_aside: true, ..Opened::default() }
             }
         };
-        Ok((Self { dir: dir.to_owned(), db: Some(db), restart_at: Instant::now() }, opened))
+        Ok((log, opened))
     }
 
     /// Whatever goes wrong, the log starts afresh, but not more often than each [`RESTART_EVERY`]; meanwhile nothing is noted.
@@ -319,7 +330,11 @@ fn start_afresh(dir: &Path, reason: &str) -> Result<Db, DedupeError> {
     let name = dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let aside = (now_ms()..).map(|ms| dir.with_file_name(format!("{name}.bad-{ms:015}"))).find(|path| !path.exists());
     let Some(aside) = aside else { return Err(failed(io::ErrorKind::AlreadyExists.into())) };
-    fs::rename(dir, &aside).map_err(failed)?;
+    match fs::rename(dir, &aside) {
+        // An earlier try has moved it, and found no room for a new one.
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+        moved => moved.map_err(failed)?,
+    }
     check_private(dir)?;
     tracing::warn!(reason, moved_to = %aside.display(), "the dedupe log could not be read or written; started a new one");
     let mut old: Vec<PathBuf> = Vec::new();

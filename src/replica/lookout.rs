@@ -175,6 +175,11 @@ impl Lookout {
         let look = etcd.look(&position_key).await?;
         // Without a position nothing here is the link's yet.
         let Some(position) = look.kv else { return Ok(()) };
+        if self.account.as_ref().is_some_and(|kept| kept.cluster != look.cluster || kept.checked > look.head) {
+            // A replica that was restored: what was proved of its revisions is of others.
+            self.end.told.send_modify(|told| told.equal_through = Revision(0));
+            self.end.closed.send_replace(Revision(0));
+        }
         let mut account = Account::begin(self.account.take(), look.cluster, position.mod_revision, look.head);
         account.link_back = self.end.link_back().unwrap_or(account.link_back);
         let told = self.end.told.borrow().equal_through;

@@ -43,6 +43,7 @@ use crate::model::{
     CopyProgress, Digest, Epoch, LinkState, LinkStatus, Phase, QuarantinedStatus, Ranges, Revision, Seq, Side,
     StageStatus, Term,
 };
+use crate::tls::accept::TurnedAway;
 use admit::Admit;
 use apply::{Applier, ApplierParts};
 use compact::{Compactor, Reads};
@@ -66,6 +67,8 @@ use view::ApplyView;
 const COMMANDS_MAX: usize = 2;
 /// Journal entries are read in portions of this size when the dedupe log is made anew.
 const NOTE_BYTES: usize = 1 << 20;
+/// An origin that is turned away comes again within half a minute: so long a reason for that is shown.
+const TURNED_AWAY_SHOWN: Duration = Duration::from_secs(60);
 /// Whoever reads the status asks for it anew; this is for what watches it.
 const STATUS_INTERVAL: Duration = Duration::from_millis(500);
 
@@ -93,6 +96,8 @@ pub struct ReplicaLink {
     pub sends_back: Vec<Ranges>,
     /// What an operator asks of it.
     pub commands: mpsc::Receiver<ReplicaCommand>,
+    /// Who was turned away at the peer port.
+    pub turned_away: watch::Receiver<Option<TurnedAway>>,
     /// Ends its streams; the same that ends its task.
     pub stop: CancellationToken,
 }
@@ -103,6 +108,7 @@ pub struct ReplicaTask {
     applier: Applier,
     view: watch::Receiver<ApplyView>,
     told: watch::Receiver<Told>,
+    turned_away: watch::Receiver<Option<TurnedAway>>,
     lookout: Lookout,
     seen: watch::Receiver<LookoutView>,
 }
@@ -122,6 +128,7 @@ impl ReplicaLink {
         note_again(&journal, &dedupe, &remembered.recent).await?;
         let ranges = RangesFile::open(self.dir.join("ranges.json"))?;
         let carried = RangesFile::open_or_forget(self.dir.join("carried.json"));
+        let turned_away = self.turned_away;
         let (commands, incoming) = mpsc::channel(COMMANDS_MAX);
         let (view_sender, view) = watch::channel(ApplyView::default());
         let (latest_session, _) = watch::channel(0);
@@ -172,7 +179,7 @@ impl ReplicaLink {
         });
         let (lookout_view, seen) = watch::channel(LookoutView::default());
         let lookout = Lookout::new(end.clone(), own, AccountFile::new(self.dir.join("foreign.json")), lookout_view);
-        Ok((end.clone(), ReplicaTask { end, applier, view, told, lookout, seen }))
+        Ok((end.clone(), ReplicaTask { end, applier, view, told, turned_away, lookout, seen }))
     }
 }
 
@@ -189,7 +196,7 @@ impl ReplicaTask {
         mut asked: mpsc::Receiver<Asked>,
         stop: CancellationToken,
     ) -> Result<(), ReplicaError> {
-        let Self { end, applier, view, told, lookout, seen } = self;
+        let Self { end, applier, view, told, turned_away, lookout, seen } = self;
         let (started, limits) = (Instant::now(), end.etcd.limits());
         let mut applying = tokio::task::JoinSet::new();
         applying.spawn(applier.run(stop.clone()));
@@ -213,10 +220,12 @@ impl ReplicaTask {
             {
                 let extent = end.journal.extent().borrow().clone();
                 let durable = *end.journal.durable().borrow();
+                let turned_away = turned_away.borrow();
                 let mut views = Views {
                     end: &end,
                     view: &view.borrow(),
                     told: &told.borrow(),
+                    turned_away: turned_away.as_ref().filter(|last| last.at.elapsed() < TURNED_AWAY_SHOWN),
                     seen: &seen.borrow(),
                     extent: &extent,
                     durable,
@@ -275,6 +284,8 @@ struct Views<'a> {
     end: &'a LinkEnd,
     view: &'a ApplyView,
     told: &'a Told,
+    /// Within [`TURNED_AWAY_SHOWN`].
+    turned_away: Option<&'a TurnedAway>,
     seen: &'a LookoutView,
     extent: &'a JournalExtent,
     durable: Seq,
@@ -322,8 +333,7 @@ impl Views<'_> {
         status.durable_seq = if same_epoch { self.durable.max(applied).min(status.seq) } else { applied };
         status.lag_revisions = self.told.lag_revisions;
         status.rpo_revisions = self.told.rpo_revisions;
-        // While the origin is not heard, what it last said grows older.
-        let older = self.told.at.filter(|_| !self.told.connected).map_or(Duration::ZERO, |at| at.elapsed());
+        let older = self.told.older();
         status.lag_seconds = (self.told.lag + older).as_secs_f64();
         status.rpo_seconds = (self.told.rpo + older).as_secs_f64();
         let counters = &self.end.counters;
@@ -419,6 +429,12 @@ impl Views<'_> {
                 format!(" ({})", self.told.ended)
             };
             reasons.push(format!("the origin's sidecar is not connected{ended}"));
+            if let Some(TurnedAway { from, reason, .. }) = self.turned_away {
+                reasons.push(format!("a caller from {from} was turned away: {reason}"));
+            }
+        }
+        if !self.told.trouble.is_empty() && self.told.older().is_zero() {
+            reasons.push(format!("the origin's sidecar does not see what its etcd commits: {}", self.told.trouble));
         }
         if !self.view.waiting.is_empty() {
             reasons.push(self.view.waiting.clone());

@@ -25,6 +25,10 @@ pub(super) const RACE_TRIES_MAX: u32 = 64;
 /// nothing of what another one does. One read each time.
 pub(super) const LOOK_EVERY: Duration = Duration::from_secs(5);
 
+/// What a fenced sender left in the journal is applied by whoever took the link. While the position stands still for so long and nobody says
+/// hello, nobody does: then it is applied from here, as after a restart. Another ships within 10 s.
+const LEFT_TO_OTHERS: Duration = Duration::from_secs(30);
+
 /// A hello, checked for name, version and ranges.
 #[derive(Debug)]
 pub struct HelloFacts {
@@ -165,6 +169,7 @@ impl Applier {
             tracing::debug!(link = %self.link, %reason, "the sender is fenced; its stream has ended before");
         }
         (self.claim, self.copying, self.progress, self.stopped) = (None, None, None, true);
+        self.left_to_others = Some((Instant::now(), self.known().map_or(Seq(0), |position| position.seq)));
         let session = self.session;
         self.view.send_modify(|view| view.refusal = Some((session, Kind::Fenced, reason)));
     }
@@ -205,7 +210,14 @@ impl Applier {
     fn forget_ended_stream(&mut self) {
         let position = self.held.as_ref().and_then(|h| h.position.as_ref());
         let (false, Some(position)) = (self.told.borrow().connected, position) else { return };
-        self.stopped &= self.view.borrow().stopped || self.journal.extent().borrow().end > position.seq;
+        let rest = self.journal.extent().borrow().end > position.seq;
+        let (now, seq) = (Instant::now(), position.seq);
+        self.left_to_others = self.left_to_others.map(|(since, at)| if at == seq { (since, at) } else { (now, seq) });
+        let nobody_comes = self.left_to_others.is_some_and(|(since, _)| now - since >= LEFT_TO_OTHERS);
+        if self.stopped && rest && nobody_comes {
+            tracing::info!(link = %self.link, %seq, "nobody goes on with what a fenced sender left in the journal: it is applied from here");
+        }
+        self.stopped &= self.view.borrow().stopped || rest && !nobody_comes;
         self.copying = None;
     }
 
@@ -300,7 +312,7 @@ impl Applier {
         self.copying = None;
         self.marks.clear();
         self.progress = None;
-        self.stopped = false;
+        (self.stopped, self.left_to_others) = (false, None);
         self.retry_at = None;
         if let Some(position) = self.held.as_ref().and_then(|h| h.position.as_ref()) {
             self.waymark = position.waymark;

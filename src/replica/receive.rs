@@ -15,13 +15,13 @@ use crate::etcd::gate::{ClusterLimits, Gate};
 use crate::failpoint;
 use crate::model::limits::{ReplicaLimits, TxnLimits};
 use crate::model::{ClusterId, Epoch, KeyRange, LinkName, Ranges, Revision, Seq, Term};
-use crate::tls::accept::PeerConnectInfo;
+use crate::tls::accept::{LastTurnedAway, PeerConnectInfo, TurnedAway};
 use crate::wire::frame::FrameLimits;
 use crate::wire::replicate::handshake_server::Handshake;
 use crate::wire::replicate::replicate_server::Replicate;
 use crate::wire::replicate::{HelloReply, HelloRequest, Receipt, Shipment, Verified};
 use crate::wire::window::WindowLimits;
-use crate::wire::{self, LINK_METADATA, PROTOCOL_VERSION, SESSION_METADATA};
+use crate::wire::{self, LINK_METADATA, PROTOCOL_VERSION, SESSION_METADATA, cut_text};
 use bytes::Bytes;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex};
@@ -35,6 +35,8 @@ use tonic::{Request, Response, Status, Streaming};
 
 /// The applier answers a hello once etcd has; etcd's own calls end within 10 s.
 const HELLO_DEADLINE: Duration = Duration::from_secs(14);
+/// An origin says how it is each 5 s.
+const HEARD_WITHIN: Duration = Duration::from_secs(7);
 /// An earlier stream of the link ends within this time once a later hello was answered.
 const HANDOVER_DEADLINE: Duration = Duration::from_secs(10);
 const RECEIPTS_MAX: usize = 4;
@@ -59,11 +61,20 @@ pub struct Told {
     pub equal_through: Revision,
     /// What the origin's etcd takes.
     pub limits: TxnLimits,
+    /// Why the origin does not see what its etcd commits, by its own word; empty: it does.
+    pub trouble: String,
     /// Why the last stream ended, or none began.
     pub ended: String,
 }
 
 impl Told {
+    /// How old what the origin last said has grown, while it is not heard: it has gone, or what it says waits in a line or before a full
+    /// journal. 0: it is heard.
+    pub(super) fn older(&self) -> Duration {
+        let since = self.at.map_or(Duration::ZERO, |at| at.elapsed());
+        if self.connected && since <= HEARD_WITHIN { Duration::ZERO } else { since }
+    }
+
     /// The replica reached a mark at this revision.
     pub(super) fn mark_reached(&mut self, at: Revision) {
         if self.marked == Revision(0) {
@@ -81,6 +92,7 @@ impl Told {
     /// The stream has ended, and a comparison that it brought with it: its mark is none of the next one's.
     pub(super) fn stream_ended(&mut self, why: String) {
         (self.connected, self.ended, self.marked) = (false, why, Revision(0));
+        self.trouble.clear();
     }
 
     /// A base copy has replaced what the last comparison saw.
@@ -196,6 +208,7 @@ impl LinkEnd {
 pub struct Receiver {
     /// Those that there are now.
     links: watch::Receiver<Vec<Arc<LinkEnd>>>,
+    turned_away: LastTurnedAway,
     region: Arc<str>,
     node: Arc<str>,
     streams: TaskTracker,
@@ -204,9 +217,15 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    pub fn new(links: watch::Receiver<Vec<Arc<LinkEnd>>>, region: &str, node: &str, streams: TaskTracker) -> Self {
+    pub fn new(
+        links: watch::Receiver<Vec<Arc<LinkEnd>>>,
+        turned_away: LastTurnedAway,
+        region: &str,
+        node: &str,
+        streams: TaskTracker,
+    ) -> Self {
         let storing = Arc::new(Mutex::new(()));
-        Self { links, region: region.into(), node: node.into(), streams, storing }
+        Self { links, turned_away, region: region.into(), node: node.into(), streams, storing }
     }
 
     /// The link, if the caller's certificate bears the name that it is configured with.
@@ -218,6 +237,11 @@ impl Receiver {
         let end = self.links.borrow().iter().find(|end| end.config.link.as_str() == link).cloned();
         let Some(end) = end else {
             tracing::warn!(%link, remote = %peer.remote, %names, "refused: no such link to receive");
+            let reason = format!(
+                "it asked for the link {:?}, which is not among those received here",
+                cut_text(link.to_owned())
+            );
+            self.turned_away.send_replace(Some(TurnedAway::now(peer.remote, reason)));
             return Err(Status::permission_denied(format!(
                 "{} receives no link named {link:?}: add a [[receive]] with that name to its configuration",
                 self.region
@@ -247,11 +271,9 @@ impl Receiver {
         if let Some(accepted) = end.accepted()
             && !accepted.covers(&ranges)
         {
-            tracing::warn!(%link, asked = ?ranges.pieces(), accepted = ?accepted.pieces(), "refused: ranges that this replica does not accept");
+            tracing::warn!(%link, asked = %ranges, %accepted, "refused: ranges that this replica does not accept");
             return Err(Status::permission_denied(format!(
-                "link {link} may touch {:?} here, and the origin asks for {:?}: set prefixes of [[receive]] to allow it",
-                accepted.pieces(),
-                ranges.pieces()
+                "link {link} may touch {accepted} here, and the origin asks for {ranges}: set prefixes of [[receive]] to allow it"
             )));
         }
         self.check_overlaps(link, &ranges)?;
@@ -437,11 +459,22 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_an_origin_said_grows_older_while_it_is_gone_and_also_while_its_open_stream_says_nothing() {
+        let ago = |seconds| Instant::now().checked_sub(Duration::from_secs(seconds));
+        let older = |connected, at| Told { connected, at, ..Told::default() }.older().as_secs();
+        assert_eq!(
+            [older(true, ago(5)), older(false, ago(5)), older(true, ago(60)), older(false, None)],
+            [0, 5, 60, 0]
+        );
+    }
+
+    #[test]
     fn a_mark_of_a_stream_that_has_ended_is_none_of_the_next_comparisons() {
-        let mut told = Told { connected: true, ..Told::default() };
+        let mut told = Told { connected: true, trouble: "it sees nothing".to_owned(), ..Told::default() };
         told.mark_reached(Revision(5));
         told.stream_ended("it broke".to_owned());
         assert_eq!((told.connected, told.marked, &told.ended[..]), (false, Revision(0), "it broke"));
+        assert_eq!(told.trouble, "");
         told.mark_reached(Revision(9));
         told.compared(Verified::default());
         assert_eq!(told.equal_through, Revision(9));

@@ -17,6 +17,7 @@ use crate::failpoint;
 use crate::model::{Change, Epoch, KeyRange, Ranges, Revision, Seq, Term, Waymark};
 use crate::segment::feed::Appended;
 use crate::traces;
+use crate::wire::cut_text;
 use crate::wire::frame;
 use crate::wire::replicate as wire;
 use crate::wire::replicate::refusal::Kind;
@@ -190,6 +191,7 @@ impl Stream {
             told.rpo_revisions = progress.rpo_revisions;
             told.limits = progress.limits.map(Into::into).unwrap_or_default();
             told.at = Some(Instant::now());
+            told.trouble = cut_text(progress.trouble.clone());
         });
         self.due.ack = true;
         if progress.origin_revision == 0 {

@@ -15,7 +15,8 @@ pub(super) fn seen(views: &Views<'_>) -> [Seen; 2] {
     let stage = |stage, pending, mark| Seen { stage, pending, mark, allowance_ms: 0 };
     [
         stage(Stage::Apply, received > applied, (applied.0, views.view.transactions)),
-        stage(Stage::Heard, views.told.connected, (shipments, 0)),
+        // A full journal takes nothing off the stream until some of it is applied: that too is progress.
+        stage(Stage::Heard, views.told.connected, (shipments, applied.0)),
     ]
 }
 

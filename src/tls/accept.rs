@@ -11,7 +11,7 @@ use crate::retry::Backoff;
 use rustls::pki_types::CertificateDer;
 use std::convert::Infallible;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -80,8 +80,26 @@ pub struct AcceptLoop {
     limits: AcceptLimits,
     places: Arc<Semaphore>,
     ready: mpsc::Sender<Result<PeerConnection, Infallible>>,
+    turned_away: Option<LastTurnedAway>,
     shutdown: CancellationToken,
 }
+
+/// A caller that was turned away, by its certificate, by ours, or for what it asked: the last one.
+#[derive(Debug, Clone)]
+pub struct TurnedAway {
+    pub from: IpAddr,
+    pub reason: String,
+    pub at: Instant,
+}
+
+impl TurnedAway {
+    pub fn now(remote: SocketAddr, reason: String) -> Self {
+        Self { from: remote.ip(), reason, at: Instant::now() }
+    }
+}
+
+/// Where it is told.
+pub type LastTurnedAway = watch::Sender<Option<TurnedAway>>;
 
 struct Refused {
     remote: SocketAddr,
@@ -105,10 +123,16 @@ pub fn incoming(
 ) -> (AcceptLoop, Incoming) {
     let (ready, taken) = mpsc::channel(READY_MAX);
     let places = Arc::new(Semaphore::new(limits.connections_max.clamp(1, Semaphore::MAX_PERMITS)));
-    (AcceptLoop { listener, in_use, limits, places, ready, shutdown }, ReceiverStream::new(taken))
+    let turned_away = None;
+    (AcceptLoop { listener, in_use, limits, places, ready, turned_away, shutdown }, ReceiverStream::new(taken))
 }
 
 impl AcceptLoop {
+    /// Tells there who was turned away last.
+    pub fn telling(self, turned_away: LastTurnedAway) -> Self {
+        Self { turned_away: Some(turned_away), ..self }
+    }
+
     /// Runs until shutdown, or until the server has dropped its stream. Then the stream ends, handshakes under way are
     /// cut, and connections that were handed on live on.
     pub async fn run(self) {
@@ -147,6 +171,9 @@ impl AcceptLoop {
                     log.write(Instant::now(), |left_out| {
                         tracing::warn!(%remote, %reason, left_out, "a connection was refused");
                     });
+                    if let Some(turned_away) = &self.turned_away {
+                        turned_away.send_replace(Some(TurnedAway::now(remote, reason)));
+                    }
                     true
                 }
                 Event::Shaken(Err(error)) => {

@@ -35,6 +35,16 @@ pub const HELLO_BYTES_MAX: usize = 64 << 10;
 /// unless keys have some ten thousand bytes each; what is larger ends the stream.
 pub const RECEIPT_BYTES_MAX: usize = 64 << 20;
 
+/// What one side says in words of its own state.
+pub const TEXT_BYTES_MAX: usize = 1 << 10;
+
+/// The beginning of a text, as much of it as may be said or is taken: [`TEXT_BYTES_MAX`].
+pub fn cut_text(mut text: String) -> String {
+    let end = (0..=TEXT_BYTES_MAX.min(text.len())).rev().find(|end| text.is_char_boundary(*end));
+    text.truncate(end.unwrap_or(0));
+    text
+}
+
 /// The lesser of our own limit and a peer's; a peer that names none leaves ours.
 pub fn lesser(ours: usize, theirs: u64) -> usize {
     match usize::try_from(theirs) {
@@ -46,6 +56,15 @@ pub fn lesser(ours: usize, theirs: u64) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_text_is_cut_between_two_of_its_characters() {
+        assert_eq!(cut_text("short".to_owned()), "short");
+        let long = format!("x{}", "é".repeat(TEXT_BYTES_MAX));
+        let cut = cut_text(long.clone());
+        assert_eq!(cut.len(), TEXT_BYTES_MAX - 1);
+        assert!(long.starts_with(&cut));
+    }
 
     #[test]
     fn the_lesser_limit_of_both_sides_holds_and_a_peer_that_names_none_leaves_ours() {

@@ -53,13 +53,18 @@ async fn make(admin: &mut AdminClient<Channel>, call: &str) -> Result<(), Status
     }
 }
 
-/// Connected as an operator with the full role.
-pub async fn admin_of(sidecar: &Sidecar) -> AdminClient<Channel> {
+/// An operator's, with the full role.
+pub fn connection_to(sidecar: &Sidecar) -> Connection {
     let options = &sidecar.options;
     let file = |name: &str| options.certs.join(name);
     let own_cert = file(&format!("{}.pem", options.region));
     let (ca, cert, key) = (file("ca.pem"), file("admin.pem"), file("admin.key"));
-    let connection = Connection { admin: options.ports.admin, ca, cert, key, own_cert };
+    Connection { admin: options.ports.admin, ca, cert, key, own_cert }
+}
+
+/// Connected as an operator with the full role.
+pub async fn admin_of(sidecar: &Sidecar) -> AdminClient<Channel> {
+    let connection = connection_to(sidecar);
     AdminClient::new(client::connect(&connection).await.unwrap())
 }
 

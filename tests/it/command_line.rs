@@ -132,6 +132,7 @@ fn every_command_has_a_man_page_that_can_be_read() {
         "Have a link's replica apply nothing until it is resumed",
         "--config",
         "Example: etcd-ferry pause config",
+        concat!("etcd-ferry ", env!("CARGO_PKG_VERSION")),
     ] {
         assert!(page.contains(part), "{part} is not in {page}");
     }

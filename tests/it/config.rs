@@ -191,9 +191,43 @@ fn a_missing_configuration_and_bad_usage_exit_with_2() {
     let output = ferry(&["check", "--config", &place.path("none.toml").display().to_string()]);
     assert_eq!(output.status.code(), Some(2));
     assert!(String::from_utf8(output.stderr).unwrap().contains("none.toml: cannot be read"));
+    let output = place.check("region = \nnode = 1\n");
+    assert_eq!(output.status.code(), Some(2));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("ferry.toml, line 1, column ") && said.contains("is not TOML"), "{said}");
     assert_eq!(ferry(&["check"]).status.code(), Some(2));
     assert_eq!(ferry(&["chekc"]).status.code(), Some(2));
     assert_eq!(ferry(&["--version"]).status.code(), Some(0));
+}
+
+#[test]
+fn a_sidecar_that_nobody_may_ask_says_so_when_it_starts() {
+    let place = Place::new();
+    let file = place.path("ferry.toml");
+    std::fs::write(&file, place.text()).unwrap();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("listen.peer={}", taken.local_addr().unwrap());
+    let output = ferry(&["run", "--config", &file.display().to_string(), "--set", &address]);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(1) && said.contains("cannot listen at"), "{said}");
+    let warned = |line: &str| line.contains("WARN") && line.contains("tls.admins is empty: nobody may ask");
+    assert!(said.lines().any(warned), "{said}");
+}
+
+#[test]
+fn a_command_to_a_running_sidecar_takes_the_flags_that_it_runs_with() {
+    let place = Place::new();
+    let file = place.path("ferry.toml");
+    std::fs::write(&file, place.text()).unwrap();
+    // Nobody is there once this is dropped.
+    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let (cert, key) = (place.path("certs/us-east-1.pem"), place.path("certs/us-east-1.key"));
+    let (file, cert, key) = (file.display().to_string(), cert.display().to_string(), key.display().to_string());
+    let flag = format!("listen.admin={nobody}");
+    let output = ferry(&["status", "--config", &file, "--set", &flag, "--cert", &cert, "--key", &key]);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(said.contains(&format!("no sidecar answers at {nobody}")), "{said}");
 }
 
 #[test]

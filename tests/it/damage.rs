@@ -216,6 +216,26 @@ async fn a_journal_whose_disk_fails_stops_the_link_with_the_reason_until_the_sid
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn over_damaged_ranges_a_replicas_sidecar_does_not_start_and_says_which_file_to_remove() {
+    let (mut pair, before) = following(PairOptions::default()).await;
+    pair.replica_sidecar.kill();
+    let path = replica_dir(&pair, "ranges.json");
+    let mut ranges = fs::read(&path).unwrap();
+    let middle = ranges.len() / 2;
+    ranges[middle] ^= 1;
+    fs::write(&path, ranges).unwrap();
+    pair.replica_sidecar.spawn();
+    assert!(!pair.replica_sidecar.ended().await.success());
+    let told = format!("{} does not hold ranges: remove it", path.display());
+    assert!(pair.replica_sidecar.log().contains(&told), "{}", pair.replica_sidecar.log());
+    fs::remove_file(&path).unwrap();
+    pair.replica_sidecar.restart().await;
+    let acknowledged = write(&pair.origin.access(), "/app/more/", 20, 100).await;
+    let after = pair.wait_applied(last(&acknowledged)).await;
+    assert_eq!((after.epoch, after.seq.0), (before.epoch, before.seq.0 + 20));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dedupe_log_full_of_rubbish_is_moved_aside_and_made_anew_and_the_link_goes_on() {
     let (mut pair, before) = following(PairOptions::default()).await;
     let mut acknowledged = write(&pair.origin.access(), "/app/some/", 200, 100).await;

@@ -98,6 +98,10 @@ async fn two_sidecars_with_the_same_node_name_do_not_replace_each_other_for_ever
     regions.origin_sidecars[0].wait_for(LINK, "the name that is taken to be told of", told).await;
     let entry = regions.origin_sidecars[1].wait_for_state(LINK, "following").await;
     assert_eq!(entry["role"], "shipper");
+    let log = regions.origin_sidecars[1].log();
+    let warned =
+        |line: &str| line.contains("WARN") && line.contains("if it still runs, give each sidecar its own `node`");
+    assert!(log.lines().any(warned), "{log}");
     let revision = regions.origin[0].put("/app/a", "1").await;
     let before = regions.wait_applied(revision).await;
     let revision = regions.origin[0].put("/app/b", "1").await;

@@ -5,6 +5,7 @@
 use crate::bed::contents::{load, noise};
 use crate::bed::pair::{LINK, link_name};
 use crate::bed::regions::{Regions, RegionsOptions, TAKEOVER_LIMIT};
+use crate::bed::sidecar::Sidecar;
 use crate::bed::{PATIENCE, until};
 use crate::resume::{last, spool_holds, write};
 use etcd_ferry::demo::proxy::Direction;
@@ -49,6 +50,38 @@ async fn a_paused_shipper_that_wakes_with_frames_in_hand_is_fenced_by_a_replica_
     let after = regions.wait_applied(last(&acknowledged)).await;
     assert_eq!(after.term, position.term);
     regions.judge(recorder, &acknowledged, &before).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_fenced_sender_left_in_a_journal_is_applied_though_its_origin_is_lost_and_nobody_says_hello_again() {
+    let mut regions = Box::pin(Regions::start(apart())).await;
+    let revision = regions.origin[0].put("/app/first", "1").await;
+    let before = regions.wait_applied(revision).await;
+    regions.wait_standby(1).await;
+    let line = &regions.peer_lines[0][0];
+    line.freeze(Direction::ToTarget);
+    // Whoever takes the link brings next to nothing.
+    regions.peer_lines[1].iter().for_each(|line| line.set_rate(Some(2_000)));
+    let acknowledged = write(&regions.origin[0].access(), "/app/in-hand/", 100, 4_000).await;
+    let shipped = |entry: &Value| entry["seq"].as_u64() >= Some(before.seq.0 + 100);
+    regions.origin_sidecars[0].wait_for(LINK, "all of it to be on its way", shipped).await;
+    regions.origin_sidecars[0].pause();
+    let elected = async || regions.try_position().await.filter(|position| position.term > before.term);
+    until("another sidecar to say hello", TAKEOVER_LIMIT, elected).await;
+    line.heal();
+    let fenced = async || regions.replica_sidecars[0].log().contains("the sender is fenced").then_some(());
+    until("the old sender to be fenced", PATIENCE, fenced).await;
+    // The region is lost, with all that its sidecars had.
+    regions.origin_sidecars.iter_mut().for_each(Sidecar::kill);
+    let position = regions.position().await;
+    assert!(position.seq.0 < before.seq.0 + 100, "nothing is left to the fenced one: {position:?}");
+
+    let applied =
+        async || regions.try_position().await.filter(|position| position.origin_revision >= last(&acknowledged));
+    let after = until("what is in the journal to be applied", PATIENCE * 3, applied).await;
+
+    assert_eq!((after.epoch, after.seq.0, after.term), (before.epoch, before.seq.0 + 100, position.term));
+    regions.assert_equal().await;
 }
 
 async fn paused_in_the_middle_of_a_copy(options: RegionsOptions) {

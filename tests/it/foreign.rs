@@ -79,6 +79,31 @@ async fn a_foreign_write_is_told_within_five_seconds_and_closed_by_a_repair() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_proved_before_the_replica_was_restored_closes_nothing_that_was_written_after_it() {
+    let mut pair = Box::pin(following_with(over_app(), 100, 100)).await;
+    let snapshot = pair.replica.save_snapshot().await;
+    for number in 0..50 {
+        pair.replica.put(format!("/outside/{number}"), "1").await;
+    }
+    let last = pair.origin.put("/app/last", "1").await;
+    pair.wait_applied(last).await;
+    let verified = pair.origin_sidecar.admin(&["verify", LINK]);
+    assert!(verified.status.success(), "{}", String::from_utf8_lossy(&verified.stdout));
+    looked_at(&pair.replica_sidecar, LINK, &pair.replica).await;
+    let proved = pair.replica.head().await;
+    pair.replica.restore_snapshot(&snapshot).await;
+    let written = pair.replica.put("/app/000007", "by hand").await;
+    assert!(written < proved, "{written} is past {proved}");
+    told(&pair.replica_sidecar, 1, PATIENCE).await;
+    for number in 0..60 {
+        pair.replica.put(format!("/outside/{number}"), "2").await;
+    }
+    assert!(pair.replica.head().await > proved);
+    let foreign = looked_at(&pair.replica_sidecar, LINK, &pair.replica).await;
+    assert_eq!((&foreign["revisions"], &foreign["last_revision"]), (&1.into(), &written.0.into()), "{foreign}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_foreign_write_is_told_after_a_restart_whether_it_came_before_it_or_meanwhile() {
     let mut pair = Box::pin(following_with(over_app(), 10, 100)).await;
     looked_at(&pair.replica_sidecar, LINK, &pair.replica).await;

@@ -3,13 +3,15 @@
 //! Always true: what is judged is what `status` says of itself, against the origin's head as the test reads it.
 
 use crate::bed::etcd::EtcdOptions;
-use crate::bed::pair::{LINK, Pair, PairOptions};
+use crate::bed::pair::{LINK, Pair, PairOptions, link_name};
 use crate::bed::traffic::{Acknowledged, Write, commit};
 use crate::bed::{LinkProxy, PATIENCE, until};
+use crate::resume::noise;
 use bytes::Bytes;
 use etcd_ferry::demo::proxy::Direction;
 use etcd_ferry::model::{Phase, Position, Revision};
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 fn loose() -> PairOptions {
@@ -46,6 +48,59 @@ async fn an_idle_link_follows_the_head_that_others_move_and_has_no_lag() {
         let entry = sidecar.wait_for_within(LINK, &what, Duration::from_secs(15), |e| caught_up(e, head)).await;
         assert_eq!(entry["applied_seq"], 1, "one revision is the link's: {entry:#}");
     }
+}
+
+#[tokio::test]
+async fn a_replica_hears_of_the_head_while_a_backlog_fills_the_line() {
+    let limits = BTreeMap::from([("frame_bytes_max".to_owned(), 64 << 10)]);
+    let pair = &mut Box::pin(Pair::start(PairOptions { limits, ..loose() })).await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    pair.proxy.cut();
+    let mut last = Revision(0);
+    for number in 0..300 {
+        last = pair.origin.put(format!("/app/{number}"), noise(number, 64 << 10)).await;
+    }
+    let spooled = |entry: &Value| entry["lag_revisions"] == 300;
+    pair.origin_sidecar.wait_for(LINK, "the backlog in the spool", spooled).await;
+    // Twenty megabytes, for about half a minute.
+    pair.proxy.set_rate(Some(600_000));
+    pair.proxy.heal();
+    let connected = |entry: &Value| entry["head_revision"].as_u64() >= Some(last.0);
+    pair.replica_sidecar.wait_for(LINK, "the first word of the origin", connected).await;
+    let late = pair.origin.put("/app/late", "1").await;
+    let heard = |entry: &Value| entry["head_revision"].as_u64() >= Some(late.0);
+    let entry = pair.replica_sidecar.wait_for(LINK, "the head to be heard of", heard).await;
+    assert!(entry["seq"].as_u64() < Some(300), "it came only after the backlog: {entry:#}");
+    pair.proxy.set_rate(None);
+    pair.wait_applied(late).await;
+    pair.assert_equal().await;
+}
+
+#[tokio::test]
+async fn a_restarted_origin_that_cannot_ask_its_replica_counts_from_what_it_had_published() {
+    let pair = &mut Box::pin(Pair::start(loose())).await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    let mut last = Revision(0);
+    for number in 0..20 {
+        last = pair.origin.put(format!("/app/{number}"), "1").await;
+    }
+    pair.wait_applied(last).await;
+    let published = async || {
+        let text = pair.origin.get(link_name(LINK).applied_key().to_vec()).await?;
+        let published: Value = serde_json::from_slice(&text).unwrap();
+        (published["revision"].as_u64() >= Some(last.0)).then_some(())
+    };
+    until("the applied revision to be published", PATIENCE, published).await;
+    pair.proxy.cut();
+    let more = pair.origin.put("/app/more", "1").await;
+    let spooled = |entry: &Value| entry["lag_revisions"] == 1 && entry["head_revision"].as_u64() >= Some(more.0);
+    pair.origin_sidecar.wait_for(LINK, "one revision of lag", spooled).await;
+
+    pair.origin_sidecar.restart().await;
+
+    let shipper = |entry: &Value| entry["role"] == "shipper" && entry["state"] == "connecting";
+    let entry = pair.origin_sidecar.wait_for(LINK, "a shipper that reaches nobody", shipper).await;
+    assert_eq!((&entry["lag_revisions"], &entry["rpo_revisions"]), (&1.into(), &1.into()), "{entry:#}");
 }
 
 #[tokio::test]

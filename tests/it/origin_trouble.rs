@@ -50,6 +50,20 @@ async fn an_open_stream_ships_what_is_spooled_while_the_origins_etcd_stands_stil
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_replica_tells_that_its_origin_sees_nothing_while_the_stream_is_open() {
+    let (pair, _) = following(PairOptions::default()).await;
+    let told = |entry: &Value| {
+        let reason = entry["reason"].as_str().unwrap_or_default();
+        entry["state"] == "following" && reason.starts_with("the origin's sidecar does not see what its etcd commits: ")
+    };
+    pair.origin.pause();
+    pair.replica_sidecar.wait_for(LINK, "that its origin sees nothing", told).await;
+    pair.origin.resume();
+    let well = |entry: &Value| entry["state"] == "following" && entry["reason"] == "";
+    pair.replica_sidecar.wait_for(LINK, "no such word any more", well).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn deletes_go_on_arriving_over_one_stream_while_the_origins_etcd_has_no_room() {
     let (pair, before) = following(PairOptions::default()).await;
     // So that a new stream has the next waymark to write at once.

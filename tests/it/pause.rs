@@ -76,6 +76,8 @@ async fn a_link_that_is_paused_applies_nothing_also_over_restarts_and_loses_noth
     assert!(told.contains("ask the sidecar at its other side"), "{told}");
     let told = done(&pair.replica_sidecar, &["pause", LINK]);
     assert!(told.contains(&format!("by {ADMIN}")), "{told}");
+    // Whoever asks right after it is told of it.
+    assert_eq!(pair.replica_sidecar.status()["links"][0]["state"], "paused");
     let recorder = pair.record().await;
     let mut written = Vec::new();
     for number in 0..5 {

@@ -70,6 +70,12 @@ fn says(link: &Value, told: &str) -> bool {
     link["reason"].as_str().is_some_and(|reason| reason.contains(told))
 }
 
+/// The replica's status says why its last caller was turned away, while no origin is connected.
+async fn assert_turned_away(pair: &Pair, told: &str) {
+    let told = format!("a caller from 127.0.0.1 was turned away: {told}");
+    pair.replica_sidecar.wait_for(LINK, &format!("the reason {told:?}"), |entry| says(entry, &told)).await;
+}
+
 /// The origin is not let in: its status says `told`, by http and by command, and the replica's etcd stays empty.
 async fn assert_not_let_in(pair: &Pair, told: &str) {
     assert_waits_outside(pair, told).await;
@@ -99,12 +105,15 @@ async fn an_origin_of_another_ca_is_refused_and_both_ends_say_why() {
     pair.replica_sidecar.restart().await;
     pair.origin_sidecar.restart().await;
     wait_for_log(&pair.replica_sidecar, "is not of the CA that we trust").await;
+    assert_turned_away(&pair, "the peer's certificate is refused: it is not of the CA that we trust").await;
     assert_not_let_in(&pair, "the peer refused our certificate").await;
 
     pair.origin_sidecar.options.certs = pair.dir().join("certs");
     pair.origin_sidecar.write_config();
     pair.origin_sidecar.restart().await;
     assert_follows(&pair).await;
+    let well = |entry: &Value| entry["state"] == "following" && entry["reason"] == "";
+    pair.replica_sidecar.wait_for(LINK, "no word of who was turned away before", well).await;
 }
 
 #[tokio::test]
@@ -116,6 +125,8 @@ async fn a_replica_of_another_ca_is_refused_and_both_ends_say_why() {
     pair.origin_sidecar.restart().await;
     wait_for_log(&pair.origin_sidecar, "is not of the CA that we trust").await;
     wait_for_log(&pair.replica_sidecar, "the peer refused our certificate").await;
+    assert_turned_away(&pair, "the peer refused our certificate").await;
+    assert_not_let_in(&pair, "no mutual trust with https://").await;
     assert_not_let_in(&pair, "is not of the CA that we trust").await;
 }
 
@@ -283,6 +294,7 @@ async fn a_peer_with_the_right_name_is_held_to_small_hellos_known_links_and_its_
     let unknown = HelloRequest { link: "confg".to_owned(), ..hello() };
     let refused = handshake.hello(unknown).await.unwrap_err();
     assert!(refused.message().contains("receives no link named \"confg\""), "{refused}");
+    assert_turned_away(&pair, "it asked for the link \"confg\", which is not among those received here").await;
     let old = HelloRequest { protocol_version: PROTOCOL_VERSION + 1, ..hello() };
     let refused = handshake.hello(old).await.unwrap_err();
     assert!(refused.message().contains("upgrade the older one"), "{refused}");
@@ -306,7 +318,11 @@ async fn what_the_replica_does_not_allow_is_refused_with_both_ranges_named() {
     pair.replica_sidecar.restart().await;
     pair.origin_sidecar.restart().await;
     wait_for_log(&pair.replica_sidecar, "refused: ranges that this replica does not accept").await;
-    assert_not_let_in(&pair, "may touch [[/app/, /app0)] here, and the origin asks for [[/, /etcd-ferry/)").await;
+    assert_not_let_in(
+        &pair,
+        "may touch the prefix /app/ here, and the origin asks for the keys from / to /etcd-ferry/",
+    )
+    .await;
     assert_not_let_in(&pair, "set prefixes of [[receive]] to allow it").await;
 }
 
@@ -323,7 +339,7 @@ async fn without_prefixes_the_first_hello_fixes_what_the_origin_may_touch_also_a
     pair.origin_sidecar.options.send[0].prefixes.push("/more/".into());
     pair.origin_sidecar.write_config();
     pair.origin_sidecar.restart().await;
-    let refused = |entry: &Value| says(entry, "may touch [[/app/, /app0)]");
+    let refused = |entry: &Value| says(entry, "may touch the prefix /app/ here");
     pair.origin_sidecar.wait_for(LINK, "the wider range to be refused", refused).await;
     pair.replica_sidecar.restart().await;
     let before = pair.replica_sidecar.log().len();

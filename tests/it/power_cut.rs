@@ -6,6 +6,7 @@
 //! written yet is missing in it, as after a power cut.
 
 use crate::bed::PATIENCE;
+use crate::bed::disk::{Disk, run};
 use bytes::Bytes;
 use etcd_ferry::config::Limits;
 use etcd_ferry::model::{Change, Digest, Epoch, Revision, Seq, WholeRevision};
@@ -373,60 +374,5 @@ impl Drop for Writer {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
-    }
-}
-
-/// An ext4 in a file of its own, mounted.
-struct Disk {
-    image: PathBuf,
-    mount: PathBuf,
-    folder: Option<tempfile::TempDir>,
-}
-
-impl Disk {
-    fn new(bytes: u64) -> Self {
-        let disk = Self::unmounted();
-        std::fs::File::create(&disk.image).unwrap().set_len(bytes).unwrap();
-        run("mkfs.ext4", &["-q", "-F", &disk.image.to_string_lossy()]);
-        disk.mounted()
-    }
-
-    /// What a power cut now would leave.
-    fn copy(&self) -> Self {
-        let copy = Self::unmounted();
-        run("cp", &["--sparse=always", &self.image.to_string_lossy(), &copy.image.to_string_lossy()]);
-        copy.mounted()
-    }
-
-    fn unmounted() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let (image, mount) = (folder.path().join("image"), folder.path().join("mount"));
-        std::fs::create_dir(&mount).unwrap();
-        Self { image, mount, folder: Some(folder) }
-    }
-
-    /// ext4 commits by itself each 5 s; not here, or a copy could catch it in the middle.
-    fn mounted(self) -> Self {
-        let (image, mount) = (self.image.to_string_lossy(), self.mount.to_string_lossy());
-        run("mount", &["-o", "loop,commit=300", &image, &mount]);
-        drop((image, mount));
-        self
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        // Lazily, because a writer that panicked may still have files open; the loop device goes with the mount.
-        let _ = Command::new("umount").arg("-l").arg(&self.mount).stderr(Stdio::null()).status();
-        drop(self.folder.take());
-    }
-}
-
-fn run(program: &str, arguments: &[&str]) {
-    let needs = "this test needs root, loop devices, and Debian's packages mount, e2fsprogs and coreutils";
-    match Command::new(program).args(arguments).output() {
-        Ok(output) if output.status.success() => {}
-        Ok(output) => panic!("{program}: {}\n{needs}", String::from_utf8_lossy(&output.stderr)),
-        Err(error) => panic!("{program}: {error}\n{needs}"),
     }
 }

@@ -2,6 +2,7 @@
 //! Input: a pair of regions, small limits, small tmpfs mounts (root is needed). Output: passes or fails.
 //! Always true: a mount is gone at the end, also after a panic.
 
+use crate::bed::disk::{Disk, run};
 use crate::bed::pair::{LINK, Pair, PairOptions};
 use crate::bed::traffic::{Write, commit};
 use crate::resume::{following, last, spool_end, write};
@@ -85,6 +86,10 @@ async fn a_full_disk_under_the_spool_is_told_and_waited_out_without_a_hole() {
     let told = |entry: &Value| reason(entry).contains("disk") && entry["state"] == "spool_full";
     let entry = pair.origin_sidecar.wait_for(LINK, "the full disk to be told", told).await;
     assert!(spool_end(&entry).unwrap() < head.0, "{entry:#}");
+    // A start makes no more room, and needs none.
+    pair.origin_sidecar.kill();
+    pair.origin_sidecar.restart().await;
+    pair.origin_sidecar.wait_for(LINK, "the full disk to be told again", told).await;
     disk.resize("64m");
     let room = |entry: &Value| spool_end(entry).is_some_and(|end| end >= head.0) && !reason(entry).contains("disk");
     pair.origin_sidecar.wait_for(LINK, "the spool to go on by itself", room).await;
@@ -107,12 +112,71 @@ async fn a_full_disk_under_the_journal_is_told_and_waited_out_without_a_hole() {
     let head = last(&write(&pair.origin.access(), "/app/outage/", WRITES, VALUE_BYTES).await);
     let told = |entry: &Value| reason(entry).contains("the journal's disk takes no more");
     pair.replica_sidecar.wait_for(LINK, "the full disk to be told", told).await;
+    // A start makes no more room, and needs none: not for the dedupe log either, which lies there too.
+    pair.replica_sidecar.kill();
+    pair.replica_sidecar.restart().await;
+    pair.replica_sidecar.wait_for(LINK, "the full disk to be told again", told).await;
     disk.resize("64m");
     pair.replica_sidecar.wait_for(LINK, "the journal to go on by itself", |entry| !told(entry)).await;
     pair.replica.resume();
     let after = pair.wait_applied(head).await;
     assert_eq!((after.epoch, after.seq.0), (before.epoch, before.seq.0 + WRITES as u64));
     pair.assert_equal().await;
+    pair.replica_sidecar.stop().await;
+}
+
+/// Its reason names the disk's own error.
+fn is_read_only(entry: &Value) -> bool {
+    reason(entry).to_lowercase().contains("read-only file system")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_that_turns_read_only_under_the_spool_stops_the_link_and_mended_it_goes_on_without_a_hole() {
+    let (mut pair, before) = following(PairOptions::default()).await;
+    pair.origin_sidecar.stop().await;
+    let disk = Disk::over(&pair.origin_sidecar.data_dir(), 64 << 20);
+    pair.origin_sidecar.restart().await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    let recorder = pair.record().await;
+    disk.fail();
+    let acknowledged = write(&pair.origin.access(), "/app/read-only/", WRITES, 1_000).await;
+    let stopped = |entry: &Value| entry["state"] == "stopped" && reason(entry).contains("mend the disk");
+    let entry = pair.origin_sidecar.wait_for(LINK, "the disk's error to be told", stopped).await;
+    assert!(is_read_only(&entry), "{entry:#}");
+    pair.origin_sidecar.kill();
+    disk.mend();
+    pair.origin_sidecar.restart().await;
+    let after = pair.wait_applied(last(&acknowledged)).await;
+    assert_eq!((after.epoch, after.seq.0), (before.epoch, before.seq.0 + WRITES as u64));
+    pair.assert_equal().await;
+    let recording = pair.recorded(recorder).await;
+    assert_eq!(recording.complete(&acknowledged).unwrap(), WRITES);
+    recording.check().unwrap();
+    pair.origin_sidecar.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_that_turns_read_only_under_the_journal_and_the_dedupe_log_stops_the_link_and_mended_it_goes_on() {
+    let (mut pair, before) = following(PairOptions::default()).await;
+    pair.replica_sidecar.stop().await;
+    let disk = Disk::over(&pair.replica_sidecar.data_dir(), 64 << 20);
+    pair.replica_sidecar.restart().await;
+    pair.replica_sidecar.wait_for_state(LINK, "following").await;
+    let recorder = pair.record().await;
+    disk.fail();
+    let acknowledged = write(&pair.origin.access(), "/app/read-only/", WRITES, 1_000).await;
+    let stopped = |entry: &Value| entry["state"] == "stopped" && reason(entry).contains("mend the disk");
+    let entry = pair.replica_sidecar.wait_for(LINK, "the disk's error to be told", stopped).await;
+    assert!(is_read_only(&entry), "{entry:#}");
+    pair.replica_sidecar.kill();
+    disk.mend();
+    pair.replica_sidecar.restart().await;
+    let after = pair.wait_applied(last(&acknowledged)).await;
+    assert_eq!((after.epoch, after.seq.0), (before.epoch, before.seq.0 + WRITES as u64));
+    pair.assert_equal().await;
+    let recording = pair.recorded(recorder).await;
+    assert_eq!(recording.complete(&acknowledged).unwrap(), WRITES);
+    recording.check().unwrap();
     pair.replica_sidecar.stop().await;
 }
 
@@ -183,10 +247,4 @@ impl Drop for Tmpfs {
         // Lazily: after a panic a sidecar may still have files open.
         let _ = Command::new("umount").arg("-l").arg(&self.mount).stderr(Stdio::null()).status();
     }
-}
-
-fn run(program: &str, arguments: &[&str]) {
-    let output = Command::new(program).args(arguments).output().unwrap_or_else(|e| panic!("{program}: {e}"));
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{program} {arguments:?}: {said} (this test needs root and Debian's mount)");
 }

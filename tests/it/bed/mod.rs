@@ -9,6 +9,7 @@
 pub mod bender;
 pub mod checkers;
 pub mod contents;
+pub mod disk;
 pub mod etcd;
 pub mod faults;
 pub mod pair;

@@ -182,7 +182,9 @@ fn shipments() -> Vec<(&'static str, shipment::What)> {
         persist: true,
         after_seq: 310,
         limits: Some(limits(128)),
+        trouble: String::new(),
     };
+    let blind = Progress { trouble: "etcd did not answer within 10 s".to_owned(), ..progress.clone() };
     let begin = CopyBegin {
         epoch: 4,
         term: 41,
@@ -201,6 +203,7 @@ fn shipments() -> Vec<(&'static str, shipment::What)> {
     vec![
         ("frame", What::Frame(bytes("frame"))),
         ("progress", What::Progress(progress)),
+        ("progress_in_trouble", What::Progress(blind)),
         ("copy_begin", What::CopyBegin(begin)),
         ("keys_page", What::KeysPage(page.clone())),
         ("page", What::Page(page)),
