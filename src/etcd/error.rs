@@ -99,7 +99,8 @@ impl EtcdError {
 
 /// What to do about a connection that does not come about, by what rustls and the HTTP/2 library say of it.
 fn advice(reason: &str) -> &'static str {
-    let rules: [(&[&str], &str); 5] = [
+    let rules: [(&[&str], &str); 6] = [
+        (&["timed out"], "check that etcd runs and answers, and the way to it"),
         (
             &["invalid peer certificate"],
             "check [etcd] ca and endpoints: its certificate is not of that CA, not for that name, or out of its time",
@@ -292,6 +293,8 @@ mod tests {
                 "{said}"
             );
         }
+        let late = advice("http2 error: operation timed out");
+        assert_eq!(late, "check that etcd runs and answers, and the way to it");
         let broken =
             status_reaction(&Status::unknown("h2 protocol error: error reading a body from connection"), "etcd");
         assert!(matches!(broken, EtcdError::Other(_)), "{broken}");

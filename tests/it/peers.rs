@@ -105,7 +105,7 @@ async fn an_origin_of_another_ca_is_refused_and_both_ends_say_why() {
     pair.replica_sidecar.restart().await;
     pair.origin_sidecar.restart().await;
     wait_for_log(&pair.replica_sidecar, "is not of the CA that we trust").await;
-    assert_turned_away(&pair, "the peer's certificate is refused: it is not of the CA that we trust").await;
+    assert_turned_away(&pair, "the peer's certificate is refused: ").await;
     assert_not_let_in(&pair, "the peer refused our certificate").await;
 
     pair.origin_sidecar.options.certs = pair.dir().join("certs");

@@ -110,9 +110,9 @@ async fn a_full_journal_that_is_applied_slowly_is_no_stall_at_either_end() {
     let limits = [
         ("stall_seconds", STALL_SECONDS),
         ("journal_bytes_max", 1 << 20),
-        ("segment_bytes", 512 << 10),
-        ("request_bytes_max", 128 << 10),
-        ("queue_bytes_max", 128 << 10),
+        ("segment_bytes", 256 << 10),
+        ("request_bytes_max", 64 << 10),
+        ("queue_bytes_max", 64 << 10),
         ("frame_bytes_max", 64 << 10),
         ("page_bytes_max", 64 << 10),
     ];
@@ -125,7 +125,7 @@ async fn a_full_journal_that_is_applied_slowly_is_no_stall_at_either_end() {
     pair.replica_sidecar.restart().await;
     pair.origin_sidecar.wait_for_state(LINK, "following").await;
     // One file of the journal takes longer than a stall.
-    line.set_rate(Some(30_000));
+    line.set_rate(Some(15_000));
     let last = last(&write(&pair.origin.access(), "/app/slow/", 60, 32 << 10).await);
     journal(&pair, "the journal to be full", |stage| stage["ok"] == false).await;
     journal(&pair, "the journal to have room again", |stage| stage["ok"] == true).await;

@@ -27,6 +27,7 @@ impl Disk {
         std::fs::remove_dir(folder.join("lost+found")).unwrap();
         std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o700)).unwrap();
         run("cp", &["-a", "--sparse=always", &format!("{}/.", kept.display()), &folder.to_string_lossy()]);
+        run("sync", &["-f", &folder.to_string_lossy()]);
         disk
     }
 
