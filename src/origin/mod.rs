@@ -50,7 +50,7 @@ use elect::{ElectView, Election, Heard};
 use head::HeadView;
 use lag::LagTracker;
 use ship::Shipper;
-use spool::Spool;
+use spool::{Spool, SpoolExtent};
 use status::Views;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -160,22 +160,30 @@ impl OriginLink {
             lag.arrived_several(arrived.revision_last, arrived.at_ms, arrived.count);
         }
         lag.covered(spool.extent().borrow().covered);
+        let dog = Watchdog::new(self.limits.stall_seconds.saturating_mul(1_000));
         let spool_bytes_max = self.limits.spool_bytes_max;
-        let mut dog = Watchdog::new(self.limits.stall_seconds.saturating_mul(1_000));
+        let mut watching = Watching { link: link.clone(), dog, stalls: 0, spool_bytes_max };
         let mut stages = self.start(&spool, clock, status.subscribe(), commands, &stop);
-        let mut stalls = 0;
         let mut ticks = tokio::time::interval(STATUS_INTERVAL);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        loop {
+        let mut over = false;
+        while !over {
             let asked = tokio::select! {
                 biased;
-                () = stop.cancelled() => break,
+                () = stop.cancelled() => {
+                    while stages.tasks.join_next().await.is_some() {}
+                    over = true;
+                    None
+                }
                 event = stages.events.recv() => match event {
                     Some(event) => {
                         take(&mut lag, event, &link, clock.now_ms());
                         continue;
                     }
-                    None => break,
+                    None => {
+                        over = true;
+                        None
+                    }
                 },
                 ended = stages.tasks.join_next() => {
                     let why = ended.and_then(Result::err).map_or_else(String::new, |e| e.to_string());
@@ -184,26 +192,13 @@ impl OriginLink {
                 Some(asked) = asked.recv() => Some(asked),
                 _ = ticks.tick() => None,
             };
-            {
-                let extent = spool.extent().borrow().clone();
-                let (tail, head, ship) = (stages.tail.borrow(), stages.head.borrow(), stages.ship.borrow());
-                let elect = stages.elect.borrow();
-                let node = &stages.node;
-                let (elect, spool, stalled) = (&elect, &extent, None);
-                let (tail, head, ship, limits) = (&tail, &head, &ship, *stages.limits.borrow());
-                let mut views = Views { node, tail, head, ship, elect, spool, spool_bytes_max, limits, stalled };
-                views.watch(&mut dog, &mut stalls, &stages.help, &link, clock.now_ms());
-                let now_ms = clock.now_ms();
-                status.send_if_modified(|status| {
-                    status.differs_after(|status| views.write(status, &lag, stalls, now_ms))
-                });
-            }
+            let extent = spool.extent().borrow().clone();
+            stages.write(&status, &extent, &lag, &mut watching, clock.now_ms());
             if let Some(asked) = asked {
                 // Whoever asked may be gone.
                 let _ = asked.send(());
             }
         }
-        while stages.tasks.join_next().await.is_some() {}
         if let Err(e) = spool.close().await {
             tracing::warn!(%link, error = %e, "the spool was not closed well; its tail is checked at the next start");
         }
@@ -284,6 +279,35 @@ struct Stages {
     /// What the origin's etcd takes.
     limits: watch_channel::Receiver<ClusterLimits>,
     help: Helps,
+}
+
+impl Stages {
+    /// Looks at all of them, and writes what they show.
+    fn write(
+        &self,
+        status: &watch_channel::Sender<LinkStatus>,
+        spool: &SpoolExtent,
+        lag: &LagTracker,
+        watching: &mut Watching,
+        now_ms: u64,
+    ) {
+        let (tail, head, ship, elect) =
+            (&*self.tail.borrow(), &*self.head.borrow(), &*self.ship.borrow(), &*self.elect.borrow());
+        let (node, limits, spool_bytes_max) = (&self.node, *self.limits.borrow(), watching.spool_bytes_max);
+        let mut views = Views { node, tail, head, ship, elect, spool, spool_bytes_max, limits, stalled: None };
+        views.watch(&mut watching.dog, &mut watching.stalls, &self.help, &watching.link, now_ms);
+        let stalls = watching.stalls;
+        status.send_if_modified(|status| status.differs_after(|status| views.write(status, lag, stalls, now_ms)));
+    }
+}
+
+/// What the link's task keeps to tell how its stages do.
+struct Watching {
+    link: LinkName,
+    dog: Watchdog,
+    stalls: u64,
+    /// What the spool may hold.
+    spool_bytes_max: u64,
 }
 
 /// What may help a stage that stands still.

@@ -206,10 +206,16 @@ impl ReplicaTask {
         let mut stalls = 0;
         let mut ticks = tokio::time::interval(STATUS_INTERVAL);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        loop {
+        let mut over = false;
+        while !over {
             let asked = tokio::select! {
                 biased;
-                () = stop.cancelled() => break,
+                () = stop.cancelled() => {
+                    while applying.join_next().await.is_some() {}
+                    while looking.join_next().await.is_some() {}
+                    over = true;
+                    None
+                }
                 ended = applying.join_next() => {
                     let why = ended.map_or_else(String::new, |e| e.err().map_or_else(String::new, |e| e.to_string()));
                     return Err(ReplicaError::Ended { why });
@@ -240,8 +246,6 @@ impl ReplicaTask {
                 let _ = asked.send(());
             }
         }
-        while applying.join_next().await.is_some() {}
-        while looking.join_next().await.is_some() {}
         if let Err(e) = end.journal.close().await {
             tracing::warn!(link = %end.config.link, error = %e, "the journal was not closed well; its tail is checked at the next start");
         }
