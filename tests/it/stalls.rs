@@ -2,10 +2,9 @@
 //! Input: pairs whose line swallows acknowledgements, whose watch is half open, whose replica's sidecar or etcd is paused. Output: passes or fails.
 //! Always true: nothing is lost by a stall; both sides end equal.
 
+use crate::bed::LinkProxy;
 use crate::bed::pair::{LINK, Pair, PairOptions};
 use crate::bed::sidecar::Sidecar;
-use crate::bed::{LinkProxy, PATIENCE};
-use crate::resume::{last, write};
 use etcd_ferry::demo::proxy::Direction;
 use etcd_ferry::etcd::version;
 use etcd_ferry::model::Revision;
@@ -95,45 +94,6 @@ async fn what_is_received_and_not_applied_is_a_stall_at_both_ends() {
     stalled(&pair.replica_sidecar, "up to seq 2 is received, and nothing after seq 1 has been applied").await;
     stalled(&pair.origin_sidecar, "the replica has received up to seq 2, and has applied nothing after seq 1").await;
     pair.replica.resume();
-    goes_on(&pair, last).await;
-}
-
-/// How the replica's journal does.
-async fn journal(pair: &Pair, what: &str, wanted: impl Fn(&Value) -> bool) {
-    let stage = |link: &Value| link["stages"].as_array()?.iter().find(|stage| stage["stage"] == "journal").cloned();
-    let is_so = |link: &Value| stage(link).is_some_and(|stage| wanted(&stage));
-    pair.replica_sidecar.wait_for_within(LINK, what, 3 * PATIENCE, is_so).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_full_journal_that_is_applied_slowly_is_no_stall_at_either_end() {
-    let limits = [
-        ("stall_seconds", STALL_SECONDS),
-        ("journal_bytes_max", 1 << 20),
-        ("segment_bytes", 256 << 10),
-        ("request_bytes_max", 64 << 10),
-        ("queue_bytes_max", 64 << 10),
-        ("frame_bytes_max", 64 << 10),
-        ("page_bytes_max", 64 << 10),
-    ];
-    let limits = limits.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
-    let mut pair = Box::pin(Pair::prepare(PairOptions { limits, ..PairOptions::default() })).await;
-    let line = LinkProxy::start(pair.replica.address()).await.unwrap();
-    pair.replica_sidecar.options.etcd.url = format!("http://{}", line.address());
-    pair.replica_sidecar.write_config();
-    pair.origin_sidecar.restart().await;
-    pair.replica_sidecar.restart().await;
-    pair.origin_sidecar.wait_for_state(LINK, "following").await;
-    // One file of the journal takes longer than a stall.
-    line.set_rate(Some(15_000));
-    let last = last(&write(&pair.origin.access(), "/app/slow/", 60, 32 << 10).await);
-    journal(&pair, "the journal to be full", |stage| stage["ok"] == false).await;
-    journal(&pair, "the journal to have room again", |stage| stage["ok"] == true).await;
-    line.set_rate(None);
-    for sidecar in [&pair.origin_sidecar, &pair.replica_sidecar] {
-        let entry = sidecar.wait_for_state(LINK, "following").await;
-        assert_eq!(entry["counts"]["stalls"], 0, "{}: {entry:#}", sidecar.log());
-    }
     goes_on(&pair, last).await;
 }
 
