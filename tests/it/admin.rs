@@ -7,7 +7,6 @@ use crate::bed::sidecar::region_name;
 use crate::bed::{PATIENCE, until};
 use etcd_ferry::admin::client::{self, ClientError, Connection};
 use etcd_ferry::admin::proto::admin_client::AdminClient;
-use etcd_ferry::admin::refresh;
 use etcd_ferry::admin::roles::Admins;
 use etcd_ferry::admin::service::{Server, ServiceError};
 use etcd_ferry::admin::{Directory, LinkCommand, LinkHandle, Listening, Own, certificates, proto, verification};
@@ -64,11 +63,10 @@ fn connection(folder: &std::path::Path, admin: SocketAddr, name: &str) -> Connec
 fn handle(name: &str, side: Side, state: LinkState) -> (watch::Sender<LinkStatus>, LinkHandle) {
     let link = LinkName::new(name).unwrap();
     let mut first = LinkStatus::new(link.clone(), side, "spiffe://etcd-ferry.dev/region/cn-hangzhou".to_owned());
-    first.state = state;
-    first.applied_seq = Seq(7);
+    (first.state, first.applied_seq) = (state, Seq(7));
     first.counts.insert("repeated", 2);
     let (sender, status) = watch::channel(first);
-    let refresh = refresh::channel().0;
+    let refresh = etcd_ferry::admin::refresh::channel().0;
     (sender, LinkHandle { link, side, status, refresh, before: None, commands: None, replica_commands: None })
 }
 

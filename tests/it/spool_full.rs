@@ -6,7 +6,7 @@ use crate::bed::disk::{Disk, run};
 use crate::bed::pair::{LINK, Pair, PairOptions};
 use crate::bed::traffic::{Write, commit};
 use crate::resume::{following, last, spool_end, write};
-use etcd_ferry::model::{Position, Revision};
+use etcd_ferry::model::{Position, Revision, Side};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -142,52 +142,37 @@ fn is_read_only(entry: &Value) -> bool {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_disk_that_turns_read_only_under_the_spool_stops_the_link_and_mended_it_goes_on_without_a_hole() {
-    let (mut pair, before) = following(PairOptions::default()).await;
-    pair.origin_sidecar.stop().await;
-    let disk = Disk::over(&pair.origin_sidecar.data_dir(), 64 << 20);
-    pair.origin_sidecar.restart().await;
-    pair.origin_sidecar.wait_for_state(LINK, "following").await;
-    let recorder = pair.record().await;
-    disk.fail();
-    let acknowledged = write(&pair.origin.access(), "/app/read-only/", WRITES, 1_000).await;
-    let stopped = |entry: &Value| entry["state"] == "stopped" && reason(entry).contains("mend the disk");
-    let entry = pair.origin_sidecar.wait_for(LINK, "the disk's error to be told", stopped).await;
-    assert!(is_read_only(&entry), "{entry:#}");
-    pair.origin_sidecar.kill();
-    disk.mend();
-    pair.origin_sidecar.restart().await;
-    let after = pair.wait_applied(last(&acknowledged)).await;
-    assert_eq!((after.epoch, after.seq.0), (before.epoch, before.seq.0 + WRITES as u64));
-    pair.assert_equal().await;
-    let recording = pair.recorded(recorder).await;
-    assert_eq!(recording.complete(&acknowledged).unwrap(), WRITES);
-    recording.check().unwrap();
-    pair.origin_sidecar.stop().await;
+    Box::pin(turns_read_only(Side::Origin)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_disk_that_turns_read_only_under_the_journal_and_the_dedupe_log_stops_the_link_and_mended_it_goes_on() {
+    Box::pin(turns_read_only(Side::Replica)).await;
+}
+
+/// The disk of this side's sidecar.
+async fn turns_read_only(side: Side) {
     let (mut pair, before) = following(PairOptions::default()).await;
-    pair.replica_sidecar.stop().await;
-    let disk = Disk::over(&pair.replica_sidecar.data_dir(), 64 << 20);
-    pair.replica_sidecar.restart().await;
-    pair.replica_sidecar.wait_for_state(LINK, "following").await;
+    pair.sidecar(side).stop().await;
+    let disk = Disk::over(&pair.sidecar(side).data_dir(), 64 << 20);
+    pair.sidecar(side).restart().await;
+    pair.sidecar(side).wait_for_state(LINK, "following").await;
     let recorder = pair.record().await;
     disk.fail();
     let acknowledged = write(&pair.origin.access(), "/app/read-only/", WRITES, 1_000).await;
     let stopped = |entry: &Value| entry["state"] == "stopped" && reason(entry).contains("mend the disk");
-    let entry = pair.replica_sidecar.wait_for(LINK, "the disk's error to be told", stopped).await;
+    let entry = pair.sidecar(side).wait_for(LINK, "the disk's error to be told", stopped).await;
     assert!(is_read_only(&entry), "{entry:#}");
-    pair.replica_sidecar.kill();
+    pair.sidecar(side).kill();
     disk.mend();
-    pair.replica_sidecar.restart().await;
+    pair.sidecar(side).restart().await;
     let after = pair.wait_applied(last(&acknowledged)).await;
     assert_eq!((after.epoch, after.seq.0), (before.epoch, before.seq.0 + WRITES as u64));
     pair.assert_equal().await;
     let recording = pair.recorded(recorder).await;
     assert_eq!(recording.complete(&acknowledged).unwrap(), WRITES);
     recording.check().unwrap();
-    pair.replica_sidecar.stop().await;
+    pair.sidecar(side).stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -8,7 +8,7 @@ use super::recording::Recorder;
 use super::sidecar::{Ports, ReceiveLink, SendLink, Sidecar, SidecarOptions, make_certificates, region_name};
 use super::{LinkProxy, PATIENCE, until};
 use bytes::Bytes;
-use etcd_ferry::model::{LinkName, Phase, Position, Ranges, Revision};
+use etcd_ferry::model::{LinkName, Phase, Position, Ranges, Revision, Side};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
@@ -109,6 +109,14 @@ impl Pair {
     /// A folder of this test, for what it needs beside.
     pub fn dir(&self) -> &Path {
         self.dir.path()
+    }
+
+    /// This side's.
+    pub fn sidecar(&mut self, side: Side) -> &mut Sidecar {
+        match side {
+            Side::Origin => &mut self.origin_sidecar,
+            Side::Replica => &mut self.replica_sidecar,
+        }
     }
 
     /// The replica's position, if it has one.
