@@ -3,6 +3,7 @@
 //! Edge: loopback sockets, free ports, a temporary folder.
 //! Always true: nothing here waits for time, only for answers.
 
+use crate::bed::nobody::Nobody;
 use crate::bed::sidecar::region_name;
 use crate::bed::{PATIENCE, until};
 use etcd_ferry::admin::client::{self, ClientError, Connection};
@@ -443,13 +444,11 @@ async fn reflection_answers_clients_that_know_only_its_alpha() {
 
 #[tokio::test]
 async fn a_port_that_nobody_answers_is_said_to_be_so() {
-    let running = start().await;
-    let connection = running.connection("admin");
-    running.stop.cancel();
-    running.task.await.unwrap().unwrap();
+    let (running, nobody) = (start().await, Nobody::new());
+    let connection = connection(running.folder.path(), nobody.address, "admin");
     let error = client::status(&connection).await.unwrap_err();
     assert!(matches!(error, ClientError::NoAnswer { .. }), "{error}");
-    let wanted = format!("no sidecar answers at {}: is `etcd-ferry run` up?", running.addr);
+    let wanted = format!("no sidecar answers at {}: is `etcd-ferry run` up?", nobody.address);
     assert!(error.to_string().contains(&wanted), "{error}");
 }
 

@@ -2,6 +2,7 @@
 //! Input: configurations in a folder of their own; the binary. Output: passed or failed.
 //! Always true: what is expected is what an operator sees: exit code, stdout, stderr.
 
+use crate::bed::nobody::Nobody;
 use etcd_ferry::certs::issue::{IssueRequest, Issuer};
 use etcd_ferry::config::{Config, Faults};
 use std::os::unix::fs::PermissionsExt;
@@ -219,15 +220,14 @@ fn a_command_to_a_running_sidecar_takes_the_flags_that_it_runs_with() {
     let place = Place::new();
     let file = place.path("ferry.toml");
     std::fs::write(&file, place.text()).unwrap();
-    // Nobody is there once this is dropped.
-    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let nobody = Nobody::new();
     let (cert, key) = (place.path("certs/us-east-1.pem"), place.path("certs/us-east-1.key"));
     let (file, cert, key) = (file.display().to_string(), cert.display().to_string(), key.display().to_string());
-    let flag = format!("listen.admin={nobody}");
+    let flag = format!("listen.admin={}", nobody.address);
     let output = ferry(&["status", "--config", &file, "--set", &flag, "--cert", &cert, "--key", &key]);
     let said = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1));
-    assert!(said.contains(&format!("no sidecar answers at {nobody}")), "{said}");
+    assert!(said.contains(&format!("no sidecar answers at {}", nobody.address)), "{said}");
 }
 
 #[test]

@@ -5,6 +5,7 @@
 
 mod server;
 
+use crate::bed::nobody::Nobody;
 use etcd_ferry::certs::issue::IssueRequest;
 use etcd_ferry::config::TlsConfig;
 use etcd_ferry::tls::accept::AcceptLimits;
@@ -335,9 +336,8 @@ async fn a_second_connection_makes_a_full_handshake_again() {
 #[tokio::test]
 async fn a_caller_is_told_that_nothing_listens() {
     let authority = Authority::new();
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    drop(listener);
+    let nobody = Nobody::new();
+    let address = nobody.address;
     let error = call(address, client_config(&authority.east(), WEST).unwrap()).await.unwrap_err();
     assert!(error.contains("nothing listens there") && error.contains(&address.to_string()), "{error}");
 }
@@ -357,14 +357,12 @@ async fn a_server_that_never_answers_is_given_up() {
 #[tokio::test]
 async fn a_dial_that_nobody_answers_is_told_from_one_that_a_peer_refused() {
     let (ours, other) = (Authority::new(), Authority::new());
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let nobody = listener.local_addr().unwrap();
-    drop(listener);
+    let nobody = Nobody::new();
     let (hangs_up, stranger) = (TcpListener::bind("127.0.0.1:0").await.unwrap(), Server::start(&other.west()).await);
     let cut = hangs_up.local_addr().unwrap();
     let hanging_up = tokio::spawn(async move { drop(hangs_up.accept().await) });
     let config = client_config(&ours.east(), WEST).unwrap();
-    for (address, expected) in [(nobody, true), (cut, true), (stranger.address, false)] {
+    for (address, expected) in [(nobody.address, true), (cut, true), (stranger.address, false)] {
         let connector = PeerConnector::new(config.clone());
         let endpoint = endpoint(&format!("https://{address}")).unwrap();
         let error = endpoint.connect_with_connector(connector).await.unwrap_err();

@@ -12,6 +12,7 @@ pub mod contents;
 pub mod disk;
 pub mod etcd;
 pub mod faults;
+pub mod nobody;
 pub mod pair;
 pub mod pki;
 pub mod process;

@@ -2,6 +2,7 @@
 //! Input: how it shall behave. Output: certificates of its CA, and a record of what was asked.
 //! Always true: what it issues lives as long as the request's `ttl` says, from now on; its TLS is of another CA than what it issues.
 
+use super::nobody::hush;
 use axum::Router;
 use axum::extract::{Request, State};
 use axum::http::StatusCode;
@@ -61,6 +62,7 @@ pub struct Pki {
     tls: Arc<ServerConfig>,
     /// Holds the CA of its own TLS, and the token.
     dir: PathBuf,
+    listener: std::net::TcpListener,
     task: JoinHandle<()>,
 }
 
@@ -80,10 +82,10 @@ impl Pki {
             answer: Mutex::new(Answer::Sound),
             asked: Mutex::default(),
         });
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        let task = serve(shared.clone(), tls.clone(), listener);
-        let pki = Self { shared, address, tls, dir: dir.to_owned(), task };
+        let task = serve(shared.clone(), tls.clone(), &listener);
+        let pki = Self { shared, address, tls, dir: dir.to_owned(), listener, task };
         pki.write_token(TOKEN);
         pki
     }
@@ -140,12 +142,13 @@ impl Pki {
     pub async fn stop(&mut self) {
         self.task.abort();
         let _ = (&mut self.task).await;
+        hush(&self.listener);
     }
 
     /// At the address that it had.
     pub async fn start_again(&mut self) {
-        let listener = TcpListener::bind(self.address).await.unwrap();
-        self.task = serve(self.shared.clone(), self.tls.clone(), listener);
+        self.listener = std::net::TcpListener::bind(self.address).unwrap();
+        self.task = serve(self.shared.clone(), self.tls.clone(), &self.listener);
     }
 }
 
@@ -179,7 +182,9 @@ impl Listener for TlsListener {
     }
 }
 
-fn serve(shared: Arc<Shared>, tls: Arc<ServerConfig>, tcp: TcpListener) -> JoinHandle<()> {
+fn serve(shared: Arc<Shared>, tls: Arc<ServerConfig>, tcp: &std::net::TcpListener) -> JoinHandle<()> {
+    tcp.set_nonblocking(true).unwrap();
+    let tcp = TcpListener::from_std(tcp.try_clone().unwrap()).unwrap();
     let router = Router::new().fallback(handle).with_state(shared);
     tokio::spawn(async move {
         axum::serve(TlsListener { tcp, acceptor: TlsAcceptor::from(tls) }, router).await.unwrap();
