@@ -77,7 +77,7 @@ fn notes(link: &Link, width: Option<usize>) -> String {
     if let Some(said) = note(link) {
         text.push_str(&line(&format!("{who}: {said}")));
     }
-    for said in link.foreign_writes.iter().flat_map(foreign_lines) {
+    for said in link.foreign_writes.iter().flat_map(|writes| foreign_lines(writes, &link.reason)) {
         text.push_str(&line(&format!("{who}: {said}")));
     }
     text
@@ -108,7 +108,8 @@ fn certificates_note(certificates: &Certificates) -> String {
     }
 }
 
-fn foreign_lines(foreign: &ForeignWrites) -> Vec<String> {
+/// What the link's reason says already is not said again.
+fn foreign_lines(foreign: &ForeignWrites, reason: &str) -> Vec<String> {
     let ForeignWrites { revisions, keys, first_revision, last_revision, first_keys, trouble, .. } = foreign;
     let mut lines = Vec::new();
     if *revisions > 0 {
@@ -122,7 +123,7 @@ fn foreign_lines(foreign: &ForeignWrites) -> Vec<String> {
         lines
             .push(format!("somebody else wrote {count} here, in {at}: {names}{more}; `repair` at the origin mends it"));
     }
-    if !trouble.is_empty() {
+    if !trouble.is_empty() && !reason.contains(trouble) {
         lines.push(format!("foreign writes cannot be looked for: {trouble}"));
     }
     lines
@@ -251,6 +252,14 @@ pub(super) mod tests {
         let table = status_table(&reply, None);
         let below = table.rsplit("\n\n").next();
         assert_eq!(below, Some("etcd 3.5.16 at http://127.0.0.1:2379 (warned): upgrade it\n"), "{table}");
+    }
+
+    #[test]
+    fn what_the_reason_says_is_not_said_again_of_foreign_writes() {
+        let trouble = "etcd cannot be reached at http://127.0.0.1:2379".to_owned();
+        let writes = ForeignWrites { trouble: trouble.clone(), ..ForeignWrites::default() };
+        assert_eq!(foreign_lines(&writes, &format!("the replica's etcd: {trouble}: timed out")), Vec::<String>::new());
+        assert_eq!(foreign_lines(&writes, ""), [format!("foreign writes cannot be looked for: {trouble}")]);
     }
 
     #[test]

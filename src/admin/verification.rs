@@ -125,6 +125,13 @@ pub fn verification_lines(verification: &Verification) -> Vec<String> {
             (false, _) => format!("both sides were equal at origin revision {revision}, proved {at}"),
         });
     }
+    lines.extend(differing_lines(verification));
+    lines
+}
+
+/// For people: what differs, or differed until it was mended.
+pub fn differing_lines(verification: &Verification) -> Vec<String> {
+    let mut lines = Vec::new();
     if verification.differing_keys > 0 {
         let expected = match verification.expected_keys {
             0 => String::new(),

@@ -46,7 +46,7 @@ pub struct Credentials {
 
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
-    #[error("{path} cannot be read: {source}")]
+    #[error("{} cannot be read: {source}", absolute(path))]
     Read { path: PathBuf, source: std::io::Error },
     #[error("{path} is open to others (mode {mode:04o}): chmod 600 {path}")]
     Open { path: PathBuf, mode: u32 },
@@ -74,6 +74,11 @@ pub enum LoadError {
     Purpose { path: PathBuf, usage: &'static str },
     #[error("{path} was not issued by the configured CA ({reason}): every peer that trusts this CA would refuse it")]
     Chain { path: PathBuf, reason: String },
+}
+
+/// Where a file was looked for: a configuration's relative paths are relative to the current directory, which not everybody has in mind.
+fn absolute(path: &Path) -> String {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned()).display().to_string()
 }
 
 impl LoadError {

@@ -8,7 +8,7 @@ use super::{Failure, say, say_json};
 use crate::admin::status_json::{status_json, status_line};
 use crate::admin::{certificates, client, show};
 use serde_json::json;
-use std::io::{IsTerminal, Write, stdout};
+use std::io::{ErrorKind, IsTerminal, Write, stdout};
 
 /// The width of a terminal that does not tell its own.
 const COLUMNS: usize = 80;
@@ -31,7 +31,10 @@ pub(super) fn watch_status(sidecar: &Sidecar, interval_ms: u32) -> Result<(), Fa
 /// A stream that nobody reads any more ends here, as other programs do.
 fn told(text: &str) -> Result<(), Failure> {
     let mut out = stdout();
-    writeln!(out, "{text}").and_then(|()| out.flush()).map_err(|e| Failure::Failed(format!("standard output: {e}")))
+    writeln!(out, "{text}").and_then(|()| out.flush()).map_err(|e| match e.kind() {
+        ErrorKind::BrokenPipe => Failure::NobodyReads,
+        _ => Failure::Failed(format!("standard output: {e}")),
+    })
 }
 
 pub(super) fn configuration(sidecar: &Sidecar) -> Result<(), Failure> {

@@ -6,7 +6,7 @@
 use super::sidecar::{Named, Sidecar};
 use super::{Failure, say, say_all, say_json};
 use crate::admin::proto::Verification;
-use crate::admin::verification::{self, verification_json, verification_lines};
+use crate::admin::verification::{self, differing_lines, verification_json, verification_lines};
 use crate::admin::{client, show};
 use serde_json::json;
 use std::io::{IsTerminal, Write};
@@ -120,7 +120,7 @@ fn ended(sidecar: &Sidecar, link: &str, outcome: &Verification) -> Result<(), Fa
         ))),
         _ => Err(Failure::Failed(format!(
             "link {link}: {}; `etcd-ferry status --config {config}` shows how the link is",
-            outcome.detail
+            outcome.detail.replace("--config F", &format!("--config {config}"))
         ))),
     }
 }
@@ -139,8 +139,12 @@ fn told(link: &str, verification: &Verification, json: bool) -> Result<(), Failu
     if json {
         return say(&verification_json(verification));
     }
-    say(&format!("link {link}: {} ({})", verification.outcome, verification.detail))?;
+    match verification.outcome.as_str() {
+        // Why is said on standard error.
+        "failed" => say(&format!("link {link}: failed")),
+        outcome => say(&format!("link {link}: {outcome} ({})", verification.detail)),
+    }?;
     let known = ["equal", "different"].contains(&verification.outcome.as_str());
-    let lines = if known { verification_lines(verification) } else { Vec::new() };
+    let lines = if known { verification_lines(verification) } else { differing_lines(verification) };
     say_all(&lines)
 }

@@ -18,6 +18,9 @@ pub(super) struct Several {
     /// The configuration file of a running sidecar; may be given several times
     #[arg(long = "config", value_name = "FILE", required = true)]
     configs: Vec<PathBuf>,
+    /// What each of them runs with beside its file, such as tls.cert=/etc/etcd-ferry/tls.pem; may be given several times
+    #[arg(long, value_name = "SECTION.KEY=VALUE")]
+    set: Vec<String>,
     /// The operator's certificate [default: admin.pem beside each tls.cert]
     #[arg(long, value_name = "FILE", requires = "key")]
     cert: Option<PathBuf>,
@@ -27,10 +30,10 @@ pub(super) struct Several {
 }
 
 pub(super) fn top(several: Several) -> Result<(), Failure> {
-    let Several { configs, cert, key } = several;
+    let Several { configs, set, cert, key } = several;
     let mut sources = Vec::new();
     for config in configs {
-        let connection = connection(&Layers::new(&config, &[]), cert.as_deref(), key.as_deref())?;
+        let connection = connection(&Layers::new(&config, &set), cert.as_deref(), key.as_deref())?;
         sources.push(Source { connection, name: config.display().to_string() });
     }
     let runtime = runtime()?;

@@ -194,6 +194,8 @@ enum Failure {
     Config(Faults),
     /// Exit code 1; one line that says what, and what to do.
     Failed(String),
+    /// Whoever read standard output has seen enough. Exit code 0.
+    NobodyReads,
 }
 
 impl From<Faults> for Failure {
@@ -241,7 +243,7 @@ pub fn run() -> ExitCode {
         Command::Man { folder } => generate::man(&folder),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) | Err(Failure::NobodyReads) => ExitCode::SUCCESS,
         Err(Failure::Config(faults)) => {
             eprintln!("{faults}");
             ExitCode::from(2)

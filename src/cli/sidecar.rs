@@ -66,11 +66,13 @@ impl Sidecar {
 
 /// To the sidecar of this configuration; with the operator's pair, or what lies beside `tls.cert`.
 pub(super) fn connection(layers: &Layers, cert: Option<&Path>, key: Option<&Path>) -> Result<Connection, Failure> {
-    let file = layers.file().display().to_string();
     let config = layers.load().map_err(|Faults(mut faults)| {
+        if !layers.file().exists() || faults.iter().all(Fault::is_of_a_flag) {
+            return Faults(faults);
+        }
         let rule = "is not sound, so that it does not tell where its sidecar is. A sidecar that runs goes on with the last sound one; \
                     `curl http://HOST:PORT/healthz?full=1` at its listen.http tells its status";
-        faults.push(Fault { field: file, rule: rule.to_owned() });
+        faults.push(Fault { field: layers.file().display().to_string(), rule: rule.to_owned() });
         Faults(faults)
     })?;
     let operators = |given: Option<&Path>, name| match given {

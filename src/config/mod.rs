@@ -43,6 +43,14 @@ pub struct Fault {
     pub rule: String,
 }
 
+impl Fault {
+    /// True where a flag of this command is at fault, and not what a sidecar runs with.
+    pub fn is_of_a_flag(&self) -> bool {
+        let flag = Source::Flag;
+        self.field.starts_with(&format!("{flag} ")) || self.rule.ends_with(&format!("[{flag}]"))
+    }
+}
+
 /// All faults of a configuration; shown one on a line.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub struct Faults(pub Vec<Fault>);

@@ -116,8 +116,8 @@ fn advice(reason: &str) -> &'static str {
             "it refuses our client certificate: check [etcd] cert and key against its --trusted-ca-file",
         ),
         (
-            &["broken pipe", "frame with invalid size", "InvalidContentType", "http2 error"],
-            "check [etcd] endpoints: it is no etcd, or it speaks https:// where http:// is written, or the other way round",
+            &["broken pipe", "frame with invalid size", "InvalidContentType", "handshake eof", "http2 error"],
+            "check [etcd] endpoints: nothing answers, it is no etcd, or it speaks https:// where http:// is written, or the other way round",
         ),
     ];
     let rule = rules.into_iter().find(|(words, _)| words.iter().any(|word| reason.contains(word)));
@@ -151,8 +151,8 @@ const TOO_LARGE: [&str; 3] =
 pub(super) const USERS_OFF: &str = "authentication is not enabled";
 const LOGIN_LOST: [&str; 3] = ["invalid auth token", "auth: revision in header is old", USERS_OFF];
 
-/// What the HTTP/2 library says of a port that answers something else, or closes the connection.
-const NO_HTTP2: [&str; 2] = ["frame with invalid size", "connection closed"];
+/// What the HTTP/2 library says of a port that answers something else, closes the connection, or takes nothing any more.
+const NO_HTTP2: [&str; 3] = ["frame with invalid size", "connection closed", "broken pipe"];
 
 fn denied(said: &str) -> EtcdError {
     EtcdError::Denied { right: String::new(), said: said.to_owned() }
@@ -283,6 +283,12 @@ mod tests {
                 "it is no etcd, or it speaks https://",
             ),
             (
+                Status::unknown(
+                    "h2 protocol error: error reading a body from connection: stream closed because of a broken pipe",
+                ),
+                "nothing answers, it is no etcd,",
+            ),
+            (
                 Status::cancelled("operation was canceled: connection closed"),
                 "check [etcd] endpoints and that etcd runs",
             ),
@@ -293,6 +299,9 @@ mod tests {
                 "{said}"
             );
         }
+        assert!(
+            advice("tls handshake eof").contains("it speaks https:// where http:// is written, or the other way round")
+        );
         let late = advice("http2 error: operation timed out");
         assert_eq!(late, "check that etcd runs and answers, and the way to it");
         let broken =

@@ -80,9 +80,19 @@ pub struct Ranges {
 /// For people: one after the other.
 impl fmt::Display for Ranges {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (i, piece) in self.pieces.iter().enumerate() {
-            let comma = if i == 0 { "" } else { ", " };
-            write!(f, "{comma}{piece}")?;
+        let ferry = KeyRange::prefix(FERRY_PREFIX);
+        let mut pieces = self.pieces.iter().peekable();
+        let mut comma = "";
+        while let Some(piece) = pieces.next() {
+            // A link's configuration names no such hole.
+            match pieces.next_if(|next| piece.to == ferry.from && next.from == ferry.to) {
+                Some(next) => {
+                    let whole = KeyRange { from: piece.from.clone(), to: next.to.clone() };
+                    write!(f, "{comma}{whole} (but etcd-ferry's own)")?;
+                }
+                None => write!(f, "{comma}{piece}")?,
+            }
+            comma = ", ";
         }
         Ok(())
     }
@@ -200,7 +210,13 @@ mod tests {
         assert_eq!(shown(&["/app/", "/b/"], &[]), "the prefix /app/, the prefix /b/");
         assert_eq!(shown(&["\u{7f}"], &[]), "the prefix \\x7f");
         assert_eq!(shown(&["/a", "/b"], &[]), "the keys from /a to /c, without the latter");
-        assert_eq!(shown(&[], &[]), "all keys before /etcd-ferry/, all keys from /etcd-ferry0 on");
+        assert_eq!(shown(&[], &[]), "all keys (but etcd-ferry's own)");
+        assert_eq!(
+            shown(&["/"], &["/a/"]),
+            "the keys from / to /a/, without the latter, the keys from /a0 to 0, without the latter (but etcd-ferry's own)"
+        );
+        assert_eq!(shown(&["/"], &[]), "the prefix / (but etcd-ferry's own)");
+        assert_eq!(shown(&[], &["/etcd-ferry0"]), "all keys before /etcd-ferry/, all keys from /etcd-ferry1 on");
         assert_eq!(KeyRange::prefix(b"").to_string(), "all keys");
         assert_eq!(KeyRange::prefix(b"\xff").to_string(), "the prefix \\xff");
     }

@@ -194,9 +194,19 @@ pub struct Verification {
 }
 
 impl Verification {
-    /// Keys that differ as far as is known; those that were mended are not among them.
+    /// Keys that differ as far as is known; those that were mended are not among them, which are all but the expected ones.
     pub fn differing_now(&self) -> u64 {
-        if self.outcome == Outcome::Mended { 0 } else { self.differing_keys }
+        if self.outcome == Outcome::Mended { self.expected_keys } else { self.differing_keys }
+    }
+
+    /// A comparison ended without a result: what was known before it still holds, and what was mended differs no more.
+    pub fn failed(&mut self, reason: &str) {
+        if self.outcome == Outcome::Mended {
+            self.differing_keys = self.differing_now();
+            self.differing_ranges.clear();
+        }
+        self.outcome = Outcome::Failed;
+        reason.clone_into(&mut self.detail);
     }
 
     /// A base copy has replaced what the last comparison saw.
@@ -439,6 +449,29 @@ impl LinkStatus {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_comparison_that_fails_after_a_repair_does_not_bring_back_what_was_mended() {
+        let key = bytes::Bytes::from_static(b"/app/a");
+        let known = Verification {
+            differing_keys: 3,
+            expected_keys: 1,
+            differing_ranges: vec![DifferingRange { first: key.clone(), last: key, keys: 3 }],
+            outcome: Outcome::Different,
+            ..Verification::default()
+        };
+        let mut differs = known.clone();
+        differs.failed("the stream ended");
+        assert_eq!(
+            differs,
+            Verification { outcome: Outcome::Failed, detail: "the stream ended".to_owned(), ..known.clone() }
+        );
+
+        let mut mended = Verification { outcome: Outcome::Mended, ..known };
+        assert_eq!(mended.differing_now(), 1);
+        mended.failed("the stream ended");
+        assert_eq!((mended.differing_keys, mended.differing_now(), mended.differing_ranges.len()), (1, 1, 0));
+    }
 
     #[test]
     fn a_status_differs_once_it_says_something_else() {

@@ -4,7 +4,7 @@
 //! Always true: each key of the link's ranges is compared at one mark; a part whose revision was compacted is compared again at another;
 //! what is in flight is bounded, so that frames find room beside it.
 
-use super::found::{Compared, MendStop, Mending, answer_bytes, guard_deletes, list_message, part_message};
+use super::found::{Compared, Mending, Unmended, answer_bytes, guard_deletes, list_message, part_message};
 use super::tally::{Mark, Narrowed, Open, OtherAnswer, Round, Tally};
 use crate::etcd::{Columns, Etcd, EtcdError};
 use crate::failpoint;
@@ -89,8 +89,6 @@ pub(super) enum Failed {
     OtherAnswer(#[from] OtherAnswer),
     #[error("{0}")]
     NotMended(String),
-    #[error(transparent)]
-    Stopped(#[from] MendStop),
     #[error("the stream ended")]
     StreamEnded,
 }
@@ -153,8 +151,11 @@ impl Comparison {
             .mending
             .filter(|mending| mending.ends || self.tally.compared.differing > self.tally.compared.expected())
         {
-            guard_deletes(&self.tally.compared, mending)?;
-            self.mend().await?;
+            let mended = match guard_deletes(&self.tally.compared, mending) {
+                Ok(()) => self.mend().await.map_err(|failed| Unmended::Failed(failed.to_string())),
+                Err(stop) => Err(stop.into()),
+            };
+            self.tally.compared.unmended = mended.err();
         }
         Ok(self.tally.compared)
     }

@@ -38,6 +38,8 @@ pub(super) struct Compared {
     pub quarantined: BTreeSet<Bytes>,
     /// Keys that a repair put and deleted at the replica.
     pub mended: Option<(u64, u64)>,
+    /// Why what differs was to be mended, and is not, or not all of it.
+    pub unmended: Option<Unmended>,
 }
 
 impl Compared {
@@ -62,6 +64,15 @@ pub(super) enum MendStop {
          deletes_share_max allows (the origin holds {origin_keys} keys); if they may go, run `etcd-ferry repair LINK --allow-deletes --config F`"
     )]
     Deletes { deletes: u64, replica_keys: u64, origin_keys: u64, share_max: f64 },
+}
+
+/// Why what differs was to be mended, and is not, or not all of it.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Unmended {
+    #[error(transparent)]
+    Stopped(#[from] MendStop),
+    #[error("{0}")]
+    Failed(String),
 }
 
 /// The guard of a base copy, for what a repair would delete.

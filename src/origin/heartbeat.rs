@@ -13,7 +13,7 @@ use super::ship::{Shipper, at_origin};
 use super::tail::TailState;
 use crate::etcd::{Compare, CompareOp, Etcd, EtcdError, Txn, TxnOp, TxnResponse, txn_revision};
 use crate::failpoint;
-use crate::model::{Epoch, Revision};
+use crate::model::{Epoch, LinkStatus, Revision};
 use crate::wire;
 use crate::wire::replicate::{Progress, Shipment, shipment};
 use std::time::Duration;
@@ -72,8 +72,10 @@ impl Session {
             && self.shipped.acked.following
             && self.persisted_at.0.elapsed() >= IDLE_WRITE
             && now.by_others_since(self.persisted_at.1) > 0;
-        let worth = through > self.shipped.progressed || idle_write || self.last_progress.elapsed() >= IDLE_PROGRESS;
-        if !worth {
+        // What was told before the first ack of a stream was counted is not left to stand.
+        let caught_up = self.told_behind && !is_behind(&ship.status.borrow());
+        let due = self.last_progress.elapsed() >= IDLE_PROGRESS;
+        if !(through > self.shipped.progressed || idle_write || caught_up || due) {
             return Ok(());
         }
         match self.send_progress(ship, through, idle_write) {
@@ -130,12 +132,18 @@ impl Session {
             trouble: trouble(&ship.tail.borrow().state, ship.head.borrow().trouble.as_deref()),
         };
         let shipment = Shipment { what: Some(shipment::What::Progress(progress)) };
+        let behind = is_behind(&status);
         match self.outbound.try_send(shipment) {
             Ok(()) => {
                 self.last_progress = Instant::now();
+                self.told_behind = behind;
                 None
             }
-            Err(TrySendError::Full(unsent) | TrySendError::Closed(unsent)) => Some(unsent),
+            Err(TrySendError::Full(unsent) | TrySendError::Closed(unsent)) => {
+                // It may go later.
+                self.told_behind |= behind;
+                Some(unsent)
+            }
         }
     }
 
@@ -375,6 +383,11 @@ fn trouble(tail: &TailState, unread: Option<&str>) -> String {
 pub(super) fn movement(ship: &Shipper) -> Movement {
     let tail = ship.tail.borrow();
     Movement { covered: tail.covered, ferry_only: tail.ferry_only }
+}
+
+/// True where something is told to be missing at the replica, or at risk.
+fn is_behind(status: &LinkStatus) -> bool {
+    status.lag_revisions > 0 || status.rpo_revisions > 0 || status.lag_seconds > 0.0 || status.rpo_seconds > 0.0
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use super::ship::Shipper;
 use crate::model::{DifferingRange, Outcome};
 use crate::wire::parts::DifferingKey;
 use crate::wire::replicate::{Shipment, Verified, shipment};
+use std::fmt::Display;
 
 /// Where more keys differ, neighbours are told as one range.
 const RANGES_TOLD_MAX: usize = 16;
@@ -27,6 +28,8 @@ pub(super) fn tell(ship: &Shipper, compared: &Compared, seconds: f64) -> Shipmen
         (Outcome::Different, _) if expected == compared.differing => {
             tracing::warn!(%link, %revision, expected, "both sides differ as expected, in keys of revisions in quarantine at the replica");
         }
+        // Why it is not mended is told below.
+        (Outcome::Different, _) if compared.unmended.is_some() => {}
         (Outcome::Different, _) => tracing::error!(%link, %revision, differing = compared.differing,
             "both sides differ: see `etcd-ferry status` at the origin's sidecar"),
         (_, Some((puts, deletes))) => {
@@ -43,29 +46,38 @@ pub(super) fn tell(ship: &Shipper, compared: &Compared, seconds: f64) -> Shipmen
         }
         (verification.differing_keys, verification.expected_keys) = (compared.differing, expected);
         verification.differing_ranges = told_ranges(&compared.found);
-        verification.detail = detail_of(compared, seconds);
+        if compared.unmended.is_none() {
+            verification.detail = detail_of(compared, seconds);
+        }
         let (puts, deletes) = compared.mended.unwrap_or_default();
         view.count("mended_keys", puts + deletes);
     });
+    if let Some(failed) = &compared.unmended {
+        tell_failed(ship, failed);
+    }
     let verification = &ship.view.borrow().verification;
     let told = Verified {
         origin_revision: verification.verified_revision.0,
         at_ms: verification.verified_at_ms,
-        differing_keys: compared.differing,
+        differing_keys: verification.differing_now(),
         expected_keys: expected,
     };
     Shipment { what: Some(shipment::What::Verified(told)) }
 }
 
-pub(super) fn failed_run(ship: &Shipper, reason: &str) {
-    ship.view.send_modify(|view| {
-        view.verification.outcome = Outcome::Failed;
-        reason.clone_into(&mut view.verification.detail);
-    });
+/// A comparison that came to nothing, or what it found could not be mended. One that begins by itself, again and again, is logged once.
+pub(super) fn tell_failed(ship: &Shipper, failed: &dyn Display) {
+    let link = &ship.origin.send.link;
+    let reason = failed.to_string().replace("LINK", link.as_str());
+    if ship.view.borrow().verification.detail != reason {
+        tracing::warn!(%link, %reason, "both sides could not be compared, or what differs not be mended");
+    }
+    ship.view.send_modify(|view| view.verification.failed(&reason));
 }
 
 fn detail_of(compared: &Compared, seconds: f64) -> String {
-    let mut detail = format!("{} keys at origin revision {}, in {seconds:.1} s", compared.keys, compared.revision);
+    let mut detail =
+        format!("{} keys compared at origin revision {}, in {seconds:.1} s", compared.keys, compared.revision);
     match compared.expected() {
         0 => {}
         all if all == compared.differing => detail.push_str(

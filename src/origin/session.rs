@@ -101,6 +101,8 @@ pub struct Session {
     pub(super) published_at: Option<(Instant, Movement)>,
     pub(super) last_receipt: Instant,
     pub(super) last_progress: Instant,
+    /// What the last word of progress said of lag and RPO was not that there is none.
+    pub(super) told_behind: bool,
     /// A progress that found no place, and goes next.
     pub(super) overdue: Option<Shipment>,
     pub(super) copy_ack: CopyAck,
@@ -159,6 +161,7 @@ impl Session {
             published_at: None,
             last_receipt: now,
             last_progress: now,
+            told_behind: false,
             overdue: None,
             copy_ack: CopyAck::default(),
             copying: false,

@@ -6,9 +6,9 @@
 //! stream stands; nothing is mended unasked, nor where a link back exists.
 
 use super::compare::{Answer, Ask, Comparison, Failed, Pace, Shipped};
-use super::found::{Compared, MendStop, Mending};
+use super::found::{Compared, MendStop, Mending, Unmended};
 use super::mend::{RepairOf, RepairReading, WANTED_KEYS_MAX};
-use super::outcome::{failed_run, tell};
+use super::outcome::{tell, tell_failed};
 use super::session::{Session, SessionEnd};
 use super::ship::Shipper;
 use super::tally::{Mark, Tally};
@@ -245,7 +245,8 @@ impl Session {
         ship: &mut Shipper,
         event: VerifyEvent,
     ) -> Result<Option<Shipment>, SessionEnd> {
-        if let VerifyEvent::Ended(Err(Failed::Stopped(MendStop::TooMany { differing }))) = event
+        if let VerifyEvent::Ended(Ok(compared)) = &event
+            && let Some(Unmended::Stopped(MendStop::TooMany { differing })) = compared.unmended
             && self.shipped.acked.repairing
         {
             ship.copy_wanted = Some(differing);
@@ -351,7 +352,6 @@ impl Session {
         let times = self.verifying.ended.map_or(0, |(_, times)| times);
         self.verifying.ended = Some((Instant::now(), times.saturating_add(1)));
         ship.verified_now();
-        let link = ship.origin.send.link.clone();
         let seconds = running.started.elapsed().as_secs_f64();
         let told = match outcome {
             Ok(compared) => {
@@ -364,12 +364,7 @@ impl Session {
                 Some(tell(ship, &compared, seconds))
             }
             Err(failed) => {
-                let reason = failed.to_string().replace("LINK", link.as_str());
-                // One that begins by itself, again and again, is logged once.
-                if ship.view.borrow().verification.detail != reason {
-                    tracing::warn!(%link, %reason, "both sides could not be compared, or what differs not be mended");
-                }
-                failed_run(ship, &reason);
+                tell_failed(ship, &failed);
                 None
             }
         };

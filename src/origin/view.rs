@@ -3,7 +3,7 @@
 //! Always true: only the shipper and what it runs write it; a count never falls.
 
 use crate::model::limits::ReplicaLimits;
-use crate::model::{CopyProgress, Epoch, LinkState, Outcome, Revision, Seq, Term, Verification};
+use crate::model::{CopyProgress, Epoch, LinkState, Revision, Seq, Term, Verification};
 use std::collections::BTreeMap;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -93,8 +93,7 @@ impl ShipView {
         let asked = self.runs_promised.saturating_sub(self.verification.runs);
         if asked > 0 {
             self.verification.runs += asked;
-            self.verification.outcome = Outcome::Failed;
-            reason.clone_into(&mut self.verification.detail);
+            self.verification.failed(reason);
             self.count("verifications", asked);
         }
     }
@@ -103,7 +102,7 @@ impl ShipView {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::PartsProgress;
+    use crate::model::{Outcome, PartsProgress};
 
     #[test]
     fn comparisons_that_were_asked_for_have_failed_once_they_are_abandoned_and_others_only_end() {

@@ -457,6 +457,10 @@ impl Applier {
         let applied = position.as_ref().map(Applied::of);
         let revision = position.as_ref().map_or(Revision(0), |p| next::applied_revision(p, self.progress));
         self.view.send_modify(|view| {
+            let was_paused = view.position.as_ref().is_some_and(|position| position.paused.is_some());
+            if was_paused && position.as_ref().is_some_and(|position| position.paused.is_none()) {
+                view.waiting.clear();
+            }
             view.applied = applied;
             view.applied_revision = revision;
             view.position = position;

@@ -426,7 +426,7 @@ impl Views<'_> {
         let mut reasons: Vec<String> = self.stalled.iter().map(|stalled| stall::reason(self, *stalled)).collect();
         if !self.told.connected {
             // What stopped the applier ended the stream too, and is said below.
-            let said_below = self.told.ended == self.view.waiting;
+            let said_below = is_within(&self.told.ended, &self.view.waiting);
             let ended = if said_below || self.told.ended.is_empty() {
                 String::new()
             } else {
@@ -440,7 +440,7 @@ impl Views<'_> {
         if !self.told.trouble.is_empty() && self.told.older().is_zero() {
             reasons.push(format!("the origin's sidecar does not see what its etcd commits: {}", self.told.trouble));
         }
-        if !self.view.waiting.is_empty() {
+        if !self.view.waiting.is_empty() && !reasons.iter().any(|said| is_within(&self.view.waiting, said)) {
             reasons.push(self.view.waiting.clone());
         }
         if self.extent.disk_full {
@@ -472,4 +472,9 @@ impl Views<'_> {
             format!("no stream: {}", self.told.ended)
         }
     }
+}
+
+/// An etcd that does not answer fails every stage with the same words; they are said once.
+fn is_within(words: &str, said: &str) -> bool {
+    !words.is_empty() && said.contains(words)
 }

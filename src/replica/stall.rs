@@ -12,12 +12,14 @@ use std::sync::atomic::Ordering;
 pub(super) fn seen(views: &Views<'_>) -> [Seen; 2] {
     let (received, applied) = received_and_applied(views);
     let shipments = views.end.counters.shipments.load(Ordering::Relaxed);
-    let stage = |stage, pending, mark| Seen { stage, pending, mark, allowance_ms: 0 };
-    [
-        stage(Stage::Apply, received > applied, (applied.0, views.view.transactions)),
-        // A full journal takes nothing off the stream until some of it is applied: that too is progress.
-        stage(Stage::Heard, views.told.connected, (shipments, applied.0)),
-    ]
+    let mark = (applied.0, views.view.transactions);
+    let apply = Seen { stage: Stage::Apply, pending: received > applied, mark, allowance_ms: 0 };
+    [apply, heard(views.told.connected, shipments, applied)]
+}
+
+/// A full journal takes nothing off the stream until some of it is applied: that too is progress.
+fn heard(connected: bool, shipments: u64, applied: Seq) -> Seen {
+    Seen { stage: Stage::Heard, pending: connected, mark: (shipments, applied.0), allowance_ms: 0 }
 }
 
 /// Another hello may help where applying stands still without a word: the origin then tries another sidecar too.
@@ -45,4 +47,17 @@ fn received_and_applied(views: &Views<'_>) -> (Seq, Seq) {
     let applied = position.map_or(Seq(0), |p| p.seq);
     let same_epoch = position.is_some_and(|p| p.epoch == views.extent.epoch);
     (if same_epoch { views.extent.end.max(applied) } else { applied }, applied)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn while_what_is_received_is_applied_the_stream_makes_progress_though_nothing_more_comes_over_it() {
+        assert_eq!(heard(true, 9, Seq(3)), heard(true, 9, Seq(3)));
+        assert_ne!(heard(true, 9, Seq(3)), heard(true, 9, Seq(4)));
+        assert_ne!(heard(true, 9, Seq(3)), heard(true, 10, Seq(3)));
+        assert!(heard(true, 9, Seq(3)).pending && !heard(false, 9, Seq(3)).pending);
+    }
 }

@@ -142,7 +142,7 @@ fn certificate_words(why: &CertificateError) -> String {
         CertificateError::NotValidYetContext { not_before, .. } => {
             format!("it is not valid before {}: {CLOCKS}", day(*not_before))
         }
-        CertificateError::UnknownIssuer => "it is not of the CA that we trust (tls.ca)".to_owned(),
+        CertificateError::UnknownIssuer => "it is not of the CA that we trust: compare tls.ca of both sides".to_owned(),
         CertificateError::BadSignature => "its signature is not of the CA that we trust (tls.ca)".to_owned(),
         CertificateError::Revoked => "it is revoked".to_owned(),
         CertificateError::UnknownRevocationStatus => "the revocation list (tls.crl) does not cover its CA".to_owned(),

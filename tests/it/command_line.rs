@@ -236,6 +236,15 @@ async fn a_status_is_watched_line_by_line_until_the_sidecar_stops() {
         let status: Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
         assert_eq!(status["links"][0]["state"], "following");
     }
+    // One whose reader has seen enough ends without a complaint.
+    let config = sidecar.config_path();
+    let mut seen = Command::new(env!("CARGO_BIN_EXE_etcd-ferry"));
+    seen.args(["status", "--watch", "--interval-ms", "100", "--json", "--config"]).arg(config);
+    let mut seen = seen.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    BufReader::new(seen.stdout.take().unwrap()).lines().next().unwrap().unwrap();
+    let seen = seen.wait_with_output().unwrap();
+    assert_eq!((seen.status.code(), text(&seen)), (Some(0), String::new()));
+
     pair.origin_sidecar.stop().await;
     lines.for_each(drop);
     let ended = watching.wait_with_output().unwrap();

@@ -202,6 +202,27 @@ fn a_missing_configuration_and_bad_usage_exit_with_2() {
 }
 
 #[test]
+fn a_command_s_own_flag_or_an_absent_file_is_not_called_an_unsound_configuration() {
+    let place = Place::new();
+    let file = place.path("ferry.toml");
+    let asked = |more: &[&str]| {
+        let output = ferry(&[&["status", "--config", &file.display().to_string()], more].concat());
+        assert_eq!(output.status.code(), Some(2));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let absent = asked(&[]);
+    assert!(absent.contains("cannot be read") && absent.lines().count() == 1, "{absent}");
+    std::fs::write(&file, place.text()).unwrap();
+    for flag in ["listen.admin=nowhere", "listen.adnim=127.0.0.1:1", "limits.txn_ops_max=many"] {
+        let flagged = asked(&["--set", flag]);
+        assert!(flagged.contains("--set") && flagged.lines().count() == 1, "{flag}: {flagged}");
+    }
+    std::fs::write(&file, place.text().replace("node =", "nodes =")).unwrap();
+    let unsound = asked(&["--set", "listen.admin=nowhere"]);
+    assert!(unsound.contains("ferry.toml: is not sound"), "{unsound}");
+}
+
+#[test]
 fn a_sidecar_that_nobody_may_ask_says_so_when_it_starts() {
     let place = Place::new();
     let file = place.path("ferry.toml");
@@ -228,6 +249,21 @@ fn a_command_to_a_running_sidecar_takes_the_flags_that_it_runs_with() {
     let said = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(said.contains(&format!("no sidecar answers at {}", nobody.address)), "{said}");
+}
+
+#[test]
+fn where_a_file_of_a_relative_path_was_looked_for_is_told() {
+    let place = Place::new();
+    let certs = place.path("certs").display().to_string();
+    std::fs::write(place.path("ferry.toml"), place.text().replace(&certs, "elsewhere")).unwrap();
+    let mut check = Command::new(env!("CARGO_BIN_EXE_etcd-ferry"));
+    let output = check.args(["check", "--config", "ferry.toml"]).current_dir(place.dir.path()).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    let ca = place.dir.path().canonicalize().unwrap().join("elsewhere/ca.pem");
+    assert!(
+        output.status.code() == Some(2) && said.contains(&format!("tls.ca: {} cannot be read", ca.display())),
+        "{said}"
+    );
 }
 
 #[test]

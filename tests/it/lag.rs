@@ -77,6 +77,26 @@ async fn a_replica_hears_of_the_head_while_a_backlog_fills_the_line() {
 }
 
 #[tokio::test]
+async fn a_replica_is_not_left_with_the_lag_that_its_origin_told_before_the_first_ack_of_a_stream() {
+    let pair = Box::pin(Pair::start(loose())).await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    let first = pair.origin.put("/app/first", "1").await;
+    pair.wait_applied(first).await;
+    // Applied, and the word of it does not come back before the link is cut.
+    pair.proxy.freeze(Direction::FromTarget);
+    let last = pair.origin.put("/app/last", "1").await;
+    pair.wait_applied(last).await;
+    let behind = |entry: &Value| entry["lag_revisions"] == 1 && entry["lag_seconds"].as_f64() > Some(2.0);
+    pair.origin_sidecar.wait_for(LINK, "lag for want of an ack", behind).await;
+    pair.proxy.cut();
+    pair.proxy.heal();
+    pair.origin_sidecar.wait_for(LINK, "no lag on the next stream", |e| caught_up(e, last)).await;
+    // Half of the time after which the origin speaks when it has nothing to say.
+    let within = Duration::from_millis(2_500);
+    pair.replica_sidecar.wait_for_within(LINK, "to be told so", within, |e| caught_up(e, last)).await;
+}
+
+#[tokio::test]
 async fn a_restarted_origin_that_cannot_ask_its_replica_counts_from_what_it_had_published() {
     let pair = &mut Box::pin(Pair::start(loose())).await;
     pair.origin_sidecar.wait_for_state(LINK, "following").await;

@@ -125,6 +125,9 @@ async fn a_link_that_is_paused_applies_nothing_also_over_restarts_and_loses_noth
     assert_eq!((&again["paused"], &again["by"]), (&true.into(), &ADMIN.into()));
     let told = done(&pair.replica_sidecar, &["resume", LINK]);
     assert!(told.contains("its replica applies again; it was paused since"), "{told}");
+    // Whoever asks right after it is not told of the pause.
+    let resumed = &pair.replica_sidecar.status()["links"][0];
+    assert_eq!((&resumed["state"], &resumed["reason"]), (&"following".into(), &"".into()), "{resumed:#}");
     pair.wait_applied(last).await;
     for sidecar in [&pair.replica_sidecar, &pair.origin_sidecar] {
         sidecar.wait_for(LINK, "following without a reason", |e| e["state"] == "following" && e["reason"] == "").await;

@@ -188,6 +188,16 @@ async fn more_deletes_than_the_share_hold_a_repair_until_they_are_allowed() {
     for word in ["delete 11 of the 101 keys", "deletes_share_max", "repair config --allow-deletes"] {
         assert!(reason.contains(word), "{word:?} is not in: {reason}");
     }
+    assert_eq!(
+        (&outcome["differing_keys"], &outcome["differing_ranges"][0]["from"]),
+        (&11.into(), &"/app/extra-000000".into())
+    );
+    let output = pair.origin_sidecar.admin(&["repair", LINK]);
+    let (told, failed) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+    let (first, rest) = told.split_once('\n').unwrap();
+    assert_eq!((first, rest.lines().next()), (&format!("link {LINK}: failed")[..], Some("11 keys differ")), "{told}");
+    let config = pair.origin_sidecar.config_path();
+    assert!(failed.contains(&format!("repair {LINK} --allow-deletes --config {}`", config.display())), "{failed}");
     assert_eq!(pair.replica.all_stamps().await, before, "something was written at the replica");
     assert_mended(&pair, &["--allow-deletes"], 11).await;
     assert_eq!(pair.assert_equal().await, 90);

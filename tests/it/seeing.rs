@@ -446,6 +446,8 @@ async fn a_sidecar_that_starts_before_its_etcd_says_so_and_waits_for_it() {
     origin.restart().await;
     // The replica's etcd is still down: the origin's status says so.
     pair.origin_sidecar.wait_for(LINK, words, says(words)).await;
+    let table = String::from_utf8(pair.replica_sidecar.admin(&["status"]).stdout).unwrap();
+    assert_eq!(table.matches("cannot be reached").count(), 1, "{table}");
     pair.replica.restart().await;
     pair.origin_sidecar.wait_for_state(LINK, "following").await;
     assert_eq!(pair.replica.get("/a").await, Some(Bytes::from_static(b"1")));

@@ -3,6 +3,7 @@
 //! Edge: a pseudo-terminal of its own.
 //! Always true: what is judged is what a terminal would have been sent.
 
+use crate::bed::nobody::Nobody;
 use crate::bed::pair::{LINK, Pair, PairOptions};
 use crate::bed::sidecar::Sidecar;
 use crate::bed::{PATIENCE, until};
@@ -166,8 +167,11 @@ async fn a_top_that_runs_on_is_one_line_in_a_sidecars_log_and_one_more_where_the
 #[tokio::test]
 async fn top_without_a_sidecar_says_so_and_fails() {
     let pair = Box::pin(Pair::prepare(PairOptions::default())).await;
-    let output = pair.origin_sidecar.admin(&["top"]);
+    let nobody = Nobody::new();
+    let flag = format!("listen.admin={}", nobody.address);
+    let output = pair.origin_sidecar.admin(&["top", "--set", &flag]);
     assert_eq!(output.status.code(), Some(1));
     let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(stderr.contains("no sidecar answers at") && stderr.lines().count() == 1, "{stderr}");
+    let told = stderr.contains(&format!("no sidecar answers at {}", nobody.address));
+    assert!(told && stderr.lines().count() == 1, "{stderr}");
 }
