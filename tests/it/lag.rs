@@ -82,6 +82,7 @@ async fn a_replica_is_not_left_with_the_lag_that_its_origin_told_before_the_firs
     pair.origin_sidecar.wait_for_state(LINK, "following").await;
     let first = pair.origin.put("/app/first", "1").await;
     pair.wait_applied(first).await;
+    pair.origin_sidecar.wait_for(LINK, "the ack of the first", |e| caught_up(e, first)).await;
     // Applied, and the word of it does not come back before the link is cut.
     pair.proxy.freeze(Direction::FromTarget);
     let last = pair.origin.put("/app/last", "1").await;

@@ -320,7 +320,7 @@ async fn what_the_replica_does_not_allow_is_refused_with_both_ranges_named() {
     wait_for_log(&pair.replica_sidecar, "refused: ranges that this replica does not accept").await;
     assert_not_let_in(
         &pair,
-        "may touch the prefix /app/ here, and the origin asks for the keys from / to /etcd-ferry/",
+        "may touch the prefix /app/ here, and the origin asks for the prefix / (but etcd-ferry's own)",
     )
     .await;
     assert_not_let_in(&pair, "set prefixes of [[receive]] to allow it").await;
