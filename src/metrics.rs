@@ -87,7 +87,10 @@ const GAUGES: [(&str, &str); 31] = [
     ),
     (VERIFIED_REVISION, "The origin revision at which both sides were last proved equal; 0: none yet."),
     (DIFFERING_KEYS, "Keys that differed at the last comparison of both sides."),
-    (VERIFICATION_FAILED, "1 if the last comparison of both sides came to no outcome, else 0 (origin)."),
+    (
+        VERIFICATION_FAILED,
+        "1 if the last comparison of both sides came to no outcome, or a repair mended not all that it was to, else 0 (origin).",
+    ),
     (QUARANTINED_REVISIONS, "Revisions that the replica goes on without."),
     (LIMITS_SHORT, "1 where the replica takes less in a transaction than the origin's etcd does, else 0."),
     (QUEUE_BYTES, "What waits before the link's stages, in memory and in files."),

@@ -48,6 +48,12 @@ impl Compared {
         self.found.iter().filter(|found| self.quarantined.contains(&found.key)).count() as u64
     }
 
+    /// These keys, in key order, are mended, and others are not: they are not among those that differ any more.
+    pub fn mended_of(&mut self, keys: &[Bytes]) {
+        self.found.retain(|found| keys.binary_search(&found.key).is_err());
+        self.differing = self.differing.saturating_sub(keys.len() as u64);
+    }
+
     /// What a repair mends: what is in quarantine is left to those who retry it.
     pub fn mendable(&self) -> impl Iterator<Item = &DifferingKey> {
         self.found.iter().filter(|found| !self.quarantined.contains(&found.key))
@@ -170,6 +176,19 @@ mod tests {
         for bad in [&[][..], &["b"], &["a"], &["m"], &["f", "d"], &["d", "d"]] {
             assert_eq!(cut(bad), None, "{bad:?}");
         }
+    }
+
+    #[test]
+    fn what_a_repair_that_broke_off_had_mended_differs_no_more() {
+        let found = ["a", "b", "c", "d"].map(|key| DifferingKey {
+            key: key.into(),
+            difference: Difference::Missing,
+            values: (1, 0),
+        });
+        let mut compared = Compared { differing: 4, found: found.to_vec(), ..Compared::default() };
+        compared.mended_of(&["a".into(), "c".into()]);
+        let left: Vec<&Bytes> = compared.found.iter().map(|found| &found.key).collect();
+        assert_eq!((compared.differing, left), (2, vec![&Bytes::from("b"), &Bytes::from("d")]));
     }
 
     #[test]

@@ -88,6 +88,8 @@ impl Session {
             unsent if self.last_progress.elapsed() >= PROGRESS_OVERDUE => {
                 self.overdue = unsent;
                 self.last_progress = Instant::now();
+                // It goes next, and may be acknowledged before anything else is told.
+                self.shipped.progressed = self.shipped.progressed.max(through);
             }
             Some(_) => {}
         }

@@ -103,8 +103,10 @@ impl Shipper {
             let why = tls::explain(&e);
             if tls::connect::found_nobody(&e) {
                 SessionEnd::Unreachable(format!("{address} cannot be reached: {why}"))
-            } else {
+            } else if tls::is_distrust(&e) {
                 SessionEnd::Wait(format!("no mutual trust with {address}: {why}"))
+            } else {
+                SessionEnd::Wait(format!("no connection to {address}: {why}"))
             }
         })
     }

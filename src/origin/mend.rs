@@ -84,12 +84,21 @@ impl RepairReading {
 }
 
 impl Comparison {
-    /// Ships the keys that differ, as many at a time as one message takes.
+    /// Ships the keys that differ. Where that fails, those that are in by then differ no more.
     pub(super) async fn mend(&mut self) -> Result<(), Failed> {
         failpoint::reach("difference-known");
         let keys: Vec<Bytes> = self.tally.compared.mendable().map(|found| found.key.clone()).collect();
-        let (mut puts, mut deletes, mut in_vain) = (0, 0, 0);
         let mut left = &keys[..];
+        let shipped = self.ship_all(&mut left).await;
+        if shipped.is_err() {
+            self.tally.compared.mended_of(&keys[..keys.len() - left.len()]);
+        }
+        shipped
+    }
+
+    /// As many keys at a time as one message takes; `left`: those that are not in yet.
+    async fn ship_all(&mut self, left: &mut &[Bytes]) -> Result<(), Failed> {
+        let mut in_vain = 0;
         loop {
             let some = &left[..left.len().min(REPAIR_KEYS)];
             let (reply, shipped) = oneshot::channel();
@@ -109,14 +118,13 @@ impl Comparison {
             if !repaired.refused.is_empty() {
                 return Err(Failed::NotMended(format!("the replica does not take the repair: {}", repaired.refused)));
             }
-            (puts, deletes) = (puts + repaired.puts, deletes + repaired.deletes);
-            left = &left[shipped.keys..];
+            let (puts, deletes) = self.tally.compared.mended.unwrap_or_default();
+            self.tally.compared.mended = Some((puts + repaired.puts, deletes + repaired.deletes));
+            *left = &left[shipped.keys..];
             if left.is_empty() {
-                break;
+                return Ok(());
             }
         }
-        self.tally.compared.mended = Some((puts, deletes));
-        Ok(())
     }
 
     async fn repaired(&mut self, repair: u64) -> Result<wire::Repaired, Failed> {

@@ -20,16 +20,16 @@ pub(super) fn tell(ship: &Shipper, compared: &Compared, seconds: f64) -> Shipmen
     let revision = compared.revision;
     let outcome = match (compared.differing, compared.mended) {
         (0, _) => Outcome::Equal,
-        (_, Some(_)) => Outcome::Mended,
-        (_, None) => Outcome::Different,
+        (_, Some(_)) if compared.unmended.is_none() => Outcome::Mended,
+        (_, Some(_) | None) => Outcome::Different,
     };
     let expected = compared.expected();
     match (outcome, compared.mended) {
+        // Why it is not mended is told below.
+        (Outcome::Different, _) if compared.unmended.is_some() => {}
         (Outcome::Different, _) if expected == compared.differing => {
             tracing::warn!(%link, %revision, expected, "both sides differ as expected, in keys of revisions in quarantine at the replica");
         }
-        // Why it is not mended is told below.
-        (Outcome::Different, _) if compared.unmended.is_some() => {}
         (Outcome::Different, _) => tracing::error!(%link, %revision, differing = compared.differing,
             "both sides differ: see `etcd-ferry status` at the origin's sidecar"),
         (_, Some((puts, deletes))) => {
@@ -59,8 +59,9 @@ pub(super) fn tell(ship: &Shipper, compared: &Compared, seconds: f64) -> Shipmen
     let told = Verified {
         origin_revision: verification.verified_revision.0,
         at_ms: verification.verified_at_ms,
-        differing_keys: verification.differing_now(),
+        differing_keys: compared.differing,
         expected_keys: expected,
+        mended_keys: compared.differing.saturating_sub(verification.differing_now()),
     };
     Shipment { what: Some(shipment::What::Verified(told)) }
 }

@@ -356,7 +356,7 @@ impl Session {
         let told = match outcome {
             Ok(compared) => {
                 failpoint::reach("compared");
-                if compared.mended.is_some() {
+                if compared.mended.is_some() && compared.unmended.is_none() {
                     // Nothing is said to be equal that was not compared.
                     self.verifying.hurry = true;
                     ship.verify_due = Some(Instant::now() + PROOF_PAUSE);

@@ -458,7 +458,8 @@ impl Applier {
         let revision = position.as_ref().map_or(Revision(0), |p| next::applied_revision(p, self.progress));
         self.view.send_modify(|view| {
             let was_paused = view.position.as_ref().is_some_and(|position| position.paused.is_some());
-            if was_paused && position.as_ref().is_some_and(|position| position.paused.is_none()) {
+            let goes_on = position.as_ref().is_some_and(|position| position.paused.is_none());
+            if was_paused && goes_on && !view.stopped {
                 view.waiting.clear();
             }
             view.applied = applied;

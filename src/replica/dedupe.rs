@@ -246,7 +246,9 @@ impl Log {
     fn open(dir: &Path) -> Result<(Self, Opened), DedupeError> {
         let mut log = Self { dir: dir.to_owned(), db: None, restart_at: Instant::now() };
         match check_private(dir) {
-            Err(DedupeError::Io { source, .. }) if source.kind() == io::ErrorKind::StorageFull => {
+            Err(DedupeError::Io { source, .. })
+                if matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) =>
+            {
                 log.restart("it found no room");
                 return Ok((log, Opened::default()));
             }
@@ -330,13 +332,12 @@ fn start_afresh(dir: &Path, reason: &str) -> Result<Db, DedupeError> {
     let name = dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let aside = (now_ms()..).map(|ms| dir.with_file_name(format!("{name}.bad-{ms:015}"))).find(|path| !path.exists());
     let Some(aside) = aside else { return Err(failed(io::ErrorKind::AlreadyExists.into())) };
-    match fs::rename(dir, &aside) {
+    let moved_to = match fs::rename(dir, &aside) {
         // An earlier try has moved it, and found no room for a new one.
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-        moved => moved.map_err(failed)?,
-    }
+        Err(e) if e.kind() == io::ErrorKind::NotFound => None,
+        moved => moved.map(|()| Some(&aside)).map_err(failed)?,
+    };
     check_private(dir)?;
-    tracing::warn!(reason, moved_to = %aside.display(), "the dedupe log could not be read or written; started a new one");
     let mut old: Vec<PathBuf> = Vec::new();
     let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     for entry in fs::read_dir(parent).map_err(failed)? {
@@ -348,7 +349,14 @@ fn start_afresh(dir: &Path, reason: &str) -> Result<Db, DedupeError> {
     for path in &old[..old.len().saturating_sub(MOVED_ASIDE_MAX)] {
         fs::remove_dir_all(path).map_err(failed)?;
     }
-    let (db, _) = guarded(|| Db::open(dir)).map_err(|reason| failed(io::Error::other(reason)))?;
+    let opened = guarded(|| Db::open(dir)).map_err(|reason| {
+        // What is half made is not worth a place among those that were moved aside.
+        let _ = fs::remove_dir_all(dir);
+        failed(io::Error::other(reason))
+    });
+    let (db, _) = opened?;
+    let moved_to = moved_to.map(|path| tracing::field::display(path.display()));
+    tracing::warn!(reason, moved_to, "the dedupe log could not be read or written; started a new one");
     Ok(db)
 }
 

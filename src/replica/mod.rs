@@ -366,7 +366,7 @@ impl Views<'_> {
         let verified = &self.told.verified;
         status.verification.verified_revision = Revision(verified.origin_revision);
         status.verification.verified_at_ms = verified.at_ms;
-        status.verification.differing_keys = verified.differing_keys;
+        status.verification.differing_keys = verified.differing_keys.saturating_sub(verified.mended_keys);
         status.verification.expected_keys = verified.expected_keys;
         let told = LimitsStatus::of(self.told.limits, &self.end.limits(self.limits));
         limits::tell(&status.link, status.side, status.limits.as_ref(), told.as_ref());

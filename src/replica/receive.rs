@@ -97,14 +97,15 @@ impl Told {
 
     /// A base copy has replaced what the last comparison saw.
     pub(super) fn copied(&mut self) {
-        (self.verified.differing_keys, self.verified.expected_keys) = (0, 0);
+        (self.verified.differing_keys, self.verified.expected_keys, self.verified.mended_keys) = (0, 0, 0);
     }
 
     /// A comparison has ended. What it says of the replica holds at its first mark.
     pub(super) fn compared(&mut self, verified: Verified) {
         let marked = std::mem::take(&mut self.marked);
         // What is in quarantine differs by an operator's choice, and not since somebody else wrote.
-        if verified.differing_keys == verified.expected_keys {
+        // What was mended did differ at the mark.
+        if verified.differing_keys == verified.expected_keys && verified.mended_keys == 0 {
             self.equal_through = self.equal_through.max(marked);
         }
         self.verified = verified;
@@ -478,5 +479,18 @@ mod tests {
         told.mark_reached(Revision(9));
         told.compared(Verified::default());
         assert_eq!(told.equal_through, Revision(9));
+    }
+
+    #[test]
+    fn a_repair_is_no_proof_that_both_sides_were_equal_at_its_mark() {
+        let mut told = Told { connected: true, ..Told::default() };
+        told.mark_reached(Revision(5));
+        told.compared(Verified { differing_keys: 3, expected_keys: 3, ..Verified::default() });
+        assert_eq!(told.equal_through, Revision(5));
+        told.mark_reached(Revision(9));
+        told.compared(Verified { differing_keys: 3, expected_keys: 3, mended_keys: 1, ..Verified::default() });
+        told.mark_reached(Revision(9));
+        told.compared(Verified { differing_keys: 3, mended_keys: 3, ..Verified::default() });
+        assert_eq!(told.equal_through, Revision(5));
     }
 }

@@ -49,6 +49,17 @@ pub fn wrong_name<'e>(error: &'e (dyn Error + 'static)) -> Option<&'e WrongName>
     })
 }
 
+/// True where a connection failed since one side did not accept what the other showed of itself.
+pub fn is_distrust(error: &(dyn Error + 'static)) -> bool {
+    let mut causes = std::iter::successors(Some(error), |cause| source(*cause));
+    causes.any(|cause| match cause.downcast_ref::<TlsFault>() {
+        // What is no TLS at all is a matter of ports.
+        Some(fault) => !matches!(fault, TlsFault::InvalidMessage(_)),
+        // Of an alert that comes after the handshake only the text may be left.
+        None => cause.to_string().contains("received fatal alert"),
+    })
+}
+
 /// `io::Error::source` skips the error that it wraps.
 fn source<'e>(error: &'e (dyn Error + 'static)) -> Option<&'e (dyn Error + 'static)> {
     if let Some(inner) = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
@@ -225,6 +236,7 @@ mod tests {
         let text = "connection error: received fatal alert: UnknownCA";
         let words = explain(&Outer(text.into()));
         assert!(words.starts_with("the peer refused our certificate: it is not of the CA"), "{words}");
+        assert!(is_distrust(&Outer(text.into())) && !is_distrust(&Outer("h2 protocol error".into())));
     }
 
     #[test]

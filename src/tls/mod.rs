@@ -24,7 +24,7 @@ use std::sync::Arc;
 
 pub use crate::certs::identity::PeerIdentity;
 pub use etcd_files::EtcdFiles;
-pub use explain::explain;
+pub use explain::{explain, is_distrust};
 pub use reload::Certificates;
 pub use verify::WrongName;
 

@@ -171,6 +171,14 @@ async fn the_largest_value_passes_and_one_byte_more_stops_the_link_until_the_adv
         }
     }
     assert_eq!(pair.replica.get("/app/small").await, None, "nothing overtakes what cannot be applied");
+    // Whoever pauses it meanwhile and goes on is told the same.
+    for command in ["pause", "resume"] {
+        let output = pair.replica_sidecar.admin(&[command, LINK]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+    let entry = &pair.replica_sidecar.status()["links"][0];
+    let reason = entry["reason"].as_str().unwrap();
+    assert!(entry["state"] == "stopped" && reason.contains("--max-request-bytes"), "{entry:#}");
 
     pair.replica.set_max_request_bytes(4 << 20);
     pair.replica.restart().await;

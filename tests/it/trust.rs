@@ -10,7 +10,7 @@ use etcd_ferry::certs::issue::IssueRequest;
 use etcd_ferry::config::TlsConfig;
 use etcd_ferry::tls::accept::AcceptLimits;
 use etcd_ferry::tls::connect::{PeerConnector, endpoint, found_nobody};
-use etcd_ferry::tls::{admin_client_config, client_config, explain};
+use etcd_ferry::tls::{admin_client_config, client_config, explain, is_distrust};
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, HandshakeKind};
 use server::{Authority, Log, Server, call, without_certificate};
@@ -361,13 +361,24 @@ async fn a_dial_that_nobody_answers_is_told_from_one_that_a_peer_refused() {
     let (hangs_up, stranger) = (TcpListener::bind("127.0.0.1:0").await.unwrap(), Server::start(&other.west()).await);
     let cut = hangs_up.local_addr().unwrap();
     let hanging_up = tokio::spawn(async move { drop(hangs_up.accept().await) });
+    let of_http = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let http = of_http.local_addr().unwrap();
+    let answering = tokio::spawn(async move {
+        let (mut socket, _) = of_http.accept().await.unwrap();
+        socket.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await.unwrap();
+        // Until the caller has gone.
+        let _ = socket.read_to_end(&mut Vec::new()).await;
+    });
     let config = client_config(&ours.east(), WEST).unwrap();
-    for (address, expected) in [(nobody.address, true), (cut, true), (stranger.address, false)] {
+    for (address, nobody_there, distrust) in
+        [(nobody.address, true, false), (cut, true, false), (stranger.address, false, true), (http, false, false)]
+    {
         let connector = PeerConnector::new(config.clone());
         let endpoint = endpoint(&format!("https://{address}")).unwrap();
         let error = endpoint.connect_with_connector(connector).await.unwrap_err();
-        assert_eq!(found_nobody(&error), expected, "{}", explain(&error));
+        assert_eq!((found_nobody(&error), is_distrust(&error)), (nobody_there, distrust), "{}", explain(&error));
     }
     hanging_up.await.unwrap();
+    answering.await.unwrap();
     stranger.stop().await;
 }

@@ -199,7 +199,13 @@ fn shipments() -> Vec<(&'static str, shipment::What)> {
         repair: true,
     };
     let list = KeyList { from: bytes("/app/"), to: bytes("/app0"), keys: vec![bytes("/app/a")], values: vec![7] };
-    let verified = Verified { origin_revision: 7_000, at_ms: 1_795_700_000_000, differing_keys: 5, expected_keys: 2 };
+    let verified = Verified {
+        origin_revision: 7_000,
+        at_ms: 1_795_700_000_000,
+        differing_keys: 5,
+        expected_keys: 2,
+        mended_keys: 0,
+    };
     vec![
         ("frame", What::Frame(bytes("frame"))),
         ("progress", What::Progress(progress)),
@@ -212,6 +218,7 @@ fn shipments() -> Vec<(&'static str, shipment::What)> {
         ("parts", What::Parts(Parts { mark: 9, parts: vec![part("/app/", "/app0")] })),
         ("key_lists", What::KeyLists(KeyLists { mark: 9, lists: vec![list] })),
         ("verified", What::Verified(verified)),
+        ("verified_after_repair", What::Verified(Verified { mended_keys: 3, ..verified })),
         ("repair", What::Repair(Repair { repair: 2, after_seq: 310, frame: bytes("frame"), last: true, wanted: 8 })),
     ]
 }
