@@ -31,10 +31,10 @@ pub(super) fn watch_status(sidecar: &Sidecar, interval_ms: u32) -> Result<(), Fa
 /// A stream that nobody reads any more ends here, as other programs do.
 fn told(text: &str) -> Result<(), Failure> {
     let mut out = stdout();
-    writeln!(out, "{text}").and_then(|()| out.flush()).map_err(|e| match e.kind() {
-        ErrorKind::BrokenPipe => Failure::NobodyReads,
-        _ => Failure::Failed(format!("standard output: {e}")),
-    })
+    match writeln!(out, "{text}").and_then(|()| out.flush()) {
+        Err(e) if e.kind() == ErrorKind::BrokenPipe => Err(Failure::NobodyReads),
+        told => told.map_err(|e| Failure::Failed(format!("standard output: {e}"))),
+    }
 }
 
 pub(super) fn configuration(sidecar: &Sidecar) -> Result<(), Failure> {

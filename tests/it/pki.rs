@@ -20,7 +20,7 @@ use tokio::net::TcpStream;
 /// A pair of sidecars that have empty folders, and a PKI to fill them.
 async fn prepared(ttl_seconds: i64) -> (Pair, Pki) {
     let mut pair = Box::pin(Pair::prepare(PairOptions::default())).await;
-    let pki = Pki::start(&pair.dir().join("pki")).await;
+    let pki = Pki::start(&pair.dir().join("pki"));
     let dirs = [ORIGIN_REGION, REPLICA_REGION].map(|region| pair.dir().join(format!("certs-{region}")));
     for (dir, sidecar) in dirs.iter().zip([&mut pair.origin_sidecar, &mut pair.replica_sidecar]) {
         fs::create_dir(dir).unwrap();
@@ -162,7 +162,7 @@ async fn a_certificate_that_ends_while_the_pki_is_down_is_told_and_renewed_when_
     assert!(overdue(metric(&pair.origin_sidecar, "etcd_ferry_certificate_renewal_timestamp_seconds").await));
     assert!(metric(&pair.origin_sidecar, "etcd_ferry_pki_failures_total").await >= 1.0);
 
-    pki.start_again().await;
+    pki.start_again();
     reloads(&pair.origin_sidecar, 1).await;
     said(&pair.origin_sidecar, "the PKI renewed this sidecar's certificate").await;
     assert_eq!(metric(&pair.origin_sidecar, "etcd_ferry_pki_certificates_total").await, 1.0);
@@ -196,7 +196,7 @@ fn files(dir: &Path, pki: &Pki) -> (TlsConfig, PkiConfig) {
 #[tokio::test]
 async fn an_answer_that_is_not_sound_and_a_refusal_leave_the_old_pair_where_it_is() {
     let dir = tempfile::tempdir().unwrap();
-    let mut server = Pki::start(&dir.path().join("pki")).await;
+    let mut server = Pki::start(&dir.path().join("pki"));
     let (tls, config) = files(dir.path(), &server);
     let there = || (fs::read(&tls.cert).unwrap(), fs::read(&tls.key).unwrap(), fs::read(&tls.ca).unwrap());
     let before = there();
@@ -243,7 +243,7 @@ async fn an_answer_that_is_not_sound_and_a_refusal_leave_the_old_pair_where_it_i
     assert!(refusal(&config, &[]).await.contains("refused"));
 
     // The token is read anew.
-    server.start_again().await;
+    server.start_again();
     pki::Pki::new(tls.clone(), config).renew(&[]).await.unwrap();
     assert!(there().0 != before.0 && there().1 != before.1 && there().2 == before.2);
     load::load_pair(&tls.cert, &tls.key).unwrap();
@@ -252,7 +252,7 @@ async fn an_answer_that_is_not_sound_and_a_refusal_leave_the_old_pair_where_it_i
 #[tokio::test]
 async fn what_a_stop_left_between_key_and_certificate_is_used_while_the_pki_is_down() {
     let dir = tempfile::tempdir().unwrap();
-    let mut server = Pki::start(&dir.path().join("pki")).await;
+    let mut server = Pki::start(&dir.path().join("pki"));
     let (tls, config) = files(dir.path(), &server);
     let next = server.issue(&IssueRequest::region(ORIGIN_REGION));
     fs::write(&tls.key, &next.key_pem).unwrap();

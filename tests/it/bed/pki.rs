@@ -67,7 +67,7 @@ pub struct Pki {
 }
 
 impl Pki {
-    pub async fn start(dir: &Path) -> Self {
+    pub fn start(dir: &Path) -> Self {
         fs::create_dir(dir).unwrap();
         let own = Issuer::new("the CA of the PKI's TLS").unwrap();
         let pair = own.issue(&IssueRequest::region("pki")).unwrap().write(dir, "pki").unwrap();
@@ -146,7 +146,7 @@ impl Pki {
     }
 
     /// At the address that it had.
-    pub async fn start_again(&mut self) {
+    pub fn start_again(&mut self) {
         self.listener = std::net::TcpListener::bind(self.address).unwrap();
         self.task = serve(self.shared.clone(), self.tls.clone(), &self.listener);
     }
