@@ -6,25 +6,31 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::net::{Ipv4Addr, TcpListener};
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
-/// Above the well-known services, below Linux's default for outgoing connections (32768).
-const PORTS: std::ops::Range<u16> = 10_000..32_000;
+/// Above the well-known services, below Linux's default for outgoing connections (32768). What runs beside a demonstration takes others.
+const PORTS: Range<u16> = 10_000..20_000;
 const TRIES_MAX: usize = 1_000;
 
 static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
 
 /// Another process can still take the port before it is used: a server that then fails to bind deserves a second try.
 pub fn free_port() -> io::Result<u16> {
+    free_port_of(PORTS)
+}
+
+/// As [`free_port`], of these ports.
+pub fn free_port_of(ports: Range<u16>) -> io::Result<u16> {
     let mut given = GIVEN.lock().unwrap_or_else(PoisonError::into_inner);
     for _ in 0..TRIES_MAX {
-        let port = rand::random_range(PORTS);
+        let port = rand::random_range(ports.clone());
         if !given.contains(&port) && TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
             given.insert(port);
             return Ok(port);
         }
     }
-    Err(io::Error::new(io::ErrorKind::AddrInUse, format!("no free port between {} and {}", PORTS.start, PORTS.end)))
+    Err(io::Error::new(io::ErrorKind::AddrInUse, format!("no free port between {} and {}", ports.start, ports.end)))
 }
 
 #[cfg(test)]

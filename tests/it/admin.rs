@@ -3,7 +3,7 @@
 //! Edge: loopback sockets, free ports, a temporary folder.
 //! Always true: nothing here waits for time, only for answers.
 
-use crate::bed::nobody::Nobody;
+use crate::bed::ports::Nobody;
 use crate::bed::sidecar::region_name;
 use crate::bed::{PATIENCE, until};
 use etcd_ferry::admin::client::{self, ClientError, Connection};

@@ -3,9 +3,9 @@
 //! Always true: an alert is tested by promtool's rule tests and has one entry in the runbook; no query names a metric that does not exist.
 
 use crate::bed::pair::{LINK, Pair, PairOptions};
+use crate::bed::ports::free_port;
 use crate::bed::process::Process;
 use crate::bed::{PATIENCE, until};
-use etcd_ferry::demo::ports::free_port;
 use etcd_ferry::metrics;
 use serde_json::Value;
 use std::collections::BTreeSet;
@@ -121,7 +121,7 @@ impl Prometheus {
             targets.join(", ")
         );
         fs::write(dir.join("prometheus.yml"), config).unwrap();
-        let port = free_port().unwrap();
+        let port = free_port();
         let mut command = Command::new("prometheus");
         command.arg(format!("--config.file={}", dir.join("prometheus.yml").display()));
         command.arg(format!("--storage.tsdb.path={}", dir.join("data").display()));

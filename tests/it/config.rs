@@ -2,7 +2,7 @@
 //! Input: configurations in a folder of their own; the binary. Output: passed or failed.
 //! Always true: what is expected is what an operator sees: exit code, stdout, stderr.
 
-use crate::bed::nobody::Nobody;
+use crate::bed::ports::Nobody;
 use etcd_ferry::certs::issue::{IssueRequest, Issuer};
 use etcd_ferry::config::{Config, Faults};
 use std::os::unix::fs::PermissionsExt;

@@ -227,6 +227,7 @@ async fn a_replica_that_was_emptied_gets_a_base_copy_after_lost_history() {
     pair.origin_sidecar.restart().await;
     followed_in(&pair, &before).await;
     pair.wait_equal().await;
+    pair.origin_sidecar.wait_for(LINK, "the copy to be counted", |entry| entry["counts"]["copies"] == 1).await;
     let copies = pair.origin_sidecar.log().matches("base copy is complete").count();
     assert_eq!(copies, 2, "the first one, and one instead of a repair");
 }

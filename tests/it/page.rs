@@ -3,6 +3,7 @@
 //! Always true: what is judged stands on the page, and is compared with what the sidecar says elsewhere; the browser's console is empty at the end.
 
 use crate::bed::pair::{LINK, ORIGIN_REGION, Pair, PairOptions};
+use crate::bed::ports::free_port;
 use crate::bed::process::Process;
 use crate::bed::sidecar::{Sidecar, link_of};
 use crate::bed::{PATIENCE, until};
@@ -10,7 +11,6 @@ use crate::verify::{assert_verified, over_app};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use etcd_ferry::certs::load::load_identity;
-use etcd_ferry::demo::ports::free_port;
 use serde_json::{Value, json};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -33,7 +33,7 @@ impl Browser {
     async fn start(dir: &Path, dark: bool) -> Self {
         let dir = dir.join(if dark { "dark" } else { "light" });
         std::fs::create_dir(&dir).unwrap();
-        let port = free_port().unwrap();
+        let port = free_port();
         let mut command = Command::new("chromedriver");
         command.arg(format!("--port={port}")).env("TMPDIR", &dir).env("HOME", &dir);
         let driver = Process::start("chromedriver", &mut command, &dir.join("chromedriver.log"));

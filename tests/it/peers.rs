@@ -4,7 +4,7 @@
 //! of the origin may have reached the replica's etcd.
 
 use crate::bed::pair::{LINK, ORIGIN_REGION, Pair, PairOptions, REPLICA_REGION, link_name};
-use crate::bed::sidecar::{ReceiveLink, SendLink, Sidecar, make_certificates, region_name};
+use crate::bed::sidecar::{ReceiveLink, SendLink, make_certificates, region_name};
 use crate::bed::{PATIENCE, until};
 use bytes::Bytes;
 use etcd_ferry::certs::issue::{IssueRequest, Issuer};
@@ -61,11 +61,6 @@ fn stranger(pair: &Pair) -> PathBuf {
     folder
 }
 
-async fn wait_for_log(sidecar: &Sidecar, words: &str) {
-    let what = format!("{words:?} in the log of {}", sidecar.options.region);
-    until(&what, PATIENCE, async || sidecar.log().contains(words).then_some(())).await;
-}
-
 fn says(link: &Value, told: &str) -> bool {
     link["reason"].as_str().is_some_and(|reason| reason.contains(told))
 }
@@ -104,7 +99,7 @@ async fn an_origin_of_another_ca_is_refused_and_both_ends_say_why() {
     pair.origin_sidecar.write_config();
     pair.replica_sidecar.restart().await;
     pair.origin_sidecar.restart().await;
-    wait_for_log(&pair.replica_sidecar, "is not of the CA that we trust").await;
+    pair.replica_sidecar.wait_for_log("is not of the CA that we trust").await;
     assert_turned_away(&pair, "the peer's certificate is refused: ").await;
     assert_not_let_in(&pair, "the peer refused our certificate").await;
 
@@ -123,8 +118,8 @@ async fn a_replica_of_another_ca_is_refused_and_both_ends_say_why() {
     pair.replica_sidecar.write_config();
     pair.replica_sidecar.restart().await;
     pair.origin_sidecar.restart().await;
-    wait_for_log(&pair.origin_sidecar, "is not of the CA that we trust").await;
-    wait_for_log(&pair.replica_sidecar, "the peer refused our certificate").await;
+    pair.origin_sidecar.wait_for_log("is not of the CA that we trust").await;
+    pair.replica_sidecar.wait_for_log("the peer refused our certificate").await;
     assert_turned_away(&pair, "the peer refused our certificate").await;
     assert_not_let_in(&pair, "no mutual trust with https://").await;
     assert_not_let_in(&pair, "is not of the CA that we trust").await;
@@ -138,8 +133,8 @@ async fn a_replica_that_does_not_bear_the_name_that_the_link_names_is_refused() 
     pair.replica_sidecar.restart().await;
     pair.origin_sidecar.restart().await;
     let told = format!("names {}", region_name(REPLICA_REGION));
-    wait_for_log(&pair.origin_sidecar, &told).await;
-    wait_for_log(&pair.replica_sidecar, "it does not bear the name that the peer expects").await;
+    pair.origin_sidecar.wait_for_log(&told).await;
+    pair.replica_sidecar.wait_for_log("it does not bear the name that the peer expects").await;
     assert_not_let_in(&pair, &told).await;
     assert_not_let_in(&pair, &region_name(ELSEWHERE)).await;
 }
@@ -151,7 +146,7 @@ async fn an_origin_that_does_not_bear_the_name_that_the_link_names_is_refused() 
     pair.replica_sidecar.write_config();
     pair.replica_sidecar.restart().await;
     pair.origin_sidecar.restart().await;
-    wait_for_log(&pair.replica_sidecar, "the peer's certificate bears another name").await;
+    pair.replica_sidecar.wait_for_log("the peer's certificate bears another name").await;
     let told = format!("link config takes {} only, and this certificate bears", region_name(ELSEWHERE));
     assert_not_let_in(&pair, &told).await;
     assert_not_let_in(&pair, &region_name(ORIGIN_REGION)).await;
@@ -181,7 +176,7 @@ async fn expires_while_cut(name: &str) -> Pair {
 #[tokio::test]
 async fn an_origin_whose_certificate_has_expired_is_refused_and_both_ends_say_so() {
     let pair = Box::pin(expires_while_cut(ORIGIN_REGION)).await;
-    wait_for_log(&pair.replica_sidecar, "the peer's certificate is refused: it expired on").await;
+    pair.replica_sidecar.wait_for_log("the peer's certificate is refused: it expired on").await;
     assert_waits_outside(&pair, "the peer refused our certificate: it has expired").await;
     let output = pair.origin_sidecar.admin(&["status"]);
     let said = String::from_utf8(output.stderr).unwrap();
@@ -191,8 +186,8 @@ async fn an_origin_whose_certificate_has_expired_is_refused_and_both_ends_say_so
 #[tokio::test]
 async fn a_replica_whose_certificate_has_expired_is_refused_and_both_ends_say_so() {
     let pair = Box::pin(expires_while_cut(REPLICA_REGION)).await;
-    wait_for_log(&pair.origin_sidecar, "it expired on").await;
-    wait_for_log(&pair.replica_sidecar, "the peer refused our certificate: it has expired").await;
+    pair.origin_sidecar.wait_for_log("it expired on").await;
+    pair.replica_sidecar.wait_for_log("the peer refused our certificate: it has expired").await;
     assert_not_let_in(&pair, "the peer's certificate is refused: it expired on").await;
 }
 
@@ -278,7 +273,7 @@ async fn a_caller_of_our_ca_with_another_name_can_neither_greet_nor_ship() {
         let refused = ReplicateClient::new(channel).ship(request).await.unwrap_err();
         assert_eq!(refused.code(), Code::PermissionDenied, "{name}: {refused}");
     }
-    wait_for_log(&pair.replica_sidecar, "names=spiffe://etcd-ferry.dev/region/elsewhere").await;
+    pair.replica_sidecar.wait_for_log("names=spiffe://etcd-ferry.dev/region/elsewhere").await;
     assert_eq!(pair.replica.read_all().await.1.len(), 0);
 }
 
@@ -317,7 +312,7 @@ async fn what_the_replica_does_not_allow_is_refused_with_both_ranges_named() {
     pair.replica_sidecar.write_config();
     pair.replica_sidecar.restart().await;
     pair.origin_sidecar.restart().await;
-    wait_for_log(&pair.replica_sidecar, "refused: ranges that this replica does not accept").await;
+    pair.replica_sidecar.wait_for_log("refused: ranges that this replica does not accept").await;
     assert_not_let_in(
         &pair,
         "may touch the prefix /app/ here, and the origin asks for the prefix / (but etcd-ferry's own)",

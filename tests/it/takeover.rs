@@ -221,19 +221,23 @@ async fn taken_over_in_an_outage(end: End) {
     regions.cut_link();
     let access = regions.origin[0].access();
     let mut acknowledged = write(&access, "/app/one/", 1_000, 100).await;
-    let gone = Instant::now();
     match end {
         End::Kill => regions.origin_sidecars[shipper].kill(),
         End::Pause => regions.origin_sidecars[shipper].pause(),
         End::CutOffFromEtcd => regions.cut_off_from_etcd(shipper),
     }
-    acknowledged.extend(write(&access, "/app/two/", 1_000, 100).await);
-    spooled(&regions, standby, last(&acknowledged)).await;
-    let origin = recorded_so_far(&regions.origin[0]).await;
-    regions.origin[0].compact(origin).await;
+    let writing = async {
+        let acknowledged = write(&access, "/app/two/", 1_000, 100).await;
+        spooled(&regions, standby, last(&acknowledged)).await;
+        let origin = recorded_so_far(&regions.origin[0]).await;
+        regions.origin[0].compact(origin).await;
+        acknowledged
+    };
     let ships = |entry: &serde_json::Value| entry["role"] == "shipper";
-    let limit = TAKEOVER_LIMIT.saturating_sub(gone.elapsed());
-    regions.origin_sidecars[standby].wait_for_within(LINK, "the standby to be elected", limit, ships).await;
+    let sidecar = &regions.origin_sidecars[standby];
+    let elected = sidecar.wait_for_within(LINK, "the standby to be elected", TAKEOVER_LIMIT, ships);
+    let (_, two) = tokio::join!(elected, writing);
+    acknowledged.extend(two);
     regions.peer_lines.iter().flatten().for_each(|line| line.heal());
     let position = regions.wait_taken_over(&before).await;
     assert!(position.epoch == before.epoch, "{end:?}: no new copy, {position:?}");

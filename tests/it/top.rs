@@ -3,8 +3,8 @@
 //! Edge: a pseudo-terminal of its own.
 //! Always true: what is judged is what a terminal would have been sent.
 
-use crate::bed::nobody::Nobody;
 use crate::bed::pair::{LINK, Pair, PairOptions};
+use crate::bed::ports::Nobody;
 use crate::bed::sidecar::Sidecar;
 use crate::bed::{PATIENCE, until};
 use rustix::fs::{Mode, OFlags};

@@ -3,9 +3,9 @@
 //! Always true: what is judged is what a collector was really sent, over OTLP/gRPC.
 
 use crate::bed::pair::{LINK, Pair, PairOptions};
+use crate::bed::ports::Nobody;
 use crate::bed::sidecar::Sidecar;
 use crate::bed::{PATIENCE, until};
-use etcd_ferry::demo::ports::free_port;
 use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{TraceService, TraceServiceServer};
 use opentelemetry_proto::tonic::collector::trace::v1::{ExportTraceServiceRequest, ExportTraceServiceResponse};
 use opentelemetry_proto::tonic::common::v1::KeyValue;
@@ -78,8 +78,9 @@ impl TraceService for Collector {
 }
 
 impl Collector {
-    async fn listen(&self, address: SocketAddr) -> AbortOnDropHandle<()> {
-        let listener = TcpListener::bind(address).await.unwrap();
+    fn listen(&self, listener: std::net::TcpListener) -> AbortOnDropHandle<()> {
+        listener.set_nonblocking(true).unwrap();
+        let listener = TcpListener::from_std(listener).unwrap();
         let server = tonic::transport::Server::builder().add_service(TraceServiceServer::new(self.clone()));
         let serving = async move { server.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap() };
         AbortOnDropHandle::new(tokio::spawn(serving))
@@ -100,10 +101,6 @@ impl Collector {
     }
 }
 
-fn address() -> SocketAddr {
-    SocketAddr::from(([127, 0, 0, 1], free_port().unwrap()))
-}
-
 fn trace(sidecar: &mut Sidecar, collector: SocketAddr, sample: i64) {
     sidecar.options.traces = Some(toml::Table::from_iter([
         ("endpoint".to_owned(), format!("http://{collector}").into()),
@@ -119,8 +116,9 @@ async fn metric(sidecar: &Sidecar, name: &str) -> Option<f64> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_sampled_revision_is_one_trace_over_both_sidecars_in_the_order_of_its_way() {
-    let (collector, address) = (Collector::default(), address());
-    let _listening = collector.listen(address).await;
+    let (collector, listener) = (Collector::default(), std::net::TcpListener::bind("127.0.0.1:0").unwrap());
+    let address = listener.local_addr().unwrap();
+    let _listening = collector.listen(listener);
     let mut pair = Box::pin(Pair::prepare(PairOptions::default())).await;
     for sidecar in [&mut pair.origin_sidecar, &mut pair.replica_sidecar] {
         trace(sidecar, address, 3);
@@ -162,8 +160,9 @@ async fn a_sampled_revision_is_one_trace_over_both_sidecars_in_the_order_of_its_
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_traced_unless_it_is_configured() {
-    let (collector, address) = (Collector::default(), address());
-    let _listening = collector.listen(address).await;
+    let (collector, listener) = (Collector::default(), std::net::TcpListener::bind("127.0.0.1:0").unwrap());
+    let address = listener.local_addr().unwrap();
+    let _listening = collector.listen(listener);
     let mut pair = Box::pin(Pair::prepare(PairOptions::default())).await;
     trace(&mut pair.origin_sidecar, address, 1);
     pair.origin_sidecar.restart().await;
@@ -182,7 +181,8 @@ async fn nothing_is_traced_unless_it_is_configured() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_collector_that_is_away_costs_spans_and_nothing_else() {
-    let (collector, address) = (Collector::default(), address());
+    let (collector, nobody) = (Collector::default(), Nobody::new());
+    let address = nobody.address;
     let mut pair = Box::pin(Pair::prepare(PairOptions::default())).await;
     for sidecar in [&mut pair.origin_sidecar, &mut pair.replica_sidecar] {
         trace(sidecar, address, 1);
@@ -194,9 +194,11 @@ async fn a_collector_that_is_away_costs_spans_and_nothing_else() {
     for sidecar in [&pair.origin_sidecar, &pair.replica_sidecar] {
         let dropped = async || metric(sidecar, "etcd_ferry_trace_spans_dropped_total").await.filter(|n| *n > 0.0);
         until("spans to be dropped", PATIENCE, dropped).await;
-        assert_eq!(sidecar.log().matches("the collector takes no spans").count(), 1, "it is said once");
+        let words = "the collector takes no spans";
+        sidecar.wait_for_log(words).await;
+        assert_eq!(sidecar.log().matches(words).count(), 1, "it is said once");
     }
-    let _listening = collector.listen(address).await;
+    let _listening = collector.listen(nobody.listen());
     let written = async || {
         let revision = pair.origin.put("/app/key", "2").await;
         pair.wait_applied(revision).await;
@@ -205,7 +207,7 @@ async fn a_collector_that_is_away_costs_spans_and_nothing_else() {
         (nodes.len() == 2).then_some(())
     };
     until("spans of both, now that the collector is there", PATIENCE, written).await;
-    assert!(pair.origin_sidecar.log().contains("the collector takes spans again"));
+    pair.origin_sidecar.wait_for_log("the collector takes spans again").await;
     assert!(metric(&pair.origin_sidecar, "etcd_ferry_trace_spans_total").await.is_some_and(|spans| spans > 0.0));
     pair.assert_equal().await;
 }

@@ -5,7 +5,7 @@
 
 mod server;
 
-use crate::bed::nobody::Nobody;
+use crate::bed::ports::Nobody;
 use etcd_ferry::certs::issue::IssueRequest;
 use etcd_ferry::config::TlsConfig;
 use etcd_ferry::tls::accept::AcceptLimits;

@@ -2,9 +2,9 @@
 //! Input: README.md. Output: passes or fails.
 //! Always true: the commands are the README's own, but for their ports; of what they print only numbers, times and widths may differ.
 
+use crate::bed::ports::free_port;
 use crate::bed::{PATIENCE, until};
 use crate::documents;
-use etcd_ferry::demo::ports::free_port;
 use rustix::process::{Pid, Signal, kill_process_group};
 use std::collections::BTreeMap;
 use std::fs;
@@ -87,7 +87,7 @@ impl Ports {
         // The one that the log shows of a caller was chosen by the system.
         let written =
             section.split(HOST).zip(section.split(HOST).skip(1)).filter(|(before, _)| !before.ends_with("from="));
-        Self(written.map(|(_, rest)| (port_of(rest).0.to_owned(), free_port().unwrap())).collect())
+        Self(written.map(|(_, rest)| (port_of(rest).0.to_owned(), free_port())).collect())
     }
 
     fn put_into(&self, text: &str) -> String {

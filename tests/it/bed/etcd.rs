@@ -3,6 +3,7 @@
 //! Always true: a restart keeps ports and data; writes are synced unless the options say otherwise; a missing etcd is a panic that says
 //! what to do.
 
+use super::ports::free_port;
 use super::process::Process;
 use super::{PATIENCE, PROBE_PAUSE, until};
 use bytes::Bytes;
@@ -10,7 +11,6 @@ use etcd_client::{
     AlarmAction, AlarmOptions, AlarmType, Certificate, Client, CompactionOptions, ConnectOptions, GetOptions, Identity,
     KvClient, Permission, PermissionType, TlsOptions,
 };
-use etcd_ferry::demo::ports::free_port;
 use etcd_ferry::model::{KeyRange, LinkName, Position, Ranges, Revision};
 use std::collections::BTreeMap;
 use std::fs;
@@ -200,13 +200,12 @@ impl Etcd {
     }
 
     fn prepare(options: EtcdOptions, name: &str) -> Self {
-        let port = || free_port().expect("a free port");
         Self {
             options,
             name: name.to_owned(),
             initial_cluster: String::new(),
-            client_port: port(),
-            peer_port: port(),
+            client_port: free_port(),
+            peer_port: free_port(),
             dir: tempfile::tempdir().expect("a temporary folder"),
             user: None,
             process: None,

@@ -2,7 +2,7 @@
 //! Input: how it shall behave. Output: certificates of its CA, and a record of what was asked.
 //! Always true: what it issues lives as long as the request's `ttl` says, from now on; its TLS is of another CA than what it issues.
 
-use super::nobody::hush;
+use super::ports::hush;
 use axum::Router;
 use axum::extract::{Request, State};
 use axum::http::StatusCode;

@@ -4,9 +4,9 @@
 //! the command line, the configuration file, the status JSON, http.
 
 use super::etcd::Access;
+use super::ports::free_port;
 use super::process::Process;
 use super::{PATIENCE, until};
-use etcd_ferry::demo::ports::free_port;
 use serde::Serialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -52,7 +52,7 @@ pub struct Ports {
 
 impl Ports {
     pub fn choose() -> Self {
-        let address = || SocketAddr::from(([127, 0, 0, 1], free_port().expect("a free port")));
+        let address = || SocketAddr::from(([127, 0, 0, 1], free_port()));
         Self { peer: address(), admin: address(), http: address() }
     }
 }
@@ -342,6 +342,12 @@ impl Sidecar {
 
     pub fn log(&self) -> String {
         fs::read_to_string(self.log_path()).unwrap_or_default()
+    }
+
+    /// What is shown or answered may be so before the log's line is written.
+    pub async fn wait_for_log(&self, words: &str) {
+        let what = format!("{words:?} in the log of {}", self.options.region);
+        until(&what, PATIENCE, async || self.log().contains(words).then_some(())).await;
     }
 
     pub fn log_path(&self) -> PathBuf {
