@@ -72,10 +72,9 @@ impl Session {
             && self.shipped.acked.following
             && self.persisted_at.0.elapsed() >= IDLE_WRITE
             && now.by_others_since(self.persisted_at.1) > 0;
-        // What was told before the first ack of a stream was counted is not left to stand.
-        let caught_up = self.told_behind && !is_behind(&ship.status.borrow());
-        let due = self.last_progress.elapsed() >= IDLE_PROGRESS;
-        if !(through > self.shipped.progressed || idle_write || caught_up || due) {
+        let news = through > self.shipped.progressed || idle_write;
+        let behind = (self.told_behind, is_behind(&ship.status.borrow()));
+        if !is_worth_telling(news, behind, self.last_progress.elapsed()) {
             return Ok(());
         }
         match self.send_progress(ship, through, idle_write) {
@@ -387,6 +386,12 @@ pub(super) fn movement(ship: &Shipper) -> Movement {
     Movement { covered: tail.covered, ferry_only: tail.ferry_only }
 }
 
+/// Whether progress is told now; `behind`: whether the replica was told to be, and whether it is. What was told before the first ack of a
+/// stream was counted is not left to stand.
+fn is_worth_telling(news: bool, behind: (bool, bool), since_last: Duration) -> bool {
+    news || behind == (true, false) || since_last >= IDLE_PROGRESS
+}
+
 /// True where something is told to be missing at the replica, or at risk.
 fn is_behind(status: &LinkStatus) -> bool {
     status.lag_revisions > 0 || status.rpo_revisions > 0 || status.lag_seconds > 0.0 || status.rpo_seconds > 0.0
@@ -406,6 +411,15 @@ mod tests {
         assert_eq!(trouble(&first, Some("no answer")), "no answer");
         let long = TailState::Stopped { reason: "é".repeat(2_000) };
         assert_eq!(trouble(&long, None).len(), wire::TEXT_BYTES_MAX);
+    }
+
+    #[test]
+    fn a_lag_that_was_told_is_taken_back_at_once_and_else_an_idle_link_says_little() {
+        let now = |behind| is_worth_telling(false, behind, Duration::ZERO);
+        assert!(now((true, false)));
+        assert!(!now((true, true)) && !now((false, true)) && !now((false, false)));
+        assert!(is_worth_telling(true, (false, false), Duration::ZERO));
+        assert!(is_worth_telling(false, (false, false), IDLE_PROGRESS));
     }
 
     #[test]

@@ -58,7 +58,7 @@ pub struct Applied {
 }
 
 impl Applied {
-    fn of(position: &Position) -> Self {
+    pub(super) fn of(position: &Position) -> Self {
         Self { epoch: position.epoch, seq: position.seq, revision: position.origin_revision }
     }
 
@@ -456,16 +456,7 @@ impl Applier {
         let position = self.held.as_ref().map_or_else(|| self.expected.clone(), |h| h.position.clone());
         let applied = position.as_ref().map(Applied::of);
         let revision = position.as_ref().map_or(Revision(0), |p| next::applied_revision(p, self.progress));
-        self.view.send_modify(|view| {
-            let was_paused = view.position.as_ref().is_some_and(|position| position.paused.is_some());
-            let goes_on = position.as_ref().is_some_and(|position| position.paused.is_none());
-            if was_paused && goes_on && !view.stopped {
-                view.waiting.clear();
-            }
-            view.applied = applied;
-            view.applied_revision = revision;
-            view.position = position;
-        });
+        self.view.send_modify(|view| view.hold(position, revision));
         if let (true, Some(applied)) = (committed, applied) {
             self.journal.trim(applied.seq);
             failpoint::reach("journal-trimmed");

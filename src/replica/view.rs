@@ -49,6 +49,20 @@ pub struct ApplyView {
     pub refusal: Option<(u64, Kind, String)>,
 }
 
+impl ApplyView {
+    /// The position that is held from now on, and how far the origin's word carries it. Why it was paused is no reason any more once it is
+    /// not; what the link was stopped for stays.
+    pub fn hold(&mut self, position: Option<Position>, applied_revision: Revision) {
+        let paused = |position: &Option<Position>| position.as_ref().is_some_and(|position| position.paused.is_some());
+        if paused(&self.position) && position.is_some() && !paused(&position) && !self.stopped {
+            self.waiting.clear();
+        }
+        self.applied = position.as_ref().map(Applied::of);
+        self.applied_revision = applied_revision;
+        self.position = position;
+    }
+}
+
 /// What the stream asks of the applier, in order.
 pub enum ApplyCommand {
     Hello {
@@ -73,4 +87,27 @@ pub enum ApplyCommand {
         mark: Mark,
         taken: oneshot::Sender<()>,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Paused;
+
+    #[test]
+    fn a_link_that_goes_on_is_not_said_to_be_paused_and_one_that_is_stopped_keeps_its_reason() {
+        let going = Position::of_tests();
+        let paused = Position { paused: Some(Paused { at_ms: 1, by: "an operator".to_owned() }), ..going.clone() };
+        let resumed = |stopped| {
+            let mut view = ApplyView { stopped, waiting: "a reason".to_owned(), ..ApplyView::default() };
+            view.hold(Some(paused.clone()), Revision(1));
+            assert_eq!(view.waiting, "a reason");
+            view.hold(Some(going.clone()), Revision(1));
+            view.waiting
+        };
+        assert_eq!((&resumed(false)[..], &resumed(true)[..]), ("", "a reason"));
+        let mut waits = ApplyView { waiting: "no answer".to_owned(), ..ApplyView::default() };
+        waits.hold(Some(going.clone()), Revision(1));
+        assert_eq!(waits.waiting, "no answer", "it was not paused");
+    }
 }

@@ -196,12 +196,10 @@ async fn a_watch_of_the_status_tells_it_again_and_again_and_ends_with_the_sideca
     let mut states = Vec::new();
     let ended: ClientError = client::watch_status(&viewer, 100, |reply| {
         states.push(reply.links[0].state.clone());
-        if states.len() == 1 {
-            running.origin.send_modify(|status| status.state = LinkState::Stopped);
-        }
-        // One more may have been on its way before the change.
-        if states.iter().filter(|state| *state == "stopped").count() == 2 {
-            running.stop.cancel();
+        match states.iter().filter(|state| *state == "stopped").count() {
+            0 => running.origin.send_modify(|status| status.state = LinkState::Stopped),
+            2 => running.stop.cancel(),
+            _ => {}
         }
         Ok(())
     })
