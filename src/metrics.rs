@@ -86,7 +86,10 @@ const GAUGES: [(&str, &str); 31] = [
         "When both sides were last proved equal, in Unix time by the origin's clock; 0: not yet.",
     ),
     (VERIFIED_REVISION, "The origin revision at which both sides were last proved equal; 0: none yet."),
-    (DIFFERING_KEYS, "Keys that differed at the last comparison of both sides."),
+    (
+        DIFFERING_KEYS,
+        "Keys that differed at the last comparison of both sides, without those that a repair has mended since.",
+    ),
     (
         VERIFICATION_FAILED,
         "1 if the last comparison of both sides came to no outcome, or a repair mended not all that it was to, else 0 (origin).",

@@ -120,7 +120,7 @@ impl Links {
     /// Opens every link of the configuration a sidecar starts with; [`Self::start`] starts them.
     pub async fn open_all(&mut self, config: &Config) -> anyhow::Result<()> {
         for send in &config.send {
-            self.open_origin(config, send);
+            self.open_origin(config, send).await.with_context(|| format!("link {}", send.link))?;
         }
         for receive in &config.receive {
             self.open_replica(config, receive).await.with_context(|| format!("link {}", receive.link))?;
@@ -133,18 +133,12 @@ impl Links {
     /// Opens a link of the configuration, once an earlier one of its name and side has ended; [`Self::start`] starts it. An error says why
     /// not, and is shown as the link's.
     pub async fn open(&mut self, config: &Config, link: &LinkName, side: Side) -> anyhow::Result<()> {
-        let opened = match side {
-            Side::Origin => self.end(link, side).await.map(|()| {
-                config.send.iter().filter(|send| send.link == *link).for_each(|send| self.open_origin(config, send));
-            }),
-            Side::Replica => {
-                let ended = self.end(link, side).await;
-                let receive = config.receive.iter().find(|receive| receive.link == *link);
-                match (ended, receive) {
-                    (Ok(()), Some(receive)) => self.open_replica(config, receive).await,
-                    (ended, _) => ended,
-                }
-            }
+        let send = config.send.iter().find(|send| side == Side::Origin && send.link == *link);
+        let receive = config.receive.iter().find(|receive| side == Side::Replica && receive.link == *link);
+        let opened = match (self.end(link, side).await, send, receive) {
+            (Ok(()), Some(send), _) => self.open_origin(config, send).await,
+            (Ok(()), None, Some(receive)) => self.open_replica(config, receive).await,
+            (ended, _, _) => ended,
         };
         if let Err(error) = &opened
             && !self.entries.iter().any(|entry| entry.is(link, side))
@@ -239,7 +233,7 @@ impl Links {
         }
     }
 
-    fn open_origin(&mut self, config: &Config, send: &SendConfig) {
+    async fn open_origin(&mut self, config: &Config, send: &SendConfig) -> anyhow::Result<()> {
         let (status, watching) = watch::channel(LinkStatus::new(send.link.clone(), Side::Origin, send.peer.clone()));
         let (commands, incoming) = mpsc::channel(1);
         let (refresh, asked) = refresh::channel();
@@ -254,9 +248,10 @@ impl Links {
             send: send.clone(),
         };
         let (link, stop) = (send.link.clone(), self.stop.child_token());
+        let task = Box::pin(origin.open()).await?;
         let runner = {
             let (link, stop) = (link.clone(), stop.clone());
-            async move { origin.run(status, asked, incoming, stop).await.with_context(|| format!("link {link}")) }
+            async move { task.run(status, asked, incoming, stop).await.with_context(|| format!("link {link}")) }
         };
         let handle = LinkHandle {
             before: self.before(&link, Side::Origin),
@@ -269,6 +264,7 @@ impl Links {
         };
         let (runner, task, replica): (Option<Runner>, _, _) = (Some(Box::pin(runner)), None, None);
         self.entries.push(Entry { handle, stop, runner, task, replica, from_start: false });
+        Ok(())
     }
 
     async fn open_replica(&mut self, config: &Config, receive: &ReceiveConfig) -> anyhow::Result<()> {

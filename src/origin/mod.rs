@@ -140,8 +140,24 @@ pub struct OriginLink {
     pub link_back: bool,
 }
 
+/// An origin link whose disk is open; [`OriginTask::run`] runs it.
+pub struct OriginTask {
+    origin: OriginLink,
+    spool: Arc<Spool>,
+}
+
 impl OriginLink {
-    /// Runs until `stop`; an `Err` means that the link could not even start (its spool cannot be opened).
+    /// Opens the spool. An `Err` means that the disk cannot be used.
+    pub async fn open(self) -> Result<OriginTask, OriginError> {
+        let ranges = digest::of_ranges(&self.send.ranges);
+        let (spool, opened) = Spool::open(&self.dir.join("spool"), &self.limits, ranges).await?;
+        opened.log(&self.send.link, "spool");
+        Ok(OriginTask { origin: self, spool: Arc::new(spool) })
+    }
+}
+
+impl OriginTask {
+    /// Runs until `stop`, then closes the spool.
     pub async fn run(
         self,
         status: watch_channel::Sender<LinkStatus>,
@@ -149,21 +165,18 @@ impl OriginLink {
         commands: mpsc::Receiver<LinkCommand>,
         stop: CancellationToken,
     ) -> Result<(), OriginError> {
-        let link = self.send.link.clone();
+        let Self { origin, spool } = self;
+        let link = origin.send.link.clone();
         let clock = Clock::new();
-        let (spool, opened) =
-            Spool::open(&self.dir.join("spool"), &self.limits, digest::of_ranges(&self.send.ranges)).await?;
-        opened.log(&link, "spool");
-        let spool = Arc::new(spool);
         let mut lag = LagTracker::new();
         for arrived in spool.arrivals() {
             lag.arrived_several(arrived.revision_last, arrived.at_ms, arrived.count);
         }
         lag.covered(spool.extent().borrow().covered);
-        let dog = Watchdog::new(self.limits.stall_seconds.saturating_mul(1_000));
-        let spool_bytes_max = self.limits.spool_bytes_max;
+        let dog = Watchdog::new(origin.limits.stall_seconds.saturating_mul(1_000));
+        let spool_bytes_max = origin.limits.spool_bytes_max;
         let mut watching = Watching { link: link.clone(), dog, stalls: 0, spool_bytes_max };
-        let mut stages = self.start(&spool, clock, status.subscribe(), commands, &stop);
+        let mut stages = origin.start(&spool, clock, status.subscribe(), commands, &stop);
         let mut ticks = tokio::time::interval(STATUS_INTERVAL);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut over = false;
@@ -204,7 +217,9 @@ impl OriginLink {
         }
         Ok(())
     }
+}
 
+impl OriginLink {
     /// Starts watching, reading the head, standing for election and shipping; each runs until `stop`.
     fn start(
         self,

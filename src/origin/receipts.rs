@@ -14,6 +14,7 @@ use crate::model::{LinkState, Outcome, Revision, Seq};
 use crate::tls;
 use crate::traces;
 use crate::wire::RECEIPT_BYTES_MAX;
+use crate::wire::refusal::stops;
 use crate::wire::replicate::refusal::Kind;
 use crate::wire::replicate::replicate_client::ReplicateClient;
 use crate::wire::replicate::{Ack, Receipt, Refusal, Shipment, receipt};
@@ -228,35 +229,4 @@ fn end_of(ship: &mut Shipper, refusal: Refusal) -> SessionEnd {
         | Kind::TooLarge => {}
     }
     if stops(refusal.kind()) { SessionEnd::Stop(refusal.reason) } else { SessionEnd::HelloAgain(refusal.reason) }
-}
-
-/// Whether only an operator can go on after this refusal; after any other, the next hello learns where the replica is.
-fn stops(kind: Kind) -> bool {
-    match kind {
-        Kind::Guard | Kind::Conflict | Kind::Outside | Kind::TooLarge => true,
-        Kind::Fenced | Kind::PositionMoved | Kind::Gap | Kind::Closing | Kind::Unspecified => false,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_link_stops_for_what_another_hello_would_not_mend_and_for_nothing_else() {
-        // As `Kind` is documented in the protocol.
-        for (kind, stopped) in [
-            (Kind::Unspecified, false),
-            (Kind::Fenced, false),
-            (Kind::PositionMoved, false),
-            (Kind::Gap, false),
-            (Kind::Guard, true),
-            (Kind::Conflict, true),
-            (Kind::Outside, true),
-            (Kind::TooLarge, true),
-            (Kind::Closing, false),
-        ] {
-            assert_eq!(stops(kind), stopped, "{kind:?}");
-        }
-    }
 }

@@ -14,7 +14,7 @@ use super::plan::{self, Begun, Plan, PlanError, RequestLimits, RunFacts, TxnTree
 use super::poison::Trial;
 use super::position::{Held, LOOK_EVERY};
 use super::quarantine::Retrying;
-use super::receive::Told;
+use super::told::Told;
 use super::view::{ApplyCommand, ApplyView};
 use crate::admin::{ReplicaCommand, next_command};
 use crate::config::{DeleteShares, Limits, OnPoison};

@@ -5,7 +5,8 @@
 
 use super::age::{Ages, look_interval, worth_defragmenting};
 use super::lookout::LookoutView;
-use super::receive::{LinkEnd, Told};
+use super::receive::LinkEnd;
+use super::told::Told;
 use crate::config::CompactConfig;
 use crate::etcd::gate::Gate;
 use crate::etcd::{Etcd, EtcdError};

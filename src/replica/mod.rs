@@ -27,6 +27,7 @@ pub mod receive;
 mod shipments;
 mod stall;
 pub mod stream;
+pub mod told;
 pub mod trouble;
 pub mod txn;
 mod verify;
@@ -53,7 +54,7 @@ use journal::{Journal, JournalExtent};
 use lookout::{AccountFile, Lookout, LookoutView};
 use poison::Trial;
 use ranges::RangesFile;
-use receive::{LinkEnd, Told};
+use receive::LinkEnd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -61,6 +62,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use told::Told;
 use view::ApplyView;
 
 /// Copy steps and progress between the stream and the applier; each page is bounded by its sender's page bytes.

@@ -9,17 +9,19 @@ use super::journal::Journal;
 use super::position::{HelloAnswer, HelloFacts, HelloRefused};
 use super::ranges::{RangesFile, guard, hex};
 use super::stream::Stream;
+use super::told::Told;
 use super::view::{ApplyCommand, ApplyView};
 use crate::config::{Limits, ReceiveConfig};
 use crate::etcd::gate::{ClusterLimits, Gate};
 use crate::failpoint;
 use crate::model::limits::{ReplicaLimits, TxnLimits};
 use crate::model::{ClusterId, Epoch, KeyRange, LinkName, Ranges, Revision, Seq, Term};
+use crate::repeats::Repeats;
 use crate::tls::accept::{LastTurnedAway, PeerConnectInfo, TurnedAway};
 use crate::wire::frame::FrameLimits;
 use crate::wire::replicate::handshake_server::Handshake;
 use crate::wire::replicate::replicate_server::Replicate;
-use crate::wire::replicate::{HelloReply, HelloRequest, Receipt, Shipment, Verified};
+use crate::wire::replicate::{HelloReply, HelloRequest, Receipt, Shipment};
 use crate::wire::window::WindowLimits;
 use crate::wire::{self, LINK_METADATA, PROTOCOL_VERSION, SESSION_METADATA, cut_text};
 use bytes::Bytes;
@@ -35,82 +37,9 @@ use tonic::{Request, Response, Status, Streaming};
 
 /// The applier answers a hello once etcd has; etcd's own calls end within 10 s.
 const HELLO_DEADLINE: Duration = Duration::from_secs(14);
-/// An origin says how it is each 5 s.
-const HEARD_WITHIN: Duration = Duration::from_secs(7);
 /// An earlier stream of the link ends within this time once a later hello was answered.
 const HANDOVER_DEADLINE: Duration = Duration::from_secs(10);
 const RECEIPTS_MAX: usize = 4;
-
-/// What the origin said last, and whether its stream is open: for the replica's status.
-#[derive(Debug, Clone, Default)]
-pub struct Told {
-    pub connected: bool,
-    /// The node of the sidecar whose hello was answered last.
-    pub shipper: String,
-    pub head: Revision,
-    pub lag: Duration,
-    pub rpo: Duration,
-    pub lag_revisions: u64,
-    pub rpo_revisions: u64,
-    pub at: Option<Instant>,
-    /// What the origin said of the last comparison.
-    pub verified: Verified,
-    /// The replica's revision at the first mark since then; 0: there was none.
-    pub marked: Revision,
-    /// Both sides were equal at a mark that the replica reached at this revision.
-    pub equal_through: Revision,
-    /// What the origin's etcd takes.
-    pub limits: TxnLimits,
-    /// Why the origin does not see what its etcd commits, by its own word; empty: it does.
-    pub trouble: String,
-    /// Why the last stream ended, or none began.
-    pub ended: String,
-}
-
-impl Told {
-    /// How old what the origin last said has grown, while it is not heard: it has gone, or what it says waits in a line or before a full
-    /// journal. 0: it is heard.
-    pub(super) fn older(&self) -> Duration {
-        let since = self.at.map_or(Duration::ZERO, |at| at.elapsed());
-        if self.connected && since <= HEARD_WITHIN { Duration::ZERO } else { since }
-    }
-
-    /// The replica reached a mark at this revision.
-    pub(super) fn mark_reached(&mut self, at: Revision) {
-        if self.marked == Revision(0) {
-            self.marked = at;
-        }
-    }
-
-    /// A hello was refused, and why: shown while nobody is connected.
-    fn refused(&mut self, status: &Status) {
-        if !self.connected {
-            self.ended = format!("the last hello was refused: {}", status.message());
-        }
-    }
-
-    /// The stream has ended, and a comparison that it brought with it: its mark is none of the next one's.
-    pub(super) fn stream_ended(&mut self, why: String) {
-        (self.connected, self.ended, self.marked) = (false, why, Revision(0));
-        self.trouble.clear();
-    }
-
-    /// A base copy has replaced what the last comparison saw.
-    pub(super) fn copied(&mut self) {
-        (self.verified.differing_keys, self.verified.expected_keys, self.verified.mended_keys) = (0, 0, 0);
-    }
-
-    /// A comparison has ended. What it says of the replica holds at its first mark.
-    pub(super) fn compared(&mut self, verified: Verified) {
-        let marked = std::mem::take(&mut self.marked);
-        // What is in quarantine differs by an operator's choice, and not since somebody else wrote.
-        // What was mended did differ at the mark.
-        if verified.differing_keys == verified.expected_keys && verified.mended_keys == 0 {
-            self.equal_through = self.equal_through.max(marked);
-        }
-        self.verified = verified;
-    }
-}
 
 /// Counts since this sidecar started.
 #[derive(Debug, Default)]
@@ -215,6 +144,7 @@ pub struct Receiver {
     streams: TaskTracker,
     /// Held while a first hello's ranges are compared with the other links' and stored.
     storing: Arc<Mutex<()>>,
+    refusals: Arc<Mutex<Repeats>>,
 }
 
 impl Receiver {
@@ -225,8 +155,20 @@ impl Receiver {
         node: &str,
         streams: TaskTracker,
     ) -> Self {
-        let storing = Arc::new(Mutex::new(()));
-        Self { links, turned_away, region: region.into(), node: node.into(), streams, storing }
+        let (storing, refusals) = (Arc::default(), Arc::default());
+        Self { links, turned_away, region: region.into(), node: node.into(), streams, storing, refusals }
+    }
+
+    /// An origin whose hello is refused says it again within seconds.
+    fn log_refusal(&self, from: Option<&PeerConnectInfo>, link: &str, status: &Status) {
+        let remote = from.map(|from| from.remote);
+        let names = from.map(|from| from.identity.sans.join(", ")).unwrap_or_default();
+        let (link, reason) = (cut_text(link.to_owned()), status.message());
+        let words = format!("{:?} {link} {names} {reason}", remote.map(|remote| remote.ip()));
+        guard(&self.refusals).write(Instant::now().into_std(), &words, |left_out| {
+            let remote = remote.map(tracing::field::display);
+            tracing::warn!(%link, remote, %names, %reason, left_out, "a hello is refused");
+        });
     }
 
     /// The link, if the caller's certificate bears the name that it is configured with.
@@ -234,10 +176,8 @@ impl Receiver {
         let Some(peer) = request.extensions().get::<PeerConnectInfo>() else {
             return Err(Status::unauthenticated("no client certificate"));
         };
-        let names = peer.identity.sans.join(", ");
         let end = self.links.borrow().iter().find(|end| end.config.link.as_str() == link).cloned();
         let Some(end) = end else {
-            tracing::warn!(%link, remote = %peer.remote, %names, "refused: no such link to receive");
             let reason = format!(
                 "it asked for the link {:?}, which is not among those received here",
                 cut_text(link.to_owned())
@@ -249,10 +189,10 @@ impl Receiver {
             )));
         };
         if !peer.identity.bears(&end.config.peer) {
-            tracing::warn!(%link, remote = %peer.remote, %names, wanted = %end.config.peer, "refused: the peer's certificate bears another name");
             let refused = Status::permission_denied(format!(
-                "link {link} takes {} only, and this certificate bears {names}: correct [[receive]] peer, or use that region's certificate",
-                end.config.peer
+                "link {link} takes {} only, and this certificate bears {}: correct [[receive]] peer, or use that region's certificate",
+                end.config.peer,
+                peer.identity.sans.join(", ")
             ));
             end.told.send_modify(|told| told.refused(&refused));
             return Err(refused);
@@ -272,7 +212,6 @@ impl Receiver {
         if let Some(accepted) = end.accepted()
             && !accepted.covers(&ranges)
         {
-            tracing::warn!(%link, asked = %ranges, %accepted, "refused: ranges that this replica does not accept");
             return Err(Status::permission_denied(format!(
                 "link {link} may touch {accepted} here, and the origin asks for {ranges}: set prefixes of [[receive]] to allow it"
             )));
@@ -284,7 +223,6 @@ impl Receiver {
     fn check_overlaps(&self, link: &LinkName, ranges: &Ranges) -> Result<(), Status> {
         for other in self.links.borrow().iter().filter(|other| other.config.link != *link) {
             if other.accepted().is_some_and(|theirs| theirs.overlaps(ranges)) {
-                tracing::warn!(%link, other = %other.config.link, "refused: overlapping ranges");
                 return Err(Status::failed_precondition(format!(
                     "link {link}'s ranges overlap those of link {} at this replica: give each its own prefixes",
                     other.config.link
@@ -334,10 +272,19 @@ impl Receiver {
 #[tonic::async_trait]
 impl Handshake for Receiver {
     async fn hello(&self, request: Request<HelloRequest>) -> Result<Response<HelloReply>, Status> {
-        let end = self.known(&request, &request.get_ref().link)?;
-        let answered = self.answer(&end, request.into_inner()).await;
+        let (from, link) = (request.extensions().get::<PeerConnectInfo>().cloned(), request.get_ref().link.clone());
+        let answered = match self.known(&request, &link) {
+            Ok(end) => {
+                let answered = self.answer(&end, request.into_inner()).await;
+                if let Err(status) = &answered {
+                    end.told.send_modify(|told| told.refused(status));
+                }
+                answered
+            }
+            Err(status) => Err(status),
+        };
         if let Err(status) = &answered {
-            end.told.send_modify(|told| told.refused(status));
+            self.log_refusal(from.as_ref(), &link, status);
         }
         answered.map(Response::new)
     }
@@ -452,45 +399,5 @@ impl Replicate for Receiver {
             Box::pin(Stream::run(end, opened, &mut admit, request.into_inner(), out, stop)).await;
         });
         Ok(Response::new(ReceiverStream::new(receipts)))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_an_origin_said_grows_older_while_it_is_gone_and_also_while_its_open_stream_says_nothing() {
-        let ago = |seconds| Instant::now().checked_sub(Duration::from_secs(seconds));
-        let older = |connected, at| Told { connected, at, ..Told::default() }.older().as_secs();
-        assert_eq!(
-            [older(true, ago(5)), older(false, ago(5)), older(true, ago(60)), older(false, None)],
-            [0, 5, 60, 0]
-        );
-    }
-
-    #[test]
-    fn a_mark_of_a_stream_that_has_ended_is_none_of_the_next_comparisons() {
-        let mut told = Told { connected: true, trouble: "it sees nothing".to_owned(), ..Told::default() };
-        told.mark_reached(Revision(5));
-        told.stream_ended("it broke".to_owned());
-        assert_eq!((told.connected, told.marked, &told.ended[..]), (false, Revision(0), "it broke"));
-        assert_eq!(told.trouble, "");
-        told.mark_reached(Revision(9));
-        told.compared(Verified::default());
-        assert_eq!(told.equal_through, Revision(9));
-    }
-
-    #[test]
-    fn a_repair_is_no_proof_that_both_sides_were_equal_at_its_mark() {
-        let mut told = Told { connected: true, ..Told::default() };
-        told.mark_reached(Revision(5));
-        told.compared(Verified { differing_keys: 3, expected_keys: 3, ..Verified::default() });
-        assert_eq!(told.equal_through, Revision(5));
-        told.mark_reached(Revision(9));
-        told.compared(Verified { differing_keys: 3, expected_keys: 3, mended_keys: 1, ..Verified::default() });
-        told.mark_reached(Revision(9));
-        told.compared(Verified { differing_keys: 3, mended_keys: 3, ..Verified::default() });
-        assert_eq!(told.equal_through, Revision(5));
     }
 }

@@ -5,7 +5,8 @@
 
 use super::admit::Admit;
 use super::apply::sleep_until;
-use super::receive::{LinkEnd, Opened, Told};
+use super::receive::{LinkEnd, Opened};
+use super::told::Told;
 use super::verify::{Comparer, QUESTIONS_MAX, Question};
 use super::view::ApplyView;
 use crate::etcd::gate::ClusterLimits;

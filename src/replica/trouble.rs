@@ -9,6 +9,7 @@ use super::plan::{LimitRefusal, PlanError, PlanReaction};
 use super::quarantine::Refusal;
 use crate::etcd::EtcdError;
 use crate::model::Seq;
+use crate::wire::refusal::stops;
 use crate::wire::replicate::refusal::Kind;
 use tokio::time::Instant;
 
@@ -35,13 +36,13 @@ impl Applier {
         }
     }
 
-    /// Tells the stream; nothing more is applied until the next hello.
+    /// Tells the stream; nothing more is applied until the next hello, or until an operator has mended what no hello would.
     pub(super) fn refuse(&mut self, kind: Kind, reason: String) {
         self.stopped = true;
-        let session = self.session;
+        let (session, stopped) = (self.session, stops(kind) || self.journal.usable().is_err());
         self.view.send_modify(|view| {
             view.waiting.clone_from(&reason);
-            view.stopped = true;
+            view.stopped = stopped;
             view.refusal = Some((session, kind, reason));
         });
     }

@@ -26,7 +26,7 @@ pub struct ApplyView {
     pub conflicts: u64,
     /// Revisions larger than a request, which were applied in parts.
     pub in_parts: u64,
-    /// Only an operator, or a new hello, can make applying go on.
+    /// Only an operator can make applying go on.
     pub stopped: bool,
     pub copy: CopyAck,
     /// The session that `copy` belongs to.

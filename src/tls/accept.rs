@@ -7,6 +7,7 @@ use super::explain::explain;
 use super::recheck::{As, Peer, Rechecked};
 use super::reload::InUse;
 use crate::certs::identity::PeerIdentity;
+use crate::repeats::Repeats;
 use crate::retry::Backoff;
 use rustls::pki_types::CertificateDer;
 use std::convert::Infallible;
@@ -30,9 +31,6 @@ use tonic::transport::server::Connected;
 const LINGER: Duration = Duration::from_secs(1);
 /// What is read, and thrown away, of a refused peer.
 const LINGER_BYTES_MAX: u64 = 64 << 10;
-/// Log lines about refused connections in one window; the rest is counted.
-const LOG_LINES_MAX: u32 = 20;
-const LOG_WINDOW: Duration = Duration::from_secs(10);
 /// Connections that are through their handshake and not yet taken by the server.
 const READY_MAX: usize = 16;
 
@@ -138,7 +136,7 @@ impl AcceptLoop {
     pub async fn run(self) {
         let mut handshakes = JoinSet::new();
         let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(1));
-        let mut log = SeldomLog::default();
+        let mut log = Repeats::default();
         loop {
             let room = handshakes.len() < self.limits.handshakes_max.max(1);
             let event = tokio::select! {
@@ -156,7 +154,7 @@ impl AcceptLoop {
                     true
                 }
                 Event::Accepted(Err(error), _) => {
-                    log.write(Instant::now(), |left_out| {
+                    log.write(Instant::now().into_std(), &error.to_string(), |left_out| {
                         tracing::warn!(%error, left_out, "a connection cannot be accepted; trying again");
                     });
                     // Finished handshakes wait meanwhile: without file descriptors little else can go on either.
@@ -168,7 +166,8 @@ impl AcceptLoop {
                     true
                 }
                 Event::Shaken(Ok(Err(Refused { remote, reason, left: false }))) => {
-                    log.write(Instant::now(), |left_out| {
+                    let words = format!("{} {reason}", remote.ip());
+                    log.write(Instant::now().into_std(), &words, |left_out| {
                         tracing::warn!(%remote, %reason, left_out, "a connection was refused");
                     });
                     if let Some(turned_away) = &self.turned_away {
@@ -263,52 +262,10 @@ fn identity(stream: &TlsStream<TcpStream>) -> Result<(PeerIdentity, Vec<Certific
     Ok((identity, chain.iter().map(|c| c.clone().into_owned()).collect()))
 }
 
-/// Lets a few lines through in each window, so that nobody can fill our disk by knocking.
-#[derive(Default)]
-struct SeldomLog {
-    window_start: Option<Instant>,
-    written: u32,
-    left_out: u64,
-}
-
-impl SeldomLog {
-    /// Calls `line` with the number of lines left out before it, or counts it as left out.
-    fn write(&mut self, now: Instant, line: impl FnOnce(u64)) {
-        if self.window_start.is_none_or(|start| now >= start + LOG_WINDOW) {
-            self.window_start = Some(now);
-            self.written = 0;
-        }
-        if self.written < LOG_LINES_MAX {
-            self.written += 1;
-            line(std::mem::take(&mut self.left_out));
-        } else {
-            self.left_out += 1;
-        }
-    }
-}
-
 impl Connected for PeerConnection {
     type ConnectInfo = PeerConnectInfo;
 
     fn connect_info(&self) -> PeerConnectInfo {
         self.kept.peer.clone()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_flood_of_refusals_is_counted_and_not_written() {
-        let mut log = SeldomLog::default();
-        let start = Instant::now();
-        let mut written = Vec::new();
-        for _ in 0..100 {
-            log.write(start, |left_out| written.push(left_out));
-        }
-        assert_eq!(written, [0; 20]);
-        log.write(start + LOG_WINDOW, |left_out| written.push(left_out));
-        assert_eq!(written.last(), Some(&80));
     }
 }

@@ -13,6 +13,7 @@ pub mod frame;
 mod kubernetes_like;
 mod limits;
 pub mod parts;
+pub mod refusal;
 mod varint;
 pub mod window;
 

@@ -186,7 +186,11 @@ async fn a_journal_that_is_damaged_under_the_running_sidecar_is_dropped_and_the_
     let acknowledged = journaled(&pair, 500).await;
     damage(&replica_dir(&pair, "journal"));
     pair.origin.compact(last(&acknowledged)).await;
+    pair.proxy.cut();
     pair.replica.resume();
+    pair.replica_sidecar.wait_for_log("the journal cannot be read any more").await;
+    pair.replica_sidecar.wait_for_state(LINK, "connecting").await;
+    pair.proxy.heal();
     let after = pair.wait_applied(last(&acknowledged)).await;
     assert_eq!((after.epoch, after.seq.0), (before.epoch, before.seq.0 + 500));
     assert_eq!(pair.replica_sidecar.log().matches("the journal cannot be read any more").count(), 1);

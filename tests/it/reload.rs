@@ -248,20 +248,25 @@ async fn a_link_that_cannot_be_opened_is_told_and_shown_and_comes_with_the_next_
     let mut pair = Box::pin(Pair::start(over("/registry/"))).await;
     pair.wait_applied(pair.origin.put("/registry/a", "x").await).await;
     add_extra(&mut pair);
-    let folder = pair.replica_sidecar.data_dir().join("replica/extra");
-    fs::create_dir(folder.parent().expect("a parent")).ok();
-    fs::write(&folder, "no folder").expect("a file in its way");
-    pair.replica_sidecar.write_config();
-    let output = pair.replica_sidecar.admin(&["reload"]);
-    assert_eq!(output.status.code(), Some(1), "{}", words(&output));
-    assert!(words(&output).contains("not taken: link extra (replica): "), "{}", words(&output));
-    let stopped = pair.replica_sidecar.wait_for_state(EXTRA, "stopped").await;
-    let reason = stopped["reason"].as_str().expect("a reason");
-    assert!(reason.contains("it could not be opened") && reason.contains("mend that, and reload"), "{reason}");
+    let mut in_the_way = Vec::new();
+    for (sidecar, side) in [(&pair.replica_sidecar, "replica"), (&pair.origin_sidecar, "origin")] {
+        let folder = sidecar.data_dir().join(side).join(EXTRA);
+        fs::create_dir(folder.parent().expect("a parent")).ok();
+        fs::write(&folder, "no folder").expect("a file in its way");
+        sidecar.write_config();
+        let output = sidecar.admin(&["reload"]);
+        assert_eq!(output.status.code(), Some(1), "{}", words(&output));
+        assert!(words(&output).contains(&format!("not taken: link extra ({side}): ")), "{}", words(&output));
+        let stopped = sidecar.wait_for_state(EXTRA, "stopped").await;
+        let reason = stopped["reason"].as_str().expect("a reason");
+        assert!(reason.contains("it could not be opened") && reason.contains("mend that, and reload"), "{reason}");
+        in_the_way.push(folder);
+    }
     pair.wait_applied(pair.origin.put("/registry/b", "x").await).await;
 
-    fs::remove_file(&folder).expect("the way is free");
-    assert_eq!(reload(&pair.replica_sidecar)["taken"], json!(["link extra (replica): added and started"]));
-    hang_up(&pair.origin_sidecar).await;
+    in_the_way.iter().for_each(|folder| fs::remove_file(folder).expect("the way is free"));
+    for (sidecar, side) in [(&pair.replica_sidecar, "replica"), (&pair.origin_sidecar, "origin")] {
+        assert_eq!(reload(sidecar)["taken"], json!([format!("link extra ({side}): added and started")]));
+    }
     carries(&pair, "/extra/a").await;
 }
