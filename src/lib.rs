@@ -21,7 +21,7 @@
 //! wire/              mod codec window(p) frame(p) body(p) cache(p) delta(p) digest(p) parts(p) refusal(p) limits(p) varint(p) kubernetes_like (tests)
 //! segment/           mod open file writer (append-only files) feed (memory first, then files), under spool and journal
 //! config/            mod read(p) layers(p) check(p) limits(p) pki(p) traces(p) files effective(p) change(p): raw to checked, all faults at once
-//! certs/             mod identity describe(p) load issue(the only file that knows rcgen)
+//! certs/             mod identity describe(p) load revocation issue(the only file that knows rcgen)
 //! repeats.rs(p) retry.rs(p) metrics.rs failpoint.rs software.rs(p)
 //! model/             mod(p) limits(p) position(p) quarantine(p) ranges(p) stall(p) status(p)
 //! ```

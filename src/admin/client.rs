@@ -49,7 +49,7 @@ pub enum ClientError {
     #[error("the sidecar at {at} does not take orders from {}: {reason}", cert.display())]
     NotAdmin { at: SocketAddr, cert: PathBuf, reason: String },
     #[error(
-        "another sidecar answers at {at}: it is {found}, and this configuration is of {wanted}: give its own --config"
+        "another sidecar answers at {at}: it is {found}, and tls.cert of this configuration is of {wanted}: give its own --config, or put its own certificate back"
     )]
     OtherSidecar { at: SocketAddr, found: String, wanted: String },
     #[error("what answers at {at} is no admin port: see listen.admin")]

@@ -3,6 +3,7 @@
 //! Always true: the key belongs to the certificate; an error names the file and never shows what is in it.
 
 use super::identity::{IdentityError, PeerIdentity};
+use super::revocation;
 use rustls::RootCertStore;
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::{self, PemObject};
@@ -74,6 +75,8 @@ pub enum LoadError {
     Purpose { path: PathBuf, usage: &'static str },
     #[error("{path} was not issued by the configured CA ({reason}): every peer that trusts this CA would refuse it")]
     Chain { path: PathBuf, reason: String },
+    #[error("{path} {reason}")]
+    Revocation { path: PathBuf, reason: String },
 }
 
 /// Where a file was looked for: a configuration's relative paths are relative to the current directory, which not everybody has in mind.
@@ -96,7 +99,8 @@ impl LoadError {
             | LoadError::Expired { path, .. }
             | LoadError::NotYetValid { path, .. }
             | LoadError::Purpose { path, .. }
-            | LoadError::Chain { path, .. } => path,
+            | LoadError::Chain { path, .. }
+            | LoadError::Revocation { path, .. } => path,
             LoadError::Mismatch { key, .. } => key,
         }
     }
@@ -123,7 +127,8 @@ impl Credentials {
         check_secret(files.key)?;
         check_dates(files.cert, &self.identity, now)?;
         check_purpose(files.cert, &self.identity)?;
-        check_chain(files.cert, &self.certified_key.cert, self.roots.as_ref().clone(), now)
+        check_chain(files.cert, &self.certified_key.cert, self.roots.as_ref().clone(), now)?;
+        files.crl.map_or(Ok(()), |crl| revocation::check(crl, &self.crls, &self.authorities, now))
     }
 }
 

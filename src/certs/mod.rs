@@ -6,6 +6,7 @@ pub mod describe;
 pub mod identity;
 pub mod issue;
 pub mod load;
+pub mod revocation;
 
 pub use identity::PeerIdentity;
 pub use issue::{Issued, Issuer, dev};

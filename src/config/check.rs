@@ -47,7 +47,7 @@ pub(super) fn config(table: &Table) -> (Result<Config, Faults>, NamedFiles) {
     let traces = root.table_if_present("traces", traces);
 
     if !table.contains_key("send") && !table.contains_key("receive") {
-        root.fault("send", "is missing, and so is receive: add at least one [[send]] or [[receive]]");
+        root.fault("send", "is missing, and so is receive: add at least one [[send]] or [[receive]]; a sidecar that is to have no link any more is stopped");
     }
     unique_links(&mut root, "send", send.iter().map(|(i, s)| (*i, &s.link)));
     unique_links(&mut root, "receive", receive.iter().map(|(i, r)| (*i, &r.link)));

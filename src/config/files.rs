@@ -5,6 +5,7 @@
 use super::{Config, EtcdConfig, Fault, Faults, PkiConfig, TlsConfig, TracesConfig};
 use crate::certs::identity::PeerIdentity;
 use crate::certs::load::{self, LoadError};
+use crate::certs::revocation;
 use std::fs::DirBuilder;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -34,7 +35,7 @@ impl NamedFiles {
         let identity = match &self.tls {
             None => None,
             Some((tls, None)) => check_tls(&mut faults, tls, now),
-            Some((tls, Some(pki))) => check_pki(&mut faults, tls, pki),
+            Some((tls, Some(pki))) => check_pki(&mut faults, tls, pki, now),
         };
         if let Some(ca) = self.traces.as_ref().and_then(|traces| traces.ca.as_ref()) {
             note(&mut faults, "traces.ca", load::load_roots(ca).map(drop));
@@ -139,7 +140,7 @@ fn check_word(faults: &mut Vec<Fault>, field: &str, path: &Path, what: &str) {
 }
 
 /// A pair that is absent, out of its time or otherwise not sound is no fault here: it is asked for at the start.
-fn check_pki(faults: &mut Vec<Fault>, tls: &TlsConfig, pki: &PkiConfig) -> Option<PeerIdentity> {
+fn check_pki(faults: &mut Vec<Fault>, tls: &TlsConfig, pki: &PkiConfig, now: OffsetDateTime) -> Option<PeerIdentity> {
     if let Some(ca) = &pki.ca {
         note(faults, "tls.pki.ca", load::load_roots(ca).map(drop));
     }
@@ -148,7 +149,7 @@ fn check_pki(faults: &mut Vec<Fault>, tls: &TlsConfig, pki: &PkiConfig) -> Optio
         note(faults, "tls.ca", load::load_roots(&tls.ca).map(drop));
     }
     if let Some(crl) = &tls.crl {
-        note(faults, "tls.crl", load::load_crls(crl).map(drop));
+        note(faults, "tls.crl", revocation::check_file(crl, &tls.ca, now));
     }
     if tls.key.exists() {
         note(faults, "tls.key", load::check_secret(&tls.key));
@@ -166,7 +167,7 @@ fn check_pki(faults: &mut Vec<Fault>, tls: &TlsConfig, pki: &PkiConfig) -> Optio
 fn check_tls(faults: &mut Vec<Fault>, tls: &TlsConfig, now: OffsetDateTime) -> Option<PeerIdentity> {
     let roots = load::load_roots(&tls.ca).map_err(|e| fault(faults, "tls.ca", e)).ok();
     if let Some(crl) = &tls.crl {
-        note(faults, "tls.crl", load::load_crls(crl).map(drop));
+        note(faults, "tls.crl", revocation::check_file(crl, &tls.ca, now));
     }
     note(faults, "tls.key", load::check_secret(&tls.key));
     match load::load_pair(&tls.cert, &tls.key) {

@@ -51,6 +51,7 @@ enum Job<T> {
     Reset(u64, u64),
     Trim(u64),
     Write(Vec<T>),
+    Skip(u64),
     Sync,
     Cover(u64),
     Close,
@@ -70,6 +71,7 @@ impl<T: FeedEntry> Writer<T> {
                 Job::Reset(tag, base) => self.reset(tag, base, resets),
                 Job::Trim(through) => self.trim(through, resets),
                 Job::Write(entries) => self.write(&entries, resets),
+                Job::Skip(through) => self.skip(through, resets),
                 Job::Sync => self.sync(resets),
                 Job::Cover(index) => self.cover(index, resets),
                 Job::Close => break,
@@ -103,10 +105,18 @@ impl<T: FeedEntry> Writer<T> {
                 if state.trim_to > state.trimmed_to {
                     return (Job::Trim(state.trim_to), state.resets);
                 }
+                if state.held.disk_full && state.trim_to > state.logged {
+                    return (Job::Skip(state.trim_to), state.resets);
+                }
+                let sync_due = sync_in.is_some_and(|wait| state.closing || wait.is_zero());
+                // A full disk may take nothing more for long: what it took does not wait for that.
+                if sync_due && state.held.disk_full {
+                    return (Job::Sync, state.resets);
+                }
                 if state.unwritten > 0 && enough {
                     return (Job::Write(state.first_unwritten()), state.resets);
                 }
-                if sync_in.is_some_and(|wait| state.closing || wait.is_zero()) {
+                if sync_due {
                     return (Job::Sync, state.resets);
                 }
                 if uncovered && (state.closing || cover_in.is_zero()) {
@@ -167,12 +177,13 @@ impl<T: FeedEntry> Writer<T> {
         Ok(())
     }
 
-    /// Writes all of `entries`. If the disk is full on the way, what was written before counts.
+    /// Writes all of `entries`. If the disk is full on the way, what was written before counts; a disk that was full is asked for little.
     fn write(&mut self, entries: &[T], resets: u64) -> Result<(), FeedError> {
+        let together = if lock(&self.shared.state).held.disk_full { 1 } else { RECORD_ENTRIES_MAX };
         let (mut written, mut bytes) = (0, 0);
         let mut appended = Ok(());
         while written < entries.len() && appended.is_ok() {
-            let run = &entries[written..written + run_length(&entries[written..])];
+            let run = &entries[written..written + run_length(&entries[written..], together)];
             let record = T::encode(run);
             appended = self.log.append(run[run.len() - 1].index(), &record);
             if appended.is_ok() {
@@ -196,6 +207,18 @@ impl<T: FeedEntry> Writer<T> {
             self.shared.publish(&mut state);
         }
         Ok(appended?)
+    }
+
+    /// What a full disk did not take, and nobody needs any more, is never written: the files go on behind it.
+    fn skip(&mut self, through: u64, resets: u64) -> Result<(), FeedError> {
+        self.log.clear(self.log.tag(), through)?;
+        self.unsynced = None;
+        self.shared.forget_cursor();
+        if let Some(mut state) = self.still(resets) {
+            state.skip(through, &self.log);
+            self.shared.publish(&mut state);
+        }
+        Ok(())
     }
 
     fn sync(&mut self, resets: u64) -> Result<(), FeedError> {
@@ -258,14 +281,14 @@ impl<T: FeedEntry> Drop for Finish<T> {
     }
 }
 
-/// How many of the entries share the next record.
-fn run_length<T: FeedEntry>(entries: &[T]) -> usize {
+/// How many of the entries share the next record: `most`, or what makes one of [`RECORD_PLAIN_BYTES`].
+fn run_length<T: FeedEntry>(entries: &[T], most: usize) -> usize {
     let mut bytes = 0;
     let fits = |entry: &&T| {
         bytes += entry.bytes();
         bytes <= RECORD_PLAIN_BYTES
     };
-    entries.iter().take(RECORD_ENTRIES_MAX).take_while(fits).count().max(1)
+    entries.iter().take(most).take_while(fits).count().max(1)
 }
 
 #[cfg(test)]
@@ -282,7 +305,7 @@ mod tests {
             Job::Write(entries) => writer.write(&entries, resets),
             Job::Sync => writer.sync(resets),
             Job::Trim(through) => writer.trim(through, resets),
-            Job::Reset(..) | Job::Cover(_) | Job::Close => panic!("nobody asked for it"),
+            Job::Reset(..) | Job::Skip(_) | Job::Cover(_) | Job::Close => panic!("nobody asked for it"),
         };
         done.unwrap_or_else(|error| panic!("{error}"));
         syncs

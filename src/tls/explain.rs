@@ -18,6 +18,9 @@ const CLOCKS: &str = "check the clocks of both machines";
 /// What rustls writes before an alert's name; some layers above keep only the text of an error.
 const ALERT_TEXT: &str = "received fatal alert: ";
 
+/// What rustls writes where a connection ended without a goodbye.
+const NO_GOODBYE: &str = "peer closed connection without sending TLS close_notify";
+
 /// The deepest reason that can be said in words, else the chain of causes.
 pub fn explain(error: &(dyn Error + 'static)) -> String {
     let mut texts: Vec<String> = Vec::new();
@@ -83,6 +86,10 @@ fn words(error: &(dyn Error + 'static)) -> Option<String> {
     }
     if error.source().is_none() {
         let text = error.to_string();
+        // Where only the text of an error is left.
+        if text.contains(NO_GOODBYE) {
+            return io_words(io::ErrorKind::UnexpectedEof).map(str::to_owned);
+        }
         if text == "connection closed" {
             let words = "the peer closed the connection; if it refused our certificate, its log says why";
             return Some(words.to_owned());
@@ -118,6 +125,9 @@ fn tls_words(fault: &TlsFault) -> String {
             | PeerIncompatible::Tls12NotOffered
             | PeerIncompatible::Tls12NotOfferedOrEnabled,
         ) => "the peer does not speak TLS 1.3".to_owned(),
+        TlsFault::InvalidCertRevocationList(why) => format!(
+            "our revocation list (tls.crl) cannot be used ({why:?}): give the one that the CA of that name in tls.ca has signed"
+        ),
         TlsFault::NoApplicationProtocol => "the peer does not speak HTTP/2".to_owned(),
         other => other.to_string(),
     }
@@ -139,7 +149,7 @@ fn refusal(alert: &str) -> String {
         "AccessDenied" => "it is not permitted there",
         "ProtocolVersion" => return "the peer does not speak TLS 1.3".to_owned(),
         "NoApplicationProtocol" => return "the peer does not speak HTTP/2".to_owned(),
-        other => return format!("the peer refused the connection: TLS alert {other}"),
+        other => return format!("the peer refused the connection (TLS alert {other}); its log says why"),
     };
     format!("the peer refused our certificate: {about_us}")
 }
@@ -156,7 +166,9 @@ fn certificate_words(why: &CertificateError) -> String {
         CertificateError::UnknownIssuer => "it is not of the CA that we trust: compare tls.ca of both sides".to_owned(),
         CertificateError::BadSignature => "its signature is not of the CA that we trust (tls.ca)".to_owned(),
         CertificateError::Revoked => "it is revoked".to_owned(),
-        CertificateError::UnknownRevocationStatus => "the revocation list (tls.crl) does not cover its CA".to_owned(),
+        CertificateError::UnknownRevocationStatus => {
+            "the revocation list (tls.crl) does not cover its CA: put that CA's list into it too".to_owned()
+        }
         CertificateError::ExpiredRevocationListContext { next_update, .. } => {
             let since = day(*next_update);
             format!(
@@ -195,6 +207,10 @@ mod tests {
         let closed = Outer(Box::new(Outer("connection closed".into())));
         let words = explain(&Status::from_error(Box::new(closed)));
         assert_eq!(words, "the peer closed the connection; if it refused our certificate, its log says why");
+        let broken = "peer closed connection without sending TLS close_notify: https://docs.rs/rustls";
+        let broken = Outer(Box::new(Outer(broken.into())));
+        let words = explain(&Status::from_error(Box::new(broken)));
+        assert_eq!(words, "the peer closed the connection in the middle of it");
         let reason = Outer("no such thing".into());
         assert_eq!(explain(&Status::from_error(Box::new(reason))), "transport error: no such thing");
     }

@@ -189,7 +189,8 @@ async fn a_journal_that_is_damaged_under_the_running_sidecar_is_dropped_and_the_
     pair.proxy.cut();
     pair.replica.resume();
     pair.replica_sidecar.wait_for_log("the journal cannot be read any more").await;
-    pair.replica_sidecar.wait_for_state(LINK, "connecting").await;
+    let dropped = |entry: &Value| entry["state"] == "connecting" && entry["durable_seq"] == entry["applied_seq"];
+    pair.replica_sidecar.wait_for(LINK, "it to wait for the origin", dropped).await;
     pair.proxy.heal();
     let after = pair.wait_applied(last(&acknowledged)).await;
     assert_eq!((after.epoch, after.seq.0), (before.epoch, before.seq.0 + 500));

@@ -11,6 +11,7 @@ use crate::resume::{last, spool_holds, write};
 use etcd_ferry::demo::proxy::Direction;
 use etcd_ferry::model::{Phase, Position};
 use serde_json::Value;
+use std::time::Instant;
 
 /// The origin's sidecars each dial another of the replica's first: only the position can tell the replica's two who is fenced.
 fn apart() -> RegionsOptions {
@@ -71,6 +72,7 @@ async fn what_a_fenced_sender_left_in_a_journal_is_applied_though_its_origin_is_
     line.heal();
     let fenced = async || regions.replica_sidecars[0].log().contains("the sender is fenced").then_some(());
     until("the old sender to be fenced", PATIENCE, fenced).await;
+    let since = Instant::now();
     // The region is lost, with all that its sidecars had.
     regions.origin_sidecars.iter_mut().for_each(Sidecar::kill);
     let position = regions.position().await;
@@ -80,6 +82,7 @@ async fn what_a_fenced_sender_left_in_a_journal_is_applied_though_its_origin_is_
         async || regions.try_position().await.filter(|position| position.origin_revision >= last(&acknowledged));
     let after = until("what is in the journal to be applied", PATIENCE * 3, applied).await;
 
+    assert!(since.elapsed() > TAKEOVER_LIMIT * 2, "whoever took the link has had no time to say hello again");
     assert_eq!((after.epoch, after.seq.0, after.term), (before.epoch, before.seq.0 + 100, position.term));
     regions.assert_equal().await;
 }

@@ -17,7 +17,8 @@ use etcd_ferry::segment::feed::Appended;
 use etcd_ferry::segment::{OnDamage, SegmentLimits, SegmentLog};
 use etcd_ferry::wire::digest;
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Lines};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Lines, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::Arc;
@@ -28,6 +29,8 @@ const WRITE: &str = "ETCD_FERRY_POWER_CUT";
 const SIZES: [usize; 4] = [64, 1024, 64 * 1024, 1536 * 1024];
 /// Bytes written before the first cut; there is a second one after as many again.
 const CUT_EVERY_BYTES: usize = 3 << 20;
+/// Notes between two syncs of the dedupe log: more than its file has room for, so that a sync that is left out loses the file's new end.
+const DEDUPE_BATCH: u64 = 20_000;
 /// Of what the journal receives.
 const EPOCH: Epoch = Epoch(3);
 
@@ -127,6 +130,41 @@ async fn a_full_disk_is_told_and_after_trimming_the_spool_goes_on_without_a_hole
     spool.close().await.unwrap();
 }
 
+/// Fills a disk until so many bytes are left.
+fn fill(mount: &Path, left: u64) {
+    let mut ballast = File::create(mount.join("ballast")).unwrap();
+    while ballast.write_all(&[1; 4096]).is_ok() {}
+    let bytes = ballast.metadata().unwrap().len();
+    ballast.set_len(bytes - left).unwrap();
+    ballast.sync_all().unwrap();
+}
+
+#[tokio::test]
+async fn a_disk_with_little_room_takes_what_fits_and_is_not_asked_for_what_nobody_needs_any_more() {
+    let disk = Disk::new(20 << 20);
+    let dir = disk.mount.join("spool");
+    let (spool, _) = Spool::open(&dir, &limits(16 << 20, 1 << 30), Digest::default()).await.unwrap();
+    fill(&disk.mount, 200 << 10);
+    // Two of them fit, and three that share a record do not.
+    let entries: Vec<SpoolEntry> = (1..=4).map(|index| entry(index, 80 << 10)).collect();
+    assert_eq!(spool.append(entries.clone()).await.unwrap(), Appended::Taken);
+    tokio::time::timeout(PATIENCE, durable(&spool, 1)).await.expect("the first one fits");
+    let mut extent = spool.extent();
+    assert!(extent.borrow().disk_full && *spool.durable().borrow() < Revision(4));
+    assert!(read_all(&spool, 0, 4).await == entries, "all can be read");
+    spool.trim(Revision(4));
+    let room = tokio::time::timeout(PATIENCE, extent.wait_for(|extent| !extent.disk_full));
+    let held = room.await.expect("nothing is left to be written").unwrap().clone();
+    assert_eq!((held.base, held.covered), (Revision(4), Revision(4)));
+    assert_eq!(spool.append(vec![entry(5, 80 << 10)]).await.unwrap(), Appended::Taken);
+    tokio::time::timeout(PATIENCE, durable(&spool, 5)).await.expect("it fits");
+    spool.close().await.unwrap();
+    let (spool, opened) = Spool::open(&dir, &limits(16 << 20, 1 << 30), Digest::default()).await.unwrap();
+    assert!(opened.cuts.is_empty() && opened.set_aside.is_none(), "{opened:?}");
+    assert!(read_all(&spool, 4, 5).await == [entry(5, 80 << 10)], "after a restart");
+    spool.close().await.unwrap();
+}
+
 /// The process that writes: not a test of its own, it ends at once unless it was started by one.
 #[test]
 fn writer_of_the_power_cut_tests() {
@@ -183,10 +221,12 @@ fn ahead_max(bytes: usize) -> u64 {
 async fn write_dedupe(dir: &Path) {
     for batch in 0.. {
         let (dedupe, _) = Dedupe::open(dir).await.unwrap();
-        let noted = (batch * 300 + 1..=batch * 300 + 300).map(|seq| (Seq(seq), note(seq), Revision(seq))).collect();
+        let noted = (batch * DEDUPE_BATCH + 1..=batch * DEDUPE_BATCH + DEDUPE_BATCH)
+            .map(|seq| (Seq(seq), note(seq), Revision(seq)))
+            .collect();
         dedupe.note(Epoch(1), noted).unwrap();
         dedupe.close().await.unwrap();
-        println!("durable {}", batch * 300 + 300);
+        println!("durable {}", batch * DEDUPE_BATCH + DEDUPE_BATCH);
     }
 }
 

@@ -287,6 +287,47 @@ async fn revoked(side: Side) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_revocation_list_by_which_everybody_would_be_refused_is_refused_and_the_last_one_stays_in_use() {
+    let (mut pair, issuer, [_, files]) = prepared().await;
+    let (now, day) = (OffsetDateTime::now_utc(), time::Duration::days(1));
+    let list = |issuer: &Issuer, ends| issuer.revoke(&[], ends).unwrap();
+    let put = |content: String| files.put("crl.pem", &content, 0o644);
+    put(list(&issuer, now + day));
+    pair.replica_sidecar.options.crl = Some(files.dir.join("crl.pem"));
+    pair.replica_sidecar.write_config();
+    following(&mut pair).await;
+    let (namesake, next) = (Issuer::new("etcd-ferry development CA").unwrap(), Issuer::new("the next CA").unwrap());
+    let bad = [
+        ("is not signed by it", list(&namesake, now + day)),
+        ("is out of date since", list(&issuer, now - day)),
+        ("holds no revocation list of the CA \"CN=etcd-ferry development CA\"", list(&next, now + day)),
+    ];
+    for (nth, (words, content)) in bad.into_iter().enumerate() {
+        put(content);
+        let told = |c: &Value| c["refused"].as_str().is_some_and(|reason| reason.contains(words));
+        certificates(&pair.replica_sidecar, words, told).await;
+        let checked = pair.replica_sidecar.admin(&["check"]);
+        let said = String::from_utf8(checked.stderr).unwrap();
+        assert!(checked.status.code() == Some(2) && said.contains("tls.crl: ") && said.contains(words), "{said}");
+        // Who dials anew is judged by the last one.
+        pair.proxy.cut();
+        pair.proxy.heal();
+        let last = writes(&pair, 1).await;
+        pair.wait_applied(last).await;
+        put([list(&issuer, now + day), list(&next, now + day)].concat());
+        reloaded(&pair.replica_sidecar, nth as u64 + 1).await;
+    }
+    files.put_ca(&[&issuer, &next]);
+    reloaded(&pair.replica_sidecar, 4).await;
+    files.put_ca(&[&issuer, &next, &Issuer::new("without a list").unwrap()]);
+    let told = |c: &Value| c["refused"].as_str().is_some_and(|reason| reason.contains("\"CN=without a list\""));
+    certificates(&pair.replica_sidecar, "a CA without a list", told).await;
+    let last = writes(&pair, 2).await;
+    pair.wait_applied(last).await;
+    pair.assert_equal().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_operator_who_is_revoked_is_cut_off_the_status_that_they_watch_and_not_let_in_again() {
     let (mut pair, issuer, [origin, _]) = prepared().await;
     let tomorrow = OffsetDateTime::now_utc() + time::Duration::days(1);

@@ -182,6 +182,18 @@ impl<T: FeedEntry> State<T> {
         self.drop_trimmed();
     }
 
+    /// The files go on after `through`, which is trimmed; what comes before it is not written any more.
+    pub(in crate::segment) fn skip(&mut self, through: u64, log: &SegmentLog) {
+        while let Some(entry) = self.ring.front().filter(|entry| entry.index() <= through) {
+            if self.ring.len() == self.unwritten {
+                self.unwritten_bytes -= entry.bytes();
+                self.unwritten -= 1;
+            }
+            self.drop_oldest();
+        }
+        self.refresh(log);
+    }
+
     pub(in crate::segment) fn refresh(&mut self, log: &SegmentLog) {
         (self.held.base, self.file_bytes, self.logged) = (log.base(), log.bytes(), log.last_index());
         self.trims_from = log.trims_from();
