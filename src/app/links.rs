@@ -29,6 +29,14 @@ const STOP_MAX: Duration = Duration::from_millis(4_500);
 /// Runs a link until it is stopped.
 type Runner = Pin<Box<dyn Future<Output = anyhow::Result<()>> + Send>>;
 
+/// When an origin's spool is opened: a large one takes minutes, and others are not to wait for it.
+#[derive(Debug, Clone, Copy)]
+enum When {
+    /// What is added has little in it, and whoever adds it is told if it cannot be opened.
+    Now,
+    InItsTask,
+}
+
 struct Entry {
     handle: LinkHandle,
     stop: CancellationToken,
@@ -120,7 +128,7 @@ impl Links {
     /// Opens every link of the configuration a sidecar starts with; [`Self::start`] starts them.
     pub async fn open_all(&mut self, config: &Config) -> anyhow::Result<()> {
         for send in &config.send {
-            self.open_origin(config, send).await.with_context(|| format!("link {}", send.link))?;
+            self.open_origin(config, send, When::InItsTask).await?;
         }
         for receive in &config.receive {
             self.open_replica(config, receive).await.with_context(|| format!("link {}", receive.link))?;
@@ -135,8 +143,10 @@ impl Links {
     pub async fn open(&mut self, config: &Config, link: &LinkName, side: Side) -> anyhow::Result<()> {
         let send = config.send.iter().find(|send| side == Side::Origin && send.link == *link);
         let receive = config.receive.iter().find(|receive| side == Side::Replica && receive.link == *link);
+        let runs = self.entries.iter().any(|entry| entry.is(link, side) && entry.task.is_some());
+        let when = if runs { When::InItsTask } else { When::Now };
         let opened = match (self.end(link, side).await, send, receive) {
-            (Ok(()), Some(send), _) => self.open_origin(config, send).await,
+            (Ok(()), Some(send), _) => self.open_origin(config, send, when).await,
             (Ok(()), None, Some(receive)) => self.open_replica(config, receive).await,
             (ended, _, _) => ended,
         };
@@ -233,7 +243,7 @@ impl Links {
         }
     }
 
-    async fn open_origin(&mut self, config: &Config, send: &SendConfig) -> anyhow::Result<()> {
+    async fn open_origin(&mut self, config: &Config, send: &SendConfig, when: When) -> anyhow::Result<()> {
         let (status, watching) = watch::channel(LinkStatus::new(send.link.clone(), Side::Origin, send.peer.clone()));
         let (commands, incoming) = mpsc::channel(1);
         let (refresh, asked) = refresh::channel();
@@ -248,10 +258,16 @@ impl Links {
             send: send.clone(),
         };
         let (link, stop) = (send.link.clone(), self.stop.child_token());
-        let task = Box::pin(origin.open()).await?;
-        let runner = {
-            let (link, stop) = (link.clone(), stop.clone());
-            async move { task.run(status, asked, incoming, stop).await.with_context(|| format!("link {link}")) }
+        let context = format!("link {link}");
+        let until = stop.clone();
+        let runner: Runner = match when {
+            When::Now => {
+                let task = Box::pin(origin.open()).await?;
+                Box::pin(async move { task.run(status, asked, incoming, until).await.context(context) })
+            }
+            When::InItsTask => {
+                Box::pin(async move { origin.run(status, asked, incoming, until).await.context(context) })
+            }
         };
         let handle = LinkHandle {
             before: self.before(&link, Side::Origin),
@@ -262,7 +278,7 @@ impl Links {
             commands: Some(commands),
             replica_commands: None,
         };
-        let (runner, task, replica): (Option<Runner>, _, _) = (Some(Box::pin(runner)), None, None);
+        let (runner, task, replica) = (Some(runner), None, None);
         self.entries.push(Entry { handle, stop, runner, task, replica, from_start: false });
         Ok(())
     }

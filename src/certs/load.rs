@@ -127,8 +127,12 @@ impl Credentials {
         check_secret(files.key)?;
         check_dates(files.cert, &self.identity, now)?;
         check_purpose(files.cert, &self.identity)?;
-        check_chain(files.cert, &self.certified_key.cert, self.roots.as_ref().clone(), now)?;
-        files.crl.map_or(Ok(()), |crl| revocation::check(crl, &self.crls, &self.authorities, now))
+        check_chain(files.cert, &self.certified_key.cert, self.roots.as_ref().clone(), now)
+    }
+
+    /// Refuses revocation lists by which everybody with a certificate of this one's CA would be refused at `now`. `path`: their file.
+    pub fn check_lists(&self, path: &Path, now: OffsetDateTime) -> Result<(), LoadError> {
+        revocation::check(path, &self.crls, &self.certified_key.cert, self.roots.clone(), now)
     }
 }
 

@@ -1,108 +1,102 @@
-//! Job: say before it does whether a file of revocation lists would refuse everybody.
-//! Input: the lists, the CA's certificates, the time. Output: nothing, or what is wrong with the file and what to do.
-//! Pure but for [`check_file`], which reads the files.
-//! Always true: each CA has a list, in its time, and none that bears its name is signed by somebody else: a handshake takes the first list of the
-//! CA's name (RFC 5280, section 6.3), and refuses whom it cannot judge. Lists of other CAs do no harm: the next CA's may be there before it.
+//! Job: say before a handshake does that with these revocation lists everybody would be refused.
+//! Input: the lists, a certificate's chain, the CA, the time. Output: nothing, or what is wrong with the lists and what to do.
+//! Edge in name only: it asks the library that judges peers, and nothing else.
+//! Always true: lists that the handshakes do not need are not looked at: those of a CA that is going, or that is to come.
 
-use super::load::{self, LoadError, rfc3339};
-use rustls::pki_types::{CertificateDer, CertificateRevocationListDer};
+use super::load::{LoadError, provider, rfc3339};
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, UnixTime};
+use rustls::server::WebPkiClientVerifier;
+use rustls::{CertificateError, Error, RootCertStore};
 use std::path::Path;
+use std::sync::Arc;
 use time::OffsetDateTime;
-use x509_parser::error::X509Error;
-use x509_parser::prelude::{CertificateRevocationList, FromDer, X509Certificate};
 
-/// As [`check`], from files. Of a CA's file that is not sound its own check tells.
-pub fn check_file(crl: &Path, ca: &Path, now: OffsetDateTime) -> Result<(), LoadError> {
-    let lists = load::load_crls(crl)?;
-    load::load_certificates(ca).map_or(Ok(()), |authorities| check(crl, &lists, &authorities, now))
-}
-
-/// Refuses lists with which everybody of one of the CAs would be refused at `now`. `path`: the lists' file, for the error.
+/// Refuses lists with which a peer whose certificate is of the same CA as our own, `chain` (leaf first), would be refused at `now`.
+/// `path`: the lists' file, for the error.
 pub fn check(
     path: &Path,
-    lists: &[CertificateRevocationListDer<'_>],
-    authorities: &[CertificateDer<'_>],
+    lists: &[CertificateRevocationListDer<'static>],
+    chain: &[CertificateDer<'static>],
+    roots: Arc<RootCertStore>,
     now: OffsetDateTime,
 ) -> Result<(), LoadError> {
     let refused = |reason: String| LoadError::Revocation { path: path.to_owned(), reason };
-    let parsed: Result<Vec<_>, _> = lists.iter().map(|list| CertificateRevocationList::from_der(list)).collect();
-    let parsed = parsed.map_err(|_| refused("holds a revocation list that is malformed: make it anew".to_owned()))?;
-    for authority in authorities {
-        // One that cannot be read is not trusted either.
-        let Ok((_, authority)) = X509Certificate::from_der(authority) else { continue };
-        let (subject, name) = (authority.subject(), authority.subject().to_string());
-        let lists = parsed.iter().map(|(_, list)| list);
-        let mut of_it = lists.filter(|list| list.issuer().as_raw() == subject.as_raw()).peekable();
-        if of_it.peek().is_none() {
-            let advice = "put that CA's list into it too, or nobody with a certificate of it is let in";
-            return Err(refused(format!("holds no revocation list of the CA {name:?}, which is trusted: {advice}")));
+    let Some((leaf, intermediates)) = chain.split_first() else { return Ok(()) };
+    let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider())
+        .with_crls(lists.iter().cloned())
+        .enforce_revocation_expiration()
+        .build()
+        .map_err(|e| refused(format!("holds a revocation list that cannot be used ({e}): make it anew")))?;
+    let seconds = u64::try_from(now.unix_timestamp()).unwrap_or(0);
+    let at = UnixTime::since_unix_epoch(std::time::Duration::from_secs(seconds));
+    verifier.verify_client_cert(leaf, intermediates, at).map(drop).map_err(|error| refused(words(&error)))
+}
+
+#[expect(clippy::wildcard_enum_match_arm, reason = "all other variants keep the words of rustls")]
+fn words(error: &Error) -> String {
+    match error {
+        Error::InvalidCertificate(CertificateError::Revoked) => {
+            "revokes this sidecar's own certificate: issue another one".to_owned()
         }
-        for list in of_it {
-            let signed = list.verify_signature(authority.public_key());
-            // What this library cannot tell the handshakes do.
-            if !matches!(signed, Ok(()) | Err(X509Error::SignatureUnsupportedAlgorithm)) {
-                let advice = "give the list that this CA has signed; another CA needs a name of its own";
-                let what = format!("holds a revocation list that names the CA {name:?} and is not signed by it");
-                return Err(refused(format!("{what}: {advice}")));
-            }
-            let end = list.next_update().map(|end| end.to_datetime());
-            if let Some(end) = end.filter(|end| *end <= now) {
-                let advice = "make it anew, or set this machine's clock if it is ahead";
-                let what = format!("holds a revocation list of the CA {name:?} that is out of date since");
-                return Err(refused(format!("{what} {}: {advice}", rfc3339(end))));
-            }
+        Error::InvalidCertificate(CertificateError::UnknownRevocationStatus) => {
+            "holds no revocation list of the CA of this sidecar's certificate: put that CA's list into it too, or nobody with a certificate of it is let in"
+                .to_owned()
         }
+        Error::InvalidCertificate(CertificateError::ExpiredRevocationListContext { next_update, .. }) => {
+            let end = i64::try_from(next_update.as_secs()).ok().and_then(|at| OffsetDateTime::from_unix_timestamp(at).ok());
+            let since = end.map_or_else(String::new, |end| format!(" since {}", rfc3339(end)));
+            format!("is out of date{since}: make the list anew, or set this machine's clock if it is ahead")
+        }
+        Error::InvalidCertRevocationList(why) => format!(
+            "holds a revocation list that names the CA of this sidecar's certificate and is not signed by it ({why:?}): give the list that this CA has signed; another CA needs a name of its own"
+        ),
+        other => format!("holds revocation lists by which this sidecar's own certificate would be refused: {other}"),
     }
-    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::certs::Issuer;
+    use crate::certs::issue::IssueRequest;
     use rustls::pki_types::pem::PemObject;
     use time::Duration;
-
-    const NOW: OffsetDateTime = OffsetDateTime::UNIX_EPOCH;
-
-    fn authority(issuer: &Issuer) -> CertificateDer<'static> {
-        CertificateDer::from_pem_slice(issuer.ca_pem().as_bytes()).unwrap()
-    }
 
     fn list(issuer: &Issuer, ends: OffsetDateTime) -> CertificateRevocationListDer<'static> {
         CertificateRevocationListDer::from_pem_slice(issuer.revoke(&[], ends).unwrap().as_bytes()).unwrap()
     }
 
-    /// `None`: it is taken.
-    fn refused(lists: &[CertificateRevocationListDer<'_>], authorities: &[CertificateDer<'_>]) -> Option<String> {
-        check(Path::new("crl.pem"), lists, authorities, NOW).err().map(|error| error.to_string())
-    }
-
     #[test]
-    fn lists_that_would_refuse_everybody_are_refused_and_those_of_other_cas_are_not_looked_at() {
+    fn lists_by_which_everybody_would_be_refused_are_refused_and_others_are_not_looked_at() {
         let issuer = |name| Issuer::new(name).unwrap();
         let (first, second, namesake) = (issuer("first"), issuer("second"), issuer("first"));
-        let tomorrow = NOW + Duration::days(1);
-        let good = [list(&first, tomorrow), list(&second, tomorrow)];
-        let both = [authority(&first), authority(&second)];
-        assert_eq!(refused(&good, &both), None);
-        assert_eq!(refused(&good, &both[..1]), None, "the next CA's list may be there before it");
-        assert_eq!(refused(&[list(&first, tomorrow), list(&second, NOW)], &both[..1]), None);
-
-        let said = refused(&good[..1], &both).unwrap();
-        assert!(
-            said.starts_with("crl.pem holds no revocation list of the CA \"CN=second\", which is trusted"),
-            "{said}"
-        );
-        for lists in
-            [[list(&namesake, tomorrow), list(&first, tomorrow)], [list(&first, tomorrow), list(&namesake, tomorrow)]]
-        {
-            let said = refused(&lists, &both[..1]).unwrap();
-            assert!(said.contains("names the CA \"CN=first\" and is not signed by it"), "{said}");
+        let now = OffsetDateTime::now_utc();
+        let (yesterday, tomorrow) = (now - Duration::days(1), now + Duration::days(1));
+        let own = first.issue(&IssueRequest::region("us-east-1")).unwrap();
+        let chain = [CertificateDer::from_pem_slice(own.cert_pem.as_bytes()).unwrap()];
+        let mut roots = RootCertStore::empty();
+        for issuer in [&first, &second] {
+            roots.add(CertificateDer::from_pem_slice(issuer.ca_pem().as_bytes()).unwrap()).unwrap();
         }
-        let said = refused(&[list(&first, NOW)], &both[..1]).unwrap();
-        assert!(said.contains("out of date since 1970-01-01T00:00:00Z: make it anew"), "{said}");
-        let said = refused(&[CertificateRevocationListDer::from(vec![1, 2, 3])], &both[..1]).unwrap();
-        assert!(said.contains("malformed"), "{said}");
+        let roots = Arc::new(roots);
+        let said = |lists: &[CertificateRevocationListDer<'static>]| {
+            check(Path::new("crl.pem"), lists, &chain, roots.clone(), now).err().map(|error| error.to_string())
+        };
+        let good = list(&first, tomorrow);
+        assert_eq!(said(std::slice::from_ref(&good)), None, "the other CA needs none");
+        assert_eq!(said(&[list(&second, yesterday), good.clone()]), None, "nor one in its time");
+        assert_eq!(said(&[list(&issuer("third"), tomorrow), good.clone()]), None);
+        let revoked = first.revoke(&[&own], tomorrow).unwrap();
+        let revoked = CertificateRevocationListDer::from_pem_slice(revoked.as_bytes()).unwrap();
+        for (lists, words) in [
+            (vec![list(&second, tomorrow)], "crl.pem holds no revocation list of the CA of this sidecar's certificate"),
+            (vec![list(&namesake, tomorrow), good], "is not signed by it"),
+            (vec![list(&first, yesterday)], "crl.pem is out of date since "),
+            (vec![revoked], "crl.pem revokes this sidecar's own certificate"),
+            (vec![CertificateRevocationListDer::from(vec![1, 2, 3])], "cannot be used"),
+        ] {
+            let said = said(&lists).unwrap_or_default();
+            assert!(said.contains(words), "{words}: {said}");
+        }
     }
 }

@@ -9,6 +9,7 @@ use crate::certs::revocation;
 use std::fs::DirBuilder;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use time::OffsetDateTime;
 
 /// What of a configuration names files; `None` where it could not be read.
@@ -35,7 +36,7 @@ impl NamedFiles {
         let identity = match &self.tls {
             None => None,
             Some((tls, None)) => check_tls(&mut faults, tls, now),
-            Some((tls, Some(pki))) => check_pki(&mut faults, tls, pki, now),
+            Some((tls, Some(pki))) => check_pki(&mut faults, tls, pki),
         };
         if let Some(ca) = self.traces.as_ref().and_then(|traces| traces.ca.as_ref()) {
             note(&mut faults, "traces.ca", load::load_roots(ca).map(drop));
@@ -140,7 +141,7 @@ fn check_word(faults: &mut Vec<Fault>, field: &str, path: &Path, what: &str) {
 }
 
 /// A pair that is absent, out of its time or otherwise not sound is no fault here: it is asked for at the start.
-fn check_pki(faults: &mut Vec<Fault>, tls: &TlsConfig, pki: &PkiConfig, now: OffsetDateTime) -> Option<PeerIdentity> {
+fn check_pki(faults: &mut Vec<Fault>, tls: &TlsConfig, pki: &PkiConfig) -> Option<PeerIdentity> {
     if let Some(ca) = &pki.ca {
         note(faults, "tls.pki.ca", load::load_roots(ca).map(drop));
     }
@@ -149,7 +150,7 @@ fn check_pki(faults: &mut Vec<Fault>, tls: &TlsConfig, pki: &PkiConfig, now: Off
         note(faults, "tls.ca", load::load_roots(&tls.ca).map(drop));
     }
     if let Some(crl) = &tls.crl {
-        note(faults, "tls.crl", revocation::check_file(crl, &tls.ca, now));
+        note(faults, "tls.crl", load::load_crls(crl).map(drop));
     }
     if tls.key.exists() {
         note(faults, "tls.key", load::check_secret(&tls.key));
@@ -166,9 +167,7 @@ fn check_pki(faults: &mut Vec<Fault>, tls: &TlsConfig, pki: &PkiConfig, now: Off
 
 fn check_tls(faults: &mut Vec<Fault>, tls: &TlsConfig, now: OffsetDateTime) -> Option<PeerIdentity> {
     let roots = load::load_roots(&tls.ca).map_err(|e| fault(faults, "tls.ca", e)).ok();
-    if let Some(crl) = &tls.crl {
-        note(faults, "tls.crl", revocation::check_file(crl, &tls.ca, now));
-    }
+    let lists = tls.crl.as_ref().and_then(|crl| load::load_crls(crl).map_err(|e| fault(faults, "tls.crl", e)).ok());
     note(faults, "tls.key", load::check_secret(&tls.key));
     match load::load_pair(&tls.cert, &tls.key) {
         Ok((pair, identity)) => {
@@ -179,7 +178,11 @@ fn check_tls(faults: &mut Vec<Fault>, tls: &TlsConfig, now: OffsetDateTime) -> O
                 && purpose.is_ok()
                 && let Some(roots) = roots
             {
-                note(faults, "tls.cert", load::check_chain(&tls.cert, &pair.cert, roots, now));
+                let chain = load::check_chain(&tls.cert, &pair.cert, roots.clone(), now);
+                if let (Ok(()), Some(crl), Some(lists)) = (&chain, &tls.crl, &lists) {
+                    note(faults, "tls.crl", revocation::check(crl, lists, &pair.cert, Arc::new(roots), now));
+                }
+                note(faults, "tls.cert", chain);
             }
             note(faults, "tls.cert", dates);
             note(faults, "tls.cert", purpose);

@@ -154,6 +154,17 @@ impl OriginLink {
         opened.log(&self.send.link, "spool");
         Ok(OriginTask { origin: self, spool: Arc::new(spool) })
     }
+
+    /// Opens the spool, which takes its time where much is in it, then runs until `stop`.
+    pub async fn run(
+        self,
+        status: watch_channel::Sender<LinkStatus>,
+        asked: mpsc::Receiver<Asked>,
+        commands: mpsc::Receiver<LinkCommand>,
+        stop: CancellationToken,
+    ) -> Result<(), OriginError> {
+        self.open().await?.run(status, asked, commands, stop).await
+    }
 }
 
 impl OriginTask {

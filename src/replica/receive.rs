@@ -167,7 +167,7 @@ impl Receiver {
         let words = format!("{:?} {link} {names} {reason}", remote.map(|remote| remote.ip()));
         guard(&self.refusals).write(Instant::now().into_std(), &words, |left_out| {
             let remote = remote.map(tracing::field::display);
-            tracing::warn!(%link, remote, %names, %reason, left_out, "a hello is refused");
+            tracing::warn!(%link, remote, %names, %reason, left_out, "a call is refused");
         });
     }
 
@@ -378,7 +378,9 @@ impl Replicate for Receiver {
         let text =
             |name: &str| request.metadata().get(name).and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
         let (link, session) = (text(LINK_METADATA), text(SESSION_METADATA));
-        let end = self.known(&request, &link)?;
+        let end = self.known(&request, &link).inspect_err(|status| {
+            self.log_refusal(request.extensions().get::<PeerConnectInfo>(), &link, status);
+        })?;
         let opened = guard(&end.opened).clone().filter(|o| hex(&o.session) == session);
         let Some(opened) = opened else {
             return Err(Status::failed_precondition(

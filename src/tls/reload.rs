@@ -176,7 +176,14 @@ impl Certificates {
 
     /// Refuses what peers would not talk to. They know this sidecar by its names: a certificate without them would be refused everywhere.
     fn successor(&self, before: &Credentials, found: &Credentials) -> Result<(), TlsError> {
-        found.check((&self.files).into(), OffsetDateTime::now_utc())?;
+        let (files, now): (TlsFiles<'_>, _) = ((&self.files).into(), OffsetDateTime::now_utc());
+        found.check(files, now)?;
+        // A list that has gone out of date keeps no new pair out.
+        if let Some(crl) = files.crl
+            && (&found.crls, &found.authorities) != (&before.crls, &before.authorities)
+        {
+            found.check_lists(crl, now)?;
+        }
         let lost = before.identity.telling_sans().into_iter().find(|san| !found.identity.bears(san));
         lost.map_or(Ok(()), |san| Err(TlsError::NameLost { san }))
     }

@@ -146,7 +146,7 @@ async fn an_origin_that_does_not_bear_the_name_that_the_link_names_is_refused() 
     pair.replica_sidecar.write_config();
     pair.replica_sidecar.restart().await;
     pair.origin_sidecar.restart().await;
-    pair.replica_sidecar.wait_for_log("a hello is refused").await;
+    pair.replica_sidecar.wait_for_log("a call is refused").await;
     let told = format!("link config takes {} only, and this certificate bears", region_name(ELSEWHERE));
     assert_not_let_in(&pair, &told).await;
     assert_not_let_in(&pair, &region_name(ORIGIN_REGION)).await;
@@ -312,7 +312,7 @@ async fn what_the_replica_does_not_allow_is_refused_with_both_ranges_named() {
     pair.replica_sidecar.write_config();
     pair.replica_sidecar.restart().await;
     pair.origin_sidecar.restart().await;
-    pair.replica_sidecar.wait_for_log("a hello is refused").await;
+    pair.replica_sidecar.wait_for_log("a call is refused").await;
     assert_not_let_in(
         &pair,
         "may touch the prefix /app/ here, and the origin asks for the prefix / (but etcd-ferry's own)",
