@@ -226,9 +226,13 @@ pub fn check_chain(
     let (leaf, intermediates) = chain.split_first().ok_or(missing)?;
     let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider()).build();
     let verifier = verifier.map_err(|e| refused(e.to_string()))?;
-    let seconds = u64::try_from(now.unix_timestamp()).unwrap_or(0);
-    let now = UnixTime::since_unix_epoch(std::time::Duration::from_secs(seconds));
-    verifier.verify_client_cert(leaf, intermediates, now).map(drop).map_err(|e| refused(e.to_string()))
+    verifier.verify_client_cert(leaf, intermediates, unix_time(now)).map(drop).map_err(|e| refused(e.to_string()))
+}
+
+/// A time as rustls takes it.
+pub(super) fn unix_time(time: OffsetDateTime) -> UnixTime {
+    let seconds = u64::try_from(time.unix_timestamp()).unwrap_or(0);
+    UnixTime::since_unix_epoch(std::time::Duration::from_secs(seconds))
 }
 
 /// A time as logs and errors show it.

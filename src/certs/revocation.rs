@@ -3,8 +3,8 @@
 //! Edge in name only: it asks the library that judges peers, and nothing else.
 //! Always true: lists that the handshakes do not need are not looked at: those of a CA that is going, or that is to come.
 
-use super::load::{LoadError, provider, rfc3339};
-use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, UnixTime};
+use super::load::{LoadError, provider, rfc3339, unix_time};
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{CertificateError, Error, RootCertStore};
 use std::path::Path;
@@ -27,9 +27,7 @@ pub fn check(
         .enforce_revocation_expiration()
         .build()
         .map_err(|e| refused(format!("holds a revocation list that cannot be used ({e}): make it anew")))?;
-    let seconds = u64::try_from(now.unix_timestamp()).unwrap_or(0);
-    let at = UnixTime::since_unix_epoch(std::time::Duration::from_secs(seconds));
-    verifier.verify_client_cert(leaf, intermediates, at).map(drop).map_err(|error| refused(words(&error)))
+    verifier.verify_client_cert(leaf, intermediates, unix_time(now)).map(drop).map_err(|error| refused(words(&error)))
 }
 
 #[expect(clippy::wildcard_enum_match_arm, reason = "all other variants keep the words of rustls")]

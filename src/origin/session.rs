@@ -354,7 +354,7 @@ async fn read(reading: &mut Option<Reading>) -> Result<Vec<SpoolEntry>, SpoolErr
 /// A spool that is damaged is none from the next hello on: what it held is watched again, or mended where etcd has compacted it.
 fn unread(ship: &Shipper, error: &SpoolError) -> SessionEnd {
     if let Err(e) = ship.spool.usable() {
-        return SessionEnd::Stop(format!("the spool: {e}; mend the disk, then restart the sidecar"));
+        return SessionEnd::Stop(format!("the spool: {e}"));
     }
     if error.is_damage() {
         tracing::error!(link = %ship.origin.send.link, %error, "the spool cannot be read any more; it is dropped, and what it held is fetched again");

@@ -7,7 +7,7 @@ use super::head::HeadView;
 use super::probe::shows_whole;
 use super::reopen::{self, Spooled};
 use super::sequence::{Event, OriginWaymark, SequenceError, Sequenced, Sequencer, WatchMessage};
-use super::spool::{Spool, SpoolEntry};
+use super::spool::{Spool, SpoolEntry, SpoolError};
 use super::tail::{Begins, Opened, TailCommand, TailState, TailView, next_command};
 use super::{Clock, LinkEvent};
 use crate::config::Limits;
@@ -60,7 +60,7 @@ enum Ended {
     Full,
     Sequence(SequenceError),
     OtherHistory(String),
-    Spool(String),
+    Spool(SpoolError),
 }
 
 impl From<EtcdError> for Ended {
@@ -127,7 +127,7 @@ impl Tail {
                         command = self.next_restart() => Ended::Command(command),
                         room = spool.room() => match room {
                             Ok(()) => continue,
-                            Err(e) => Ended::Spool(e.to_string()),
+                            Err(e) => Ended::Spool(e),
                         },
                     }
                 }
@@ -171,7 +171,7 @@ impl Tail {
             }
             Err(e) => {
                 turn.opened = Some(opened);
-                self.halt(TailState::Stopped { reason: e.to_string() }, turn);
+                self.halt(TailState::Stopped { reason: format!("the spool: {e}") }, turn);
             }
         }
     }
@@ -221,7 +221,7 @@ impl Tail {
             Ended::Sequence(e @ SequenceError::TooLarge { .. }) => {
                 self.halt(TailState::Stopped { reason: e.to_string() }, turn);
             }
-            Ended::Spool(reason) => self.halt(TailState::Stopped { reason }, turn),
+            Ended::Spool(e) => self.halt(TailState::Stopped { reason: format!("the spool: {e}") }, turn),
         }
     }
 
@@ -416,7 +416,7 @@ impl Tail {
             match self.spool.append(entries).await {
                 Ok(Appended::Taken) => {}
                 Ok(Appended::Full(_)) => return Err(Ended::Full),
-                Err(e) => return Err(Ended::Spool(e.to_string())),
+                Err(e) => return Err(Ended::Spool(e)),
             }
             failpoint::reach("spooled");
             tracing::trace!(link = %self.link, %last, "spooled");

@@ -242,7 +242,7 @@ impl Applier {
     /// Reads the position, settles who may write it, and says from where to ship. `reply`: who waits for that.
     pub(super) async fn hello(&mut self, facts: HelloFacts, reply: &HelloReply) -> Result<HelloAnswer, HelloRefused> {
         // The reason that is shown stays: a session would have nowhere to put what it is sent.
-        let failed = |e| HelloRefused(format!("the replica's journal: {e}; mend the disk, then restart its sidecar"));
+        let failed = |e| HelloRefused(format!("the replica's journal: {e}"));
         self.journal.usable().map_err(failed)?;
         let unavailable = |e: EtcdError| HelloRefused(format!("the replica's etcd: {e}"));
         self.hello_taken = self.hello_taken.max(facts.session);

@@ -84,7 +84,7 @@ impl Applier {
     /// spool holds everything after that, since only the position trims it.
     pub(super) async fn unread(&mut self, error: &JournalError) {
         if let Err(e) = self.journal.usable() {
-            return self.refuse(Kind::Closing, format!("the journal: {e}; mend the disk, then restart the sidecar"));
+            return self.refuse(Kind::Closing, format!("the journal: {e}"));
         }
         if !error.is_damage() {
             return self.wait(format!("the journal: {error}"));

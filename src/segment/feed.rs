@@ -111,7 +111,7 @@ pub enum FeedError {
     Reset,
     #[error("record {index} cannot be decoded: {reason}")]
     Undecodable { index: u64, reason: String },
-    #[error("an earlier disk error stopped it: {reason}")]
+    #[error("an earlier disk error stopped it: {reason}; mend the disk, then restart its sidecar")]
     Failed { reason: Arc<str> },
     #[error("it is closed")]
     Closed,

@@ -256,7 +256,10 @@ impl SegmentLog {
 
     /// Makes the next file and goes on in it.
     fn create(&mut self, header: Header) -> Result<(), SegmentError> {
-        self.active = create_file(&self.dir, &header)?;
+        let active = create_file(&self.dir, &header)?;
+        // It has its name, and records that follow in the file before it would be behind it: there is no way back.
+        sync_dir(&self.dir).inspect_err(|_| self.in_doubt = true)?;
+        self.active = active;
         let Header { number, after, padded_bytes, .. } = header;
         self.files.push_back(Span { number, after, first: None, last: after, bytes: HEADER_BYTES, padded_bytes });
         Ok(())
@@ -276,7 +279,8 @@ fn file_path(dir: &Path, number: u64) -> PathBuf {
     dir.join(format!("{number:020}.segment"))
 }
 
-/// The file gets its name only when its header is durable, so that a named file without a good header is a damaged one.
+/// The file gets its name only when its header is durable, so that a named file without a good header is a damaged one. The name is durable
+/// after a [`sync_dir`].
 fn create_file(dir: &Path, header: &Header) -> Result<File, SegmentError> {
     let path = file_path(dir, header.number);
     let unnamed = path.with_extension("new");
@@ -289,9 +293,7 @@ fn create_file(dir: &Path, header: &Header) -> Result<File, SegmentError> {
         fs::rename(&unnamed, &path)?;
         Ok(file)
     };
-    let file = create().map_err(failed("creating", &path))?;
-    sync_dir(dir)?;
-    Ok(file)
+    create().map_err(failed("creating", &path))
 }
 
 /// Writes a small file as a whole: it is there with all of `bytes`, or as it was.

@@ -270,6 +270,7 @@ fn open_last(
     }
     let header = Header { number: 1, after: 0, tag, padded_bytes: limits.segment_bytes, starts_anew: true };
     let file = create_file(dir, &header)?;
+    sync_dir(dir)?;
     let Header { number, after, padded_bytes, .. } = header;
     files.push_back(Span { number, after, first: None, last: after, bytes: HEADER_BYTES, padded_bytes });
     Ok((files, file))

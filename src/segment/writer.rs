@@ -203,7 +203,8 @@ impl<T: FeedEntry> Writer<T> {
         }
         if let Some(mut state) = self.still(resets) {
             state.advance(&entries[..written], &self.log, &self.shared.limits);
-            state.held.disk_full = false;
+            // What is still full was never otherwise, also between two tries.
+            state.held.disk_full &= appended.is_err();
             self.shared.publish(&mut state);
         }
         Ok(appended?)
@@ -348,6 +349,22 @@ mod tests {
         while has_work() {
             step(writer);
         }
+    }
+
+    #[tokio::test]
+    async fn a_disk_is_full_until_it_takes_all_that_waits() {
+        let dir = private_dir();
+        let (feed, mut writer) = stepped(dir.path(), limits(8 * 1024, 64 * 1024));
+        append(&feed, 1..=2).await;
+        let shared = Arc::clone(&writer.shared);
+        lock(&shared.state).held.disk_full = true;
+        let mut try_them = |refused| {
+            writer.log.in_doubt = refused;
+            let entries = lock(&shared.state).first_unwritten();
+            let written = writer.write(&entries, 0).is_ok();
+            (written, lock(&shared.state).held.disk_full)
+        };
+        assert_eq!([try_them(true), try_them(false)], [(false, true), (true, false)]);
     }
 
     #[tokio::test]

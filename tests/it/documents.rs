@@ -118,7 +118,7 @@ fn reasons() -> BTreeSet<String> {
         ("src/origin/history.rs", "two origins may answer by turns"),
         ("src/origin/remember.rs", "cannot be read"),
         ("src/origin/remember.rs", "that it stopped is not written down"),
-        ("src/replica/trouble.rs", "mend the disk"),
+        ("src/segment/feed.rs", "mend the disk"),
         ("src/model/quarantine.rs", "it is not quarantined"),
         ("src/app/links.rs", "mend that, and reload"),
         ("src/admin/mod.rs", "the link's task has ended"),

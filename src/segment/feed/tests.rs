@@ -354,7 +354,10 @@ async fn a_disk_error_stops_the_feed_and_whoever_waits_is_told() {
         }
     });
     drop(read);
-    assert!(matches!(feed.append(items(9000..9001, 1)).await, Err(FeedError::Failed { .. })));
+    let refused = feed.append(items(9000..9001, 1)).await.err();
+    assert!(matches!(refused, Some(FeedError::Failed { .. })));
+    let told = refused.map(|e| e.to_string()).unwrap_or_default();
+    assert!(told.contains("No such file") && told.ends_with("; mend the disk, then restart its sidecar"), "{told}");
     assert!(matches!(feed.read_after(3, 1).await, Err(FeedError::Failed { .. })));
     assert!(matches!(feed.reset(0, 0).await, Err(FeedError::Failed { .. })));
     assert!(matches!(feed.close().await, Err(FeedError::Failed { .. })));
