@@ -88,14 +88,17 @@ const GAUGES: [(&str, &str); 31] = [
     (VERIFIED_REVISION, "The origin revision at which both sides were last proved equal; 0: none yet."),
     (
         DIFFERING_KEYS,
-        "Keys that differed at the last comparison of both sides, without those that a repair has mended since.",
+        "Keys that differed at the last comparison of both sides, without those that a repair has mended since; 0 at a standby.",
     ),
     (
         VERIFICATION_FAILED,
-        "1 if the last comparison of both sides came to no outcome, or a repair mended not all that it was to, else 0 (origin).",
+        "1 if the last comparison of both sides came to no outcome, or a repair mended not all that it was to, else 0; 0 at a standby (origin).",
     ),
-    (QUARANTINED_REVISIONS, "Revisions that the replica goes on without."),
-    (LIMITS_SHORT, "1 where the replica takes less in a transaction than the origin's etcd does, else 0."),
+    (QUARANTINED_REVISIONS, "Revisions that the replica goes on without; 0 at a standby."),
+    (
+        LIMITS_SHORT,
+        "1 where the replica takes less in a transaction than the origin's etcd does, else 0; 0 at a standby.",
+    ),
     (QUEUE_BYTES, "What waits before the link's stages, in memory and in files."),
     (QUEUE_LIMIT_BYTES, "What may wait there: `spool_bytes_max` (origin), `journal_bytes_max` (replica)."),
     (
@@ -264,6 +267,8 @@ pub fn record_link(status: &LinkStatus) {
     let short = status.limits.as_ref().is_some_and(|limits| limits.verdict == LimitsVerdict::Short);
     let queue_bytes: u64 = status.stages.iter().map(|stage| stage.queue_bytes).sum();
     let queue_bytes_max: u64 = status.stages.iter().map(|stage| stage.queue_bytes_max).sum();
+    // What a sidecar found while it shipped is for the one that ships now to find again.
+    let compares = status.role != Some(Role::Standby);
     let expected = |foreign: &&ForeignStatus| foreign.expected.is_empty();
     let foreign_keys = status.foreign_writes.as_ref().filter(expected).map_or(0, |foreign| foreign.keys);
     for (name, value) in [
@@ -285,8 +290,8 @@ pub fn record_link(status: &LinkStatus) {
         (COPY_EXPECTED_KEYS, copy.keys_total as f64),
         (VERIFIED_TIMESTAMP_SECONDS, status.verification.verified_at_ms as f64 / 1000.0),
         (VERIFIED_REVISION, status.verification.verified_revision.0 as f64),
-        (DIFFERING_KEYS, status.verification.differing_now() as f64),
-        (VERIFICATION_FAILED, if status.verification.outcome == Outcome::Failed { 1.0 } else { 0.0 }),
+        (DIFFERING_KEYS, if compares { status.verification.differing_now() as f64 } else { 0.0 }),
+        (VERIFICATION_FAILED, if compares && status.verification.outcome == Outcome::Failed { 1.0 } else { 0.0 }),
         (QUARANTINED_REVISIONS, status.quarantined_revisions as f64),
         (LIMITS_SHORT, if short { 1.0 } else { 0.0 }),
         (QUEUE_BYTES, queue_bytes as f64),
@@ -393,7 +398,7 @@ fn only_of(known: &[String], text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{CopyProgress, Seq, StageStatus};
+    use crate::model::{CopyProgress, Seq, StageStatus, Verification};
 
     /// The recorder is the process' own, so each test takes a link name that no other test uses.
     fn status(link: &str) -> LinkStatus {
@@ -432,6 +437,28 @@ mod tests {
         ] {
             assert!(text.contains(line), "{line} is not in\n{text}");
         }
+    }
+
+    #[test]
+    fn what_a_standby_found_while_it_shipped_raises_no_alert() {
+        let exporter = install().unwrap();
+        let mut status = status("metrics-standby");
+        status.verification =
+            Verification { differing_keys: 3, outcome: Outcome::Different, ..Verification::default() };
+        let shown = |status: &LinkStatus, metric: &str| {
+            record_link(status);
+            let start = format!("{metric}{{link=\"metrics-standby\",side=\"origin\"}} ");
+            exporter.render().lines().find_map(|line| line.strip_prefix(&start).map(str::to_owned))
+        };
+        let both = |status: &mut LinkStatus, role| {
+            status.role = Some(role);
+            status.verification.outcome = Outcome::Different;
+            let differing = shown(status, DIFFERING_KEYS);
+            status.verification.outcome = Outcome::Failed;
+            [differing, shown(status, VERIFICATION_FAILED)]
+        };
+        assert_eq!(both(&mut status, Role::Shipper), [Some("3".to_owned()), Some("1".to_owned())]);
+        assert_eq!(both(&mut status, Role::Standby), [Some("0".to_owned()), Some("0".to_owned())]);
     }
 
     #[test]

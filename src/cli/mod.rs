@@ -76,7 +76,7 @@ enum Command {
     Bundle {
         #[command(flatten)]
         sidecar: Sidecar,
-        /// The file to make; none is ever written over [default: etcd-ferry-NODE-TIME.tar.gz]
+        /// The file to make; none is ever written over; - for standard output [default: etcd-ferry-NODE-TIME.tar.gz]
         #[arg(long, value_name = "FILE")]
         out: Option<PathBuf>,
     },

@@ -209,14 +209,21 @@ impl Shipper {
             }
             Resume::Copy { epoch, cursor: None, reason } => {
                 // Where the position was lost, its epoch may be used up.
-                let epoch = epoch.max(self.known_epoch.next());
+                let epoch = epoch.max(self.used_epoch().next());
                 Ok(Some(Way::Copy { epoch, cursor: None, reason: reason.to_string() }))
             }
             Resume::Repair { epoch, reason } => {
-                Ok(Some(Way::Repair { epoch: epoch.max(self.known_epoch.next()), reason: reason.to_string() }))
+                Ok(Some(Way::Repair { epoch: epoch.max(self.used_epoch().next()), reason: reason.to_string() }))
             }
             Resume::Tail { .. } => Ok(None),
         }
+    }
+
+    /// The highest epoch that is known to have been opened, also by an earlier process: its number is never given again, or a journal at the
+    /// replica could be taken for one of the new epoch.
+    fn used_epoch(&self) -> Epoch {
+        let published = self.elected.borrow().published;
+        self.known_epoch.max(published.map_or(Epoch(0), |published| published.epoch))
     }
 
     async fn watch_from(&mut self, after: Revision, carried: Option<(Revision, Digest)>) -> Result<(), SessionEnd> {

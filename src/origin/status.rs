@@ -12,7 +12,7 @@ use super::tail::{TailState, TailView};
 use super::view::ShipView;
 use crate::etcd::gate::ClusterLimits;
 use crate::etcd::limits;
-use crate::model::limits::LimitsStatus;
+use crate::model::limits::{LimitsStatus, ReplicaLimits};
 use crate::model::stall::{Stalled, Verdict, Watchdog};
 use crate::model::{CanaryStatus, Epoch, LinkName, LinkState, LinkStatus, Revision, Role, Seq, Side, StageStatus};
 use std::time::Duration;
@@ -78,9 +78,6 @@ impl Views<'_> {
         status.lag_seconds = behind.seconds.max(copying);
         status.rpo_revisions = at_risk.revisions;
         status.rpo_seconds = at_risk.seconds.max(copying);
-        if status.role == Some(Role::Standby) {
-            self.write_of_standby(status);
-        }
         status.bytes_raw = ship.bytes_raw;
         status.bytes_sent = ship.bytes_sent;
         status.counts.clone_from(&ship.counts);
@@ -88,11 +85,14 @@ impl Views<'_> {
         status.counts.insert("stalls", stalls);
         status.copy = ship.copy;
         status.canary = self.canary();
-        let told = LimitsStatus::of(self.limits.most, &ship.replica_limits);
+        let told = LimitsStatus::of(self.limits.most, &self.replica_limits());
         limits::tell(&status.link, status.side, status.limits.as_ref(), told.as_ref());
         status.limits = told;
         status.verification.clone_from(&ship.verification);
         status.quarantined_revisions = ship.quarantined;
+        if status.role == Some(Role::Standby) {
+            self.write_of_standby(status);
+        }
         status.stages = vec![
             StageStatus::new("watch", matches!(self.tail.state, TailState::Running), self.tail_detail())
                 .at(self.tail.covered.0)
@@ -120,7 +120,16 @@ impl Views<'_> {
         })
     }
 
-    /// Lag is measured where the link is shipped: what a standby knows of the replica may be ten seconds old.
+    /// A standby is told none, and what it heard when it shipped may be the past.
+    fn replica_limits(&self) -> ReplicaLimits {
+        match self.elect.standing {
+            Standing::Standby { .. } => ReplicaLimits::default(),
+            Standing::Unknown { .. } | Standing::Shipper { .. } => self.ship.replica_limits,
+        }
+    }
+
+    /// Lag is measured where the link is shipped: what a standby knows of the replica may be ten seconds old, and what the replica told it
+    /// while it shipped, older.
     fn write_of_standby(&self, status: &mut LinkStatus) {
         let published = self.elect.published;
         status.epoch = published.map_or(Epoch(0), |published| published.epoch);
@@ -128,6 +137,7 @@ impl Views<'_> {
         (status.seq, status.applied_seq, status.durable_seq) = (Seq(0), Seq(0), Seq(0));
         (status.lag_revisions, status.lag_seconds) = (0, 0.0);
         (status.rpo_revisions, status.rpo_seconds) = (0, 0.0);
+        (status.canary, status.quarantined_revisions) = (None, 0);
     }
 
     fn state(&self) -> LinkState {
@@ -209,4 +219,43 @@ impl Views<'_> {
 /// An etcd that does not answer fails every stage with the same words; they are said once.
 fn is_new(reasons: &[String], reason: &str) -> bool {
     !reason.is_empty() && !reasons.iter().any(|said| said.contains(reason))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Term;
+
+    #[test]
+    fn a_standby_tells_nothing_that_the_replica_told_it_while_it_shipped() {
+        let tail = TailView { state: TailState::Running, covered: Revision(9), proven_from: None, ferry_only: 0 };
+        let head = HeadView::default();
+        let spool = SpoolExtent {
+            tag: 0,
+            base: Revision(0),
+            covered: Revision(9),
+            last: None,
+            bytes: 0,
+            full: false,
+            disk_full: false,
+            damaged: false,
+        };
+        let (took, since) = (Some(Duration::from_millis(80)), Some(tokio::time::Instant::now()));
+        let ship = ShipView { quarantined: 2, canary: (took, since), ..ShipView::default() };
+        let told = |standing| {
+            let elect = ElectView { standing, ..ElectView::default() };
+            let (tail, head, elect, ship, spool) = (&tail, &head, &elect, &ship, &spool);
+            let limits = ClusterLimits::default();
+            let views = Views { node: "a", tail, head, elect, ship, spool, limits, spool_bytes_max: 1, stalled: None };
+            let link = LinkName::new("config").unwrap_or_else(|rule| panic!("{rule}"));
+            let mut status = LinkStatus::new(link, Side::Origin, String::new());
+            views.write(&mut status, &LagTracker::new(), 0, 0);
+            (status.quarantined_revisions, status.canary.is_some())
+        };
+        assert_eq!(told(Standing::Shipper { term: Term(3) }), (2, true));
+        assert_eq!(
+            told(Standing::Standby { shipper: "b".to_owned(), term: Term(4), reason: String::new() }),
+            (0, false)
+        );
+    }
 }

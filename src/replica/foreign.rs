@@ -39,6 +39,11 @@ impl OwnRevisions {
         }
     }
 
+    /// The replica was restored or replaced: they are of a past that is none any more.
+    pub fn forget(&mut self) {
+        self.runs.clear();
+    }
+
     /// How far nobody else wrote after `checked`; what lies before it is forgotten.
     pub fn advance(&mut self, checked: Revision) -> Revision {
         let mut checked = checked;
@@ -138,11 +143,25 @@ pub struct Account {
     pub cluster: ClusterId,
     /// Everything up to it was looked at.
     pub checked: Revision,
+    /// The position's `mod_revision` at the last look; 0: not known.
+    #[serde(default)]
+    pub position: Revision,
     /// The last hello knew of a link back over the same ranges: its writes are expected.
     pub link_back: bool,
     /// Keys in foreign revisions, ever.
     pub keys_ever: u64,
     pub open: Open,
+}
+
+/// What a look at the replica's etcd shows.
+#[derive(Debug, Clone, Copy)]
+pub struct Shown {
+    pub cluster: ClusterId,
+    pub head: Revision,
+    /// The position's `mod_revision`.
+    pub position: Revision,
+    /// What others wrote up to it is nobody's concern: both sides were proved equal there, or the position was made there.
+    pub settled: Revision,
 }
 
 /// Foreign writes since both sides were last equal.
@@ -157,14 +176,24 @@ pub struct Open {
 }
 
 impl Account {
-    /// From where to look on. `position`: its `mod_revision`.
-    pub fn begin(kept: Option<Self>, cluster: ClusterId, position: Revision, head: Revision) -> Self {
-        match kept.filter(|kept| kept.cluster == cluster) {
-            Some(kept) if kept.checked <= head => kept,
-            // A replica that was restored: what came after is gone, and so is what was foreign in it.
-            Some(kept) => Self { checked: position, open: Open::default(), ..kept },
-            None => Self { cluster, checked: position, ..Self::default() },
-        }
+    /// Whether the etcd that it is of is another one, or was restored since: then its own revisions, or the position's, went back.
+    pub fn is_past(&self, shown: &Shown) -> bool {
+        self.cluster != shown.cluster || self.checked > shown.head || self.position > shown.position
+    }
+
+    /// From where to look on.
+    pub fn begin(kept: Option<Self>, shown: &Shown) -> Self {
+        let begun = match kept {
+            Some(kept) if !kept.is_past(shown) => kept,
+            // What came after is gone, and so is what was foreign in it. Where the new past begins is not known, so all is looked at that
+            // nothing has settled.
+            Some(kept) if kept.cluster == shown.cluster => {
+                Self { checked: shown.settled, open: Open::default(), ..kept }
+            }
+            Some(_) => Self { cluster: shown.cluster, checked: shown.settled, ..Self::default() },
+            None => Self { cluster: shown.cluster, checked: shown.position, ..Self::default() },
+        };
+        Self { position: shown.position, ..begun }
     }
 
     pub fn add(&mut self, foreign: &ForeignRevision) {
@@ -282,6 +311,8 @@ mod tests {
         assert_eq!(own.advance(Revision(16)), Revision(17), "a run grows while it is looked at");
         own.note(Revision(5));
         assert_eq!(own.advance(Revision(4)), Revision(5), "the replica was restored");
+        own.forget();
+        assert_eq!(own.advance(Revision(4)), Revision(4));
     }
 
     #[test]
@@ -297,16 +328,22 @@ mod tests {
 
     #[test]
     fn a_look_goes_on_where_the_last_one_ended_unless_the_etcd_is_another_or_was_restored() {
-        let (cluster, position, head) = (ClusterId(7), Revision(50), Revision(90));
-        let begin = |kept| Account::begin(kept, cluster, position, head);
-        assert_eq!(begin(None), Account { cluster, checked: position, ..Account::default() });
+        let cluster = ClusterId(7);
+        let (position, settled) = (Revision(50), Revision(40));
+        let shown = Shown { cluster, head: Revision(90), position, settled };
+        let begin = |kept| Account::begin(kept, &shown);
+        assert_eq!(begin(None), Account { cluster, checked: position, position, ..Account::default() });
         let open = Open { revisions: 1, keys: 2, ..Open::default() };
-        let kept = Account { cluster, checked: Revision(80), link_back: true, keys_ever: 5, open };
+        let kept = Account { cluster, checked: Revision(80), position, link_back: true, keys_ever: 5, open };
         assert_eq!(begin(Some(kept.clone())), kept);
-        let restored = begin(Some(Account { checked: Revision(91), ..kept.clone() }));
-        assert_eq!(restored, Account { checked: position, open: Open::default(), ..kept.clone() });
+        let earlier = Account { position: Revision(49), ..kept.clone() };
+        assert_eq!(begin(Some(earlier)), kept);
+        let restored = Account { checked: settled, open: Open::default(), ..kept.clone() };
+        assert_eq!(begin(Some(Account { checked: Revision(91), ..kept.clone() })), restored);
+        // Others have written as much since.
+        assert_eq!(begin(Some(Account { position: Revision(51), ..kept.clone() })), restored);
         let other = begin(Some(Account { cluster: ClusterId(8), ..kept }));
-        assert_eq!(other, Account { cluster, checked: position, ..Account::default() });
+        assert_eq!(other, Account { cluster, checked: settled, position, ..Account::default() });
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Edge: a task of its own, with a connection of its own; what is foreign is decided in foreign.rs.
 //! Always true: applying never waits for it; what was looked at is remembered across restarts, and nothing is looked at twice by account.
 
-use super::foreign::{Account, Judge, Open, OwnRevisions};
+use super::foreign::{Account, Judge, Open, OwnRevisions, Shown};
 use super::receive::LinkEnd;
 use crate::config::ForeignWrites;
 use crate::etcd::{Etcd, EtcdError, WatchSignal, watch_right};
@@ -175,19 +175,27 @@ impl Lookout {
         let look = etcd.look(&position_key).await?;
         // Without a position nothing here is the link's yet.
         let Some(position) = look.kv else { return Ok(()) };
-        if self.account.as_ref().is_some_and(|kept| kept.cluster != look.cluster || kept.checked > look.head) {
-            // A replica that was restored: what was proved of its revisions is of others.
+        let equal = Position::from_json(&position.value).map_or(Revision(0), |p| p.equal_revision);
+        let shown = Shown {
+            cluster: look.cluster,
+            head: look.head,
+            position: position.mod_revision,
+            settled: equal.max(position.create_revision),
+        };
+        if self.account.as_ref().is_some_and(|kept| kept.is_past(&shown)) {
+            // What was proved of its revisions, and which of them are own, is of others.
+            lock(&self.own).forget();
             self.end.told.send_modify(|told| told.equal_through = Revision(0));
             self.end.closed.send_replace(Revision(0));
         }
-        let mut account = Account::begin(self.account.take(), look.cluster, position.mod_revision, look.head);
+        let mut account = Account::begin(self.account.take(), &shown);
         account.link_back = self.end.link_back().unwrap_or(account.link_back);
         let told = self.end.told.borrow().equal_through;
         if told <= look.head && account.proved_equal(told) {
             self.end.closed.send_replace(told);
         }
         // Of a comparison that another sidecar's stream has brought the position tells.
-        account.proved_equal(Position::from_json(&position.value).map_or(Revision(0), |p| p.equal_revision));
+        account.proved_equal(equal);
         let account = self.account.insert(account);
         if self.end.config.foreign_writes == ForeignWrites::Expect || account.link_back {
             (account.checked, account.open) = (look.head, Open::default());

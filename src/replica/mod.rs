@@ -4,6 +4,7 @@
 
 pub mod admit;
 pub mod age;
+pub mod align;
 pub mod apply;
 pub mod breaker;
 pub mod commit;

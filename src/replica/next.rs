@@ -1,12 +1,10 @@
-//! Job: which position comes after the one that is held, and what a position that was read afresh means.
-//! Input: positions, a settled transaction, the origin's word on its progress, what the journal holds. Output: the next position; a verdict.
+//! Job: which position comes after the one that is held, and who may write it.
+//! Input: positions, a settled transaction, the origin's word on its progress, a hello's epoch and term. Output: the next position; a verdict.
 //! Pure: no clock, no I/O.
-//! Always true: a position names a revision as carried only when all of it is in; a position that moved in a way that is not this
-//! applier's own ends the stream, and a journal that does not continue it is started afresh.
+//! Always true: a position names a revision as carried only when all of it is in.
 
 use super::plan::{Extent, Settled};
 use crate::model::{ClusterId, Digest, Epoch, Phase, Position, Ranges, Revision, Seq, Term, Waymark};
-use crate::wire::replicate::refusal::Kind;
 use bytes::Bytes;
 
 /// The position that goes into a settled transaction. `carried`: its last revision, with its digest.
@@ -156,68 +154,6 @@ pub fn claim(position: Option<&Position>, origin: ClusterId, epoch: Epoch, term:
     Claimed::TakesOver(Box::new(Position { term, ..position.clone() }), claim)
 }
 
-/// What the journal holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct JournalFacts {
-    pub epoch: Epoch,
-    pub base: Seq,
-    pub last: Seq,
-    /// The digest of its entry with the position's seq, where it has one and it could be read.
-    pub at_position: Option<Digest>,
-}
-
-/// What a position that was read afresh means for what waits.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Alignment {
-    /// It is where this applier brought it, or further in the same run: what it covers has been applied.
-    GoesOn,
-    /// Another sender has the link: nothing of this session's is applied any more.
-    Fenced { by: Claim, reset_journal: bool },
-    StartsAfresh {
-        /// The journal is of another run, or ends before the position.
-        reset_journal: bool,
-        /// Why the stream ends.
-        moved: Option<(Kind, String)>,
-    },
-}
-
-/// `expected`: the last position that this applier knew; `None`: it knew none since it started. `claim`: what the session's sender may write
-/// with; `None`: there is no such sender.
-pub fn align(
-    position: Option<&Position>,
-    expected: Option<&Position>,
-    claim: Option<Claim>,
-    journal: JournalFacts,
-) -> Alignment {
-    let (epoch, seq) = position.map_or((Epoch(0), Seq(0)), |p| (p.epoch, p.seq));
-    let (known_epoch, known_seq) = expected.map_or((epoch, seq), |p| (p.epoch, p.seq));
-    let by = position.map(|p| (p.epoch, p.term)).filter(|by| claim.is_some_and(|claim| *by > claim));
-    let ours = expected.is_none() || (position.is_some() && epoch == known_epoch && seq >= known_seq);
-    let mut continues = journal.epoch == epoch && journal.base <= seq && seq <= journal.last;
-    if let (true, Some(position), Some(digest)) = (continues, position, journal.at_position) {
-        // An epoch's number can be used again after the replica was restored: then the journal is of another run.
-        continues = digest == position.carried_digest;
-    }
-    if let Some(by) = by {
-        return Alignment::Fenced { by, reset_journal: !continues };
-    }
-    if ours && continues {
-        return Alignment::GoesOn;
-    }
-    let further = (epoch, seq) > (known_epoch, known_seq);
-    let overtaken = !continues && further;
-    let moved = (!ours || overtaken).then(|| {
-        let kind = if further && epoch != known_epoch { Kind::Fenced } else { Kind::PositionMoved };
-        let reason = if further {
-            format!("another applier has brought the position to epoch {epoch}, seq {seq}")
-        } else {
-            format!("the position moved back to epoch {epoch}, seq {seq}: was the replica restored?")
-        };
-        (kind, reason)
-    });
-    Alignment::StartsAfresh { reset_journal: !continues, moved }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -233,17 +169,6 @@ mod tests {
     fn settled(extent: Extent) -> Settled {
         let tree = TxnTree { guards: Vec::new(), success: Vec::new() };
         Settled { revisions: 2, seq: Seq(42), revision: Revision(120), extent, tree, request_bytes: 0 }
-    }
-
-    fn journal() -> JournalFacts {
-        JournalFacts { epoch: Epoch(3), base: Seq(30), last: Seq(45), at_position: Some(DIGEST) }
-    }
-
-    fn moved(alignment: Alignment) -> Option<Kind> {
-        match alignment {
-            Alignment::StartsAfresh { moved: Some((kind, _)), .. } => Some(kind),
-            Alignment::StartsAfresh { moved: None, .. } | Alignment::Fenced { .. } | Alignment::GoesOn => None,
-        }
     }
 
     #[test]
@@ -400,72 +325,5 @@ mod tests {
     fn another_origins_position_says_nothing_of_terms() {
         assert_eq!(claim(Some(&position()), ClusterId(7), Epoch(0), Term(1)), Claimed::Nothing);
         assert_eq!(claim(None, ClusterId(1), Epoch(0), Term(1)), Claimed::Nothing);
-    }
-
-    /// By an applier whose session claims nothing.
-    fn aligned(position: Option<&Position>, expected: Option<&Position>, journal: JournalFacts) -> Alignment {
-        align(position, expected, None, journal)
-    }
-
-    #[test]
-    fn a_position_where_it_was_left_or_further_in_the_same_run_goes_on() {
-        let earlier = Position { seq: Seq(38), ..position() };
-        for expected in [None, Some(&position()), Some(&earlier)] {
-            assert_eq!(aligned(Some(&position()), expected, journal()), Alignment::GoesOn);
-            let claim = Some((Epoch(3), Term(2)));
-            assert_eq!(align(Some(&position()), expected, claim, journal()), Alignment::GoesOn);
-        }
-    }
-
-    #[test]
-    fn a_position_above_what_the_sender_may_write_with_fences_it() {
-        let by = (Epoch(3), Term(2));
-        for claim in [(Epoch(3), Term(1)), (Epoch(2), Term(9))] {
-            let fenced = |journal| align(Some(&position()), Some(&position()), Some(claim), journal);
-            assert_eq!(fenced(journal()), Alignment::Fenced { by, reset_journal: false }, "{claim:?}");
-            let behind = JournalFacts { last: Seq(39), ..journal() };
-            assert_eq!(fenced(behind), Alignment::Fenced { by, reset_journal: true });
-        }
-        let above = Some((Epoch(4), Term(1)));
-        assert_eq!(align(Some(&position()), Some(&position()), above, journal()), Alignment::GoesOn);
-        let gone = align(None, Some(&position()), Some((Epoch(3), Term(1))), journal());
-        assert_eq!(moved(gone), Some(Kind::PositionMoved));
-    }
-
-    #[test]
-    fn a_position_that_moved_back_or_is_gone_ends_the_stream_and_one_of_a_later_epoch_fences_it() {
-        let later = Position { seq: Seq(41), ..position() };
-        assert_eq!(moved(aligned(Some(&position()), Some(&later), journal())), Some(Kind::PositionMoved));
-        let newer = Position { epoch: Epoch(4), seq: Seq(0), ..position() };
-        assert_eq!(moved(aligned(Some(&position()), Some(&newer), journal())), Some(Kind::PositionMoved));
-        assert_eq!(moved(aligned(None, Some(&position()), journal())), Some(Kind::PositionMoved));
-        let older = Position { epoch: Epoch(2), ..position() };
-        assert_eq!(moved(aligned(Some(&position()), Some(&older), journal())), Some(Kind::Fenced));
-    }
-
-    #[test]
-    fn another_applier_that_is_further_than_the_journal_ends_the_stream_in_the_same_epoch_too() {
-        let behind = JournalFacts { last: Seq(39), at_position: None, ..journal() };
-        let earlier = Position { seq: Seq(38), ..position() };
-        let overtaken = aligned(Some(&position()), Some(&earlier), behind);
-        assert!(matches!(overtaken, Alignment::StartsAfresh { reset_journal: true, .. }), "{overtaken:?}");
-        assert_eq!(moved(overtaken), Some(Kind::PositionMoved));
-        assert_eq!(moved(aligned(Some(&position()), Some(&position()), behind)), None, "it is where it was left");
-    }
-
-    #[test]
-    fn a_journal_of_another_run_or_that_does_not_reach_the_position_starts_afresh() {
-        let afresh = Alignment::StartsAfresh { reset_journal: true, moved: None };
-        let others = [
-            JournalFacts { epoch: Epoch(2), ..journal() },
-            JournalFacts { base: Seq(41), ..journal() },
-            JournalFacts { last: Seq(39), ..journal() },
-            JournalFacts { at_position: Some(Digest([1; 16])), ..journal() },
-        ];
-        for other in others {
-            assert_eq!(aligned(Some(&position()), None, other), afresh, "{other:?}");
-        }
-        let unread = JournalFacts { at_position: None, ..journal() };
-        assert_eq!(aligned(Some(&position()), None, unread), Alignment::GoesOn);
     }
 }

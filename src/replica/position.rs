@@ -3,10 +3,11 @@
 //! Edge: part of the applier, which owns all of it.
 //! Always true: nothing is believed of the position that was not read or committed; a lower (epoch, term) is fenced before it can write.
 
+use super::align::{self, Alignment, JournalFacts};
 use super::apply::Applier;
 use super::commit::Committed;
 use super::journal::Journal;
-use super::next::{self, Alignment, Claim, Claimed, JournalFacts};
+use super::next::{self, Claim, Claimed};
 use super::plan::TxnTree;
 use super::poison::Trial;
 use crate::etcd::{Columns, EtcdError, Look};
@@ -119,7 +120,7 @@ impl Applier {
     async fn align(&mut self, position: Option<&Position>) {
         let (epoch, seq) = position.map_or((Epoch(0), Seq(0)), |p| (p.epoch, p.seq));
         let journal = journal_facts(&self.journal, epoch, seq).await;
-        let (reset_journal, moved) = match next::align(position, self.expected.as_ref(), self.claim, journal) {
+        let (reset_journal, moved) = match align::align(position, self.expected.as_ref(), self.claim, journal) {
             Alignment::GoesOn => {
                 while self.waiting.front().is_some_and(|(w, _)| w.seq <= seq) {
                     self.dequeue();
@@ -369,13 +370,18 @@ impl Applier {
 async fn journal_facts(journal: &Journal, epoch: Epoch, seq: Seq) -> JournalFacts {
     let extent = journal.extent().borrow().clone();
     let last = extent.last.map_or(extent.base, |(seq, _, _)| seq);
-    let mut facts = JournalFacts { epoch: extent.epoch, base: extent.base, last, at_position: None };
-    if extent.epoch == epoch
-        && extent.base < seq
-        && seq <= last
-        && let Ok(entries) = journal.read_after(Seq(seq.0 - 1), 1).await
-    {
-        facts.at_position = entries.first().map(|entry| entry.digest);
+    let mut facts =
+        JournalFacts { epoch: extent.epoch, base: extent.base, last, at_position: None, after_position: None };
+    if extent.epoch != epoch {
+        return facts;
+    }
+    let first_after =
+        async |after| journal.read_after(after, 1).await.ok().and_then(|entries| entries.into_iter().next());
+    if extent.base < seq && seq <= last {
+        facts.at_position = first_after(Seq(seq.0 - 1)).await.map(|entry| entry.digest);
+    }
+    if extent.base <= seq && seq < last {
+        facts.after_position = first_after(seq).await.map(|entry| entry.revision.revision);
     }
     facts
 }

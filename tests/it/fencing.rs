@@ -8,6 +8,7 @@ use crate::bed::regions::{Regions, RegionsOptions, TAKEOVER_LIMIT};
 use crate::bed::sidecar::Sidecar;
 use crate::bed::{PATIENCE, until};
 use crate::resume::{last, spool_holds, write};
+use etcd_client::DeleteOptions;
 use etcd_ferry::demo::proxy::Direction;
 use etcd_ferry::model::{Phase, Position};
 use serde_json::Value;
@@ -167,6 +168,41 @@ async fn two_appliers_at_once_do_no_harm() {
     }
     assert!(rivals > 0, "nobody but the receiver applied: there were no two appliers");
     regions.judge(recorder, &acknowledged, &before).await;
+}
+
+/// The folder stays where a link was removed, and a link of that name begins with the first epoch again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_journal_of_a_link_that_was_removed_is_not_applied_to_one_that_was_made_anew_with_its_name() {
+    let mut regions = Box::pin(Regions::start(RegionsOptions { sidecars: (1, 2), ..RegionsOptions::default() })).await;
+    // The first one receives, as long as it is there.
+    regions.peer_lines[0][1].cut();
+    let old = write(&regions.origin[0].access(), "/app/old/", 20, 100).await;
+    let before = regions.wait_applied(last(&old)).await;
+    let late = &regions.replica_sidecars[0];
+    late.wait_for(LINK, "the first sidecar to hold it all", |entry| entry["seq"] == before.seq.0).await;
+    regions.replica_sidecars[0].stop().await;
+    regions.origin_sidecars[0].stop().await;
+    for etcd in [&regions.origin[0], &regions.replica[0]] {
+        let options = DeleteOptions::new().with_prefix();
+        etcd.kv().await.delete(format!("/etcd-ferry/v1/links/{LINK}/"), Some(options)).await.unwrap();
+    }
+    for change in old.iter().flat_map(|acknowledged| &acknowledged.changes) {
+        regions.origin[0].put(change.key().to_vec(), "new").await;
+    }
+    let recorder = regions.record().await;
+    regions.peer_lines[0][1].heal();
+    regions.origin_sidecars[0].restart().await;
+    let anew = |position: &Position| position.state == Phase::Following && position.cursor.is_none();
+    let position = until("the link to follow anew", PATIENCE, async || regions.try_position().await.filter(anew)).await;
+    assert_eq!((position.epoch, position.seq.0), (before.epoch, 0), "the same number, another run");
+    regions.peer_lines[0][0].cut();
+    regions.replica_sidecars[0].restart().await;
+    let late = &regions.replica_sidecars[0];
+    late.wait_for(LINK, "the old journal to be dropped", |entry| entry["seq"] == 0).await;
+    let revision = regions.origin[0].put("/app/last", "1").await;
+    assert_eq!(regions.wait_applied(revision).await.seq.0, 1);
+    regions.assert_equal().await;
+    regions.recorded(recorder).await.check().unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

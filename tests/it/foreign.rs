@@ -11,7 +11,7 @@ use crate::bed::traffic::{Traffic, TrafficOptions};
 use crate::bed::{PATIENCE, until};
 use crate::verify::{following_with, over_app};
 use etcd_client::PutOptions;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::time::Duration;
 
 /// As the issue of a foreign write has it.
@@ -101,6 +101,46 @@ async fn what_was_proved_before_the_replica_was_restored_closes_nothing_that_was
     assert!(pair.replica.head().await > proved);
     let foreign = looked_at(&pair.replica_sidecar, LINK, &pair.replica).await;
     assert_eq!((&foreign["revisions"], &foreign["last_revision"]), (&1.into(), &written.0.into()), "{foreign}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_others_wrote_to_a_restored_replica_is_told_though_nobody_but_the_link_had_written_there() {
+    let mut pair = Box::pin(following_with(over_app(), 100, 100)).await;
+    let snapshot = pair.replica.save_snapshot().await;
+    for number in 0..20 {
+        let last = pair.origin.put(format!("/app/late/{number}"), "1").await;
+        pair.wait_applied(last).await;
+    }
+    looked_at(&pair.replica_sidecar, LINK, &pair.replica).await;
+    let before = pair.replica.head().await;
+    // Nothing of the link comes between the restore and the look at it.
+    pair.origin_sidecar.stop().await;
+    pair.replica.restore_snapshot(&snapshot).await;
+    let written = pair.replica.put("/app/000007", "by hand").await;
+    assert!(written < before, "{written} is past {before}");
+    let foreign = told(&pair.replica_sidecar, 1, PATIENCE).await;
+    assert_eq!((&foreign["first_revision"], &foreign["first_keys"]), (&written.0.into(), &json!(["/app/000007"])));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_others_wrote_to_a_replica_that_was_restored_while_its_sidecar_was_down_is_told_though_they_wrote_much() {
+    let mut pair = Box::pin(following_with(over_app(), 100, 100)).await;
+    let snapshot = pair.replica.save_snapshot().await;
+    let last = pair.origin.put("/app/last", "1").await;
+    pair.wait_applied(last).await;
+    looked_at(&pair.replica_sidecar, LINK, &pair.replica).await;
+    let before = pair.replica.head().await;
+    pair.origin_sidecar.stop().await;
+    pair.replica_sidecar.stop().await;
+    pair.replica.restore_snapshot(&snapshot).await;
+    let written = pair.replica.put("/app/000007", "by hand").await;
+    let mut head = written;
+    while head <= before {
+        head = pair.replica.put("/outside/busy", "1").await;
+    }
+    pair.replica_sidecar.restart().await;
+    let foreign = told(&pair.replica_sidecar, 1, PATIENCE).await;
+    assert_eq!(foreign["first_revision"], written.0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

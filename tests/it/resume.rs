@@ -246,6 +246,24 @@ async fn a_lost_position_leads_to_an_anchor_in_an_epoch_that_was_never_used() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_position_leads_to_an_epoch_that_was_never_used_also_after_a_restart_of_the_origins_sidecar() {
+    let (mut pair, before) = following(PairOptions::default()).await;
+    let published = link_name(LINK).applied_key();
+    let epoch = format!("\"epoch\":{},", before.epoch);
+    until("the epoch to be published at the origin", PATIENCE, async || {
+        let value = pair.origin.get(published.to_vec()).await?;
+        String::from_utf8_lossy(&value).contains(&epoch).then_some(())
+    })
+    .await;
+    pair.origin_sidecar.stop().await;
+    pair.replica.kv().await.delete(link_name(LINK).position_key().to_vec(), None).await.unwrap();
+    pair.origin_sidecar.restart().await;
+    let revision = pair.origin.put("/app/second", "2").await;
+    assert_eq!(pair.wait_applied(revision).await.epoch, before.epoch.next());
+    pair.assert_equal().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn other_ranges_lead_to_a_new_epoch_with_an_anchor() {
     let prefixes = vec!["/app/".to_owned(), "/more/".to_owned()];
     let (mut pair, before) = following(PairOptions { prefixes, ..PairOptions::default() }).await;

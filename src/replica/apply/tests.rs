@@ -154,3 +154,15 @@ async fn whose_hello_is_answered_has_the_link_and_the_earlier_stream_ends_unless
     let told = applier.view.borrow().refusal.clone().map(|(session, kind, _)| (session, kind));
     assert_eq!((applier.session, applier.stopped, told), (5, false, Some((4, Kind::Fenced))));
 }
+
+#[tokio::test]
+async fn a_refusal_that_the_next_hello_cures_is_no_stop_and_one_that_needs_a_person_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut applier = applier(dir.path()).await;
+    let mut refused = |kind| {
+        applier.refuse(kind, "a reason".to_owned());
+        assert_eq!(applier.view.borrow().waiting, "a reason");
+        applier.view.borrow().stopped
+    };
+    assert_eq!([refused(Kind::PositionMoved), refused(Kind::Gap), refused(Kind::Conflict)], [false, false, true]);
+}

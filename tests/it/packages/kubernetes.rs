@@ -258,6 +258,17 @@ fn the_replica_s_etcd_takes_larger_requests_than_the_origin_s_and_its_sidecar_kn
 }
 
 #[test]
+fn each_etcd_is_compacted_either_by_itself_or_by_the_sidecars_beside_it() {
+    let args = container("etcd").args.unwrap();
+    assert!(args.contains(&"--auto-compaction-retention=$(AUTO_COMPACTION_RETENTION)".to_owned()), "{args:?}");
+    let maps = all::<ConfigMap>("ConfigMap");
+    for ((file, name), config) in configurations() {
+        let retention = &maps[&(file.clone(), "etcd".to_owned())].data.as_ref().unwrap()["AUTO_COMPACTION_RETENTION"];
+        assert_eq!(retention == "0", config.compact.is_some(), "{file}: {name}");
+    }
+}
+
+#[test]
 fn no_container_is_root_or_can_become_it() {
     let pod = pod();
     let user = pod.security_context.clone().unwrap();

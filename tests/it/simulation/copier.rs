@@ -9,7 +9,7 @@ use super::replica::Replica;
 use bytes::Bytes;
 use etcd_ferry::model::{KeyRange, Position, Revision};
 use etcd_ferry::replica::next;
-use etcd_ferry::replica::pages::{Begin, Begun, Copying, Place, Refused, read_edge};
+use etcd_ferry::replica::pages::{Begin, Begun, Copying, Place, Refused, check, read_edge};
 use etcd_ferry::replica::plan::{Answered, GuardCount, TxnTree, copy_chunks, copy_diff};
 use etcd_ferry::wire::parts::part_of;
 use etcd_ferry::wire::replicate::refusal::Kind;
@@ -75,9 +75,7 @@ impl Replica {
             Shipment::End { .. } => Place::End,
             Shipment::Frame(_) | Shipment::Progress(_) => return Ok(()),
         };
-        if let Some(copying) = &self.copying {
-            copying.check(self.position(), place)?;
-        }
+        check(self.copying.as_ref(), self.position(), place)?;
         match step {
             Shipment::Begin(begin) => self.begin_copy(begin, context),
             Shipment::Keys { range, keys, last } => self.count_keys(range, keys, *last, context),

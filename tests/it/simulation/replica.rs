@@ -15,8 +15,9 @@ use super::etcd::{Answer, Refused};
 use super::region::{Context, Trouble, trouble_of};
 use etcd_ferry::model::{Digest, Epoch, LinkName, Position, Ranges, Revision, Seq, Term, Waymark};
 use etcd_ferry::replica::admit::Admit;
+use etcd_ferry::replica::align::{self, Alignment, JournalFacts};
 use etcd_ferry::replica::journal::JournalEntry;
-use etcd_ferry::replica::next::{self, Alignment, Claim, Idle, JournalFacts};
+use etcd_ferry::replica::next::{self, Claim, Idle};
 use etcd_ferry::replica::pages::Copying;
 use etcd_ferry::replica::plan::{
     self, Answered, Begun, LimitRefusal, Plan, PlanError, Request, RequestLimits, RunFacts, Settled, TxnTree, Waiting,
@@ -155,12 +156,16 @@ impl Replica {
         let (epoch, seq) = position.map_or((Epoch(0), Seq(0)), |p| (p.epoch, p.seq));
         let base = Seq(self.journal.base());
         let last = self.journal.last.map_or(base, |(seq, _, _)| seq);
-        let mut facts = JournalFacts { epoch: Epoch(self.journal.tag), base, last, at_position: None };
+        let mut facts =
+            JournalFacts { epoch: Epoch(self.journal.tag), base, last, at_position: None, after_position: None };
+        let mut first_after = |after| self.journal.read_after(after, 1).unwrap_or_default().into_iter().next();
         if facts.epoch == epoch && base < seq && seq <= last {
-            let entries = self.journal.read_after(seq.0 - 1, 1).unwrap_or_default();
-            facts.at_position = entries.first().map(|entry| entry.digest);
+            facts.at_position = first_after(seq.0 - 1).map(|entry| entry.digest);
         }
-        match next::align(position, self.expected.as_ref(), self.claim, facts) {
+        if facts.epoch == epoch && base <= seq && seq < last {
+            facts.after_position = first_after(seq.0).map(|entry| entry.revision.revision);
+        }
+        match align::align(position, self.expected.as_ref(), self.claim, facts) {
             Alignment::GoesOn => {
                 while self.waiting.front().is_some_and(|(waiting, _)| waiting.seq <= seq) {
                     self.waiting.pop_front();

@@ -184,7 +184,9 @@ impl World {
             let spool = Disk::open(world.dir.join(format!("spool{at}")), SPOOL_BYTES_MAX);
             let tail = Tail::start(link.clone(), world.ranges[0].clone(), spool);
             let name = format!("sender {at}");
-            world.origins.push(Origin::start(name, link.clone(), Term(0), tail, writes_waymarks));
+            // Of its own, as a candidate's create revision is.
+            let term = Term(at as u64 + 1);
+            world.origins.push(Origin::start(name, link.clone(), term, tail, writes_waymarks));
         }
         for at in 0..receivers {
             let journal = world.dir.join(format!("journal{at}"));
