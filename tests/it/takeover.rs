@@ -4,7 +4,7 @@
 
 use crate::bed::etcd::Etcd;
 use crate::bed::pair::{LINK, link_name};
-use crate::bed::regions::{Regions, RegionsOptions, TAKEOVER_LIMIT};
+use crate::bed::regions::{Regions, RegionsOptions, RegionsRecorder, TAKEOVER_LIMIT};
 use crate::bed::sidecar::ferry;
 use crate::bed::traffic::Acknowledged;
 use crate::bed::{PATIENCE, until};
@@ -229,7 +229,7 @@ async fn taken_over_in_an_outage(end: End) {
     let writing = async {
         let acknowledged = write(&access, "/app/two/", 1_000, 100).await;
         spooled(&regions, standby, last(&acknowledged)).await;
-        let origin = recorded_so_far(&regions.origin[0]).await;
+        let origin = recorded_so_far(&regions, &recorder).await;
         regions.origin[0].compact(origin).await;
         acknowledged
     };
@@ -249,13 +249,17 @@ async fn taken_over_in_an_outage(end: End) {
 }
 
 /// These sidecars lose etcd for less than their lease lasts, and it is compacted past the ends of their spools.
-async fn lose_history_for_a_moment(regions: &Regions, sidecars: &[usize]) -> Vec<Acknowledged> {
+async fn lose_history_for_a_moment(
+    regions: &Regions,
+    recorder: &RegionsRecorder,
+    sidecars: &[usize],
+) -> Vec<Acknowledged> {
     sidecars.iter().for_each(|sidecar| regions.cut_off_from_etcd(*sidecar));
     let acknowledged = write(&regions.origin[0].access(), "/app/unseen/", 200, 100).await;
     for seeing in (0..regions.origin_sidecars.len()).filter(|sidecar| !sidecars.contains(sidecar)) {
         spooled(regions, seeing, last(&acknowledged)).await;
     }
-    let head = recorded_so_far(&regions.origin[0]).await;
+    let head = recorded_so_far(regions, recorder).await;
     regions.origin[0].compact(head).await;
     regions.heal();
     acknowledged
@@ -266,7 +270,7 @@ async fn a_shipper_whose_spool_lacks_what_etcd_has_compacted_gives_way_to_one_wh
     let (regions, before) = following(RegionsOptions::default()).await;
     let recorder = regions.record().await;
     let shipper = regions.shipper().await;
-    let acknowledged = lose_history_for_a_moment(&regions, &[shipper]).await;
+    let acknowledged = lose_history_for_a_moment(&regions, &recorder, &[shipper]).await;
     let position = regions.wait_taken_over(&before).await;
     assert_eq!(position.epoch, before.epoch, "nothing was lost: the standby has it");
     regions.wait_applied(last(&acknowledged)).await;
@@ -277,7 +281,8 @@ async fn a_shipper_whose_spool_lacks_what_etcd_has_compacted_gives_way_to_one_wh
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_no_sidecar_has_seen_is_asked_of_each_once_and_then_compared() {
     let (regions, before) = following(RegionsOptions::default()).await;
-    lose_history_for_a_moment(&regions, &[0, 1]).await;
+    let recorder = regions.record().await;
+    lose_history_for_a_moment(&regions, &recorder, &[0, 1]).await;
     let follows_anew = async || {
         let position = regions.try_position().await?;
         (position.epoch > before.epoch && position.state == Phase::Following).then_some(position)
@@ -290,11 +295,10 @@ async fn what_no_sidecar_has_seen_is_asked_of_each_once_and_then_compared() {
     regions.assert_equal().await;
 }
 
-/// The head, once nothing that the recorder has not seen can be compacted: its watch is as far as any other that was opened later.
-async fn recorded_so_far(origin: &Etcd) -> Revision {
-    let recorder = crate::bed::recording::Recorder::start_at(origin, None).await;
-    let head = origin.put("/app/mark", "1").await;
-    recorder.finish(head).await;
+/// The head, once the recorder has seen all of it: nothing that it still needs is compacted with it.
+async fn recorded_so_far(regions: &Regions, recorder: &RegionsRecorder) -> Revision {
+    let head = regions.origin[0].put("/app/mark", "1").await;
+    until("the recorder to see the head", PATIENCE, async || (recorder.origin.seen() >= head).then_some(())).await;
     head
 }
 
@@ -323,7 +327,7 @@ async fn a_standby_that_comes_in_the_middle_of_an_outage_begins_where_the_replic
     let acknowledged = write(&regions.origin[0].access(), "/app/", 500, 100).await;
     regions.origin_sidecars[1].restart().await;
     spooled(&regions, 1, last(&acknowledged)).await;
-    let head = recorded_so_far(&regions.origin[0]).await;
+    let head = recorded_so_far(&regions, &recorder).await;
     regions.origin[0].compact(head).await;
     regions.origin_sidecars[0].kill();
     regions.heal();

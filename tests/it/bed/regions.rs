@@ -60,7 +60,7 @@ pub struct Regions {
 
 /// Both ends, recorded.
 pub struct RegionsRecorder {
-    origin: Recorder,
+    pub origin: Recorder,
     replica: Recorder,
 }
 
