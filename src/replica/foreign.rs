@@ -40,7 +40,7 @@ impl OwnRevisions {
     }
 
     /// The replica was restored or replaced: they are of a past that is none any more.
-    pub fn forget(&mut self) {
+    fn forget(&mut self) {
         self.runs.clear();
     }
 
@@ -181,8 +181,11 @@ impl Account {
         self.cluster != shown.cluster || self.checked > shown.head || self.position > shown.position
     }
 
-    /// From where to look on.
-    pub fn begin(kept: Option<Self>, shown: &Shown) -> Self {
+    /// From where to look on. `own`: what the applier made, of which nothing is left where the etcd's past is another.
+    pub fn begin(kept: Option<Self>, shown: &Shown, own: &mut OwnRevisions) -> Self {
+        if kept.as_ref().is_some_and(|kept| kept.is_past(shown)) {
+            own.forget();
+        }
         let begun = match kept {
             Some(kept) if !kept.is_past(shown) => kept,
             // What came after is gone, and so is what was foreign in it. Where the new past begins is not known, so all is looked at that
@@ -331,7 +334,8 @@ mod tests {
         let cluster = ClusterId(7);
         let (position, settled) = (Revision(50), Revision(40));
         let shown = Shown { cluster, head: Revision(90), position, settled };
-        let begin = |kept| Account::begin(kept, &shown);
+        let mut own = OwnRevisions::default();
+        let mut begin = |kept| Account::begin(kept, &shown, &mut own);
         assert_eq!(begin(None), Account { cluster, checked: position, position, ..Account::default() });
         let open = Open { revisions: 1, keys: 2, ..Open::default() };
         let kept = Account { cluster, checked: Revision(80), position, link_back: true, keys_ever: 5, open };
@@ -344,6 +348,21 @@ mod tests {
         assert_eq!(begin(Some(Account { position: Revision(51), ..kept.clone() })), restored);
         let other = begin(Some(Account { cluster: ClusterId(8), ..kept }));
         assert_eq!(other, Account { cluster, checked: settled, position, ..Account::default() });
+    }
+
+    #[test]
+    fn revisions_that_were_own_before_a_restore_hide_nothing_of_what_came_after_it() {
+        let settled = Revision(40);
+        let shown = Shown { cluster: ClusterId(7), head: Revision(90), position: Revision(50), settled };
+        let looks_on_at = |checked| {
+            let mut own = OwnRevisions::default();
+            (30..=95).for_each(|revision| own.note(Revision(revision)));
+            let kept = Account { cluster: shown.cluster, checked, position: shown.position, ..Account::default() };
+            let begun = Account::begin(Some(kept), &shown, &mut own);
+            own.advance(begun.checked)
+        };
+        assert_eq!(looks_on_at(Revision(95)), settled, "restored");
+        assert_eq!(looks_on_at(Revision(60)), Revision(95), "it goes on");
     }
 
     #[test]

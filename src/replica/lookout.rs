@@ -183,12 +183,11 @@ impl Lookout {
             settled: equal.max(position.create_revision),
         };
         if self.account.as_ref().is_some_and(|kept| kept.is_past(&shown)) {
-            // What was proved of its revisions, and which of them are own, is of others.
-            lock(&self.own).forget();
+            // What was proved of its revisions is of others.
             self.end.told.send_modify(|told| told.equal_through = Revision(0));
             self.end.closed.send_replace(Revision(0));
         }
-        let mut account = Account::begin(self.account.take(), &shown);
+        let mut account = Account::begin(self.account.take(), &shown, &mut lock(&self.own));
         account.link_back = self.end.link_back().unwrap_or(account.link_back);
         let told = self.end.told.borrow().equal_through;
         if told <= look.head && account.proved_equal(told) {
