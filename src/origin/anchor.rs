@@ -3,10 +3,11 @@
 //! Always true: the watch covers everything after the anchor before the first page is read.
 
 use super::decide::not_opened;
+use super::lineage::Run;
 use super::reader::Reader;
 use super::session::{Session, SessionEnd};
 use super::ship::{Shipper, at_origin};
-use super::tail::{Begins, TailState};
+use super::tail::{Begins, Seen, TailState, seen_by};
 use crate::admin::next_command;
 use crate::etcd::{Columns, Etcd};
 use crate::failpoint;
@@ -36,7 +37,7 @@ pub(super) async fn copy(
     session.copying = true;
     let anchor = match (&position, resuming) {
         (Some(position), true) => position.origin_revision,
-        (_, _) => open_anchor(ship, session).await?,
+        (_, _) => open_anchor(ship, session, epoch).await?,
     };
     if session.waymark.present.counter == 0 {
         session.write_waymark(ship).await?;
@@ -110,7 +111,7 @@ pub(super) async fn open_repair(
     epoch: Epoch,
 ) -> Result<Revision, SessionEnd> {
     session.copying = true;
-    let anchor = open_anchor(ship, session).await?;
+    let anchor = open_anchor(ship, session, epoch).await?;
     if session.waymark.present.counter == 0 {
         session.write_waymark(ship).await?;
     }
@@ -135,12 +136,14 @@ pub(super) async fn open_repair(
 
 /// Has the tail watch everything after the present head, and returns that head. Under heavy compaction the head may be
 /// compacted before the watch opens: then the next head is tried.
-async fn open_anchor(ship: &mut Shipper, session: &mut Session) -> Result<Revision, SessionEnd> {
+async fn open_anchor(ship: &mut Shipper, session: &mut Session, epoch: Epoch) -> Result<Revision, SessionEnd> {
     const TRIES: u32 = 20;
     for _ in 0..TRIES {
         let look = session.etcd.look(&ship.origin.send.link.waymark_key()).await.map_err(|e| at_origin(&e))?;
-        match restarted(ship, session, look.head).await? {
+        match restarted(ship, session, look.head, seen_by(&look)).await? {
             Ok(()) => {
+                let run = Run { cluster: look.cluster, epoch };
+                ship.spool.serves(run).await.map_err(|e| SessionEnd::Wait(format!("the spool: {e}")))?;
                 failpoint::reach("anchor-opened");
                 return Ok(look.head);
             }
@@ -157,8 +160,9 @@ async fn restarted(
     ship: &mut Shipper,
     session: &mut Session,
     anchor: Revision,
+    seen: Seen,
 ) -> Result<Result<(), TailState>, SessionEnd> {
-    let mut opening = std::pin::pin!(ship.restart_tail(anchor, None, Begins::Afresh, ANCHOR_OPENS_MAX));
+    let mut opening = std::pin::pin!(ship.restart_tail(anchor, None, Some(seen), Begins::Afresh, ANCHOR_OPENS_MAX));
     let mut ticks = tokio::time::interval(KEEP_ALIVE);
     loop {
         tokio::select! {

@@ -7,12 +7,13 @@ use super::candidacy::{self, Gap, Unfit};
 use super::elect;
 use super::hello::Greeted;
 use super::history;
+use super::lineage::Run;
 use super::probe::{Probed, probe};
 use super::resume::{self, CarriedCheck, OriginFacts, Received, ReplicaFacts, Resume, SpoolFacts, Tailed};
 use super::sequence::OriginWaymark;
 use super::session::SessionEnd;
 use super::ship::{Shipper, at_origin};
-use super::tail::{Begins, TailCommand, TailState};
+use super::tail::{Begins, Seen, TailCommand, TailState, seen_by};
 use crate::etcd::Etcd;
 use crate::model::{Digest, Epoch, Position, Revision, Seq};
 use crate::wire::digest;
@@ -37,7 +38,7 @@ fn no_way() -> SessionEnd {
 impl Shipper {
     /// The resume table, with its facts gathered; a watch that is refused for compaction is a new fact.
     pub(super) async fn decide(&mut self, greeted: &Greeted) -> Result<Way, SessionEnd> {
-        let (replica, mut origin) = self.facts(greeted).await?;
+        let (replica, mut origin, seen) = self.facts(greeted).await?;
         let position = match &replica {
             ReplicaFacts::Answered { position, .. } => position.clone(),
             ReplicaFacts::Unreachable => None,
@@ -52,11 +53,11 @@ impl Shipper {
         }
         let met = self.recall(greeted, position.as_deref(), origin.cluster).await?;
         if self.resync.is_some() {
-            return self.act(resume::resync(position.as_deref()), None).await?.ok_or_else(no_way);
+            return self.act(resume::resync(position.as_deref()), None, seen).await?.ok_or_else(no_way);
         }
         if self.other_history.goes_on {
             let decided = history::by_digests(position.as_deref(), origin.ranges_digest);
-            return self.act(decided, None).await?.ok_or_else(no_way);
+            return self.act(decided, None, seen).await?.ok_or_else(no_way);
         }
         let same_origin = position.as_ref().is_some_and(|p| p.origin_cluster == origin.cluster);
         if let Some(reason) = met {
@@ -75,10 +76,15 @@ impl Shipper {
             | TailState::SpoolFull
             | TailState::Stopped { .. } => same_origin,
         };
-        if let (ReplicaFacts::Answered { position: Some(position), received }, true) = (&replica, usable) {
-            let received = received.map_or(Revision(0), |received| received.revision);
-            self.let_tail_reach(position.origin_revision.max(received)).await;
-        }
+        let usable = match (&replica, usable) {
+            (ReplicaFacts::Answered { position: Some(position), received }, true) => {
+                let received = received.map_or(Revision(0), |received| received.revision);
+                let reached = position.origin_revision.max(received);
+                self.let_tail_reach(reached).await;
+                self.ships_spool(&greeted.etcd, origin.head, position, reached).await?
+            }
+            (ReplicaFacts::Answered { .. } | ReplicaFacts::Unreachable, _) => false,
+        };
         let extent = self.spool.extent().borrow().clone();
         let spool = SpoolFacts { base: extent.base, covered: extent.covered, last: extent.last };
         let spool = (usable && !extent.damaged && extent.covered > Revision(0)).then_some(spool);
@@ -92,13 +98,44 @@ impl Shipper {
                 None => decided,
             };
             tracing::debug!(link = %self.origin.send.link, ?decided, "resume");
-            match self.act(decided, resume::watched_from(&replica, origin.carried)).await {
-                Ok(Some(way)) => return Ok(way),
+            match self.act(decided, resume::watched_from(&replica, origin.carried), seen).await {
+                Ok(Some(way)) => {
+                    let run = position.as_ref().map(|position| run_of(position));
+                    if let (Some(run), Way::Follow { .. } | Way::Copy { cursor: Some(_), .. }) = (run, &way) {
+                        self.spool.serves(run).await.map_err(|e| SessionEnd::Wait(format!("the spool: {e}")))?;
+                    }
+                    return Ok(way);
+                }
                 Ok(None) => return Err(no_way()),
                 Err(SessionEnd::Compacted(compacted)) if compacted > origin.compacted => origin.compacted = compacted,
                 Err(end) => return Err(end),
             }
         }
+    }
+
+    /// Whether what the spool holds after `reached` is of the origin as the replica follows it. `head`: the origin's.
+    async fn ships_spool(
+        &self,
+        etcd: &Etcd,
+        head: Revision,
+        position: &Position,
+        reached: Revision,
+    ) -> Result<bool, SessionEnd> {
+        let unkept = |e| SessionEnd::Wait(format!("the spool: {e}"));
+        let shown = match self.spool.doubted_after(reached).await {
+            Some(last) if last.0 <= head => self.check_origin(etcd, last).await?,
+            Some(_) => CarriedCheck::Other,
+            None => CarriedCheck::Open,
+        };
+        if shown == CarriedCheck::Same {
+            self.spool.proven().await;
+        }
+        let ships =
+            shown != CarriedCheck::Other && self.spool.ships(run_of(position), reached).await.map_err(unkept)?;
+        if !ships {
+            tracing::info!(link = %self.origin.send.link, "the spool was filled before the link's present epoch, or before the origin was restored: what it holds is fetched again");
+        }
+        Ok(ships)
     }
 
     /// What this sidecar's spool lacks may be in that of one that stands by, whose watch was never cut: rather than compare both sides, it
@@ -113,7 +150,7 @@ impl Shipper {
     }
 
     /// What the replica answered and what the origin's etcd says, the carried revision compared.
-    pub(super) async fn facts(&self, greeted: &Greeted) -> Result<(ReplicaFacts, OriginFacts), SessionEnd> {
+    pub(super) async fn facts(&self, greeted: &Greeted) -> Result<(ReplicaFacts, OriginFacts, Seen), SessionEnd> {
         let reply = &greeted.reply;
         let position = match &reply.position[..] {
             [] => None,
@@ -135,6 +172,7 @@ impl Shipper {
             carried: CarriedCheck::Open,
             compacted: Revision(0),
         };
+        let seen = seen_by(&look);
         if let Some(position) = &position {
             let carried = if ahead {
                 (received.revision, received.digest)
@@ -143,21 +181,20 @@ impl Shipper {
             };
             let same_place =
                 position.origin_cluster == origin.cluster && position.ranges_digest == origin.ranges_digest;
-            if same_place && carried.0 > Revision(0) && origin.head >= carried.0 {
-                self.tell_tail(carried, position.origin_revision.max(carried.0));
+            let shown = same_place && carried.0 > Revision(0) && origin.head >= carried.0;
+            let begins = resume::begins_with(&self.spool_facts(), carried.0, position.origin_revision.max(carried.0));
+            if same_place {
+                // Told before the comparison: a watch that opens after it begins with what was compared, where it was. If a command waits
+                // already, it is a restart, which brings this along, or the word of an earlier hello.
+                let carried = (shown && begins).then_some(carried);
+                let _ = self.tail_commands.try_send(TailCommand::Greeted { seen, carried });
+            }
+            if shown {
                 origin.carried = self.check_carried(&greeted.etcd, carried).await?;
             }
         }
         let replica = ReplicaFacts::Answered { position: position.map(Box::new), received: ahead.then_some(received) };
-        Ok((replica, origin))
-    }
-
-    /// Told before the comparison: a watch that opens after it begins with what was compared.
-    fn tell_tail(&self, carried: (Revision, Digest), reached: Revision) {
-        if resume::begins_with(&self.spool_facts(), carried.0, reached) {
-            // Where a command waits already, it is a restart, which brings this along, or the same word of an earlier hello.
-            let _ = self.tail_commands.try_send(TailCommand::Carried(carried));
-        }
+        Ok((replica, origin, seen))
     }
 
     /// Whether the carried revision is the origin's. Where the open watch has shown it, the spool tells; a short watch costs up to 0.1 s.
@@ -166,13 +203,18 @@ impl Shipper {
         if tailed == Tailed::Holds(carried.1) {
             return Ok(CarriedCheck::Same);
         }
+        Ok(tailed.and(self.check_origin(etcd, carried).await?))
+    }
+
+    /// Whether the origin has this revision as it was, which its head has come to.
+    async fn check_origin(&self, etcd: &Etcd, was: (Revision, Digest)) -> Result<CarriedCheck, SessionEnd> {
         let send = &self.origin.send;
-        let probed = probe(etcd, &send.ranges, &send.link, carried.0, &self.origin.limits).await;
-        Ok(tailed.and(match probed.map_err(|e| at_origin(&e))? {
-            Probed::Digest(found) if found == carried.1 => CarriedCheck::Same,
+        let probed = probe(etcd, &send.ranges, &send.link, was.0, &self.origin.limits).await;
+        Ok(match probed.map_err(|e| at_origin(&e))? {
+            Probed::Digest(found) if found == was.1 => CarriedCheck::Same,
             Probed::Digest(_) | Probed::Nothing => CarriedCheck::Other,
             Probed::Compacted => CarriedCheck::Compacted,
-        }))
+        })
     }
 
     async fn tailed(&self, at: Revision) -> Tailed {
@@ -192,18 +234,23 @@ impl Shipper {
         SpoolFacts { base: extent.base, covered: extent.covered, last: extent.last }
     }
 
-    /// Brings the tail to where the decision wants it. `carried`: what a new watch begins with.
-    async fn act(&mut self, decided: Resume, carried: Option<(Revision, Digest)>) -> Result<Option<Way>, SessionEnd> {
+    /// Brings the tail to where the decision wants it. `carried`: what a new watch begins with; `seen`: the origin that it must be of.
+    async fn act(
+        &mut self,
+        decided: Resume,
+        carried: Option<(Revision, Digest)>,
+        seen: Seen,
+    ) -> Result<Option<Way>, SessionEnd> {
         match decided {
             Resume::Stop { reason } => Err(SessionEnd::OtherHistory(reason.to_string())),
             Resume::ShipFromSpool { after } => Ok(Some(Way::Follow { after })),
             Resume::WatchFrom { after } => {
-                self.watch_from(after, carried).await?;
+                self.watch_from(after, carried, seen).await?;
                 Ok(Some(Way::Follow { after }))
             }
             Resume::Copy { epoch, cursor: Some(at), reason } => {
                 if !at.spool_reaches {
-                    self.watch_from(at.after, carried).await?;
+                    self.watch_from(at.after, carried, seen).await?;
                 }
                 Ok(Some(Way::Copy { epoch, cursor: Some(at.cursor), reason: reason.to_string() }))
             }
@@ -226,8 +273,13 @@ impl Shipper {
         self.known_epoch.max(published.map_or(Epoch(0), |published| published.epoch))
     }
 
-    async fn watch_from(&mut self, after: Revision, carried: Option<(Revision, Digest)>) -> Result<(), SessionEnd> {
-        let opening = self.restart_tail(after, carried, Begins::GoesOn, WATCH_OPENS_MAX);
+    async fn watch_from(
+        &mut self,
+        after: Revision,
+        carried: Option<(Revision, Digest)>,
+        seen: Seen,
+    ) -> Result<(), SessionEnd> {
+        let opening = self.restart_tail(after, carried, Some(seen), Begins::GoesOn, WATCH_OPENS_MAX);
         let opened = tokio::select! {
             biased;
             goes_on = self.resync_asked() => {
@@ -249,11 +301,12 @@ impl Shipper {
     }
 
     /// Has the tail drop the spool and watch everything after `after`: `Ok` once etcd has created the watch. Where that takes longer than
-    /// `limit`, the tail goes on trying, and what keeps it from it is told.
+    /// `limit`, the tail goes on trying, and what keeps it from it is told. `carried`, `seen`: see [`TailCommand::Restart`].
     pub(super) fn restart_tail(
         &self,
         after: Revision,
         carried: Option<(Revision, Digest)>,
+        seen: Option<Seen>,
         begins: Begins,
         limit: Duration,
     ) -> impl Future<Output = Result<(), TailState>> + Send + use<> {
@@ -261,7 +314,7 @@ impl Shipper {
         let (opened, waiting) = oneshot::channel();
         let gone = || TailState::Stopped { reason: "the tail has ended".to_owned() };
         let opening = async move {
-            commands.send(TailCommand::Restart { after, carried, begins, opened }).await.map_err(|_| gone())?;
+            commands.send(TailCommand::Restart { after, carried, seen, begins, opened }).await.map_err(|_| gone())?;
             waiting.await.unwrap_or_else(|_| Err(gone()))
         };
         async move {
@@ -273,6 +326,11 @@ impl Shipper {
             })
         }
     }
+}
+
+/// The run that a replica with this position follows.
+fn run_of(position: &Position) -> Run {
+    Run { cluster: position.origin_cluster, epoch: position.epoch }
 }
 
 pub(super) fn not_opened(reason: &str) -> SessionEnd {

@@ -14,6 +14,7 @@ mod heartbeat;
 mod hello;
 pub mod history;
 pub mod lag;
+pub mod lineage;
 mod mend;
 mod outcome;
 mod probe;
@@ -244,7 +245,7 @@ impl OriginLink {
         let covered = spool.extent().borrow().covered;
         let (events, incoming) = mpsc::channel(EVENTS_MAX);
         let (head_sender, head) = watch_channel::channel(HeadView::default());
-        let unseen = TailView { state: TailState::Idle, covered, proven_from: None, ferry_only: 0 };
+        let unseen = TailView { state: TailState::Idle, cluster: None, covered, proven_from: None, ferry_only: 0 };
         let (tail_sender, tail) = watch_channel::channel(unseen);
         let (tail_commands, tail_incoming) = mpsc::channel(1);
         let (reopen, reopening) = watch_channel::channel(());

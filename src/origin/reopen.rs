@@ -46,6 +46,11 @@ pub fn same_origin(before: (ClusterId, OriginWaymark), now: (ClusterId, OriginWa
     before.0 == now.0 && !older && !other
 }
 
+/// Whether two looks, of which either may have come first, cannot have been at the same origin.
+pub fn is_another(one: (ClusterId, OriginWaymark), other: (ClusterId, OriginWaymark)) -> bool {
+    !same_origin(one, other) && !same_origin(other, one)
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::sequence::{Event, WatchMessage};
@@ -104,5 +109,15 @@ mod tests {
         assert!(!same_origin(at(1, 4, 44), at(1, 3, 33)));
         assert!(!same_origin(at(1, 4, 44), at(1, 4, 45)));
         assert!(!same_origin(at(1, 4, 44), at(2, 4, 44)));
+        for (other, expected) in [
+            (at(1, 4, 44), false),
+            (at(1, 5, 55), false),
+            (at(1, 3, 33), false),
+            (at(1, 4, 45), true),
+            (at(2, 5, 55), true),
+        ] {
+            let one = at(1, 4, 44);
+            assert_eq!((is_another(one, other), is_another(other, one)), (expected, expected), "{other:?}");
+        }
     }
 }

@@ -1,20 +1,22 @@
 //! Job: the origin's durable queue of revisions that are not yet applied at the replica.
 //! Input: whole revisions in order, how far they cover the origin, how far to trim. Output: the same revisions, from any one held on.
-//! Always true: every revision that the link carries after `base`, up to `covered`, is in here, or `open` reports what it had to cut.
+//! Always true: every revision that the link carries after `base`, up to `covered`, is in here, or `open` reports what it had to cut; of
+//! which run they are is kept beside them.
 //!
 //! A record is: version u8, count u32; for each revision `arrived_ms` u64, the number of clusters it came from u8, their ids u64 (all
 //! little-endian); then a standalone frame with the revisions.
 
+use super::lineage::{Lineage, Run};
 use crate::config::Limits;
 use crate::model::{ClusterId, Digest, Epoch, Revision, Seq, Term, WholeRevision};
-use crate::segment::Opened;
 use crate::segment::feed::{Appended, Feed, FeedEntry, FeedError, FeedLimits, Held};
+use crate::segment::{self, Opened};
 use crate::wire::frame::{FrameLimits, decode_standalone, encode_standalone};
 use bytes::{Buf, Bytes};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 
 const VERSION: u8 = 1;
 /// What a power cut takes of the spool is still in the origin's etcd: it is watched again from the spool's end. So the sync need only come
@@ -25,6 +27,8 @@ const ENTRY_BYTES: usize = 160;
 const CHANGE_BYTES: usize = 72;
 /// How many arrivals are kept from before a restart.
 const ARRIVALS_MAX: usize = 1024;
+/// Holds the lineage, beside the segment files.
+const LINEAGE_FILE: &str = "lineage.json";
 
 /// A revision that waits to be applied at the replica.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,6 +70,8 @@ pub struct Spool {
     arrivals: Vec<Arrived>,
     /// Which ranges it holds: see [`Spool::open`].
     tag: u64,
+    lineage: Arc<Mutex<Lineage>>,
+    lineage_file: PathBuf,
 }
 
 /// Revisions that were in the files at `open`: all of them after the sample before this one.
@@ -85,8 +91,15 @@ impl Spool {
         let dir = dir.to_owned();
         let open = move || {
             let mut arrivals = Arrivals::default();
-            let (feed, opened) = Feed::open(&dir, limits, &mut |last, record| arrivals.add(last, record))?;
-            Ok::<_, SpoolError>((Self { feed, arrivals: arrivals.samples, tag: tag_of(ranges) }, opened))
+            let (feed, opened) =
+                Feed::<SpoolEntry>::open(&dir, limits, &mut |last, record| arrivals.add(last, record))?;
+            let covered = feed.extent().borrow().covered;
+            let lineage_file = dir.join(LINEAGE_FILE);
+            // Without it, what etcd cannot show again is not shipped: no reason to stop.
+            let lineage = Lineage::found(&std::fs::read(&lineage_file).unwrap_or_default(), covered);
+            let lineage = Arc::new(Mutex::new(lineage));
+            let spool = Self { feed, arrivals: arrivals.samples, tag: tag_of(ranges), lineage, lineage_file };
+            Ok::<_, SpoolError>((spool, opened))
         };
         let (mut spool, opened) = tokio::task::spawn_blocking(open).await.map_err(|_| FeedError::Closed)??;
         let (tag, covered) = {
@@ -121,7 +134,55 @@ impl Spool {
 
     /// Drops everything; the next revision is the first one after `base` that the link carries.
     pub async fn reset(&self, base: Revision) -> Result<(), SpoolError> {
+        // First: what follows must never pass for a part of what was before.
+        self.keep(|lineage| *lineage = Lineage::default()).await?;
         self.feed.reset(self.tag, base.0).await
+    }
+
+    /// The watch has ended, or another one begins after the spool's end: see [`Lineage::unwatched`].
+    pub async fn unwatched(&self) {
+        let covered = self.feed.extent().borrow().covered;
+        self.lineage.lock().await.unwatched(covered);
+    }
+
+    /// The last revision, if the origin is to show it before anything after `reached` is shipped.
+    pub async fn doubted_after(&self, reached: Revision) -> Option<(Revision, Digest)> {
+        let doubts = self.lineage.lock().await.doubts_after(reached);
+        self.feed.extent().borrow().last.filter(|_| doubts)
+    }
+
+    /// See [`Lineage::proven`].
+    pub async fn proven(&self) {
+        self.lineage.lock().await.proven();
+    }
+
+    /// See [`Lineage::serves`].
+    pub async fn serves(&self, run: Run) -> Result<(), SpoolError> {
+        let base = self.feed.extent().borrow().base;
+        self.keep(|lineage| lineage.serves(run, base)).await.map(|_| ())
+    }
+
+    /// Whether a replica that follows `run`, and has everything up to `reached`, may be sent what is in here.
+    pub async fn ships(&self, run: Run, reached: Revision) -> Result<bool, SpoolError> {
+        let base = self.feed.extent().borrow().base;
+        let lineage = self.keep(|lineage| lineage.judge(run, base)).await?;
+        Ok(lineage.ships_after(reached))
+    }
+
+    /// Changes the lineage once the file says so, where it is to. Cancel-safe.
+    async fn keep(&self, change: impl FnOnce(&mut Lineage)) -> Result<Lineage, SpoolError> {
+        let mut kept = self.lineage.clone().lock_owned().await;
+        let mut changed = *kept;
+        change(&mut changed);
+        let (before, after, path) = (kept.to_json(), changed.to_json(), self.lineage_file.clone());
+        let write = move || {
+            if after != before {
+                segment::write_file(&path, &after).map_err(segment::failed("writing", &path))?;
+            }
+            *kept = changed;
+            Ok(changed)
+        };
+        tokio::task::spawn_blocking(write).await.map_err(|_| FeedError::Closed)?
     }
 
     pub async fn room(&self) -> Result<(), SpoolError> {
@@ -267,210 +328,4 @@ impl Arrivals {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::model::Change;
-    use crate::wire::digest;
-    use rand::rngs::StdRng;
-    use rand::{Rng, SeedableRng};
-
-    fn limits() -> Limits {
-        Limits {
-            spool_bytes_max: 1 << 20,
-            journal_bytes_max: 1 << 20,
-            segment_bytes: 32 * 1024,
-            queue_bytes_max: 8 * 1024,
-            ..Limits::default()
-        }
-    }
-
-    fn entry(revision: u64) -> SpoolEntry {
-        let key = Bytes::from(format!("/a/{revision}"));
-        let value = Bytes::from(vec![u8::try_from(revision % 256).unwrap_or(0); 100]);
-        let changes = vec![Change::Put { key, value }, Change::Delete { key: Bytes::from_static(b"/b") }];
-        let revision = Arc::new(WholeRevision { revision: Revision(revision), changes });
-        let digest = digest::of_revision(&revision);
-        let number = revision.revision.0;
-        let came_from = (0..number % 3).map(ClusterId).collect();
-        SpoolEntry { revision, digest, arrived_ms: 1_000_000 + number, came_from }
-    }
-
-    async fn append_durably(spool: &Spool, entries: Vec<SpoolEntry>) {
-        let last = entries.last().map_or(0, FeedEntry::index);
-        let appended = spool.append(entries).await;
-        assert!(matches!(appended, Ok(Appended::Taken)), "{appended:?}");
-        let mut durable = spool.durable();
-        assert!(durable.wait_for(|durable| durable.0 >= last).await.is_ok());
-    }
-
-    async fn read_all(spool: &Spool) -> Vec<SpoolEntry> {
-        let (base, last) = {
-            let extent = spool.extent();
-            let extent = extent.borrow();
-            (extent.base, extent.last.map_or(extent.base, |(last, _)| last))
-        };
-        let (mut read, mut at) = (Vec::new(), base);
-        while at < last {
-            read.extend(spool.read_after(at, 2000).await.unwrap_or_else(|error| panic!("{error}")));
-            at = read.last().map_or(last, |entry: &SpoolEntry| entry.revision.revision);
-        }
-        read
-    }
-
-    #[tokio::test]
-    async fn revisions_come_back_whole_with_their_notes_and_the_extent_survives_a_restart() {
-        let folder = tempfile::tempdir().unwrap();
-        let dir = folder.path().join("spool");
-        let (spool, opened) = Spool::open(&dir, &limits(), Digest::default()).await.unwrap();
-        assert_eq!(opened, Opened::default());
-        let empty = spool.extent().borrow().clone();
-        assert_eq!((empty.base, empty.covered, empty.last), (Revision(0), Revision(0), None));
-        spool.reset(Revision(40)).await.unwrap();
-        let entries: Vec<SpoolEntry> = (21..200).map(|n| entry(n * 2)).collect();
-        for some in entries.chunks(9) {
-            append_durably(&spool, some.to_vec()).await;
-        }
-        assert!(read_all(&spool).await == entries);
-        spool.covered(Revision(500));
-        let before = spool.extent().borrow().clone();
-        assert_eq!((before.base, before.covered), (Revision(40), Revision(500)));
-        assert_eq!(before.last, Some((Revision(398), entries[178].digest)));
-        spool.close().await.unwrap();
-        let (spool, opened) = Spool::open(&dir, &limits(), Digest::default()).await.unwrap();
-        let after = spool.extent().borrow().clone();
-        assert_eq!(
-            (opened, SpoolExtent { bytes: 0, ..after }),
-            (Opened::default(), SpoolExtent { bytes: 0, ..before })
-        );
-        assert!(read_all(&spool).await == entries);
-        let arrivals = spool.arrivals();
-        let first = Arrived { revision_last: Revision(58), at_ms: 1_000_042, count: 9 };
-        assert_eq!(arrivals.first(), Some(&first), "a sample names the oldest of its record");
-        assert_eq!(arrivals.last().map(|sample| sample.revision_last), Some(Revision(398)));
-        assert_eq!(arrivals.iter().map(|sample| sample.count).sum::<u64>(), 179);
-        spool.close().await.unwrap();
-    }
-
-    fn noise(seed: u64, bytes: usize) -> Bytes {
-        let mut random = StdRng::seed_from_u64(seed);
-        (0..bytes).map(|_| random.random::<u8>()).collect()
-    }
-
-    /// docs/operating.md sizes the spool by it.
-    #[tokio::test]
-    async fn a_revision_that_comes_alone_takes_at_most_80_bytes_beside_its_keys_and_values() {
-        let folder = tempfile::tempdir().unwrap();
-        let (spool, _) = Spool::open(&folder.path().join("spool"), &limits(), Digest::default()).await.unwrap();
-        let one = |number: u64| {
-            let changes = vec![Change::Put { key: noise(number, 11), value: noise(number + 1_000, 1_000) }];
-            let revision = Arc::new(WholeRevision { revision: Revision(number), changes });
-            let digest = digest::of_revision(&revision);
-            vec![SpoolEntry { revision, digest, arrived_ms: 1_764_000_000_000 + number, ..entry(3) }]
-        };
-        append_durably(&spool, one(1)).await;
-        let before = spool.extent().borrow().bytes;
-        for number in 2..=101 {
-            append_durably(&spool, one(number)).await;
-        }
-        let each = (spool.extent().borrow().bytes - before) / 100;
-        assert!((1_011..=1_011 + 80).contains(&each), "{each}");
-        spool.close().await.unwrap();
-    }
-
-    #[tokio::test]
-    async fn what_was_spooled_for_other_ranges_is_dropped() {
-        let folder = tempfile::tempdir().unwrap();
-        let dir = folder.path().join("spool");
-        let (spool, _) = Spool::open(&dir, &limits(), Digest([1; 16])).await.unwrap();
-        spool.reset(Revision(10)).await.unwrap();
-        append_durably(&spool, vec![entry(900)]).await;
-        spool.close().await.unwrap();
-        let (same, _) = Spool::open(&dir, &limits(), Digest([1; 16])).await.unwrap();
-        assert_eq!(same.extent().borrow().covered, Revision(900));
-        same.close().await.unwrap();
-        let (other, _) = Spool::open(&dir, &limits(), Digest([2; 16])).await.unwrap();
-        let extent = other.extent().borrow().clone();
-        assert_eq!((extent.base, extent.covered, extent.last), (Revision(0), Revision(0), None));
-        assert_eq!(other.arrivals(), []);
-        other.close().await.unwrap();
-    }
-
-    #[tokio::test]
-    async fn what_was_spooled_under_a_larger_limit_is_carried_under_a_smaller_one() {
-        const LARGE: usize = 3 << 20;
-        let folder = tempfile::tempdir().unwrap();
-        let dir = folder.path().join("spool");
-        let roomy = Limits { spool_bytes_max: 64 << 20, revision_bytes_max: 8 << 20, ..limits() };
-        let narrow = Limits { revision_bytes_max: 64 << 10, ..roomy.clone() };
-        let mut noise = 1_u64;
-        let value: Vec<u8> = std::iter::repeat_with(|| {
-            noise = noise.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            noise.to_be_bytes()[0]
-        })
-        .take(LARGE)
-        .collect();
-        let large = Change::Put { key: Bytes::from_static(b"/a/large"), value: Bytes::from(value) };
-        let large = Arc::new(WholeRevision { revision: Revision(8), changes: vec![large] });
-        let digest = digest::of_revision(&large);
-        let large = SpoolEntry { revision: large, digest, arrived_ms: 1_000_000, came_from: Vec::new() };
-        for entries in [vec![entry(7), large.clone(), entry(9)], vec![entry(7), large]] {
-            let (spool, _) = Spool::open(&dir, &roomy, Digest::default()).await.unwrap();
-            spool.reset(Revision(0)).await.unwrap();
-            append_durably(&spool, entries.clone()).await;
-            spool.close().await.unwrap();
-            let (spool, opened) = Spool::open(&dir, &narrow, Digest::default()).await.unwrap();
-            assert_eq!(opened, Opened::default(), "nothing is cut off");
-            assert!(read_all(&spool).await == entries);
-            spool.close().await.unwrap();
-        }
-    }
-
-    #[tokio::test]
-    async fn a_reset_spool_without_revisions_still_knows_where_it_stands_after_a_restart() {
-        let folder = tempfile::tempdir().unwrap();
-        let dir = folder.path().join("spool");
-        let (spool, _) = Spool::open(&dir, &limits(), Digest::default()).await.unwrap();
-        append_durably(&spool, vec![entry(900)]).await;
-        spool.reset(Revision(70)).await.unwrap();
-        spool.covered(Revision(75));
-        spool.close().await.unwrap();
-        let (spool, _) = Spool::open(&dir, &limits(), Digest::default()).await.unwrap();
-        let extent = spool.extent().borrow().clone();
-        assert_eq!((extent.base, extent.covered, extent.last), (Revision(70), Revision(75), None));
-        assert_eq!(spool.arrivals(), []);
-        spool.close().await.unwrap();
-    }
-
-    #[test]
-    fn samples_of_arrivals_are_bounded_and_never_younger_than_what_they_stand_for() {
-        let mut arrivals = Arrivals::default();
-        for revision in 1..=5000 {
-            arrivals.add(revision, &SpoolEntry::encode(&[entry(revision)]));
-            assert!(arrivals.samples.len() <= ARRIVALS_MAX);
-        }
-        let mut samples = arrivals.samples.iter();
-        for revision in 1..=5000 {
-            let sample = samples.as_slice().iter().find(|sample| sample.revision_last.0 >= revision);
-            assert!(sample.is_some_and(|sample| sample.at_ms <= 1_000_000 + revision), "{revision}");
-        }
-        assert_eq!(samples.next_back().map(|sample| sample.revision_last), Some(Revision(5000)));
-        assert_eq!(arrivals.samples.iter().map(|sample| sample.count).sum::<u64>(), 5000);
-    }
-
-    #[test]
-    fn a_cut_or_flipped_record_is_an_error_or_differs_in_its_notes_only() {
-        let entries: Vec<SpoolEntry> = (1..6).map(entry).collect();
-        let record = SpoolEntry::encode(&entries);
-        assert_eq!(SpoolEntry::decode(&record, 1 << 20), Ok(entries.clone()));
-        for bytes in 0..record.len() {
-            assert!(SpoolEntry::decode(&record[..bytes], 1 << 20).is_err(), "cut at {bytes}");
-        }
-        for bit in 0..record.len() * 8 {
-            let mut bad = record.to_vec();
-            bad[bit / 8] ^= 1 << (bit % 8);
-            let revisions = |entries: Vec<SpoolEntry>| entries.into_iter().map(|e| e.revision).collect::<Vec<_>>();
-            let decoded = SpoolEntry::decode(&bad, 1 << 20).map(revisions);
-            assert!(decoded.is_err() || decoded == Ok(revisions(entries.clone())), "bit {bit}");
-        }
-    }
-}
+mod tests;

@@ -4,9 +4,10 @@
 //! Always true: nothing is shipped from here; what is trimmed is applied, by the word of a position.
 
 use super::LinkEvent;
-use super::candidacy::{self, Chore, Tailing};
+use super::candidacy::{self, Chore, Published, Tailing};
 use super::decide::WATCH_OPENS_MAX;
 use super::elect::{ElectView, Standing};
+use super::lineage::Run;
 use super::ship::Shipper;
 use super::tail::{Begins, TailState};
 use crate::admin::{LinkCommand, next_command};
@@ -97,6 +98,7 @@ impl Shipper {
             Chore::Nothing => Ok(()),
             Chore::Trim(applied) => {
                 self.spool.trim(applied);
+                self.hears_of(view.published).await;
                 let _ = self.events.send(LinkEvent::Published(applied)).await;
                 Ok(())
             }
@@ -109,6 +111,18 @@ impl Shipper {
         }
     }
 
+    /// While its watch stands, what the standby's spool holds is of the epoch that the shipper publishes.
+    async fn hears_of(&self, published: Option<Published>) {
+        let cluster = {
+            let tail = self.tail.borrow();
+            tail.cluster.filter(|_| tail.state == TailState::Running)
+        };
+        let (Some(cluster), Some(Published { epoch, .. })) = (cluster, published) else { return };
+        if let Err(error) = self.spool.serves(Run { cluster, epoch }).await {
+            tracing::debug!(link = %self.origin.send.link, %error, "of which epoch the spool is was not written down");
+        }
+    }
+
     async fn begin(&mut self, after: Option<Revision>) -> Result<(), EtcdError> {
         let etcd = self.origin.etcd.connect().await?;
         let from = match after {
@@ -117,7 +131,7 @@ impl Shipper {
         };
         tracing::info!(link = %self.origin.send.link, after = %from, "the standby's spool begins");
         // Should etcd compact past it before the watch stands, the tail says so, and the next look begins at the head.
-        let _ = self.restart_tail(from, None, Begins::Afresh, WATCH_OPENS_MAX).await;
+        let _ = self.restart_tail(from, None, None, Begins::Afresh, WATCH_OPENS_MAX).await;
         Ok(())
     }
 
@@ -128,7 +142,7 @@ impl Shipper {
             return Ok(());
         }
         tracing::info!(link = %self.origin.send.link, %after, "the standby's spool begins anew, where the replica is");
-        let _ = self.restart_tail(after, None, Begins::GoesOn, WATCH_OPENS_MAX).await;
+        let _ = self.restart_tail(after, None, None, Begins::GoesOn, WATCH_OPENS_MAX).await;
         Ok(())
     }
 

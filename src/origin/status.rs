@@ -228,7 +228,13 @@ mod tests {
 
     #[test]
     fn a_standby_tells_nothing_that_the_replica_told_it_while_it_shipped() {
-        let tail = TailView { state: TailState::Running, covered: Revision(9), proven_from: None, ferry_only: 0 };
+        let tail = TailView {
+            state: TailState::Running,
+            cluster: None,
+            covered: Revision(9),
+            proven_from: None,
+            ferry_only: 0,
+        };
         let head = HeadView::default();
         let spool = SpoolExtent {
             tag: 0,

@@ -3,7 +3,9 @@
 //! Edge: a channel; who watches is watch.rs.
 //! Always true: a command that nobody waits for any more is not carried out.
 
-use crate::model::{Digest, Revision};
+use super::sequence::OriginWaymark;
+use crate::etcd::Look;
+use crate::model::{ClusterId, Digest, Revision};
 use tokio::sync::{mpsc, oneshot};
 
 /// What the tail is doing.
@@ -34,6 +36,8 @@ pub enum TailState {
 #[derive(Debug, Clone)]
 pub struct TailView {
     pub state: TailState,
+    /// The origin that its last connect was to.
+    pub cluster: Option<ClusterId>,
     /// Everything up to it that the link carries is in the spool.
     pub covered: Revision,
     /// From this revision on, what the spool holds is in the history that the open watch shows.
@@ -42,16 +46,27 @@ pub struct TailView {
     pub ferry_only: u64,
 }
 
+/// The origin as a look at its waymark's key found it.
+pub type Seen = (ClusterId, OriginWaymark);
+
+/// A key that is not there, or holds no waymark, is as good as the first one.
+pub(super) fn seen_by(look: &Look) -> Seen {
+    let waymark = look.kv.as_ref().and_then(|kv| OriginWaymark::from_json(&kv.value));
+    (look.cluster, waymark.unwrap_or_default())
+}
+
 /// Told once etcd has created a watch, or why it did not.
 pub type Opened = oneshot::Sender<Result<(), TailState>>;
 
 /// What the shipper asks of the tail.
 pub enum TailCommand {
     /// Forget the spool and watch everything after `after`; `opened` is told once etcd has created the watch. `carried`: the watch begins
-    /// at this revision, to see that it and what follows up to `after` is what it was. Not begun once nobody waits for `opened`.
-    Restart { after: Revision, carried: Option<(Revision, Digest)>, begins: Begins, opened: Opened },
-    /// The replica's last carried revision: where the spool holds none of its own, watches begin with it from now on, the open one too.
-    Carried((Revision, Digest)),
+    /// at this revision, to see that it and what follows up to `after` is what it was; `seen`: the watch must be of this origin, where
+    /// whoever asks has looked. Not begun once nobody waits for `opened`.
+    Restart { after: Revision, carried: Option<(Revision, Digest)>, seen: Option<Seen>, begins: Begins, opened: Opened },
+    /// What a hello found. `seen`: the origin that it has looked at, and all watches are of. `carried`: the replica's last carried revision:
+    /// where the spool holds none of its own, watches begin with it from now on, the open one too.
+    Greeted { seen: Seen, carried: Option<(Revision, Digest)> },
 }
 
 /// What a spool that is begun anew is to its link.
@@ -69,7 +84,7 @@ pub(super) async fn next_command(commands: &mut mpsc::Receiver<TailCommand>) -> 
         let command = commands.recv().await?;
         match &command {
             TailCommand::Restart { opened, .. } if opened.is_closed() => {}
-            TailCommand::Restart { .. } | TailCommand::Carried(_) => return Some(command),
+            TailCommand::Restart { .. } | TailCommand::Greeted { .. } => return Some(command),
         }
     }
 }

@@ -55,7 +55,7 @@ impl Shipper {
 
     /// The replica has seen a higher (epoch, term) than ours, and its answer holds the position that says so.
     pub(super) async fn fenced(&mut self, greeted: &Greeted) -> Result<SessionEnd, SessionEnd> {
-        let (replica, origin) = self.facts(greeted).await?;
+        let (replica, origin, _) = self.facts(greeted).await?;
         let ReplicaFacts::Answered { position: Some(position), .. } = &replica else {
             return Ok(SessionEnd::Wait("the replica fenced this sidecar and named no position".to_owned()));
         };

@@ -6,15 +6,15 @@
 use super::head::HeadView;
 use super::probe::shows_whole;
 use super::reopen::{self, Spooled};
-use super::sequence::{Event, OriginWaymark, SequenceError, Sequenced, Sequencer, WatchMessage};
+use super::sequence::{Event, SequenceError, Sequenced, Sequencer, WatchMessage};
 use super::spool::{Spool, SpoolEntry, SpoolError};
-use super::tail::{Begins, Opened, TailCommand, TailState, TailView, next_command};
+use super::tail::{Begins, Opened, Seen, TailCommand, TailState, TailView, next_command, seen_by};
 use super::{Clock, LinkEvent};
 use crate::config::Limits;
 use crate::etcd::gate::Gate;
 use crate::etcd::{Etcd, EtcdError, Look, Watch, WatchSignal, watch_right};
 use crate::failpoint;
-use crate::model::{ClusterId, Digest, LinkName, Ranges, Revision};
+use crate::model::{Digest, LinkName, Ranges, Revision};
 use crate::retry::Backoff;
 use crate::segment::feed::Appended;
 use crate::wire::digest;
@@ -42,8 +42,8 @@ pub struct Tail {
     pub view: watch::Sender<TailView>,
     pub events: mpsc::Sender<LinkEvent>,
     pub clock: Clock,
-    /// The origin as it was at the last connect since the spool was begun.
-    pub seen: Option<(ClusterId, OriginWaymark)>,
+    /// The origin as it was at the last connect since the spool was begun, or at the hello that came before the first one.
+    pub seen: Option<Seen>,
     /// What a watch begins with until the spool has a revision of its own.
     pub carried: Option<(Revision, Digest)>,
 }
@@ -51,12 +51,17 @@ pub struct Tail {
 /// Why a watch session ended.
 enum Ended {
     Command(Option<TailCommand>),
+    /// The next one begins otherwise.
+    Again,
     Trouble(EtcdError),
     Silent,
     StoodStill,
     Closed,
     Canceled(String),
-    Compacted { from: Revision, compacted: Revision },
+    Compacted {
+        from: Revision,
+        compacted: Revision,
+    },
     Full,
     Sequence(SequenceError),
     OtherHistory(String),
@@ -94,6 +99,15 @@ struct OpenWatch {
     watch: Watch,
     sequencer: Sequencer,
     from: Revision,
+    /// The spool's end when it was opened.
+    covered: Revision,
+}
+
+impl OpenWatch {
+    /// It has shown the spool's last revision again.
+    fn is_proven(&self) -> bool {
+        self.sequencer.proven_from().is_some_and(|from| from <= self.covered)
+    }
 }
 
 impl Tail {
@@ -140,26 +154,36 @@ impl Tail {
     async fn next_restart(&mut self) -> Option<TailCommand> {
         loop {
             match next_command(&mut self.commands).await {
-                Some(TailCommand::Carried(carried)) => _ = self.remember(carried),
+                Some(TailCommand::Greeted { seen, carried }) => {
+                    self.seen.get_or_insert(seen);
+                    _ = self.remember(carried);
+                }
                 command => return command,
             }
         }
     }
 
     /// True if the next watch begins otherwise than the last one did.
-    fn remember(&mut self, carried: (Revision, Digest)) -> bool {
-        let new = self.spool.extent().borrow().last.is_none() && self.carried.is_none();
+    fn remember(&mut self, carried: Option<(Revision, Digest)>) -> bool {
+        let new = carried.is_some() && self.spool.extent().borrow().last.is_none() && self.carried.is_none();
         if new {
-            self.carried = Some(carried);
+            self.carried = carried;
         }
         new
     }
 
+    /// A hello came while a watch is open. `Err`: it ends.
+    fn greeted(&mut self, seen: Seen, carried: Option<(Revision, Digest)>) -> Result<(), Ended> {
+        if let Some(own) = self.seen.filter(|own| reopen::is_another(*own, seen)) {
+            return Err(Ended::OtherHistory(self.other_origin(seen, own)));
+        }
+        if self.remember(carried) { Err(Ended::Again) } else { Ok(()) }
+    }
+
     /// Begins the spool anew, then watches; `opened` is told when the watch stands.
     async fn restart(&mut self, command: TailCommand, turn: &mut Turn) {
-        let TailCommand::Restart { after, carried, begins, opened } = command else { return };
-        self.seen = None;
-        self.carried = carried;
+        let TailCommand::Restart { after, carried, seen, begins, opened } = command else { return };
+        (self.seen, self.carried) = (seen, carried);
         match self.spool.reset(after).await {
             Ok(()) => {
                 self.view.send_modify(|view| (view.covered, view.proven_from) = (after, None));
@@ -181,6 +205,7 @@ impl Tail {
         match ended {
             Ended::Command(None) => turn.next = Next::End,
             Ended::Command(Some(command)) => self.restart(command, turn).await,
+            Ended::Again => {}
             Ended::Compacted { from, compacted } => {
                 let covered = self.spool.extent().borrow().covered;
                 if reopen::goes_on_after_end(from, covered, compacted) {
@@ -260,6 +285,7 @@ impl Tail {
         match self.open(after_covered, turn.message_bytes_max).await {
             Ok(mut open) => {
                 let ended = self.follow(&mut open, turn).await;
+                self.spool.unwatched().await;
                 self.confirmed(&open.etcd, ended).await
             }
             Err(ended) => ended,
@@ -294,7 +320,10 @@ impl Tail {
             return Err(Ended::Compacted { from, compacted: from });
         }
         let watch = etcd.watch(&self.ranges.covering(), from, message_bytes_max).await?;
-        Ok(OpenWatch { etcd, watch, sequencer, from })
+        if !shows_last {
+            self.spool.unwatched().await;
+        }
+        Ok(OpenWatch { etcd, watch, sequencer, from, covered: extent.covered })
     }
 
     async fn follow(&mut self, open: &mut OpenWatch, turn: &mut Turn) -> Ended {
@@ -305,7 +334,9 @@ impl Tail {
             tokio::select! {
                 biased;
                 command = next_command(&mut self.commands) => match command {
-                    Some(TailCommand::Carried(carried)) if !self.remember(carried) => {}
+                    Some(TailCommand::Greeted { seen, carried }) => if let Err(ended) = self.greeted(seen, carried) {
+                        return ended;
+                    },
                     command => return Ended::Command(command),
                 },
                 signal = open.watch.next() => {
@@ -322,8 +353,12 @@ impl Tail {
                         Ok(Some(WatchSignal::Compacted(compacted))) => return Ended::Compacted { from: open.from, compacted },
                         Ok(Some(WatchSignal::Canceled(reason))) => return Ended::Canceled(reason),
                         Ok(Some(signal)) => {
+                            let proven = open.is_proven();
                             if let Err(ended) = self.take(&mut open.sequencer, signal).await {
                                 return ended;
+                            }
+                            if open.is_proven() && !proven {
+                                self.spool.proven().await;
                             }
                         }
                         Ok(None) => return Ended::Closed,
@@ -362,18 +397,24 @@ impl Tail {
 
     /// Where the last revision is compacted, cluster and waymark alone tell a restored origin; they are compared at each connect.
     fn same_origin(&mut self, look: &Look) -> Result<(), String> {
-        let waymark = look.kv.as_ref().and_then(|kv| OriginWaymark::from_json(&kv.value)).unwrap_or_default();
-        let seen = self.seen.replace((look.cluster, waymark));
-        let Some((cluster, before)) = seen else { return Ok(()) };
-        if reopen::same_origin((cluster, before), (look.cluster, waymark)) {
-            return Ok(());
+        let now = seen_by(look);
+        match self.seen {
+            Some(before) if !reopen::same_origin(before, now) => return Err(self.other_origin(before, now)),
+            Some(_) | None => self.seen = Some(now),
         }
-        self.seen = seen;
-        Err(format!(
-            "the origin was restored or replaced while this sidecar watched it (cluster {cluster}, waymark {}; now cluster {}, waymark {}); \
+        self.view.send_if_modified(|view| {
+            view.cluster = Some(look.cluster);
+            false
+        });
+        Ok(())
+    }
+
+    fn other_origin(&self, before: Seen, now: Seen) -> String {
+        format!(
+            "the origin was restored or replaced while this sidecar watched it (cluster {}, waymark {}; now cluster {}, waymark {}); \
              if this origin is the right one, run `etcd-ferry resync {} --config F` at its sidecar",
-            before.present.counter, look.cluster, waymark.present.counter, self.link
-        ))
+            before.0, before.1.present.counter, now.0, now.1.present.counter, self.link
+        )
     }
 
     /// Puts what a message completes into the spool.

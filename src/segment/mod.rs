@@ -79,7 +79,7 @@ impl SegmentError {
 }
 
 /// Names the step and the file of an I/O error.
-fn failed<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> SegmentError + 'a {
+pub(crate) fn failed<'a>(what: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> SegmentError + 'a {
     use io::ErrorKind::{QuotaExceeded, StorageFull};
     move |source| match matches!(source.kind(), StorageFull | QuotaExceeded) {
         true => SegmentError::DiskFull { what, path: path.to_owned(), source },

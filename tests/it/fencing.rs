@@ -195,10 +195,11 @@ async fn a_journal_of_a_link_that_was_removed_is_not_applied_to_one_that_was_mad
     let anew = |position: &Position| position.state == Phase::Following && position.cursor.is_none();
     let position = until("the link to follow anew", PATIENCE, async || regions.try_position().await.filter(anew)).await;
     assert_eq!((position.epoch, position.seq.0), (before.epoch, 0), "the same number, another run");
-    regions.peer_lines[0][0].cut();
     regions.replica_sidecars[0].restart().await;
     let late = &regions.replica_sidecars[0];
-    late.wait_for(LINK, "the old journal to be dropped", |entry| entry["seq"] == 0).await;
+    late.wait_for(LINK, "the late sidecar to know the new run", |entry| entry["seq"] == 0).await;
+    // Now it receives, and what it says that it has received is what its journal holds.
+    regions.peer_lines[0][1].cut();
     let revision = regions.origin[0].put("/app/last", "1").await;
     assert_eq!(regions.wait_applied(revision).await.seq.0, 1);
     regions.assert_equal().await;

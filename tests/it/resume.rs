@@ -339,7 +339,8 @@ async fn waymark_and_idle_position_are_written_once_a_minute_and_not_for_etcd_fe
 async fn begin_after(etcd: &Etcd, dir: &Path, after: Revision) -> Result<(), TailState> {
     let (ranges, limits) = (ranges_of(&[], &[]), Limits::default());
     let (spool, _) = Spool::open(dir, &limits, Digest::default()).await.unwrap();
-    let view = TailView { state: TailState::Idle, covered: Revision(0), proven_from: None, ferry_only: 0 };
+    let view =
+        TailView { state: TailState::Idle, cluster: None, covered: Revision(0), proven_from: None, ferry_only: 0 };
     let (commands, incoming) = mpsc::channel(1);
     let (_heads, head) = watch::channel(Default::default());
     let (view, _views) = watch::channel(view);
@@ -366,7 +367,12 @@ async fn begin_after(etcd: &Etcd, dir: &Path, after: Revision) -> Result<(), Tai
     let stop = CancellationToken::new();
     let running = tokio::spawn(tail.run(stop.clone()));
     let (opened, waiting) = oneshot::channel();
-    assert!(commands.send(TailCommand::Restart { after, carried: None, begins: Begins::Afresh, opened }).await.is_ok());
+    assert!(
+        commands
+            .send(TailCommand::Restart { after, carried: None, seen: None, begins: Begins::Afresh, opened })
+            .await
+            .is_ok()
+    );
     let outcome = tokio::time::timeout(PATIENCE, waiting).await.expect("an answer").unwrap();
     stop.cancel();
     running.await.unwrap();

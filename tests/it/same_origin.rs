@@ -121,6 +121,46 @@ async fn an_origin_whose_head_is_below_what_was_carried_stops_the_link() {
     resync(&pair, &before, Revision(0)).await;
 }
 
+/// Two sidecars at the origin, one after the other, each with a disk of its own; etcd shows nothing any more of what the first one has spooled.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_spool_that_was_filled_before_a_restore_is_not_shipped_once_another_sidecar_has_gone_on_with_the_restored_origin()
+ {
+    let (mut pair, before) = following(PairOptions::default()).await;
+    let snapshot = pair.origin.save_snapshot().await;
+    let lost = write(&pair.origin.access(), "/app/lost/", 20, 50).await;
+    pair.wait_applied(last(&lost)).await;
+    let unrelated = write(&pair.origin.access(), "/other/", 400, 10).await;
+    wait_spooled(&pair, last(&unrelated)).await;
+    pair.origin_sidecar.stop().await;
+    let (of_the_first, kept) = (pair.origin_sidecar.data_dir(), pair.dir().join("disk of the first sidecar"));
+    std::fs::rename(&of_the_first, &kept).unwrap();
+
+    pair.origin.restore_snapshot(&snapshot).await;
+    let node = std::mem::replace(&mut pair.origin_sidecar.options.node, "us-east-1-b".to_owned());
+    pair.origin_sidecar.write_config();
+    pair.origin_sidecar.restart().await;
+    stopped(&pair).await;
+    resync(&pair, &before, Revision(0)).await;
+    let epoch = pair.position().await.unwrap().epoch;
+    pair.proxy.cut();
+    let kept_by_nobody = pair.origin.put("/app/of-the-new-history", "1").await;
+    assert!(kept_by_nobody < last(&lost), "the first sidecar has read past it, in the other history");
+    let missing = usize::try_from(last(&unrelated).0 - kept_by_nobody.0).unwrap() + 20;
+    write(&pair.origin.access(), "/other/", missing, 10).await;
+    pair.origin_sidecar.stop().await;
+    pair.origin.compact(last(&unrelated)).await;
+
+    std::fs::remove_dir_all(&of_the_first).unwrap();
+    std::fs::rename(&kept, &of_the_first).unwrap();
+    pair.origin_sidecar.options.node = node;
+    pair.origin_sidecar.write_config();
+    pair.origin_sidecar.restart().await;
+    pair.proxy.heal();
+    pair.wait_applied(pair.origin.put("/app/after", "1").await).await;
+    pair.wait_equal().await;
+    assert!(pair.position().await.unwrap().epoch > epoch, "what came in between is mended, in an epoch of its own");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stopped_link_declines_a_comparison_and_stays_as_it_is_until_a_resync() {
     let (mut pair, before) = following(PairOptions::default()).await;

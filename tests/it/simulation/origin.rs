@@ -11,8 +11,9 @@ use super::line::{Line, Receipt, Shipment};
 use super::pages::{Copy, Reader};
 use super::region::Context;
 use super::replica::HelloAnswer;
-use super::tail::{REVISION_BYTES_MAX, Tail, TailState};
+use super::tail::{REVISION_BYTES_MAX, Tail, TailState, seen_by};
 use etcd_ferry::model::{Change, Digest, Epoch, LinkName, Ranges, Revision, Seq, Term, WholeRevision};
+use etcd_ferry::origin::lineage::Run;
 use etcd_ferry::origin::sequence::OriginWaymark;
 use etcd_ferry::origin::shipped::{RESETS_MAX, Shipped};
 use etcd_ferry::origin::spool::SpoolEntry;
@@ -191,8 +192,10 @@ impl Origin {
             Some(position) if resume => position.origin_revision,
             Some(_) | None => {
                 let head = etcd.head();
-                let opened = self.tail.restart(head, None, etcd, context);
+                let seen = seen_by(etcd, &self.link);
+                let opened = self.tail.restart(head, None, seen, etcd, context);
                 opened.map_err(|state| End::Again(format!("the watch did not open: {state:?}")))?;
+                self.tail.serves(Run { cluster: etcd.cluster, epoch });
                 self.survive(80, "sender crashed between spool and copy", context)?;
                 head
             }

@@ -6,11 +6,13 @@
 use super::disk::Disk;
 use super::etcd::{Etcd, Signal, Watch};
 use super::region::Context;
-use etcd_ferry::model::{Change, ClusterId, Digest, LinkName, Ranges, Revision};
+use etcd_ferry::model::{Change, Digest, LinkName, Ranges, Revision};
+use etcd_ferry::origin::lineage::{Lineage, Run};
 use etcd_ferry::origin::reopen::{self, Spooled};
 use etcd_ferry::origin::resume::{CarriedCheck, SpoolFacts, Tailed};
 use etcd_ferry::origin::sequence::{Event, OriginWaymark, SequenceError, Sequenced, Sequencer, WatchMessage};
 use etcd_ferry::origin::spool::SpoolEntry;
+use etcd_ferry::origin::tail::Seen;
 use etcd_ferry::wire::digest;
 use std::sync::Arc;
 
@@ -42,15 +44,31 @@ pub struct Tail {
     after_covered: bool,
     /// Everything up to it was seen.
     pub covered: Revision,
-    seen: Option<(ClusterId, OriginWaymark)>,
+    seen: Option<Seen>,
+    /// The origin that a hello has looked at, until the open watch is compared with it.
+    told: Option<Seen>,
     /// What a watch begins with until the spool has a revision of its own.
     carried: Option<(Revision, Digest)>,
+    /// On the disk, as far as it outlives the process.
+    lineage: Lineage,
 }
 
 struct Open {
     watch: Watch,
     sequencer: Sequencer,
     from: Revision,
+    /// The spool's end when it was opened.
+    covered: Revision,
+}
+
+impl Open {
+    fn is_proven(&self) -> bool {
+        self.sequencer.proven_from().is_some_and(|from| from <= self.covered)
+    }
+}
+
+pub fn seen_by(etcd: &Etcd, link: &LinkName) -> Seen {
+    (etcd.cluster, waymark_of(etcd, link).unwrap_or_default())
 }
 
 pub fn waymark_of(etcd: &Etcd, link: &LinkName) -> Option<OriginWaymark> {
@@ -70,7 +88,9 @@ impl Tail {
             after_covered: false,
             covered,
             seen: None,
+            told: None,
             carried: None,
+            lineage: Lineage::default(),
         };
         tail.start_again(ranges);
         tail
@@ -80,12 +100,39 @@ impl Tail {
     pub fn start_again(&mut self, ranges: Ranges) {
         let tag = tag_of(&ranges);
         if self.spool.tag != tag && self.spool.covered > 0 {
+            self.lineage = Lineage::default();
             self.spool.reset(tag, 0);
         }
         self.ranges = ranges;
         self.covered = Revision(self.spool.covered);
         self.state = if self.covered > Revision(0) { TailState::Watching } else { TailState::Idle };
-        (self.watch, self.after_covered, self.seen, self.carried) = (None, false, None, None);
+        self.lineage = Lineage::found(&self.lineage.to_json(), self.covered);
+        (self.watch, self.after_covered, self.seen, self.told, self.carried) = (None, false, None, None, None);
+    }
+
+    /// Whether a replica that follows `run`, and has everything up to `reached`, may be sent what the spool holds.
+    pub fn ships(&mut self, run: Run, reached: Revision, etcd: &Etcd) -> bool {
+        if let Some(last) = self.spool.last.filter(|_| self.lineage.doubts_after(reached)) {
+            let shown = if last.0 <= etcd.head() { self.probe(last, etcd) } else { CarriedCheck::Other };
+            match shown {
+                CarriedCheck::Same => self.lineage.proven(),
+                CarriedCheck::Other => return false,
+                CarriedCheck::Open | CarriedCheck::Compacted => {}
+            }
+        }
+        self.lineage.judge(run, Revision(self.spool.base()));
+        self.lineage.ships_after(reached)
+    }
+
+    /// The watch stands at where the link goes on in this run.
+    pub fn serves(&mut self, run: Run) {
+        self.lineage.serves(run, Revision(self.spool.base()));
+    }
+
+    fn close_watch(&mut self) {
+        if self.watch.take().is_some() {
+            self.lineage.unwatched(Revision(self.spool.covered));
+        }
     }
 
     pub fn spooled(&self) -> Spooled {
@@ -124,16 +171,22 @@ impl Tail {
         }
     }
 
-    /// The replica's last carried revision, for a spool that holds none.
-    pub fn remember(&mut self, carried: (Revision, Digest)) {
-        if self.spool.last.is_none() && self.carried.is_none() {
-            (self.carried, self.watch) = (Some(carried), None);
+    /// The origin that a hello has looked at; the replica's last carried revision, for a spool that holds none.
+    pub fn greeted(&mut self, seen: Seen, carried: Option<(Revision, Digest)>) {
+        if self.state == TailState::Watching {
+            self.told = Some(seen);
+        } else {
+            self.seen.get_or_insert(seen);
+        }
+        if carried.is_some() && self.spool.last.is_none() && self.carried.is_none() {
+            self.carried = carried;
+            self.close_watch();
         }
     }
 
     /// The stream to etcd breaks; messages on it are lost.
     pub fn break_watch(&mut self) {
-        self.watch = None;
+        self.close_watch();
     }
 
     /// Drops the spool and watches everything after `after`.
@@ -141,10 +194,12 @@ impl Tail {
         &mut self,
         after: Revision,
         carried: Option<(Revision, Digest)>,
+        seen: Seen,
         etcd: &Etcd,
         context: &mut Context,
     ) -> Result<(), TailState> {
-        (self.seen, self.carried) = (None, carried);
+        (self.seen, self.told, self.carried) = (Some(seen), None, carried);
+        self.lineage = Lineage::default();
         self.spool.reset(tag_of(&self.ranges), after.0);
         (self.covered, self.state, self.watch, self.after_covered) = (after, TailState::Watching, None, false);
         self.step(etcd, context);
@@ -173,6 +228,16 @@ impl Tail {
                 Err(state) => return self.state = state,
             };
         }
+        let told = self.told.take();
+        if let (Some(own), Some(told)) = (self.seen, told)
+            && reopen::is_another(own, told)
+        {
+            self.close_watch();
+            context.count("tail is of another origin than the hello");
+            let reason = "the origin was restored or replaced since the hello looked at it".to_owned();
+            self.state = TailState::OtherHistory { reason };
+            return;
+        }
         let Some(open) = &mut self.watch else { return };
         let Some(signal) = open.watch.poll(etcd, &mut context.random) else { return };
         self.take(signal, etcd, context);
@@ -185,7 +250,7 @@ impl Tail {
             let reason = format!("the origin's head {} is below {}", etcd.head(), spooled.covered);
             return Err(TailState::OtherHistory { reason });
         }
-        let now = (etcd.cluster, waymark_of(etcd, &self.link).unwrap_or_default());
+        let now = seen_by(etcd, &self.link);
         if let Some(before) = self.seen.replace(now)
             && !reopen::same_origin(before, now)
         {
@@ -199,16 +264,20 @@ impl Tail {
         if from > spooled.covered && !etcd.shows_whole(from) {
             return Err(TailState::Lost { compacted: from });
         }
-        Ok(Open { watch: Watch::open(&self.ranges, from), sequencer, from })
+        if !shows_last {
+            self.lineage.unwatched(spooled.covered);
+        }
+        Ok(Open { watch: Watch::open(&self.ranges, from), sequencer, from, covered: spooled.covered })
     }
 
     fn take(&mut self, signal: Signal, etcd: &Etcd, context: &mut Context) {
         let Some(open) = &mut self.watch else { return };
+        let proven = open.is_proven();
         let taken = match signal {
             Signal::Created => Ok(Vec::new()),
             Signal::Compacted(compacted) => {
                 let (from, covered) = (open.from, Revision(self.spool.covered));
-                self.watch = None;
+                self.close_watch();
                 if reopen::goes_on_after_end(from, covered, compacted) {
                     context.count("watch goes on after the spool's end");
                     self.after_covered = true;
@@ -227,10 +296,16 @@ impl Tail {
             }
         };
         let covered = open.sequencer.covered();
+        let proves = open.is_proven() && !proven;
         match taken {
-            Ok(whole) => self.spool_all(whole, covered, context),
+            Ok(whole) => {
+                self.spool_all(whole, covered, context);
+                if proves && self.watch.is_some() {
+                    self.lineage.proven();
+                }
+            }
             Err(error) => {
-                self.watch = None;
+                self.close_watch();
                 self.go_on_after(&error, etcd, context);
             }
         }
@@ -253,7 +328,7 @@ impl Tail {
         if !entries.is_empty() {
             if self.spool.is_full() {
                 context.count("spool full");
-                self.watch = None;
+                self.close_watch();
                 self.state = TailState::SpoolFull;
                 return;
             }

@@ -16,7 +16,7 @@ use super::region::Context;
 use super::replica::{Replica, WAITING_BYTES_MAX};
 use super::tail::Tail;
 use bytes::Bytes;
-use etcd_ferry::model::{Change, LinkName, Ranges, Term};
+use etcd_ferry::model::{Change, Epoch, LinkName, Ranges, Term};
 use etcd_ferry::replica::plan::RequestLimits;
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -70,8 +70,12 @@ pub struct World {
     origin_snapshot: Option<Etcd>,
     /// With the keys that were somebody else's.
     replica_snapshot: Option<(Etcd, BTreeSet<Bytes>)>,
-    /// Once the origin was restored nothing of what it lost may be compacted: that it then cannot be told apart is a stated limit.
+    /// Once the origin was restored nothing of what it lost may be compacted, until the link is in another epoch than at the restore: that it
+    /// then cannot be told apart is a stated limit.
     compact_max: u64,
+    restored_in: Option<Epoch>,
+    /// The highest head before a restore.
+    lost_through: u64,
     origin_changed: bool,
     replica_restored: bool,
 }
@@ -175,6 +179,8 @@ impl World {
             origin_snapshot: None,
             replica_snapshot: None,
             compact_max: u64::MAX,
+            restored_in: None,
+            lost_through: 0,
             origin_changed: false,
             replica_restored: false,
             origin,
@@ -219,11 +225,18 @@ impl World {
             99 => self.replicas[replica].look_again(),
             _ => self.replicas[replica].dedupe.sync(),
         }
+        self.end_restore();
         self.disturb(origin, replica);
     }
 
     fn write(&mut self) {
-        let changes = self.some_changes();
+        let mut changes = self.some_changes();
+        let deletes_alone = changes.iter().all(|change| matches!(change, Change::Delete { .. }));
+        if deletes_alone && self.origin.revision < self.lost_through {
+            // The same deletes at the same revision, before and after a restore, tell nothing: a stated limit.
+            let value = Bytes::from(self.last_value.to_string());
+            changes.push(Change::Put { key: key("/app/restored".to_owned()), value });
+        }
         self.write_changes(changes);
     }
 

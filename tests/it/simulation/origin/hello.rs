@@ -8,8 +8,9 @@ use crate::simulation::etcd::Etcd;
 use crate::simulation::names::name_of;
 use crate::simulation::region::Context;
 use crate::simulation::replica::{Hello, HelloRefused, Replica};
-use crate::simulation::tail::{TailState, waymark_of};
-use etcd_ferry::model::{Digest, Epoch, Revision};
+use crate::simulation::tail::{TailState, seen_by, waymark_of};
+use etcd_ferry::model::{Digest, Epoch, Position, Revision};
+use etcd_ferry::origin::lineage::Run;
 use etcd_ferry::origin::resume::{self, CarriedCheck, OriginFacts, Received, ReplicaFacts, Resume, SpoolFacts, Tailed};
 use etcd_ferry::wire::digest;
 
@@ -90,12 +91,16 @@ impl Origin {
             let carried = if ahead { (revision, digest) } else { (position.carried_revision, position.carried_digest) };
             let same_place =
                 position.origin_cluster == origin.cluster && position.ranges_digest == origin.ranges_digest;
-            if same_place && carried.0 > Revision(0) && origin.head >= carried.0 {
-                let reached = position.origin_revision.max(carried.0);
-                if self.spool_facts().is_some_and(|spool| resume::begins_with(&spool, carried.0, reached)) {
-                    context.count("watch begins with the carried revision");
-                    self.tail.remember(carried);
-                }
+            let shown = same_place && carried.0 > Revision(0) && origin.head >= carried.0;
+            let reached = position.origin_revision.max(carried.0);
+            let begins = resume::begins_with(&self.tail.spool_facts(), carried.0, reached);
+            if shown && begins {
+                context.count("watch begins with the carried revision");
+            }
+            if same_place {
+                self.tail.greeted(seen_by(etcd, &self.link), (shown && begins).then_some(carried));
+            }
+            if shown {
                 let tailed = self.tail.tailed(carried.0);
                 origin.carried = if tailed == Tailed::Holds(carried.1) {
                     context.count("carried revision known from the spool");
@@ -127,6 +132,15 @@ impl Origin {
                 TailState::OtherHistory { .. } => false,
                 TailState::Idle | TailState::Watching | TailState::SpoolFull | TailState::Stopped { .. } => same_origin,
             };
+            let usable = usable
+                && answer.position.as_ref().is_some_and(|position| {
+                    let reached = if ahead { revision } else { Revision(0) }.max(position.origin_revision);
+                    let ships = self.tail.ships(run_of(position), reached, etcd);
+                    if !ships {
+                        context.count("spool of another run");
+                    }
+                    ships
+                });
             let spool = self.spool_facts().filter(|_| usable);
             resume::decide(spool.as_ref(), &replica, &origin)
         };
@@ -162,14 +176,22 @@ impl Origin {
                 Ok(())
             }
             Resume::WatchFrom { after } => {
-                self.tail.restart(after, carried, etcd, context).map_err(failed)?;
+                let seen = seen_by(etcd, &self.link);
+                self.tail.restart(after, carried, seen, etcd, context).map_err(failed)?;
+                if let Some(position) = &greeted.answer.position {
+                    self.tail.serves(run_of(position));
+                }
                 self.open(greeted, stream).follow(after);
                 self.trim_as_known(context);
                 Ok(())
             }
             Resume::Copy { epoch, cursor: Some(cursor), .. } => {
                 if !cursor.spool_reaches {
-                    self.tail.restart(cursor.after, carried, etcd, context).map_err(failed)?;
+                    let seen = seen_by(etcd, &self.link);
+                    self.tail.restart(cursor.after, carried, seen, etcd, context).map_err(failed)?;
+                    if let Some(position) = &greeted.answer.position {
+                        self.tail.serves(run_of(position));
+                    }
                 }
                 self.copy(epoch, Some(cursor.cursor), greeted, stream, etcd, context)
             }
@@ -181,4 +203,9 @@ impl Origin {
             }
         }
     }
+}
+
+/// The run that a replica with this position follows.
+fn run_of(position: &Position) -> Run {
+    Run { cluster: position.origin_cluster, epoch: position.epoch }
 }

@@ -5,6 +5,7 @@
 
 use super::{World, key};
 use crate::simulation::etcd::Etcd;
+use crate::simulation::judge::epoch_of;
 use crate::simulation::origin::Origin;
 use crate::simulation::replica::Replica;
 use bytes::Bytes;
@@ -145,6 +146,8 @@ impl World {
         self.origin = snapshot;
         self.origin_changed = true;
         self.compact_max = self.compact_max.min(self.origin.revision);
+        self.restored_in = Some(epoch_of(self.context.judge.position()));
+        self.lost_through = self.lost_through.max(head_before);
         self.context.judge.origin_restored(self.origin.head());
         self.origins.iter_mut().for_each(|origin| origin.tail.break_watch());
         if self.context.fails(500, "sender made anew") {
@@ -162,11 +165,22 @@ impl World {
         }
     }
 
+    /// What a link has read in an epoch that was opened since is of the history that goes on. Where the replica may be restored, its position
+    /// may be of the one before again.
+    pub(super) fn end_restore(&mut self) {
+        let position = self.context.judge.position().filter(|position| position.state == Phase::Following);
+        let goes_on = !self.may.restore_replica;
+        if goes_on && self.restored_in.is_some_and(|epoch| position.is_some_and(|position| position.epoch > epoch)) {
+            (self.compact_max, self.restored_in) = (u64::MAX, None);
+        }
+    }
+
     fn replace_origin(&mut self) {
         self.origin = Etcd::new(self.origin.cluster.0 + 0x100);
         self.context.note(|| format!("another origin, cluster {}", self.origin.cluster));
         self.origin_changed = true;
-        (self.origin_snapshot, self.compact_max) = (None, u64::MAX);
+        (self.origin_snapshot, self.compact_max, self.restored_in) = (None, u64::MAX, None);
+        self.lost_through = 0;
         self.context.judge.origin_replaced(ClusterId(self.origin.cluster.0));
         self.context.judge.origin_wrote(self.origin.head(), &[], self.origin.state());
         self.origins.iter_mut().for_each(Origin::lose_cluster);

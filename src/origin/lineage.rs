@@ -1,0 +1,186 @@
+//! Job: of which run of its link what the spool holds is known to be, where etcd cannot show it any more.
+//! Input: how far the spool reaches, what the open watch has shown, the cluster and the epoch that the replica follows. Output: whether the
+//! spool may be shipped from.
+//! Pure: no clock, no I/O.
+//! Always true: what was read before a watch ended is believed only where the next one shows the last revision of it again, or where the
+//! replica still follows the run that it was read in.
+//!
+//! While no watch is open the origin may be restored or replaced, and another sidecar may go on with it. The spool's last revision tells, where
+//! the origin can still show it. Where it is compacted, a watch that opens after the spool's end shows nothing of that: then the epoch tells.
+
+use crate::model::{ClusterId, Epoch, Revision};
+use serde::{Deserialize, Serialize};
+
+/// One epoch of a link, and the origin that it is read from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Run {
+    pub cluster: ClusterId,
+    pub epoch: Epoch,
+}
+
+/// The lineage of what a spool holds. The default is that of one that is begun anew.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lineage {
+    /// What comes after `doubted_through` is of this run; `None`: it is not known yet.
+    run: Option<Run>,
+    /// What is held up to here was read in another run than the present one; 0: nothing.
+    other_through: Revision,
+    /// What is held up to here was read before the present watch, which has not shown the end of it. Each start begins so.
+    #[serde(skip)]
+    doubted_through: Revision,
+}
+
+impl Lineage {
+    /// As a process finds it. `kept`: as [`Lineage::to_json`] gave it; anything else says nothing. `covered`: the spool's end.
+    pub fn found(kept: &[u8], covered: Revision) -> Self {
+        let kept: Option<(Self, u32)> = serde_json::from_slice(kept).ok();
+        let kept = kept.filter(|(kept, checksum)| checksum_of(kept) == *checksum);
+        Self { doubted_through: covered, ..kept.map_or(Self::default(), |(kept, _)| kept) }
+    }
+
+    /// What is to outlive the process: a pair, of the lineage and a checksum of it.
+    pub fn to_json(&self) -> Vec<u8> {
+        serde_json::to_vec(&(self, checksum_of(self))).unwrap_or_default()
+    }
+
+    /// The watch has ended, or another one is open that begins after the spool's end, `covered`.
+    pub fn unwatched(&mut self, covered: Revision) {
+        self.doubted_through = self.doubted_through.max(covered);
+    }
+
+    /// The origin has shown the spool's last revision again, and that is what it was.
+    pub fn proven(&mut self) {
+        self.doubted_through = Revision(0);
+    }
+
+    /// Whether anything after `reached` is held that only the replica's run speaks for.
+    pub fn doubts_after(&self, reached: Revision) -> bool {
+        self.doubted_through > reached
+    }
+
+    /// The link is in this run, as far as this sidecar hears, and its watch stands. `base`: nothing up to it is held any more.
+    pub fn serves(&mut self, run: Run, base: Revision) {
+        if self.doubted_through <= base {
+            self.doubted_through = Revision(0);
+            self.run = Some(run);
+        }
+    }
+
+    /// The replica follows this run.
+    pub fn judge(&mut self, run: Run, base: Revision) {
+        let doubted = std::mem::take(&mut self.doubted_through);
+        if doubted > base && self.run != Some(run) {
+            self.other_through = self.other_through.max(doubted);
+        }
+        self.run = Some(run);
+    }
+
+    /// Whether the spool may be shipped from to a replica that has everything up to `reached`.
+    pub fn ships_after(&self, reached: Revision) -> bool {
+        reached >= self.other_through
+    }
+}
+
+fn checksum_of(lineage: &Lineage) -> u32 {
+    crc32c::crc32c(&serde_json::to_vec(lineage).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FIRST: Run = Run { cluster: ClusterId(1), epoch: Epoch(1) };
+    const LATER: Run = Run { cluster: ClusterId(1), epoch: Epoch(2) };
+    const ELSEWHERE: Run = Run { cluster: ClusterId(2), epoch: Epoch(1) };
+
+    fn begun(run: Run) -> Lineage {
+        let mut lineage = Lineage::default();
+        lineage.serves(run, Revision(0));
+        lineage
+    }
+
+    /// As the next process finds it.
+    fn restarted(lineage: Lineage, covered: u64) -> Lineage {
+        Lineage::found(&lineage.to_json(), Revision(covered))
+    }
+
+    #[test]
+    fn what_an_earlier_process_left_is_shipped_in_the_run_that_it_was_read_in_and_in_no_other() {
+        for (run, expected) in [(FIRST, true), (LATER, false), (ELSEWHERE, false)] {
+            let mut lineage = restarted(begun(FIRST), 40);
+            lineage.judge(run, Revision(0));
+            assert_eq!(lineage.ships_after(Revision(39)), expected, "{run:?}");
+            assert!(lineage.ships_after(Revision(40)), "what follows was read since");
+            assert_eq!(restarted(lineage, 60).ships_after(Revision(39)), expected, "the next process knows it too");
+        }
+    }
+
+    #[test]
+    fn where_nothing_says_in_which_run_it_was_read_it_is_not_shipped() {
+        let sound = begun(FIRST).to_json();
+        for at in 0..=sound.len() {
+            let (cut, mut bent) = (sound[..at].to_vec(), sound.clone());
+            bent.iter_mut().skip(at).take(1).for_each(|byte| *byte ^= 1);
+            for kept in [cut, bent].into_iter().filter(|kept| *kept != sound) {
+                let mut lineage = Lineage::found(&kept, Revision(40));
+                lineage.judge(FIRST, Revision(0));
+                assert!(!lineage.ships_after(Revision(39)), "{}", kept.escape_ascii());
+                assert!(lineage.ships_after(Revision(40)));
+            }
+        }
+    }
+
+    #[test]
+    fn a_watch_that_shows_the_last_revision_again_proves_all_before_it() {
+        let mut lineage = restarted(begun(FIRST), 40);
+        assert!(lineage.doubts_after(Revision(39)) && !lineage.doubts_after(Revision(40)));
+        lineage.proven();
+        assert!(!lineage.doubts_after(Revision(0)));
+        lineage.judge(LATER, Revision(0));
+        assert!(lineage.ships_after(Revision(0)));
+    }
+
+    #[test]
+    fn a_gap_in_one_process_is_a_gap_too() {
+        let mut lineage = begun(FIRST);
+        lineage.unwatched(Revision(40));
+        // The first hello comes before the next watch stands; the origin is restored, and another sidecar goes on, in between.
+        lineage.judge(FIRST, Revision(0));
+        assert!(lineage.ships_after(Revision(0)));
+        lineage.unwatched(Revision(50));
+        lineage.judge(LATER, Revision(0));
+        assert!(!lineage.ships_after(Revision(49)) && lineage.ships_after(Revision(50)));
+    }
+
+    #[test]
+    fn a_standby_whose_watch_never_ended_goes_on_in_each_epoch_that_it_hears_of() {
+        let mut lineage = begun(FIRST);
+        lineage.judge(LATER, Revision(0));
+        assert!(lineage.ships_after(Revision(0)));
+    }
+
+    #[test]
+    fn an_epoch_that_is_only_heard_of_settles_no_doubt_while_what_is_doubted_is_held() {
+        let mut lineage = restarted(begun(FIRST), 40);
+        lineage.serves(LATER, Revision(39));
+        lineage.judge(LATER, Revision(39));
+        assert!(!lineage.ships_after(Revision(39)));
+        let mut trimmed = restarted(begun(FIRST), 40);
+        trimmed.serves(LATER, Revision(40));
+        trimmed.unwatched(Revision(60));
+        trimmed.judge(LATER, Revision(40));
+        assert!(trimmed.ships_after(Revision(40)));
+    }
+
+    #[test]
+    fn what_was_of_another_run_stays_so_however_the_link_goes_on() {
+        let mut lineage = restarted(begun(FIRST), 40);
+        lineage.judge(LATER, Revision(0));
+        lineage.unwatched(Revision(60));
+        lineage.judge(LATER, Revision(0));
+        assert!(!lineage.ships_after(Revision(39)) && lineage.ships_after(Revision(40)));
+        lineage = restarted(lineage, 80);
+        lineage.judge(FIRST, Revision(0));
+        assert!(!lineage.ships_after(Revision(79)) && lineage.ships_after(Revision(80)));
+    }
+}
