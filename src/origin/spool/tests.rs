@@ -225,10 +225,12 @@ async fn of_which_run_a_spool_is_outlives_the_process_and_ends_with_a_reset() {
     let spool = open().await;
     assert!(!spool.ships(of(2), Revision(10)).await.unwrap(), "it was read in the epoch before");
     assert!(spool.ships(of(2), Revision(11)).await.unwrap());
-    spool.reset(Revision(10)).await.unwrap();
-    append_durably(&spool, vec![entry(11)]).await;
     spool.close().await.unwrap();
     let spool = open().await;
-    assert!(!spool.ships(of(2), Revision(10)).await.unwrap(), "nothing says of which run it is");
+    spool.reset(Revision(20)).await.unwrap();
+    append_durably(&spool, vec![entry(21)]).await;
+    spool.close().await.unwrap();
+    let spool = open().await;
+    assert!(!spool.ships(of(2), Revision(20)).await.unwrap(), "nothing says of which run it is");
     spool.close().await.unwrap();
 }
