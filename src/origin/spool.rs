@@ -10,7 +10,7 @@ use super::lineage::{Lineage, Run};
 use crate::config::Limits;
 use crate::model::{ClusterId, Digest, Epoch, Revision, Seq, Term, WholeRevision};
 use crate::segment::feed::{Appended, Feed, FeedEntry, FeedError, FeedLimits, Held};
-use crate::segment::{self, Opened};
+use crate::segment::{self, Opened, SegmentError};
 use crate::wire::frame::{FrameLimits, decode_standalone, encode_standalone};
 use bytes::{Buf, Bytes};
 use std::path::{Path, PathBuf};
@@ -169,7 +169,8 @@ impl Spool {
         Ok(lineage.ships_after(reached))
     }
 
-    /// Changes the lineage once the file says so, where it is to. Cancel-safe.
+    /// Changes the lineage once the file says so, where it is to; on a full disk there is none, which the next process takes for a doubt, and
+    /// no reason to ship less now. Cancel-safe.
     async fn keep(&self, change: impl FnOnce(&mut Lineage)) -> Result<Lineage, SpoolError> {
         let mut kept = self.lineage.clone().lock_owned().await;
         let mut changed = *kept;
@@ -177,7 +178,8 @@ impl Spool {
         let (before, after, path) = (kept.to_json(), changed.to_json(), self.lineage_file.clone());
         let write = move || {
             if after != before {
-                segment::write_file(&path, &after).map_err(segment::failed("writing", &path))?;
+                let written = segment::write_file(&path, &after).map_err(segment::failed("writing", &path));
+                written.or_else(|error| if error.is_disk_full() { forget(&path) } else { Err(error) })?;
             }
             *kept = changed;
             Ok(changed)
@@ -209,6 +211,19 @@ impl Spool {
 
     pub async fn close(&self) -> Result<(), SpoolError> {
         self.feed.close().await
+    }
+}
+
+fn forget(lineage_file: &Path) -> Result<(), SegmentError> {
+    let removed = std::fs::remove_file(lineage_file).and_then(|()| match lineage_file.parent() {
+        Some(dir) => std::fs::File::open(dir)?.sync_all(),
+        None => Ok(()),
+    });
+    match removed {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(segment::failed("removing", lineage_file)(error))
+        }
+        Ok(()) | Err(_) => Ok(()),
     }
 }
 

@@ -234,3 +234,25 @@ async fn of_which_run_a_spool_is_outlives_the_process_and_ends_with_a_reset() {
     assert!(!spool.ships(of(2), Revision(20)).await.unwrap(), "nothing says of which run it is");
     spool.close().await.unwrap();
 }
+
+#[tokio::test]
+async fn on_a_full_disk_a_spool_is_shipped_and_begun_anew_and_the_next_process_doubts_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("spool");
+    let of = |epoch| Run { cluster: ClusterId(1), epoch: Epoch(epoch) };
+    let open = async || Spool::open(&dir, &limits(), Digest::default()).await.unwrap().0;
+    let spool = open().await;
+    spool.serves(of(1)).await.unwrap();
+    assert!(dir.join(LINEAGE_FILE).exists());
+    // Where the next file would be written before it gets its name.
+    std::os::unix::fs::symlink("/dev/full", dir.join(LINEAGE_FILE).with_extension("new")).unwrap();
+    spool.reset(Revision(10)).await.unwrap();
+    append_durably(&spool, vec![entry(11)]).await;
+    spool.serves(of(1)).await.unwrap();
+    assert!(spool.ships(of(1), Revision(10)).await.unwrap());
+    assert!(!dir.join(LINEAGE_FILE).exists(), "what it said before does not hold");
+    spool.close().await.unwrap();
+    let spool = open().await;
+    assert!(!spool.ships(of(1), Revision(10)).await.unwrap());
+    spool.close().await.unwrap();
+}
