@@ -184,8 +184,8 @@ impl Shipper {
             let shown = same_place && carried.0 > Revision(0) && origin.head >= carried.0;
             let begins = resume::begins_with(&self.spool_facts(), carried.0, position.origin_revision.max(carried.0));
             if same_place {
-                // Told before the comparison: a watch that opens after it begins with what was compared, where it was. If a command waits
-                // already, it is a restart, which brings this along, or the word of an earlier hello.
+                // Told before the comparison: a watch that opens after it begins with what was compared, where it was. A command that waits
+                // already comes first; then the next hello tells.
                 let carried = (shown && begins).then_some(carried);
                 let _ = self.tail_commands.try_send(TailCommand::Greeted { seen, carried });
             }

@@ -6,6 +6,7 @@
 use super::sequence::OriginWaymark;
 use super::session::SessionEnd;
 use super::ship::{Shipper, at_origin};
+use super::tail::seen_by;
 use crate::etcd::Etcd;
 use crate::model::{Revision, Waymark};
 use crate::tls;
@@ -39,14 +40,14 @@ impl Shipper {
         let etcd = self.origin.etcd.connect().await.map_err(|e| at_origin(&e))?;
         let look = etcd.look(&self.origin.send.link.waymark_key()).await.map_err(|e| at_origin(&e))?;
         let waymark_revision = look.kv.as_ref().map_or(Revision(0), |kv| kv.mod_revision);
-        let waymark = look.kv.as_ref().and_then(|kv| OriginWaymark::from_json(&kv.value)).unwrap_or_default();
+        let (cluster, waymark) = seen_by(&look);
         let channel = self.channel(&address).await?;
         let hello = HelloRequest {
             protocol_version: PROTOCOL_VERSION,
             link: self.origin.send.link.as_str().to_owned(),
             epoch: self.claimed_epoch().0,
             term: self.term.0,
-            origin_cluster: look.cluster.0,
+            origin_cluster: cluster.0,
             waymark: Some(waymark.present.into()),
             ranges: self
                 .origin
