@@ -143,7 +143,7 @@ async fn open_anchor(ship: &mut Shipper, session: &mut Session, epoch: Epoch) ->
         match restarted(ship, session, look.head, seen_by(&look)).await? {
             Ok(()) => {
                 let run = Run { cluster: look.cluster, epoch };
-                ship.spool.serves(run).await.map_err(|e| SessionEnd::Wait(format!("the spool: {e}")))?;
+                ship.spool.serves(run, look.head).await.map_err(|e| SessionEnd::Wait(format!("the spool: {e}")))?;
                 failpoint::reach("anchor-opened");
                 return Ok(look.head);
             }

@@ -13,6 +13,7 @@ use super::resume::{self, CarriedCheck, OriginFacts, Received, ReplicaFacts, Res
 use super::sequence::OriginWaymark;
 use super::session::SessionEnd;
 use super::ship::{Shipper, at_origin};
+use super::spool::SpoolError;
 use super::tail::{Begins, Seen, TailCommand, TailState, seen_by};
 use crate::etcd::Etcd;
 use crate::model::{Digest, Epoch, Position, Revision, Seq};
@@ -78,10 +79,9 @@ impl Shipper {
         };
         let usable = match (&replica, usable) {
             (ReplicaFacts::Answered { position: Some(position), received }, true) => {
-                let received = received.map_or(Revision(0), |received| received.revision);
-                let reached = position.origin_revision.max(received);
-                self.let_tail_reach(reached).await;
-                self.ships_spool(&greeted.etcd, origin.head, position, reached).await?
+                let carried = resume::carried(position, received.as_ref());
+                self.let_tail_reach(position.origin_revision.max(carried.0)).await;
+                self.ships_spool(&greeted.etcd, &origin, position, carried).await?
             }
             (ReplicaFacts::Answered { .. } | ReplicaFacts::Unreachable, _) => false,
         };
@@ -102,7 +102,7 @@ impl Shipper {
                 Ok(Some(way)) => {
                     let run = position.as_ref().map(|position| run_of(position));
                     if let (Some(run), Way::Follow { .. } | Way::Copy { cursor: Some(_), .. }) = (run, &way) {
-                        self.spool.serves(run).await.map_err(|e| SessionEnd::Wait(format!("the spool: {e}")))?;
+                        self.spool.serves(run, Revision(0)).await.map_err(unkept)?;
                     }
                     return Ok(way);
                 }
@@ -113,29 +113,46 @@ impl Shipper {
         }
     }
 
-    /// Whether what the spool holds after `reached` is of the origin as the replica follows it. `head`: the origin's.
+    /// Whether what the spool holds is of the origin as the replica follows it, whose last carried revision is `carried`. `Err`: it shows that
+    /// the origin was restored.
     async fn ships_spool(
         &self,
         etcd: &Etcd,
-        head: Revision,
+        origin: &OriginFacts,
         position: &Position,
-        reached: Revision,
+        carried: (Revision, Digest),
     ) -> Result<bool, SessionEnd> {
-        let unkept = |e| SessionEnd::Wait(format!("the spool: {e}"));
-        let shown = match self.spool.doubted_after(reached).await {
-            Some(last) if last.0 <= head => self.check_origin(etcd, last).await?,
+        let (run, reached) = (run_of(position), position.origin_revision.max(carried.0));
+        let asked = self.spool.asked_after(run, reached).await;
+        let shown = match asked {
+            Some(last) if self.has_come_to(etcd, origin.head, last.0).await? => self.check_origin(etcd, last).await?,
             Some(_) => CarriedCheck::Other,
             None => CarriedCheck::Open,
         };
+        if let Some((revision, _)) = asked
+            && self.spool.lineage().await.is_restored(run, revision, shown, origin.carried)
+        {
+            return Err(SessionEnd::OtherHistory(resume::StopReason::SpooledDiffers { revision }.to_string()));
+        }
         if shown == CarriedCheck::Same {
             self.spool.proven().await;
         }
-        let ships =
-            shown != CarriedCheck::Other && self.spool.ships(run_of(position), reached).await.map_err(unkept)?;
+        let ships = shown != CarriedCheck::Other
+            && !self.spooled_at(carried.0, Some(Revision(0))).await.contradicts(carried.1)
+            && self.spool.ships(run, reached).await.map_err(unkept)?;
         if !ships {
             tracing::info!(link = %self.origin.send.link, "the spool was filled before the link's present epoch, or before the origin was restored: what it holds is fetched again");
         }
         Ok(ships)
+    }
+
+    /// The head was read a moment before the spool's end was.
+    async fn has_come_to(&self, etcd: &Etcd, head: Revision, revision: Revision) -> Result<bool, SessionEnd> {
+        if revision <= head {
+            return Ok(true);
+        }
+        let look = etcd.look(&self.origin.send.link.waymark_key()).await.map_err(|e| at_origin(&e))?;
+        Ok(revision <= look.head)
     }
 
     /// What this sidecar's spool lacks may be in that of one that stands by, whose watch was never cut: rather than compare both sides, it
@@ -199,7 +216,8 @@ impl Shipper {
 
     /// Whether the carried revision is the origin's. Where the open watch has shown it, the spool tells; a short watch costs up to 0.1 s.
     async fn check_carried(&self, etcd: &Etcd, carried: (Revision, Digest)) -> Result<CarriedCheck, SessionEnd> {
-        let tailed = self.tailed(carried.0).await;
+        let proven_from = self.tail.borrow().proven_from;
+        let tailed = self.spooled_at(carried.0, proven_from).await;
         if tailed == Tailed::Holds(carried.1) {
             return Ok(CarriedCheck::Same);
         }
@@ -217,8 +235,8 @@ impl Shipper {
         })
     }
 
-    async fn tailed(&self, at: Revision) -> Tailed {
-        let proven_from = self.tail.borrow().proven_from;
+    /// What the spool tells of one revision, as far as it is to be believed: from `proven_from` on.
+    async fn spooled_at(&self, at: Revision, proven_from: Option<Revision>) -> Tailed {
         if let Some(tailed) = Tailed::by_extent(proven_from, &self.spool_facts(), at) {
             return tailed;
         }
@@ -326,6 +344,10 @@ impl Shipper {
             })
         }
     }
+}
+
+fn unkept(error: SpoolError) -> SessionEnd {
+    SessionEnd::Wait(format!("the spool: {error}"))
 }
 
 /// The run that a replica with this position follows.

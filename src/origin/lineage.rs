@@ -1,13 +1,15 @@
 //! Job: of which run of its link what the spool holds is known to be, where etcd cannot show it any more.
 //! Input: how far the spool reaches, what the open watch has shown, the cluster and the epoch that the replica follows. Output: whether the
-//! spool may be shipped from.
+//! spool may be shipped from, or shows that the origin was restored.
 //! Pure: no clock, no I/O.
 //! Always true: what was read before a watch ended is believed only where the next one shows the last revision of it again, or where the
 //! replica still follows the run that it was read in.
 //!
 //! While no watch is open the origin may be restored or replaced, and another sidecar may go on with it. The spool's last revision tells, where
-//! the origin can still show it. Where it is compacted, a watch that opens after the spool's end shows nothing of that: then the epoch tells.
+//! the origin can still show it. Where it is compacted, a watch that opens after the spool's end shows nothing of that, and what it appends
+//! says nothing of what was before: then the epoch tells.
 
+use super::resume::CarriedCheck;
 use crate::model::{ClusterId, Epoch, Revision};
 use serde::{Deserialize, Serialize};
 
@@ -25,17 +27,22 @@ pub struct Lineage {
     run: Option<Run>,
     /// What is held up to here was read in another run than the present one; 0: nothing.
     other_through: Revision,
+    /// What comes after it was appended by watches of which each showed the end of the one before; nothing that is held up to here was shown by
+    /// the first of them. 0: all that is held is linked so.
+    linked_after: Revision,
     /// What is held up to here was read before the present watch, which has not shown the end of it. Each start begins so.
     #[serde(skip)]
     doubted_through: Revision,
 }
 
 impl Lineage {
-    /// As a process finds it. `kept`: as [`Lineage::to_json`] gave it; anything else says nothing. `covered`: the spool's end.
+    /// As a process finds it. `kept`: as [`Lineage::to_json`] gave it; anything else says nothing, and what is held is then of no known run.
+    /// `covered`: the spool's end.
     pub fn found(kept: &[u8], covered: Revision) -> Self {
         let kept: Option<(Self, u32)> = serde_json::from_slice(kept).ok();
         let kept = kept.filter(|(kept, checksum)| checksum_of(kept) == *checksum);
-        Self { doubted_through: covered, ..kept.map_or(Self::default(), |(kept, _)| kept) }
+        let unknown = Self { other_through: covered, ..Self::default() };
+        Self { doubted_through: covered, ..kept.map_or(unknown, |(kept, _)| kept) }
     }
 
     /// What is to outlive the process: a pair, of the lineage and a checksum of it.
@@ -48,31 +55,48 @@ impl Lineage {
         self.doubted_through = self.doubted_through.max(covered);
     }
 
+    /// The first revision is about to be appended by a watch that began after the spool's end, `covered`, and showed nothing of it.
+    pub fn appends_unlinked(&mut self, covered: Revision) {
+        self.linked_after = self.linked_after.max(covered);
+    }
+
+    /// Up to here what is held is not linked to its last revision: that this is shown again proves nothing of it. 0: all of it is linked.
+    pub fn linked_after(&self) -> Revision {
+        self.linked_after
+    }
+
     /// The origin has shown the spool's last revision again, and that is what it was.
     pub fn proven(&mut self) {
-        self.doubted_through = Revision(0);
+        self.doubted_through = self.doubted_through.min(self.linked_after);
     }
 
-    /// Whether anything after `reached` is held that only the replica's run speaks for.
-    pub fn doubts_after(&self, reached: Revision) -> bool {
-        self.doubted_through > reached
+    /// Whether the origin is to show the spool's last revision again before anything after `reached` goes to a replica that follows `run`:
+    /// something is held that nothing but the run speaks for, or the run is not the one that it was read in.
+    pub fn asks_after(&self, run: Run, reached: Revision) -> bool {
+        self.doubted_through > reached || self.run.is_some_and(|own| own != run)
     }
 
-    /// The link is in this run, as far as this sidecar hears, and its watch stands. `base`: nothing up to it is held any more.
-    pub fn serves(&mut self, run: Run, base: Revision) {
-        if self.doubted_through <= base {
-            self.doubted_through = Revision(0);
-            self.run = Some(run);
+    /// Whether the origin was restored within the run that the replica follows: the spool's last revision, `last`, was read in it, and the origin
+    /// has another now. `carried`: what became of the replica's last carried revision; where that is the origin's, nothing is lost.
+    pub fn is_restored(&self, run: Run, last: Revision, shown: CarriedCheck, carried: CarriedCheck) -> bool {
+        let read_in_run = self.run == Some(run) && last > self.other_through;
+        read_in_run && shown == CarriedCheck::Other && carried != CarriedCheck::Same
+    }
+
+    /// The link is in this run, as far as this sidecar hears, and its watch stands. `applied`: the replica has everything up to it.
+    pub fn serves(&mut self, run: Run, applied: Revision) {
+        if self.doubted_through <= applied {
+            self.judge(run, Revision(0));
         }
     }
 
-    /// The replica follows this run.
+    /// The replica follows this run. `base`: nothing up to it is held any more.
     pub fn judge(&mut self, run: Run, base: Revision) {
         let doubted = std::mem::take(&mut self.doubted_through);
         if doubted > base && self.run != Some(run) {
             self.other_through = self.other_through.max(doubted);
         }
-        self.run = Some(run);
+        (self.run, self.linked_after) = (Some(run), Revision(0));
     }
 
     /// Whether the spool may be shipped from to a replica that has everything up to `reached`.
@@ -133,11 +157,53 @@ mod tests {
     #[test]
     fn a_watch_that_shows_the_last_revision_again_proves_all_before_it() {
         let mut lineage = restarted(begun(FIRST), 40);
-        assert!(lineage.doubts_after(Revision(39)) && !lineage.doubts_after(Revision(40)));
+        assert!(lineage.asks_after(FIRST, Revision(39)) && !lineage.asks_after(FIRST, Revision(40)));
         lineage.proven();
-        assert!(!lineage.doubts_after(Revision(0)));
+        assert!(!lineage.asks_after(FIRST, Revision(0)));
         lineage.judge(LATER, Revision(0));
         assert!(lineage.ships_after(Revision(0)));
+    }
+
+    #[test]
+    fn a_revision_that_was_read_after_a_gap_proves_nothing_of_what_came_before() {
+        // Three watches begin after the spool's end: the first and the last append a revision each, and a process ends in between.
+        let mut lineage = begun(FIRST);
+        lineage.unwatched(Revision(40));
+        lineage.appends_unlinked(Revision(40));
+        assert_eq!(lineage.linked_after(), Revision(40));
+        let mut same = restarted(lineage, 60);
+        same.proven();
+        assert!(same.asks_after(FIRST, Revision(39)) && !same.asks_after(FIRST, Revision(40)));
+        let mut other = same;
+        other.judge(LATER, Revision(0));
+        assert!(!other.ships_after(Revision(39)) && other.ships_after(Revision(40)));
+        same.judge(FIRST, Revision(0));
+        assert!(same.ships_after(Revision(0)) && same.linked_after() == Revision(0), "the run links it");
+        lineage = restarted(lineage, 60);
+        lineage.unwatched(Revision(60));
+        lineage.appends_unlinked(Revision(60));
+        lineage = restarted(lineage, 80);
+        lineage.proven();
+        lineage.judge(LATER, Revision(0));
+        assert!(!lineage.ships_after(Revision(59)) && lineage.ships_after(Revision(60)));
+    }
+
+    #[test]
+    fn an_origin_that_was_restored_within_the_run_is_known_by_the_spools_last_revision() {
+        use CarriedCheck::{Compacted, Open, Other, Same};
+        let lineage = restarted(begun(FIRST), 40);
+        for carried in [Open, Compacted, Other] {
+            assert!(lineage.is_restored(FIRST, Revision(39), Other, carried), "{carried:?}");
+            assert!(!lineage.is_restored(LATER, Revision(39), Other, carried), "the link has gone on since");
+            for shown in [Open, Same, Compacted] {
+                assert!(!lineage.is_restored(FIRST, Revision(39), shown, carried), "{shown:?}");
+            }
+        }
+        assert!(!lineage.is_restored(FIRST, Revision(39), Other, Same), "the replica has nothing of what is lost");
+        let mut gone_on = lineage;
+        gone_on.judge(LATER, Revision(0));
+        assert!(!gone_on.is_restored(LATER, Revision(39), Other, Compacted), "it was read in the run before");
+        assert!(gone_on.is_restored(LATER, Revision(41), Other, Compacted));
     }
 
     #[test]
@@ -157,19 +223,25 @@ mod tests {
         let mut lineage = begun(FIRST);
         lineage.judge(LATER, Revision(0));
         assert!(lineage.ships_after(Revision(0)));
+        assert!(!lineage.asks_after(LATER, Revision(0)));
+        assert!(
+            lineage.asks_after(FIRST, Revision(100)),
+            "whether its watch stands at an origin that was left is asked once"
+        );
     }
 
     #[test]
-    fn an_epoch_that_is_only_heard_of_settles_no_doubt_while_what_is_doubted_is_held() {
+    fn an_epoch_that_is_only_heard_of_settles_no_doubt_while_what_is_doubted_is_not_applied() {
         let mut lineage = restarted(begun(FIRST), 40);
         lineage.serves(LATER, Revision(39));
         lineage.judge(LATER, Revision(39));
         assert!(!lineage.ships_after(Revision(39)));
-        let mut trimmed = restarted(begun(FIRST), 40);
-        trimmed.serves(LATER, Revision(40));
-        trimmed.unwatched(Revision(60));
-        trimmed.judge(LATER, Revision(40));
-        assert!(trimmed.ships_after(Revision(40)));
+        let mut applied = restarted(begun(FIRST), 40);
+        applied.serves(LATER, Revision(40));
+        applied.unwatched(Revision(60));
+        applied.judge(LATER, Revision(0));
+        assert!(applied.ships_after(Revision(40)));
+        assert!(!applied.ships_after(Revision(39)), "a replica that went back is not sent what was read before");
     }
 
     #[test]

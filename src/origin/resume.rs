@@ -165,6 +165,11 @@ pub enum StopReason {
     )]
     CarriedDiffers { revision: Revision },
     #[error(
+        "the origin was restored or replaced: its revision {revision} is not the one that this sidecar has read; if this origin is the right \
+         one, run `etcd-ferry resync LINK --config F` at its sidecar"
+    )]
+    SpooledDiffers { revision: Revision },
+    #[error(
         "the origin was restored: its elections have come to term {ours}, and the replica has seen term {seen}; if this origin is the right \
          one, run `etcd-ferry resync LINK --config F` at its sidecar"
     )]
@@ -264,6 +269,15 @@ impl Tailed {
         }
     }
 
+    /// Whether it cannot be of the history in which that revision has this digest.
+    pub fn contradicts(self, carried: Digest) -> bool {
+        match self {
+            Tailed::Holds(digest) => digest != carried,
+            Tailed::Lacks => true,
+            Tailed::Unknown => false,
+        }
+    }
+
     /// What becomes of the comparison once the origin's etcd was asked too: what it shows no more, the open watch may have shown.
     pub fn and(self, probed: CarriedCheck) -> CarriedCheck {
         match (probed, self) {
@@ -279,7 +293,8 @@ pub fn begins_with(spool: &SpoolFacts, carried: Revision, reached: Revision) -> 
     spool.last.is_none() && carried <= spool.base && spool.base <= reached && reached <= spool.covered
 }
 
-fn carried(position: &Position, received: Option<&Received>) -> (Revision, Digest) {
+/// The last carried revision of what the replica has, and its digest.
+pub fn carried(position: &Position, received: Option<&Received>) -> (Revision, Digest) {
     received.map_or((position.carried_revision, position.carried_digest), |r| (r.revision, r.digest))
 }
 

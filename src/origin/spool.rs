@@ -70,8 +70,14 @@ pub struct Spool {
     arrivals: Vec<Arrived>,
     /// Which ranges it holds: see [`Spool::open`].
     tag: u64,
-    lineage: Arc<Mutex<Lineage>>,
+    lineage: Arc<Mutex<Kept>>,
     lineage_file: PathBuf,
+}
+
+/// The lineage, and what the file says of it.
+struct Kept {
+    lineage: Lineage,
+    written: Vec<u8>,
 }
 
 /// Revisions that were in the files at `open`: all of them after the sample before this one.
@@ -95,9 +101,9 @@ impl Spool {
                 Feed::<SpoolEntry>::open(&dir, limits, &mut |last, record| arrivals.add(last, record))?;
             let covered = feed.extent().borrow().covered;
             let lineage_file = dir.join(LINEAGE_FILE);
-            // Without it, what etcd cannot show again is not shipped: no reason to stop.
-            let lineage = Lineage::found(&std::fs::read(&lineage_file).unwrap_or_default(), covered);
-            let lineage = Arc::new(Mutex::new(lineage));
+            // Without it, what was read before is fetched again: no reason to stop.
+            let written = std::fs::read(&lineage_file).unwrap_or_default();
+            let lineage = Arc::new(Mutex::new(Kept { lineage: Lineage::found(&written, covered), written }));
             let spool = Self { feed, arrivals: arrivals.samples, tag: tag_of(ranges), lineage, lineage_file };
             Ok::<_, SpoolError>((spool, opened))
         };
@@ -142,24 +148,37 @@ impl Spool {
     /// The watch has ended, or another one begins after the spool's end: see [`Lineage::unwatched`].
     pub async fn unwatched(&self) {
         let covered = self.feed.extent().borrow().covered;
-        self.lineage.lock().await.unwatched(covered);
+        self.lineage.lock().await.lineage.unwatched(covered);
     }
 
-    /// The last revision, if the origin is to show it before anything after `reached` is shipped.
-    pub async fn doubted_after(&self, reached: Revision) -> Option<(Revision, Digest)> {
-        let doubts = self.lineage.lock().await.doubts_after(reached);
-        self.feed.extent().borrow().last.filter(|_| doubts)
+    /// Before the first append of a watch that began after the spool's end, `covered`: see [`Lineage::appends_unlinked`].
+    pub async fn appends_unlinked(&self, covered: Revision) -> Result<(), SpoolError> {
+        if covered <= self.feed.extent().borrow().base {
+            return Ok(());
+        }
+        self.keep(|lineage| lineage.appends_unlinked(covered)).await.map(|_| ())
+    }
+
+    /// The last revision, if the origin is to show it: see [`Lineage::asks_after`].
+    pub async fn asked_after(&self, run: Run, reached: Revision) -> Option<(Revision, Digest)> {
+        let asks = self.lineage.lock().await.lineage.asks_after(run, reached);
+        self.feed.extent().borrow().last.filter(|_| asks)
     }
 
     /// See [`Lineage::proven`].
     pub async fn proven(&self) {
-        self.lineage.lock().await.proven();
+        self.lineage.lock().await.lineage.proven();
+    }
+
+    /// As far as it is known now.
+    pub async fn lineage(&self) -> Lineage {
+        self.lineage.lock().await.lineage
     }
 
     /// See [`Lineage::serves`].
-    pub async fn serves(&self, run: Run) -> Result<(), SpoolError> {
-        let base = self.feed.extent().borrow().base;
-        self.keep(|lineage| lineage.serves(run, base)).await.map(|_| ())
+    pub async fn serves(&self, run: Run, applied: Revision) -> Result<(), SpoolError> {
+        let applied = applied.max(self.feed.extent().borrow().base);
+        self.keep(|lineage| lineage.serves(run, applied)).await.map(|_| ())
     }
 
     /// Whether a replica that follows `run`, and has everything up to `reached`, may be sent what is in here.
@@ -169,20 +188,26 @@ impl Spool {
         Ok(lineage.ships_after(reached))
     }
 
-    /// Changes the lineage once the file says so, where it is to; on a full disk there is none, which the next process takes for a doubt, and
-    /// no reason to ship less now. Cancel-safe.
+    /// Changes the lineage once the file says so, where it is to; on a full disk there is none, which costs the next process what is held, and
+    /// is no reason to ship less now. Cancel-safe.
     async fn keep(&self, change: impl FnOnce(&mut Lineage)) -> Result<Lineage, SpoolError> {
         let mut kept = self.lineage.clone().lock_owned().await;
-        let mut changed = *kept;
+        let mut changed = kept.lineage;
         change(&mut changed);
-        let (before, after, path) = (kept.to_json(), changed.to_json(), self.lineage_file.clone());
+        let (after, path) = (changed.to_json(), self.lineage_file.clone());
         let write = move || {
-            if after != before {
-                let written = segment::write_file(&path, &after).map_err(segment::failed("writing", &path));
-                written.or_else(|error| if error.is_disk_full() { forget(&path) } else { Err(error) })?;
+            if after != kept.written {
+                match segment::write_file(&path, &after).map_err(segment::failed("writing", &path)) {
+                    Ok(()) => kept.written = after,
+                    Err(error) if error.is_disk_full() => {
+                        forget(&path)?;
+                        kept.written.clear();
+                    }
+                    Err(error) => return Err(error.into()),
+                }
             }
-            *kept = changed;
-            Ok(changed)
+            kept.lineage = changed;
+            Ok::<_, SpoolError>(changed)
         };
         tokio::task::spawn_blocking(write).await.map_err(|_| FeedError::Closed)?
     }
@@ -215,15 +240,10 @@ impl Spool {
 }
 
 fn forget(lineage_file: &Path) -> Result<(), SegmentError> {
-    let removed = std::fs::remove_file(lineage_file).and_then(|()| match lineage_file.parent() {
-        Some(dir) => std::fs::File::open(dir)?.sync_all(),
-        None => Ok(()),
-    });
-    match removed {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(segment::failed("removing", lineage_file)(error))
-        }
-        Ok(()) | Err(_) => Ok(()),
+    match std::fs::remove_file(lineage_file) {
+        Ok(()) => lineage_file.parent().map_or(Ok(()), segment::sync_dir),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(segment::failed("removing", lineage_file)(error)),
     }
 }
 

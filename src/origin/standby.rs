@@ -117,8 +117,8 @@ impl Shipper {
             let tail = self.tail.borrow();
             tail.cluster.filter(|_| tail.state == TailState::Running)
         };
-        let (Some(cluster), Some(Published { epoch, .. })) = (cluster, published) else { return };
-        if let Err(error) = self.spool.serves(Run { cluster, epoch }).await {
+        let (Some(cluster), Some(Published { epoch, revision, .. })) = (cluster, published) else { return };
+        if let Err(error) = self.spool.serves(Run { cluster, epoch }, revision).await {
             tracing::debug!(link = %self.origin.send.link, %error, "of which epoch the spool is was not written down");
         }
     }

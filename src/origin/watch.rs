@@ -101,12 +101,21 @@ struct OpenWatch {
     from: Revision,
     /// The spool's end when it was opened.
     covered: Revision,
+    /// It began there without showing the spool's last revision, and has appended nothing yet.
+    unlinked: Option<Revision>,
+    /// Of what the spool held up to here its last revision said nothing.
+    linked_after: Revision,
 }
 
 impl OpenWatch {
     /// It has shown the spool's last revision again.
     fn is_proven(&self) -> bool {
         self.sequencer.proven_from().is_some_and(|from| from <= self.covered)
+    }
+
+    /// See [`Sequencer::proven_from`].
+    fn proven_from(&self) -> Option<Revision> {
+        self.sequencer.proven_from().map(|from| from.max(self.linked_after.next()))
     }
 }
 
@@ -323,7 +332,9 @@ impl Tail {
         if !shows_last {
             self.spool.unwatched().await;
         }
-        Ok(OpenWatch { etcd, watch, sequencer, from, covered: extent.covered })
+        let linked_after = self.spool.lineage().await.linked_after();
+        let unlinked = (!shows_last).then_some(extent.covered);
+        Ok(OpenWatch { etcd, watch, sequencer, from, covered: extent.covered, unlinked, linked_after })
     }
 
     async fn follow(&mut self, open: &mut OpenWatch, turn: &mut Turn) -> Ended {
@@ -344,7 +355,7 @@ impl Tail {
                     match signal {
                         Ok(Some(WatchSignal::Created)) => {
                             turn.backoff.succeeded();
-                            self.view.send_modify(|view| view.proven_from = open.sequencer.proven_from());
+                            self.view.send_modify(|view| view.proven_from = open.proven_from());
                             self.publish(TailState::Running);
                             if let Some(opened) = turn.opened.take() {
                                 let _ = opened.send(Ok(()));
@@ -354,7 +365,7 @@ impl Tail {
                         Ok(Some(WatchSignal::Canceled(reason))) => return Ended::Canceled(reason),
                         Ok(Some(signal)) => {
                             let proven = open.is_proven();
-                            if let Err(ended) = self.take(&mut open.sequencer, signal).await {
+                            if let Err(ended) = self.take(open, signal).await {
                                 return ended;
                             }
                             if open.is_proven() && !proven {
@@ -418,24 +429,24 @@ impl Tail {
     }
 
     /// Puts what a message completes into the spool.
-    async fn take(&mut self, sequencer: &mut Sequencer, signal: WatchSignal) -> Result<(), Ended> {
+    async fn take(&mut self, open: &mut OpenWatch, signal: WatchSignal) -> Result<(), Ended> {
         match signal {
             WatchSignal::Events { events, fragment } => {
                 failpoint::reach("watch-read");
                 let events = events.into_iter().map(|(revision, change)| Event { revision, change }).collect();
                 let message = WatchMessage { events, fragment };
-                let whole = sequencer.push(message).map_err(Ended::Sequence)?;
-                self.spool_all(whole).await?;
+                let whole = open.sequencer.push(message).map_err(Ended::Sequence)?;
+                self.spool_all(whole, &mut open.unlinked).await?;
             }
-            WatchSignal::Progress(revision) => sequencer.progress(revision).map_err(Ended::Sequence)?,
+            WatchSignal::Progress(revision) => open.sequencer.progress(revision).map_err(Ended::Sequence)?,
             WatchSignal::Created | WatchSignal::Compacted(_) | WatchSignal::Canceled(_) => {}
         }
-        let covered = sequencer.covered();
+        let (covered, proven_from) = (open.sequencer.covered(), open.proven_from());
         let mut moved = false;
         // Whoever waits on the view waits for another state; progress is read now and then.
         self.view.send_if_modified(|view| {
             moved = covered > view.covered;
-            view.proven_from = sequencer.proven_from();
+            view.proven_from = proven_from;
             view.covered = view.covered.max(covered);
             false
         });
@@ -446,7 +457,8 @@ impl Tail {
         Ok(())
     }
 
-    async fn spool_all(&mut self, whole: Vec<Sequenced>) -> Result<(), Ended> {
+    /// `unlinked`: see [`OpenWatch`].
+    async fn spool_all(&mut self, whole: Vec<Sequenced>, unlinked: &mut Option<Revision>) -> Result<(), Ended> {
         let at_ms = self.clock.now_ms();
         let ferry_only = whole.iter().filter(|w| w.ferry_only).count() as u64;
         let entries: Vec<SpoolEntry> =
@@ -454,6 +466,10 @@ impl Tail {
         if let Some(last) = entries.last().map(|e| e.revision.revision) {
             let revisions: Vec<Revision> = entries.iter().map(|e| e.revision.revision).collect();
             failpoint::reach("sequenced");
+            if let Some(covered) = *unlinked {
+                self.spool.appends_unlinked(covered).await.map_err(Ended::Spool)?;
+                *unlinked = None;
+            }
             match self.spool.append(entries).await {
                 Ok(Appended::Taken) => {}
                 Ok(Appended::Full(_)) => return Err(Ended::Full),

@@ -313,7 +313,7 @@ fn cut_back(file: &File, bytes: u64, padded_bytes: u64) -> io::Result<()> {
     file.set_len(padded_bytes.max(bytes))
 }
 
-fn sync_dir(dir: &Path) -> Result<(), SegmentError> {
+pub fn sync_dir(dir: &Path) -> Result<(), SegmentError> {
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(failed("syncing", dir))
 }
 

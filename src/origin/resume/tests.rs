@@ -327,6 +327,13 @@ fn watches_begin_with_what_was_carried_where_an_empty_spool_reaches_back_to_the_
 }
 
 #[test]
+fn a_spool_that_has_another_revision_or_none_where_the_replica_has_its_last_contradicts_it() {
+    let digest = |byte| Digest([byte; 16]);
+    assert!(Tailed::Holds(digest(2)).contradicts(digest(1)) && Tailed::Lacks.contradicts(digest(1)));
+    assert!(!Tailed::Holds(digest(1)).contradicts(digest(1)) && !Tailed::Unknown.contradicts(digest(1)));
+}
+
+#[test]
 fn what_the_open_watch_has_shown_counts_where_etcd_shows_the_carried_revision_no_more() {
     let carried = Digest([9; 16]);
     let spool = |last| SpoolFacts { base: Revision(50), covered: Revision(120), last };

@@ -214,12 +214,12 @@ async fn of_which_run_a_spool_is_outlives_the_process_and_ends_with_a_reset() {
     let open = async || Spool::open(&dir, &limits(), Digest::default()).await.unwrap().0;
     let spool = open().await;
     spool.reset(Revision(10)).await.unwrap();
-    spool.serves(of(1)).await.unwrap();
+    spool.serves(of(1), Revision(0)).await.unwrap();
     append_durably(&spool, vec![entry(11)]).await;
     spool.close().await.unwrap();
     let spool = open().await;
-    assert_eq!(spool.doubted_after(Revision(10)).await, Some((Revision(11), entry(11).digest)));
-    assert_eq!(spool.doubted_after(Revision(11)).await, None);
+    assert_eq!(spool.asked_after(of(1), Revision(10)).await, Some((Revision(11), entry(11).digest)));
+    assert_eq!(spool.asked_after(of(1), Revision(11)).await, None);
     assert!(spool.ships(of(1), Revision(10)).await.unwrap());
     spool.close().await.unwrap();
     let spool = open().await;
@@ -236,19 +236,53 @@ async fn of_which_run_a_spool_is_outlives_the_process_and_ends_with_a_reset() {
 }
 
 #[tokio::test]
+async fn a_gap_outlives_the_process_and_so_does_that_nothing_is_known() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("spool");
+    let of = |epoch| Run { cluster: ClusterId(1), epoch: Epoch(epoch) };
+    let open = async || Spool::open(&dir, &limits(), Digest::default()).await.unwrap().0;
+    let spool = open().await;
+    spool.reset(Revision(10)).await.unwrap();
+    spool.serves(of(1), Revision(0)).await.unwrap();
+    spool.appends_unlinked(Revision(10)).await.unwrap();
+    assert_eq!(spool.lineage().await.linked_after(), Revision(0), "nothing is held up to there");
+    append_durably(&spool, vec![entry(11)]).await;
+    spool.covered(Revision(15));
+    spool.appends_unlinked(Revision(15)).await.unwrap();
+    append_durably(&spool, vec![entry(16)]).await;
+    spool.close().await.unwrap();
+    let spool = open().await;
+    assert_eq!(spool.asked_after(of(1), Revision(10)).await, Some((Revision(16), entry(16).digest)));
+    spool.proven().await;
+    assert!(!spool.ships(of(2), Revision(10)).await.unwrap() && spool.ships(of(2), Revision(15)).await.unwrap());
+    spool.close().await.unwrap();
+    std::fs::remove_file(dir.join(LINEAGE_FILE)).unwrap();
+    let spool = open().await;
+    spool.proven().await;
+    assert!(!spool.ships(of(2), Revision(15)).await.unwrap() && spool.ships(of(2), Revision(16)).await.unwrap());
+    spool.reset(Revision(20)).await.unwrap();
+    append_durably(&spool, vec![entry(21)]).await;
+    spool.close().await.unwrap();
+    let spool = open().await;
+    spool.proven().await;
+    assert!(spool.ships(of(2), Revision(20)).await.unwrap(), "it is known that it was begun anew");
+    spool.close().await.unwrap();
+}
+
+#[tokio::test]
 async fn on_a_full_disk_a_spool_is_shipped_and_begun_anew_and_the_next_process_doubts_it() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path().join("spool");
     let of = |epoch| Run { cluster: ClusterId(1), epoch: Epoch(epoch) };
     let open = async || Spool::open(&dir, &limits(), Digest::default()).await.unwrap().0;
     let spool = open().await;
-    spool.serves(of(1)).await.unwrap();
+    spool.serves(of(1), Revision(0)).await.unwrap();
     assert!(dir.join(LINEAGE_FILE).exists());
     // Where the next file would be written before it gets its name.
     std::os::unix::fs::symlink("/dev/full", dir.join(LINEAGE_FILE).with_extension("new")).unwrap();
     spool.reset(Revision(10)).await.unwrap();
     append_durably(&spool, vec![entry(11)]).await;
-    spool.serves(of(1)).await.unwrap();
+    spool.serves(of(1), Revision(0)).await.unwrap();
     assert!(spool.ships(of(1), Revision(10)).await.unwrap());
     assert!(!dir.join(LINEAGE_FILE).exists(), "what it said before does not hold");
     spool.close().await.unwrap();

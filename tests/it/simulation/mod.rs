@@ -32,7 +32,7 @@ const FAILURES_SHOWN: usize = 3;
 const HEADS_SHOWN: usize = 40;
 
 /// What must have happened over all seeds.
-const MUST_HAPPEN: [&str; 77] = [
+const MUST_HAPPEN: [&str; 80] = [
     "frame damaged",
     "frame dropped",
     "frame repeated",
@@ -73,6 +73,9 @@ const MUST_HAPPEN: [&str; 77] = [
     "watch begins with the carried revision",
     "tail saw another history",
     "spool full",
+    "spool of another run",
+    "spool shows a restored origin",
+    "revision appended after a gap",
     "waymark written",
     "base copy begun",
     "base copy complete",

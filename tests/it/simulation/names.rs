@@ -41,6 +41,8 @@ fn name_of_stop(reason: &StopReason) -> &'static str {
         StopReason::WaymarkOlder { .. } => "waymark older",
         StopReason::WaymarkUnknown { .. } => "waymark unknown",
         StopReason::CarriedDiffers { .. } => "carried differs",
+        // Decided by the lineage, and counted where it is asked.
+        StopReason::SpooledDiffers { .. } => "spooled differs",
         StopReason::TermBelow { .. } => "term below",
     }
 }

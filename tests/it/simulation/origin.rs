@@ -195,7 +195,7 @@ impl Origin {
                 let seen = seen_by(etcd, &self.link);
                 let opened = self.tail.restart(head, None, seen, etcd, context);
                 opened.map_err(|state| End::Again(format!("the watch did not open: {state:?}")))?;
-                self.tail.serves(Run { cluster: etcd.cluster, epoch });
+                self.tail.serves(Run { cluster: etcd.cluster, epoch }, head);
                 self.survive(80, "sender crashed between spool and copy", context)?;
                 head
             }

@@ -59,12 +59,29 @@ struct Open {
     from: Revision,
     /// The spool's end when it was opened.
     covered: Revision,
+    /// It began there without showing the spool's last revision, and has appended nothing yet.
+    unlinked: Option<Revision>,
+    /// Of what the spool held up to here its last revision said nothing.
+    linked_after: Revision,
 }
 
 impl Open {
     fn is_proven(&self) -> bool {
         self.sequencer.proven_from().is_some_and(|from| from <= self.covered)
     }
+
+    fn proven_from(&self) -> Option<Revision> {
+        self.sequencer.proven_from().map(|from| from.max(self.linked_after.next()))
+    }
+}
+
+/// Whether a spool is shipped from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ships {
+    Yes,
+    No,
+    /// Its last revision, this one, shows that the origin was restored within the run.
+    Restored(Revision),
 }
 
 pub fn seen_by(etcd: &Etcd, link: &LinkName) -> Seen {
@@ -110,23 +127,36 @@ impl Tail {
         (self.watch, self.after_covered, self.seen, self.told, self.carried) = (None, false, None, None, None);
     }
 
-    /// Whether a replica that follows `run`, and has everything up to `reached`, may be sent what the spool holds.
-    pub fn ships(&mut self, run: Run, reached: Revision, etcd: &Etcd) -> bool {
-        if let Some(last) = self.spool.last.filter(|_| self.lineage.doubts_after(reached)) {
+    /// Whether a replica that follows `run`, has everything up to `reached`, and `carried` last, may be sent what the spool holds.
+    pub fn ships(
+        &mut self,
+        run: Run,
+        reached: Revision,
+        carried: ((Revision, Digest), CarriedCheck),
+        etcd: &Etcd,
+    ) -> Ships {
+        let asked = self.spool.last.filter(|_| self.lineage.asks_after(run, reached));
+        if let Some(last) = asked {
             let shown = if last.0 <= etcd.head() { self.probe(last, etcd) } else { CarriedCheck::Other };
+            if self.lineage.is_restored(run, last.0, shown, carried.1) {
+                return Ships::Restored(last.0);
+            }
             match shown {
                 CarriedCheck::Same => self.lineage.proven(),
-                CarriedCheck::Other => return false,
+                CarriedCheck::Other => return Ships::No,
                 CarriedCheck::Open | CarriedCheck::Compacted => {}
             }
         }
+        if self.spooled_at(carried.0.0, Some(Revision(0))).contradicts(carried.0.1) {
+            return Ships::No;
+        }
         self.lineage.judge(run, Revision(self.spool.base()));
-        self.lineage.ships_after(reached)
+        if self.lineage.ships_after(reached) { Ships::Yes } else { Ships::No }
     }
 
-    /// The watch stands at where the link goes on in this run.
-    pub fn serves(&mut self, run: Run) {
-        self.lineage.serves(run, Revision(self.spool.base()));
+    /// The watch stands at where the link goes on in this run; `applied` is at the replica.
+    pub fn serves(&mut self, run: Run, applied: Revision) {
+        self.lineage.serves(run, applied.max(Revision(self.spool.base())));
     }
 
     fn close_watch(&mut self) {
@@ -141,7 +171,11 @@ impl Tail {
 
     /// What the spool tells of one revision in the history that the open watch shows.
     pub fn tailed(&mut self, at: Revision) -> Tailed {
-        let proven_from = self.watch.as_ref().and_then(|open| open.sequencer.proven_from());
+        let proven_from = self.watch.as_ref().and_then(Open::proven_from);
+        self.spooled_at(at, proven_from)
+    }
+
+    fn spooled_at(&mut self, at: Revision, proven_from: Option<Revision>) -> Tailed {
         Tailed::by_extent(proven_from, &self.spool_facts(), at).unwrap_or_else(|| {
             let entries = self.spool.read_after(at.0 - 1, 1).unwrap_or_default();
             Tailed::by_entry(entries.first().map(|entry| (entry.revision.revision, entry.digest)), at)
@@ -267,7 +301,9 @@ impl Tail {
         if !shows_last {
             self.lineage.unwatched(spooled.covered);
         }
-        Ok(Open { watch: Watch::open(&self.ranges, from), sequencer, from, covered: spooled.covered })
+        let (covered, linked_after) = (spooled.covered, self.lineage.linked_after());
+        let unlinked = (!shows_last).then_some(covered);
+        Ok(Open { watch: Watch::open(&self.ranges, from), sequencer, from, covered, unlinked, linked_after })
     }
 
     fn take(&mut self, signal: Signal, etcd: &Etcd, context: &mut Context) {
@@ -331,6 +367,11 @@ impl Tail {
                 self.close_watch();
                 self.state = TailState::SpoolFull;
                 return;
+            }
+            let unlinked = self.watch.as_mut().and_then(|open| open.unlinked.take());
+            if let Some(covered) = unlinked.filter(|covered| covered.0 > self.spool.base()) {
+                context.count("revision appended after a gap");
+                self.lineage.appends_unlinked(covered);
             }
             assert!(self.spool.append(entries), "what a sequencer hands out follows the spool's end");
         }

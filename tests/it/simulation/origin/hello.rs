@@ -8,10 +8,12 @@ use crate::simulation::etcd::Etcd;
 use crate::simulation::names::name_of;
 use crate::simulation::region::Context;
 use crate::simulation::replica::{Hello, HelloRefused, Replica};
-use crate::simulation::tail::{TailState, seen_by, waymark_of};
+use crate::simulation::tail::{Ships, TailState, seen_by, waymark_of};
 use etcd_ferry::model::{Digest, Epoch, Position, Revision};
 use etcd_ferry::origin::lineage::Run;
-use etcd_ferry::origin::resume::{self, CarriedCheck, OriginFacts, Received, ReplicaFacts, Resume, SpoolFacts, Tailed};
+use etcd_ferry::origin::resume::{
+    self, CarriedCheck, OriginFacts, Received, ReplicaFacts, Resume, SpoolFacts, StopReason, Tailed,
+};
 use etcd_ferry::wire::digest;
 
 impl Origin {
@@ -132,16 +134,21 @@ impl Origin {
                 TailState::OtherHistory { .. } => false,
                 TailState::Idle | TailState::Watching | TailState::SpoolFull | TailState::Stopped { .. } => same_origin,
             };
-            let usable = usable
-                && answer.position.as_ref().is_some_and(|position| {
-                    let reached = if ahead { revision } else { Revision(0) }.max(position.origin_revision);
-                    let ships = self.tail.ships(run_of(position), reached, etcd);
-                    if !ships {
-                        context.count("spool of another run");
-                    }
-                    ships
-                });
-            let spool = self.spool_facts().filter(|_| usable);
+            let position = answer.position.as_ref().filter(|_| usable);
+            let ships = position.map_or(Ships::No, |position| {
+                let carried = resume::carried(position, ahead.then_some(&received));
+                let reached = position.origin_revision.max(carried.0);
+                self.tail.ships(run_of(position), reached, (carried, origin.carried), etcd)
+            });
+            match ships {
+                Ships::Yes => {}
+                Ships::No => _ = usable.then(|| context.count("spool of another run")),
+                Ships::Restored(revision) => {
+                    context.count("spool shows a restored origin");
+                    return Err(End::OtherHistory(StopReason::SpooledDiffers { revision }.to_string()));
+                }
+            }
+            let spool = self.spool_facts().filter(|_| ships == Ships::Yes);
             resume::decide(spool.as_ref(), &replica, &origin)
         };
         context.count(&name_of(&decided));
@@ -179,7 +186,7 @@ impl Origin {
                 let seen = seen_by(etcd, &self.link);
                 self.tail.restart(after, carried, seen, etcd, context).map_err(failed)?;
                 if let Some(position) = &greeted.answer.position {
-                    self.tail.serves(run_of(position));
+                    self.tail.serves(run_of(position), Revision(0));
                 }
                 self.open(greeted, stream).follow(after);
                 self.trim_as_known(context);
@@ -190,7 +197,7 @@ impl Origin {
                     let seen = seen_by(etcd, &self.link);
                     self.tail.restart(cursor.after, carried, seen, etcd, context).map_err(failed)?;
                     if let Some(position) = &greeted.answer.position {
-                        self.tail.serves(run_of(position));
+                        self.tail.serves(run_of(position), Revision(0));
                     }
                 }
                 self.copy(epoch, Some(cursor.cursor), greeted, stream, etcd, context)
