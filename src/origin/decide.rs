@@ -64,8 +64,15 @@ impl Shipper {
         if let Some(reason) = met {
             return Err(SessionEnd::OtherHistory(reason));
         }
+        let left = match &position {
+            Some(position) => self.spool.lineage().await.is_of_another(run_of(position)),
+            None => false,
+        };
         let usable = match &self.tail.borrow().state {
-            TailState::OtherHistory { reason } if same_origin => return Err(SessionEnd::OtherHistory(reason.clone())),
+            // Where the link has gone on in another run since, what the tail compared the origin with says nothing.
+            TailState::OtherHistory { reason } if same_origin && !left => {
+                return Err(SessionEnd::OtherHistory(reason.clone()));
+            }
             TailState::Lost { compacted } => {
                 origin.compacted = *compacted;
                 false

@@ -41,8 +41,12 @@ impl Lineage {
     pub fn found(kept: &[u8], covered: Revision) -> Self {
         let kept: Option<(Self, u32)> = serde_json::from_slice(kept).ok();
         let kept = kept.filter(|(kept, checksum)| checksum_of(kept) == *checksum);
-        let unknown = Self { other_through: covered, ..Self::default() };
-        Self { doubted_through: covered, ..kept.map_or(unknown, |(kept, _)| kept) }
+        Self { doubted_through: covered, ..kept.map_or(Self::of_no_run(covered), |(kept, _)| kept) }
+    }
+
+    /// Of what is held up to `covered` nothing is known.
+    pub fn of_no_run(covered: Revision) -> Self {
+        Self { other_through: covered, ..Self::default() }
     }
 
     /// What is to outlive the process: a pair, of the lineage and a checksum of it.
@@ -73,7 +77,13 @@ impl Lineage {
     /// Whether the origin is to show the spool's last revision again before anything after `reached` goes to a replica that follows `run`:
     /// something is held that nothing but the run speaks for, or the run is not the one that it was read in.
     pub fn asks_after(&self, run: Run, reached: Revision) -> bool {
-        self.doubted_through > reached || self.run.is_some_and(|own| own != run)
+        self.doubted_through > reached || self.is_of_another(run)
+    }
+
+    /// Whether the spool is known to be of another run than this one. Then it shows nothing of this one's origin, neither that it is the same nor
+    /// that it is not.
+    pub fn is_of_another(&self, run: Run) -> bool {
+        self.run.is_some_and(|own| own != run)
     }
 
     /// Whether the origin was restored within the run that the replica follows: the spool's last revision, `last`, was read in it, and the origin
@@ -200,6 +210,8 @@ mod tests {
             }
         }
         assert!(!lineage.is_restored(FIRST, Revision(39), Other, Same), "the replica has nothing of what is lost");
+        assert!(lineage.is_of_another(LATER) && lineage.is_of_another(ELSEWHERE) && !lineage.is_of_another(FIRST));
+        assert!(!Lineage::of_no_run(Revision(40)).is_of_another(FIRST), "that is not known");
         let mut gone_on = lineage;
         gone_on.judge(LATER, Revision(0));
         assert!(!gone_on.is_restored(LATER, Revision(39), Other, Compacted), "it was read in the run before");

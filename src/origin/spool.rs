@@ -140,9 +140,11 @@ impl Spool {
 
     /// Drops everything; the next revision is the first one after `base` that the link carries.
     pub async fn reset(&self, base: Revision) -> Result<(), SpoolError> {
-        // First: what follows must never pass for a part of what was before.
-        self.keep(|lineage| *lineage = Lineage::default()).await?;
-        self.feed.reset(self.tag, base.0).await
+        // What follows must never pass for a part of what was before, nor that for a part of what follows, wherever this ends.
+        let covered = self.feed.extent().borrow().covered;
+        self.keep(|lineage| *lineage = Lineage::of_no_run(covered)).await?;
+        self.feed.reset(self.tag, base.0).await?;
+        self.keep(|lineage| *lineage = Lineage::default()).await.map(|_| ())
     }
 
     /// The watch has ended, or another one begins after the spool's end: see [`Lineage::unwatched`].

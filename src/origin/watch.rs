@@ -66,6 +66,8 @@ enum Ended {
     Sequence(SequenceError),
     OtherHistory(String),
     Spool(SpoolError),
+    /// What is to be known of the spool's next revision could not be written down.
+    Unkept(SpoolError),
 }
 
 impl From<EtcdError> for Ended {
@@ -255,6 +257,7 @@ impl Tail {
             Ended::Sequence(e @ SequenceError::TooLarge { .. }) => {
                 self.halt(TailState::Stopped { reason: e.to_string() }, turn);
             }
+            Ended::Unkept(e) => self.pause(format!("the spool: {e}"), turn).await,
             Ended::Spool(e) => self.halt(TailState::Stopped { reason: format!("the spool: {e}") }, turn),
         }
     }
@@ -467,7 +470,7 @@ impl Tail {
             let revisions: Vec<Revision> = entries.iter().map(|e| e.revision.revision).collect();
             failpoint::reach("sequenced");
             if let Some(covered) = *unlinked {
-                self.spool.appends_unlinked(covered).await.map_err(Ended::Spool)?;
+                self.spool.appends_unlinked(covered).await.map_err(Ended::Unkept)?;
                 *unlinked = None;
             }
             match self.spool.append(entries).await {

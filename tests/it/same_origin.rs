@@ -9,6 +9,7 @@ use crate::bed::{PATIENCE, until};
 use crate::resume::{following, last, second_waymark, wait_spooled, write};
 use etcd_ferry::model::{Phase, Position, Revision};
 use serde_json::Value;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// Goes back to the snapshot, and writes other things past `old_head`.
@@ -121,44 +122,81 @@ async fn an_origin_whose_head_is_below_what_was_carried_stops_the_link() {
     resync(&pair, &before, Revision(0)).await;
 }
 
-/// Two sidecars at the origin, one after the other, each with a disk of its own; etcd shows nothing any more of what the first one has spooled.
+/// Of two sidecars at the origin, each with a disk of its own, the one that was down while the origin was restored and the link went on.
+struct LeftBehind {
+    disk: PathBuf,
+    node: String,
+    lost: Revision,
+    /// The end of its spool.
+    unrelated: Revision,
+}
+
+impl LeftBehind {
+    async fn prepare(pair: &mut Pair, before: &Position) -> Self {
+        let snapshot = pair.origin.save_snapshot().await;
+        let lost = last(&write(&pair.origin.access(), "/app/lost/", 20, 50).await);
+        pair.wait_applied(lost).await;
+        let unrelated = last(&write(&pair.origin.access(), "/other/", 400, 10).await);
+        wait_spooled(pair, unrelated).await;
+        pair.origin_sidecar.stop().await;
+        let disk = pair.dir().join("disk of the first sidecar");
+        std::fs::rename(pair.origin_sidecar.data_dir(), &disk).unwrap();
+        pair.origin.restore_snapshot(&snapshot).await;
+        let node = std::mem::replace(&mut pair.origin_sidecar.options.node, "us-east-1-b".to_owned());
+        pair.origin_sidecar.write_config();
+        pair.origin_sidecar.restart().await;
+        stopped(pair).await;
+        resync(pair, before, Revision(0)).await;
+        Self { disk, node, lost, unrelated }
+    }
+
+    async fn comes_back_in_place_of_the_other(self, pair: &mut Pair) {
+        std::fs::remove_dir_all(pair.origin_sidecar.data_dir()).unwrap();
+        std::fs::rename(&self.disk, pair.origin_sidecar.data_dir()).unwrap();
+        pair.origin_sidecar.options.node = self.node;
+        pair.origin_sidecar.write_config();
+        pair.origin_sidecar.restart().await;
+    }
+}
+
+/// etcd shows nothing any more of what the first sidecar has spooled.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_spool_that_was_filled_before_a_restore_is_not_shipped_once_another_sidecar_has_gone_on_with_the_restored_origin()
  {
     let (mut pair, before) = following(PairOptions::default()).await;
-    let snapshot = pair.origin.save_snapshot().await;
-    let lost = write(&pair.origin.access(), "/app/lost/", 20, 50).await;
-    pair.wait_applied(last(&lost)).await;
-    let unrelated = write(&pair.origin.access(), "/other/", 400, 10).await;
-    wait_spooled(&pair, last(&unrelated)).await;
-    pair.origin_sidecar.stop().await;
-    let (of_the_first, kept) = (pair.origin_sidecar.data_dir(), pair.dir().join("disk of the first sidecar"));
-    std::fs::rename(&of_the_first, &kept).unwrap();
-
-    pair.origin.restore_snapshot(&snapshot).await;
-    let node = std::mem::replace(&mut pair.origin_sidecar.options.node, "us-east-1-b".to_owned());
-    pair.origin_sidecar.write_config();
-    pair.origin_sidecar.restart().await;
-    stopped(&pair).await;
-    resync(&pair, &before, Revision(0)).await;
+    let first = LeftBehind::prepare(&mut pair, &before).await;
     let epoch = pair.position().await.unwrap().epoch;
     pair.proxy.cut();
     let kept_by_nobody = pair.origin.put("/app/of-the-new-history", "1").await;
-    assert!(kept_by_nobody < last(&lost), "the first sidecar has read past it, in the other history");
-    let missing = usize::try_from(last(&unrelated).0 - kept_by_nobody.0).unwrap() + 20;
+    assert!(kept_by_nobody < first.lost, "the first sidecar has read past it, in the other history");
+    let missing = usize::try_from(first.unrelated.0 - kept_by_nobody.0).unwrap() + 20;
     write(&pair.origin.access(), "/other/", missing, 10).await;
     pair.origin_sidecar.stop().await;
-    pair.origin.compact(last(&unrelated)).await;
-
-    std::fs::remove_dir_all(&of_the_first).unwrap();
-    std::fs::rename(&kept, &of_the_first).unwrap();
-    pair.origin_sidecar.options.node = node;
-    pair.origin_sidecar.write_config();
-    pair.origin_sidecar.restart().await;
+    pair.origin.compact(first.unrelated).await;
+    first.comes_back_in_place_of_the_other(&mut pair).await;
     pair.proxy.heal();
     pair.wait_applied(pair.origin.put("/app/after", "1").await).await;
     pair.wait_equal().await;
     assert!(pair.position().await.unwrap().epoch > epoch, "what came in between is mended, in an epoch of its own");
+}
+
+/// etcd still shows that the first sidecar's spool is of another history, and its watch meets that before the replica answers.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sidecar_that_comes_back_with_a_spool_of_a_history_that_the_link_has_left_goes_on_with_the_present_one() {
+    let (mut pair, before) = following(PairOptions::default()).await;
+    let first = LeftBehind::prepare(&mut pair, &before).await;
+    let epoch = pair.position().await.unwrap().epoch;
+    pair.proxy.cut();
+    let waiting = pair.origin.put("/app/of-the-new-history", "1").await;
+    assert!(waiting < first.lost);
+    pair.origin_sidecar.stop().await;
+    first.comes_back_in_place_of_the_other(&mut pair).await;
+    let told = |entry: &Value| entry["reason"].as_str().is_some_and(|reason| reason.contains("restored"));
+    pair.origin_sidecar.wait_for(LINK, "another history to be told of while the replica is away", told).await;
+    pair.proxy.heal();
+    pair.wait_applied(pair.origin.put("/app/after", "1").await).await;
+    pair.wait_equal().await;
+    assert_eq!(pair.position().await.unwrap().epoch, epoch, "nothing is lost that a comparison would have to find");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

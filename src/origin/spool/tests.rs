@@ -270,6 +270,38 @@ async fn a_gap_outlives_the_process_and_so_does_that_nothing_is_known() {
 }
 
 #[tokio::test]
+async fn a_reset_that_is_cut_short_leaves_nothing_that_passes_for_a_part_of_the_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("spool");
+    let of = |epoch| Run { cluster: ClusterId(1), epoch: Epoch(epoch) };
+    let open = async || Spool::open(&dir, &limits(), Digest::default()).await.unwrap().0;
+    let spool = open().await;
+    spool.reset(Revision(10)).await.unwrap();
+    spool.serves(of(1), Revision(0)).await.unwrap();
+    append_durably(&spool, vec![entry(11)]).await;
+    let lineage = || std::fs::read(dir.join(LINEAGE_FILE)).unwrap();
+    let before = lineage();
+    {
+        let mut reset = std::pin::pin!(spool.reset(Revision(20)));
+        let polled = std::future::poll_fn(|context| std::task::Poll::Ready(reset.as_mut().poll(context).is_ready()));
+        assert!(!polled.await);
+        // Its first step goes on by itself; the second one is never begun.
+        while lineage() == before {
+            tokio::task::yield_now().await;
+        }
+    }
+    spool.close().await.unwrap();
+    let spool = open().await;
+    assert_eq!(spool.extent().borrow().covered, Revision(11), "it was cut short");
+    spool.proven().await;
+    assert!(!spool.ships(of(2), Revision(10)).await.unwrap());
+    spool.reset(Revision(5)).await.unwrap();
+    append_durably(&spool, vec![entry(6)]).await;
+    assert!(spool.ships(of(2), Revision(5)).await.unwrap(), "it was begun anew");
+    spool.close().await.unwrap();
+}
+
+#[tokio::test]
 async fn on_a_full_disk_a_spool_is_shipped_and_begun_anew_and_the_next_process_doubts_it() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path().join("spool");

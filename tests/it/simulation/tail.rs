@@ -154,6 +154,10 @@ impl Tail {
         if self.lineage.ships_after(reached) { Ships::Yes } else { Ships::No }
     }
 
+    pub fn is_of_another(&self, run: Run) -> bool {
+        self.lineage.is_of_another(run)
+    }
+
     /// The watch stands at where the link goes on in this run; `applied` is at the replica.
     pub fn serves(&mut self, run: Run, applied: Revision) {
         self.lineage.serves(run, applied.max(Revision(self.spool.base())));

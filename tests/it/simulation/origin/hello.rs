@@ -125,8 +125,14 @@ impl Origin {
                 return Err(End::OtherHistory(reason));
             }
             let same_origin = answer.position.as_ref().is_some_and(|p| p.origin_cluster == origin.cluster);
+            let left = answer.position.as_ref().is_some_and(|position| self.tail.is_of_another(run_of(position)));
+            if left && matches!(self.tail.state, TailState::OtherHistory { .. }) && same_origin {
+                context.count("tail compared with what the link has left");
+            }
             let usable = match &self.tail.state {
-                TailState::OtherHistory { reason } if same_origin => return Err(End::OtherHistory(reason.clone())),
+                TailState::OtherHistory { reason } if same_origin && !left => {
+                    return Err(End::OtherHistory(reason.clone()));
+                }
                 TailState::Lost { compacted } => {
                     origin.compacted = *compacted;
                     false
