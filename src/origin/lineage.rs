@@ -248,6 +248,9 @@ mod tests {
         lineage.serves(LATER, Revision(39));
         lineage.judge(LATER, Revision(39));
         assert!(!lineage.ships_after(Revision(39)));
+        let mut same = restarted(begun(FIRST), 40);
+        same.serves(FIRST, Revision(39));
+        assert!(same.asks_after(FIRST, Revision(39)), "the origin has not been asked");
         let mut applied = restarted(begun(FIRST), 40);
         applied.serves(LATER, Revision(40));
         applied.unwatched(Revision(60));
