@@ -30,6 +30,14 @@ fn entry(revision: u64) -> SpoolEntry {
     SpoolEntry { revision, digest, arrived_ms: 1_000_000 + number, came_from }
 }
 
+fn of(epoch: u64) -> Run {
+    Run { cluster: ClusterId(1), epoch: Epoch(epoch) }
+}
+
+async fn open(dir: &Path) -> Spool {
+    Spool::open(dir, &limits(), Digest::default()).await.unwrap().0
+}
+
 async fn append_durably(spool: &Spool, entries: Vec<SpoolEntry>) {
     let last = entries.last().map_or(0, FeedEntry::index);
     let appended = spool.append(entries).await;
@@ -210,27 +218,25 @@ fn a_cut_or_flipped_record_is_an_error_or_differs_in_its_notes_only() {
 async fn of_which_run_a_spool_is_outlives_the_process_and_ends_with_a_reset() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path().join("spool");
-    let of = |epoch| Run { cluster: ClusterId(1), epoch: Epoch(epoch) };
-    let open = async || Spool::open(&dir, &limits(), Digest::default()).await.unwrap().0;
-    let spool = open().await;
+    let spool = open(&dir).await;
     spool.reset(Revision(10)).await.unwrap();
     spool.serves(of(1), Revision(0)).await.unwrap();
     append_durably(&spool, vec![entry(11)]).await;
     spool.close().await.unwrap();
-    let spool = open().await;
+    let spool = open(&dir).await;
     assert_eq!(spool.asked_after(of(1), Revision(10)).await, Some((Revision(11), entry(11).digest)));
     assert_eq!(spool.asked_after(of(1), Revision(11)).await, None);
     assert!(spool.ships(of(1), Revision(10)).await.unwrap());
     spool.close().await.unwrap();
-    let spool = open().await;
+    let spool = open(&dir).await;
     assert!(!spool.ships(of(2), Revision(10)).await.unwrap(), "it was read in the epoch before");
     assert!(spool.ships(of(2), Revision(11)).await.unwrap());
     spool.close().await.unwrap();
-    let spool = open().await;
+    let spool = open(&dir).await;
     spool.reset(Revision(20)).await.unwrap();
     append_durably(&spool, vec![entry(21)]).await;
     spool.close().await.unwrap();
-    let spool = open().await;
+    let spool = open(&dir).await;
     assert!(!spool.ships(of(2), Revision(20)).await.unwrap(), "nothing says of which run it is");
     spool.close().await.unwrap();
 }
@@ -239,9 +245,7 @@ async fn of_which_run_a_spool_is_outlives_the_process_and_ends_with_a_reset() {
 async fn a_gap_outlives_the_process_and_so_does_that_nothing_is_known() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path().join("spool");
-    let of = |epoch| Run { cluster: ClusterId(1), epoch: Epoch(epoch) };
-    let open = async || Spool::open(&dir, &limits(), Digest::default()).await.unwrap().0;
-    let spool = open().await;
+    let spool = open(&dir).await;
     spool.reset(Revision(10)).await.unwrap();
     spool.serves(of(1), Revision(0)).await.unwrap();
     spool.appends_unlinked(Revision(10)).await.unwrap();
@@ -251,19 +255,19 @@ async fn a_gap_outlives_the_process_and_so_does_that_nothing_is_known() {
     spool.appends_unlinked(Revision(15)).await.unwrap();
     append_durably(&spool, vec![entry(16)]).await;
     spool.close().await.unwrap();
-    let spool = open().await;
+    let spool = open(&dir).await;
     assert_eq!(spool.asked_after(of(1), Revision(10)).await, Some((Revision(16), entry(16).digest)));
     spool.proven().await;
     assert!(!spool.ships(of(2), Revision(10)).await.unwrap() && spool.ships(of(2), Revision(15)).await.unwrap());
     spool.close().await.unwrap();
     std::fs::remove_file(dir.join(LINEAGE_FILE)).unwrap();
-    let spool = open().await;
+    let spool = open(&dir).await;
     spool.proven().await;
     assert!(!spool.ships(of(2), Revision(15)).await.unwrap() && spool.ships(of(2), Revision(16)).await.unwrap());
     spool.reset(Revision(20)).await.unwrap();
     append_durably(&spool, vec![entry(21)]).await;
     spool.close().await.unwrap();
-    let spool = open().await;
+    let spool = open(&dir).await;
     spool.proven().await;
     assert!(spool.ships(of(2), Revision(20)).await.unwrap(), "it is known that it was begun anew");
     spool.close().await.unwrap();
@@ -273,9 +277,7 @@ async fn a_gap_outlives_the_process_and_so_does_that_nothing_is_known() {
 async fn a_reset_that_is_cut_short_leaves_nothing_that_passes_for_a_part_of_the_run() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path().join("spool");
-    let of = |epoch| Run { cluster: ClusterId(1), epoch: Epoch(epoch) };
-    let open = async || Spool::open(&dir, &limits(), Digest::default()).await.unwrap().0;
-    let spool = open().await;
+    let spool = open(&dir).await;
     spool.reset(Revision(10)).await.unwrap();
     spool.serves(of(1), Revision(0)).await.unwrap();
     append_durably(&spool, vec![entry(11)]).await;
@@ -291,7 +293,7 @@ async fn a_reset_that_is_cut_short_leaves_nothing_that_passes_for_a_part_of_the_
         }
     }
     spool.close().await.unwrap();
-    let spool = open().await;
+    let spool = open(&dir).await;
     assert_eq!(spool.extent().borrow().covered, Revision(11), "it was cut short");
     spool.proven().await;
     assert!(!spool.ships(of(2), Revision(10)).await.unwrap());
@@ -305,9 +307,7 @@ async fn a_reset_that_is_cut_short_leaves_nothing_that_passes_for_a_part_of_the_
 async fn on_a_full_disk_a_spool_is_shipped_and_begun_anew_and_the_next_process_doubts_it() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path().join("spool");
-    let of = |epoch| Run { cluster: ClusterId(1), epoch: Epoch(epoch) };
-    let open = async || Spool::open(&dir, &limits(), Digest::default()).await.unwrap().0;
-    let spool = open().await;
+    let spool = open(&dir).await;
     spool.serves(of(1), Revision(0)).await.unwrap();
     assert!(dir.join(LINEAGE_FILE).exists());
     // Where the next file would be written before it gets its name.
@@ -318,7 +318,7 @@ async fn on_a_full_disk_a_spool_is_shipped_and_begun_anew_and_the_next_process_d
     assert!(spool.ships(of(1), Revision(10)).await.unwrap());
     assert!(!dir.join(LINEAGE_FILE).exists(), "what it said before does not hold");
     spool.close().await.unwrap();
-    let spool = open().await;
+    let spool = open(&dir).await;
     assert!(!spool.ships(of(1), Revision(10)).await.unwrap());
     spool.close().await.unwrap();
 }
