@@ -12,8 +12,8 @@ demo: build
 
 # With the failpoints, which no other build has: one build for all that tests.
 TEST := cargo test --features failpoints
-# Most tests wait for an etcd, a disk or a timer, so one more at once than there are processors.
-export RUST_TEST_THREADS ?= $(shell expr $$(nproc) + 1)
+# Most tests wait for an etcd, a disk or a timer, so twice as many at once as there are processors.
+export RUST_TEST_THREADS ?= $(shell expr $$(nproc) \* 2)
 
 # Every test, with real etcd processes. ARGS is passed on, for example: make test ARGS="--test it bank"
 test: install-tests
