@@ -2,7 +2,7 @@
 //! Input: pages as reader.rs reads them, a cursor to go on at. Output: keys pages (guard), pages, the revision after which following starts.
 //! Always true: the watch covers everything after the anchor before the first page is read.
 
-use super::decide::not_opened;
+use super::decide::{not_opened, unkept};
 use super::lineage::Run;
 use super::reader::Reader;
 use super::session::{Session, SessionEnd};
@@ -143,7 +143,7 @@ async fn open_anchor(ship: &mut Shipper, session: &mut Session, epoch: Epoch) ->
         match restarted(ship, session, look.head, seen_by(&look)).await? {
             Ok(()) => {
                 let run = Run { cluster: look.cluster, epoch };
-                ship.spool.serves(run, look.head).await.map_err(|e| SessionEnd::Wait(format!("the spool: {e}")))?;
+                ship.spool.serves(run, look.head).await.map_err(unkept)?;
                 failpoint::reach("anchor-opened");
                 return Ok(look.head);
             }

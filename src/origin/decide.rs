@@ -353,7 +353,8 @@ impl Shipper {
     }
 }
 
-fn unkept(error: SpoolError) -> SessionEnd {
+/// The link waits where the spool's lineage cannot be written down.
+pub(super) fn unkept(error: SpoolError) -> SessionEnd {
     SessionEnd::Wait(format!("the spool: {error}"))
 }
 
