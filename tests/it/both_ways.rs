@@ -4,7 +4,7 @@
 
 use crate::bed::contents::{load, noise};
 use crate::bed::etcd::{Etcd, EtcdOptions, KeyMap};
-use crate::bed::pair::{CHAIN_LINKS, Chain, LINK, LINK_BACK, Pair, PairOptions, wait_applied, wait_equal};
+use crate::bed::pair::{CHAIN_LINKS, Chain, LINK, LINK_BACK, Pair, PairOptions, ranges_of, wait_applied, wait_equal};
 use crate::bed::recording::History;
 use crate::bed::traffic::{Traffic, TrafficOptions, Write, commit};
 use crate::bed::{PATIENCE, until};
@@ -151,6 +151,13 @@ async fn writers_at_both_sides_with_keys_of_their_own_end_equal_and_nothing_is_w
     // What waits is merged, so there may be fewer than were written; a loop would make more.
     assert!(at_origin <= here.len() + there.len() && at_origin >= here.len(), "{at_origin}");
     assert!(at_replica <= here.len() + there.len() && at_replica >= there.len(), "{at_replica}");
+    // At each side its own writers alone write their keys.
+    for (history, prefix, written) in
+        [(&recording.origin, "/app/here/", here.len()), (&recording.replica, "/app/there/", there.len())]
+    {
+        let revisions = touching(history, &ranges_of(&[prefix.to_owned()], &[])).len();
+        assert_eq!(revisions, written, "revisions of keys below {prefix}");
+    }
 }
 
 /// Waits until both links have said that there is nothing new: a revision that comes back does so much sooner.

@@ -3,8 +3,9 @@
 //! Always true: damage is told of in the log, what was damaged is kept aside, and the link goes on without a hole.
 
 use crate::bed::pair::{LINK, Pair, PairOptions};
-use crate::bed::traffic::Acknowledged;
-use crate::resume::{following, last, noise, spool_dir, wait_spooled, write};
+use crate::bed::traffic::{Acknowledged, Traffic, TrafficOptions};
+use crate::resume::{following, last, noise, spool_dir, spool_end, wait_spooled, write};
+use etcd_ferry::model::Revision;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs;
@@ -257,4 +258,55 @@ async fn a_dedupe_log_full_of_rubbish_is_moved_aside_and_made_anew_and_the_link_
     let beside = names_in(replica_dir(&pair, "dedupe").parent().unwrap());
     assert!(beside.iter().any(|name| name.starts_with("dedupe.bad-")), "{beside:?}");
     pair.assert_equal().await;
+}
+
+/// Where etcd has compacted what the spool holds last, the next watch shows nothing of it: what it appends is not linked to what is held, and that
+/// is written down before.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_spool_that_cannot_write_down_what_its_next_revision_is_linked_to_tells_it_and_goes_on_once_it_can() {
+    let (mut pair, before) = following(PairOptions::default()).await;
+    let held = gap_in_an_outage(&mut pair).await;
+    let in_its_place = spool_dir(&pair).join("lineage.new");
+    fs::create_dir(&in_its_place).unwrap();
+    let next = pair.origin.put("/app/next", "1").await;
+    let told = |entry: &Value| entry["reason"].as_str().is_some_and(|reason| reason.contains("lineage.json"));
+    let entry = pair.origin_sidecar.wait_for(LINK, "the file that cannot be written to be told", told).await;
+    assert!(spool_end(&entry) < Some(next.0), "{entry:#}");
+    fs::remove_dir(&in_its_place).unwrap();
+    wait_spooled(&pair, next).await;
+    pair.proxy.heal();
+    let after = pair.wait_applied(next).await;
+    assert_eq!((after.epoch, after.seq.0), (before.epoch, before.seq.0 + HELD + 1), "after {held}");
+    pair.assert_equal().await;
+}
+
+/// A hello looks at the head before it looks at the spool, which may have got further meanwhile.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_spool_that_goes_past_the_head_that_a_hello_has_seen_is_no_other_history() {
+    let (mut pair, before) = following(PairOptions::default()).await;
+    gap_in_an_outage(&mut pair).await;
+    let options = TrafficOptions { writers: 8, writes_per_writer: 100_000, value_bytes_max: 100, ..Default::default() };
+    let traffic = Traffic::start(&pair.origin.access(), &options);
+    let flows = pair.origin.put("/app/while-traffic-flows", "1").await;
+    wait_spooled(&pair, flows).await;
+    pair.proxy.heal();
+    pair.wait_applied(flows).await;
+    let after = pair.wait_applied(last(&traffic.stop().await)).await;
+    assert_eq!(after.epoch, before.epoch);
+    assert!(!pair.origin_sidecar.log().contains("the link stops"));
+    pair.assert_equal().await;
+}
+
+/// Revisions that the spool holds when the watch ends, and etcd shows no more.
+const HELD: u64 = 20;
+
+/// Cuts the link, and has the watch open anew after the spool's end. Returns the last revision that is held.
+async fn gap_in_an_outage(pair: &mut Pair) -> Revision {
+    pair.proxy.cut();
+    let count = usize::try_from(HELD).unwrap();
+    let held = last(&write(&pair.origin.access(), "/app/held/", count, 50).await);
+    wait_spooled(pair, held).await;
+    pair.origin.compact(held).await;
+    pair.origin.restart().await;
+    held
 }

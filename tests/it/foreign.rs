@@ -11,6 +11,7 @@ use crate::bed::traffic::{Traffic, TrafficOptions};
 use crate::bed::{PATIENCE, until};
 use crate::verify::{following_with, over_app};
 use etcd_client::PutOptions;
+use etcd_ferry::model::Revision;
 use serde_json::{Value, json};
 use std::time::Duration;
 
@@ -104,8 +105,19 @@ async fn what_was_proved_before_the_replica_was_restored_closes_nothing_that_was
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_others_wrote_to_a_restored_replica_is_told_though_nobody_but_the_link_had_written_there() {
+async fn what_others_wrote_to_a_restored_replica_is_told_though_the_link_alone_had_written_there_since_a_proof() {
     let mut pair = Box::pin(following_with(over_app(), 100, 100)).await;
+    // The look after the restore begins where both sides were proved equal, and what the link has made since then comes right after it.
+    pair.replica.put("/app/mended", "by hand").await;
+    told(&pair.replica_sidecar, 1, PATIENCE).await;
+    let repaired = pair.origin_sidecar.admin(&["repair", LINK, "--allow-deletes"]);
+    assert!(repaired.status.success(), "{}", String::from_utf8_lossy(&repaired.stdout));
+    told(&pair.replica_sidecar, 0, PATIENCE).await;
+    until("the proof to be in the position", PATIENCE, async || {
+        pair.wait_applied(pair.origin.put("/app/early", "1").await).await;
+        pair.position().await.filter(|position| position.equal_revision > Revision(0))
+    })
+    .await;
     let snapshot = pair.replica.save_snapshot().await;
     for number in 0..20 {
         let last = pair.origin.put(format!("/app/late/{number}"), "1").await;

@@ -32,7 +32,7 @@ const FAILURES_SHOWN: usize = 3;
 const HEADS_SHOWN: usize = 40;
 
 /// What must have happened over all seeds.
-const MUST_HAPPEN: [&str; 80] = [
+const MUST_HAPPEN: [&str; 87] = [
     "frame damaged",
     "frame dropped",
     "frame repeated",
@@ -83,6 +83,8 @@ const MUST_HAPPEN: [&str; 80] = [
     "receiver crashed",
     "sender crashed between spool and copy",
     "sender crashed between note and stop",
+    "sender crashed before its spool was cleared",
+    "sender crashed before its cleared spool was known to be",
     "receiver crashed between journal and dedupe log",
     "receiver crashed between commit and trim",
     "receiver crashed between trim and done",
@@ -95,6 +97,11 @@ const MUST_HAPPEN: [&str; 80] = [
     "foreign write",
     "election",
     "spool lost",
+    "lineage lost",
+    "position published",
+    "standby trims",
+    "standby begins",
+    "standby begins earlier",
     "journal lost",
     "dedupe log lost",
     "dedupe log read from files",

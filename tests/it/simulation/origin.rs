@@ -5,6 +5,7 @@
 
 mod hello;
 mod remember;
+mod standby;
 
 use super::etcd::Etcd;
 use super::line::{Line, Receipt, Shipment};
@@ -13,10 +14,12 @@ use super::region::Context;
 use super::replica::HelloAnswer;
 use super::tail::{REVISION_BYTES_MAX, Tail, TailState, seen_by};
 use etcd_ferry::model::{Change, Digest, Epoch, LinkName, Ranges, Revision, Seq, Term, WholeRevision};
+use etcd_ferry::origin::candidacy::Published;
 use etcd_ferry::origin::lineage::Run;
 use etcd_ferry::origin::sequence::OriginWaymark;
 use etcd_ferry::origin::shipped::{RESETS_MAX, Shipped};
 use etcd_ferry::origin::spool::SpoolEntry;
+use etcd_ferry::origin::tail::Seen;
 use etcd_ferry::replica::pages::Begin;
 use etcd_ferry::wire::frame::{FrameLimits, encode_standalone};
 use etcd_ferry::wire::replicate::refusal::Kind;
@@ -48,6 +51,8 @@ pub struct Origin {
     followed: Option<(Epoch, Seq)>,
     /// Stands for a sidecar of a version without waymarks.
     pub writes_waymarks: bool,
+    /// What another one had published when this one looked last.
+    looked: Option<Published>,
     /// For a count alone: it outlives the process.
     framed: Framed,
 }
@@ -93,6 +98,7 @@ impl Origin {
             stopped: None,
             followed: None,
             writes_waymarks,
+            looked: None,
             framed: Framed::default(),
         }
     }
@@ -101,6 +107,7 @@ impl Origin {
     pub fn start_again(&mut self, ranges: Ranges) {
         self.tail.start_again(ranges);
         (self.session, self.known_epoch, self.resync, self.stopped) = (None, Epoch(0), None, None);
+        self.looked = None;
     }
 
     /// An error now and then: the process has died here, between two things that last. `what`: as it is counted.
@@ -123,6 +130,22 @@ impl Origin {
     pub fn lose_cluster(&mut self) {
         self.tail.break_watch();
         self.session.take_if(|session| session.copying.is_some());
+    }
+
+    /// Has the tail begin its spool anew.
+    fn restart_tail(
+        &mut self,
+        after: Revision,
+        carried: Option<(Revision, Digest)>,
+        seen: Option<Seen>,
+        etcd: &Etcd,
+        context: &mut Context,
+    ) -> Result<Result<(), TailState>, End> {
+        self.tail.doubt();
+        self.survive(30, "sender crashed before its spool was cleared", context)?;
+        self.tail.clear(after);
+        self.survive(30, "sender crashed before its cleared spool was known to be", context)?;
+        Ok(self.tail.restart(after, carried, seen, etcd, context))
     }
 
     fn end(&mut self, end: End, etcd: &mut Etcd, context: &mut Context) {
@@ -193,7 +216,7 @@ impl Origin {
             Some(_) | None => {
                 let head = etcd.head();
                 let seen = seen_by(etcd, &self.link);
-                let opened = self.tail.restart(head, None, seen, etcd, context);
+                let opened = self.restart_tail(head, None, Some(seen), etcd, context)?;
                 opened.map_err(|state| End::Again(format!("the watch did not open: {state:?}")))?;
                 self.tail.serves(Run { cluster: etcd.cluster, epoch }, head);
                 self.survive(80, "sender crashed between spool and copy", context)?;
@@ -307,6 +330,10 @@ impl Origin {
         if sings && acked.following {
             session.write_canary(&self.link, etcd, context)?;
         }
+        if acked.following && context.random.percent(20) {
+            let published = Published { term: self.term, epoch: session.epoch, revision: acked.position_revision };
+            standby::publish(&self.link, published, etcd, context)?;
+        }
         let spooled = self.tail.spool.last.map(|(last, _)| last);
         let (through, shipped_all) = session.shipped.through(true, spooled, Revision(self.tail.spool.covered));
         let persist = shipped_all && acked.following && context.random.percent(30);
@@ -322,7 +349,7 @@ impl Origin {
         Ok(())
     }
 
-    fn ship_copy(&mut self, etcd: &Etcd, context: &mut Context) -> Result<(), End> {
+    fn ship_copy(&mut self, etcd: &mut Etcd, context: &mut Context) -> Result<(), End> {
         let Some(session) = &mut self.session else { return Ok(()) };
         let (acked, Some(copy)) = (&session.copy_ack, &mut session.copying) else { return Ok(()) };
         if copy.sent >= acked.pages + PAGES_IN_FLIGHT_MAX {
@@ -341,6 +368,10 @@ impl Origin {
         }
         self.resync = None;
         self.followed = Some((copy.epoch, Seq(0)));
+        if copy.sent == 0 || copy.guard.is_some() {
+            let published = Published { term: self.term, epoch: copy.epoch, revision: copy.anchor };
+            standby::publish(&self.link, published, etcd, context)?;
+        }
         if copy.guard.take().is_some() {
             copy.sent = acked.pages;
         }

@@ -163,6 +163,15 @@ impl Tail {
         self.lineage.serves(run, applied.max(Revision(self.spool.base())));
     }
 
+    /// What was written down of the spool is gone.
+    pub fn lose_lineage(&mut self) {
+        self.lineage = Lineage::found(&[], Revision(self.spool.covered));
+    }
+
+    pub fn has_watch(&self) -> bool {
+        self.watch.is_some()
+    }
+
     fn close_watch(&mut self) {
         if self.watch.take().is_some() {
             self.lineage.unwatched(Revision(self.spool.covered));
@@ -227,18 +236,27 @@ impl Tail {
         self.close_watch();
     }
 
-    /// Drops the spool and watches everything after `after`.
+    /// The spool is about to be dropped: see [`Tail::clear`].
+    pub fn doubt(&mut self) {
+        self.lineage = Lineage::of_no_run(Revision(self.spool.covered));
+    }
+
+    /// Drops the spool, of whose end nothing is known until [`Tail::restart`] goes on.
+    pub fn clear(&mut self, after: Revision) {
+        self.spool.reset(tag_of(&self.ranges), after.0);
+    }
+
+    /// Watches everything after `after`, where the spool was cleared.
     pub fn restart(
         &mut self,
         after: Revision,
         carried: Option<(Revision, Digest)>,
-        seen: Seen,
+        seen: Option<Seen>,
         etcd: &Etcd,
         context: &mut Context,
     ) -> Result<(), TailState> {
-        (self.seen, self.told, self.carried) = (Some(seen), None, carried);
+        (self.seen, self.told, self.carried) = (seen, None, carried);
         self.lineage = Lineage::default();
-        self.spool.reset(tag_of(&self.ranges), after.0);
         (self.covered, self.state, self.watch, self.after_covered) = (after, TailState::Watching, None, false);
         self.step(etcd, context);
         match &self.state {

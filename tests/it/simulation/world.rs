@@ -211,7 +211,7 @@ impl World {
     fn step(&mut self) {
         let random = &mut self.context.random;
         let (origin, replica) = (random.below(self.origins.len()), random.below(self.replicas.len()));
-        match random.below(101) {
+        match random.below(104) {
             0..14 => self.write(),
             14..32 => self.origins[origin].tail.step(&self.origin, &mut self.context),
             32..38 => step_disk(&mut self.origins[origin].tail.spool, &mut self.context),
@@ -223,6 +223,7 @@ impl World {
             91..95 => self.context.commit_pending(),
             95..99 => step_disk(&mut self.replicas[replica].journal, &mut self.context),
             99 => self.replicas[replica].look_again(),
+            101..104 => self.origins[origin].stand_by(&mut self.origin, &mut self.context),
             _ => self.replicas[replica].dedupe.sync(),
         }
         self.end_restore();

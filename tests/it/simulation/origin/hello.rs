@@ -190,7 +190,7 @@ impl Origin {
             }
             Resume::WatchFrom { after } => {
                 let seen = seen_by(etcd, &self.link);
-                self.tail.restart(after, carried, seen, etcd, context).map_err(failed)?;
+                self.restart_tail(after, carried, Some(seen), etcd, context)?.map_err(failed)?;
                 if let Some(position) = &greeted.answer.position {
                     self.tail.serves(run_of(position), Revision(0));
                 }
@@ -201,7 +201,7 @@ impl Origin {
             Resume::Copy { epoch, cursor: Some(cursor), .. } => {
                 if !cursor.spool_reaches {
                     let seen = seen_by(etcd, &self.link);
-                    self.tail.restart(cursor.after, carried, seen, etcd, context).map_err(failed)?;
+                    self.restart_tail(cursor.after, carried, Some(seen), etcd, context)?.map_err(failed)?;
                     if let Some(position) = &greeted.answer.position {
                         self.tail.serves(run_of(position), Revision(0));
                     }

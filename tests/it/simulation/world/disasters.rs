@@ -9,7 +9,7 @@ use crate::simulation::judge::epoch_of;
 use crate::simulation::origin::Origin;
 use crate::simulation::replica::Replica;
 use bytes::Bytes;
-use etcd_ferry::model::{Change, ClusterId, Phase, Revision, Term};
+use etcd_ferry::model::{Change, ClusterId, Phase, Position, Revision, Term};
 
 impl World {
     /// What may go wrong, beside what a line and an answer do.
@@ -62,6 +62,10 @@ impl World {
         if self.may.lose_disks && self.context.fails(3, "spool lost") {
             self.origins[origin].tail.spool.lose();
             self.origins[origin].start_again(self.ranges[self.ranges_now].clone());
+        }
+        if self.may.lose_disks && self.context.fails(3, "lineage lost") {
+            self.crash_origin(origin, true);
+            self.origins[origin].tail.lose_lineage();
         }
         if self.may.lose_disks && self.context.fails(3, "journal lost") {
             self.replicas[replica].journal.lose();
@@ -148,6 +152,9 @@ impl World {
         self.compact_max = self.compact_max.min(self.origin.revision);
         self.restored_in = Some(epoch_of(self.context.judge.position()));
         self.lost_through = self.lost_through.max(head_before);
+        // A replica that is as it was when nothing had been carried yet: the same limit.
+        let position_key = self.origins[0].link.position_key();
+        self.replica_snapshot.take_if(|(snapshot, _)| !has_carried(snapshot, &position_key));
         self.context.judge.origin_restored(self.origin.head());
         self.origins.iter_mut().for_each(|origin| origin.tail.break_watch());
         if self.context.fails(500, "sender made anew") {
@@ -196,4 +203,9 @@ impl World {
         self.origins[at].stopped = None;
         self.origins[at].resync = Some(true);
     }
+}
+
+fn has_carried(replica: &Etcd, position_key: &Bytes) -> bool {
+    let position = replica.get(position_key).and_then(|(json, _)| Position::from_json(&json).ok());
+    position.is_none_or(|position| position.carried_revision > Revision(0))
 }
