@@ -10,6 +10,7 @@ use super::proto::admin_server::{self, AdminServer};
 use super::roles::{Admins, Denied, asked};
 use super::{Directory, Own};
 use crate::certs::PeerIdentity;
+use crate::logs::AUDIT;
 use crate::tls::accept::{self, AcceptLimits, PeerConnectInfo};
 use crate::tls::reload::InUse;
 use axum::extract::State;
@@ -152,7 +153,7 @@ async fn authorise(
     let admin = match admins.judge(&identity, &call) {
         Ok(admin) => admin,
         Err(denied) => {
-            warn!(who = %identity, %from, call, "admin call refused: {denied}");
+            warn!(target: AUDIT, who = %identity, %from, call, "admin call refused: {denied}");
             return Status::permission_denied(refusal_of(&denied, &identity, &call)).into_http();
         }
     };

@@ -16,7 +16,7 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::{SubscriberInitExt, TryInitError};
 use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
 
-/// The target of what operators changed. It is logged whatever the level, unless a level names it.
+/// The target of what operators changed, and of what was refused to them. It is logged whatever the level: no level switches it off.
 pub const AUDIT: &str = "etcd_ferry::audit";
 
 #[derive(Debug, thiserror::Error)]
@@ -78,7 +78,8 @@ fn filter_of(level: &str) -> Result<EnvFilter, LogError> {
     if !is_log_level(level) {
         return Err(wrong());
     }
-    EnvFilter::try_new(format!("{AUDIT}=info,{level}")).map_err(|_| wrong())
+    // Of two directives for one target a filter takes the later one.
+    EnvFilter::try_new(format!("{level},{AUDIT}=info")).map_err(|_| wrong())
 }
 
 impl Logs {
@@ -158,5 +159,18 @@ mod tests {
         let recent = logs.recent();
         assert!(recent.contains("told now") && !recent.contains("too fine"), "{recent}");
         assert!(prepare(&config("loud"), false).is_err());
+    }
+
+    #[test]
+    fn what_operators_change_is_logged_at_every_level_also_at_one_that_names_it() {
+        for level in ["off", "off,etcd_ferry::audit=off", "etcd_ferry::audit=error,off", "etcd_ferry=off"] {
+            let (logs, subscriber) = prepare(&config("info"), false).unwrap();
+            let _guard = tracing::subscriber::set_default(subscriber);
+            logs.set_level(level).unwrap();
+            tracing::error!(target: "etcd_ferry::other", "of no operator");
+            tracing::info!(target: AUDIT, "an operator's change");
+            let recent = logs.recent();
+            assert!(recent.contains("an operator's change") && !recent.contains("of no operator"), "{level}: {recent}");
+        }
     }
 }

@@ -236,7 +236,7 @@ impl Applier {
                 return;
             }
         };
-        self.end_retry(Err("another retry was asked for meanwhile".to_owned()));
+        self.end_retry(Err("another retry was asked for meanwhile, whose answer counts".to_owned()));
         self.retrying = Some(Retrying { seq, wanted: 0, left: keys, mended: Mended::default(), reply });
         self.ask_for_keys();
     }
@@ -264,7 +264,7 @@ impl Applier {
             );
         }
         if state == Some(Phase::Copying) {
-            return Err("a base copy runs, which brings every key".to_owned());
+            return Err("a base copy runs, which brings every key: there is nothing to retry".to_owned());
         }
         Ok(record)
     }
@@ -323,7 +323,7 @@ impl Applier {
 
     fn end_retry_of(&mut self, seq: Seq) {
         if self.retrying.as_ref().is_some_and(|retrying| retrying.seq == seq) {
-            self.end_retry(Err("it was discarded meanwhile".to_owned()));
+            self.end_retry(Err("it was discarded meanwhile: a repair at the origin brings its keys".to_owned()));
         }
     }
 }

@@ -36,7 +36,21 @@ fn alerts() -> Vec<String> {
 fn named(text: &str) -> BTreeSet<String> {
     let part_of_name = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
     let words = text.split(|c: char| !part_of_name(c)).filter(|word| word.starts_with("etcd_ferry_"));
-    words.map(|word| word.trim_end_matches("_bucket").to_owned()).collect()
+    words.map(|word| histogram_of(word).unwrap_or(word).to_owned()).collect()
+}
+
+/// The histogram that has this series.
+fn histogram_of(series: &str) -> Option<&str> {
+    let name = ["_bucket", "_sum", "_count"].iter().find_map(|end| series.strip_suffix(end))?;
+    metrics::all().iter().any(|metric| metric.name == name && metric.kind == "histogram").then_some(name)
+}
+
+#[test]
+fn only_a_histogram_has_buckets() {
+    let metric = |kind: &str| metrics::all().into_iter().find(|metric| metric.kind == kind).unwrap().name;
+    let (histogram, gauge) = (metric("histogram"), metric("gauge"));
+    let query = format!("rate({histogram}_bucket[5m]) / {histogram}_count + {gauge}_bucket");
+    assert_eq!(named(&query), [histogram, format!("{gauge}_bucket")].into());
 }
 
 fn assert_all_exist(path: &str) {

@@ -22,6 +22,9 @@ use tokio::net::TcpStream;
 /// From the cut of a link until both sides' pages show it, by the clock on the wall: what an operator is promised.
 const CUT_SHOWN_MAX: Duration = Duration::from_secs(3);
 
+/// Far more than a link that follows has, in seconds.
+const LAG_SHOWN_MIN: f64 = 2.0;
+
 /// One browser with one window.
 struct Browser {
     port: u16,
@@ -261,6 +264,10 @@ async fn the_page_shows_a_link_that_is_cut_and_its_healing_in_a_real_browser() {
     }
     browser.wait_text(&format!("#link-{LINK}-origin .reason"), "why", |text| !text.is_empty()).await;
     browser.screenshot("origin-cut.png").await;
+    pair.origin.put("/app/third", "3").await;
+    // The curve is of a look each second.
+    let lags = |entry: &Value| entry["lag_seconds"].as_f64() >= Some(LAG_SHOWN_MIN + 1.5);
+    pair.origin_sidecar.wait_for(LINK, "some lag", lags).await;
     pair.proxy.heal();
     browser.wait_text(&state, "its healing", |text| text == "following").await;
     browser
@@ -271,13 +278,26 @@ async fn the_page_shows_a_link_that_is_cut_and_its_healing_in_a_real_browser() {
     assert!(browser.run(points).await.as_u64() >= Some(1), "the lag's curve");
 
     beside.wait_text(&state_of("replica"), "the replica's side", |text| text == "following").await;
+    // Whoever comes later sees what was before.
+    browser.open(&pair.origin_sidecar).await;
+    browser.wait_text(events, "the cut among the events", |text| text.contains("connecting:")).await;
+    let peak = "return Math.max(...[...lags.values()].flatMap(kept => kept.values))";
+    until("the lag of the cut in the curve", PATIENCE, async || {
+        browser.run(peak).await.as_f64().filter(|seconds| *seconds >= LAG_SHOWN_MIN)
+    })
+    .await;
+    for page in [&browser, &beside] {
+        assert_clean(page).await;
+    }
+}
+
+/// It loads nothing from elsewhere, and no script has failed.
+async fn assert_clean(page: &Browser) {
     let outside =
         "return performance.getEntriesByType('resource').map(r => r.name).filter(n => !n.startsWith(location.origin))";
-    for page in [&browser, &beside] {
-        assert_eq!(page.run(outside).await, json!([]), "nothing is loaded from elsewhere");
-        let console = page.console().await;
-        assert!(console.is_empty(), "{console:#?}");
-    }
+    assert_eq!(page.run(outside).await, json!([]), "nothing is loaded from elsewhere");
+    let console = page.console().await;
+    assert!(console.is_empty(), "{console:#?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -330,6 +350,7 @@ async fn the_page_tells_queues_and_rates_the_position_of_both_sides_the_last_pro
             certificates_end(&browser, sidecar).await;
         }
     }
+    assert_clean(&browser).await;
 }
 
 /// The page of the origin says when its own certificate and its CA's end, as they do.
@@ -360,4 +381,5 @@ async fn the_page_is_readable_on_a_phone_and_in_the_dark() {
     assert_eq!(browser.run(overflow).await, 0, "nothing is wider than the screen");
     assert_eq!(ground(&browser).await, json!([true, "rgb(16, 20, 26)"]));
     browser.screenshot("phone-dark.png").await;
+    assert_clean(&browser).await;
 }

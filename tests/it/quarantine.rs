@@ -292,7 +292,7 @@ async fn retried_twice_at_once(pair: &Pair, seq: u64) -> (u64, u64) {
     };
     pair.origin_sidecar.pause();
     let retries = [retry(), retry()];
-    let superseded = "another retry was asked for meanwhile";
+    let superseded = "another retry was asked for meanwhile, whose answer counts";
     until(superseded, PATIENCE, async || pair.replica_sidecar.log().contains(superseded).then_some(())).await;
     pair.origin_sidecar.resume();
     let mut told = Vec::new();

@@ -235,6 +235,12 @@ async fn a_configuration_that_is_not_sound_is_refused_whole_and_what_needs_a_res
     sidecar.wait_for(LINK, "the spool to have its new limit", roomy).await;
     pair.wait_applied(pair.origin.put("/registry/a", "x").await).await;
 
+    // Who sends SIGHUP reads it in the log.
+    hang_up(&pair.origin_sidecar).await;
+    for key in needs_restart {
+        assert_eq!(lines_with(&pair.origin_sidecar, &["WARN", "restart", "keys=", key]), 2, "{key}");
+    }
+
     // The level in force tells no details any more; what waits for a restart is told again, and nothing else has changed.
     let details = || lines_with(&pair.origin_sidecar, &["DEBUG", "admin port called"]);
     let before = details();

@@ -90,14 +90,16 @@ async fn certificates(sidecar: &Sidecar, what: &str, wanted: impl Fn(&Value) -> 
     sidecar.wait_for_health(what, |health| Some(health["certificates"].clone()).filter(|c| wanted(c))).await
 }
 
-fn ends_of(certificate: &Path) -> i64 {
+pub fn ends_of(certificate: &Path) -> i64 {
     load::load_identity(certificate).unwrap().not_after.unix_timestamp()
 }
 
 /// Status and metrics say when these end, in seconds of Unix time.
 async fn ends_are_told<const N: usize>(sidecar: &Sidecar, ends: [(&str, i64); N]) {
     for (name, at) in ends {
-        certificates(sidecar, &format!("the end of {name}"), |c| c[format!("{name}_expires_at")] == at).await;
+        let field = format!("{name}_expires_at");
+        certificates(sidecar, &format!("the end of {name}"), |c| c[&field] == at).await;
+        assert_eq!(sidecar.status()["certificates"][&field], at, "{name}");
         let (_, metrics) = sidecar.http("/metrics").await;
         let metric = format!("\netcd_ferry_certificate_expiry_timestamp_seconds{{certificate=\"{name}\"}} {at}\n");
         assert!(metrics.contains(&metric), "{metric} is not in: {metrics}");
@@ -111,6 +113,16 @@ async fn reloaded(sidecar: &Sidecar, reloads: u64) {
 /// How often the origin's sidecar has opened a stream.
 fn streams(pair: &Pair) -> usize {
     pair.origin_sidecar.log().matches(": following link=").count()
+}
+
+/// A stream is opened anew, with what is in the files now.
+async fn dialled_anew(pair: &Pair) {
+    let before = streams(pair);
+    pair.proxy.cut();
+    pair.proxy.heal();
+    until("the next stream", PATIENCE, async || (streams(pair) > before).then_some(())).await;
+    let last = writes(pair, 1).await;
+    pair.wait_applied(last).await;
 }
 
 async fn writes(pair: &Pair, round: usize) -> Revision {
@@ -199,13 +211,18 @@ async fn a_ca_is_replaced_by_steps_and_no_handshake_fails() {
     for sidecar in both {
         reloaded(sidecar, 1).await;
     }
-    writes(&pair, 1).await;
+    dialled_anew(&pair).await;
     for (files, sidecar) in files.iter().zip(both) {
+        // First the one has a certificate of the new CA while the other's is of the old one, and what dials meets the other way round.
+        if sidecar.options.region == REPLICA_REGION {
+            dialled_anew(&pair).await;
+        }
         files.put_pair(&files.issue(&new));
         reloaded(sidecar, 2).await;
+        sidecar.status();
         writes(&pair, 2).await;
     }
-    // The stream was opened with certificates of the old CA, and outlived their renewal.
+    // The stream was opened while the replica's certificate was of the old CA, and outlived its renewal.
     let of_the_old_ca = streams(&pair);
     for (files, sidecar) in files.iter().zip(both) {
         files.put_ca(&[&new]);
