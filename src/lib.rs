@@ -10,7 +10,7 @@
 //! app.rs             bind everything, then run it; owns tasks and shutdown
 //! app/               links reload: start, stop and change links while it runs
 //! origin/            mod ship hello decide remember term standby session receipts heartbeat canary(p) status stall shipped(p) verify outcome compare tally(p) mend found(p) anchor reader elect candidacy(p) resume(p) history(p) tail watch reopen(p) head probe view sequence(p) spool lineage(p) lag(p)
-//! replica/           mod receive told ranges stream shipments verify admit(p) view copy pages(p) mark apply commit position trouble quarantine poison(p) hold pause breaker(p) txn next(p) align(p) stall plan(p) journal foreign(p) lookout age(p) compact dedupe(the only file that knows sled)
+//! replica/           mod receive told ranges stream shipments verify admit(p) view copy pages(p) mark apply commit position trouble quarantine poison(p) hold pause breaker(p) txn next(p) align(p) stall learned plan(p) journal foreign(p) lookout age(p) compact dedupe(the only file that knows sled)
 //! admin/             service audit calls commands health refresh watching reload roles(p) messages(p) http page history(p) bundle certificates quarantine verification limits(p) client show(p) status_json(p) table(p)
 //! logs/              mod recent(p): the log, its level, its last lines
 //! scan.rs            a range whole, page by page, at one revision

@@ -11,14 +11,15 @@ use super::roles::{Admins, Denied, asked};
 use super::{Directory, Own};
 use crate::certs::PeerIdentity;
 use crate::logs::AUDIT;
+use crate::repeats::Repeats;
 use crate::tls::accept::{self, AcceptLimits, PeerConnectInfo};
 use crate::tls::reload::InUse;
 use axum::extract::State;
 use axum::middleware::{self, Next};
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -136,12 +137,19 @@ fn routes(service: Service, admins: Admins, health: HealthReporter) -> Result<Ro
         .add_service(reflection_v1alpha.max_decoding_message_size(REQUEST_BYTES_MAX))
         .add_service(health_server::HealthServer::new(health).max_decoding_message_size(REQUEST_BYTES_MAX))
         .into_axum_router();
-    Ok(router.layer(middleware::from_fn_with_state(Arc::new(admins), authorise)).into())
+    let door = Arc::new(Door { admins, refusals: Mutex::default() });
+    Ok(router.layer(middleware::from_fn_with_state(door, authorise)).into())
+}
+
+/// Who is let in, and who was refused within the last minute.
+struct Door {
+    admins: Admins,
+    refusals: Mutex<Repeats>,
 }
 
 /// Lets a call in only if its certificate bears a name whose role is enough for it.
 async fn authorise(
-    State(admins): State<Arc<Admins>>,
+    State(door): State<Arc<Door>>,
     mut request: axum::extract::Request,
     next: Next,
 ) -> axum::response::Response {
@@ -150,10 +158,15 @@ async fn authorise(
     else {
         return Status::permission_denied("the connection has no certificate").into_http();
     };
-    let admin = match admins.judge(&identity, &call) {
+    let admin = match door.admins.judge(&identity, &call) {
         Ok(admin) => admin,
         Err(denied) => {
-            warn!(target: AUDIT, who = %identity, %from, call, "admin call refused: {denied}");
+            let words = format!("{identity} {} {call} {denied}", from.ip());
+            let mut refusals = door.refusals.lock().unwrap_or_else(PoisonError::into_inner);
+            refusals.write(Instant::now(), &words, |left_out| {
+                warn!(target: AUDIT, who = %identity, %from, call, left_out, "admin call refused: {denied}");
+            });
+            drop(refusals);
             return Status::permission_denied(refusal_of(&denied, &identity, &call)).into_http();
         }
     };

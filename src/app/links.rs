@@ -177,11 +177,7 @@ impl Links {
     /// those that went on.
     pub async fn stop(&mut self, links: &[(LinkName, Side)]) -> Result<(), Vec<(LinkName, Side)>> {
         let is_meant = |entry: &Entry| links.iter().any(|(link, side)| entry.is(link, *side));
-        let mut meant = Vec::new();
-        for entry in self.entries.iter().filter(|entry| is_meant(entry)) {
-            meant.extend(entry.replica.as_ref().map(|(end, _)| end.clone()));
-        }
-        self.ends.send_modify(|ends| ends.retain(|end| !meant.iter().any(|gone| Arc::ptr_eq(gone, end))));
+        // From here on the services answer for what they still know of them that it stops.
         self.entries.iter().filter(|entry| is_meant(entry)).for_each(|entry| entry.stop.cancel());
         let mut went_on = Vec::new();
         let deadline = tokio::time::Instant::now() + STOP_MAX;

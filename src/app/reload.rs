@@ -75,7 +75,7 @@ impl Reloader {
             }
         }
         if !limits.is_empty() {
-            reloaded.taken.push(format!("{}: taken by each link that they bind", limits.join(", ")));
+            reloaded.taken.push(format!("{}: taken by each link that is bound by it", limits.join(", ")));
         }
         let ending = changes.iter().filter(|change| change.what != What::Added);
         let ending: Vec<(LinkName, Side)> = ending.map(|change| (change.link.clone(), change.side)).collect();
@@ -92,7 +92,7 @@ impl Reloader {
                 What::Changed(keys) => self
                     .begin(links, &link, side)
                     .await
-                    .map(|()| format!("changed ({}), and goes on from what it has on disk", keys.join(", "))),
+                    .map(|()| format!("changed ({}), and {}", keys.join(", "), goes_on(side, keys))),
                 What::Added => self.begin(links, &link, side).await.map(|()| "added and started".to_owned()),
             };
             match outcome {
@@ -114,6 +114,16 @@ impl Reloader {
 
     fn dir(&self, link: &LinkName, side: Side) -> PathBuf {
         self.running.data_dir.join(side.as_str()).join(link.as_str())
+    }
+}
+
+/// What becomes of a link that is changed.
+fn goes_on(side: Side, keys: &[&str]) -> &'static str {
+    let other_ranges = side == Side::Origin && keys.iter().any(|key| ["prefixes", "exclude"].contains(key));
+    if other_ranges {
+        "begins with a base copy, since its ranges are others"
+    } else {
+        "goes on from what it has on disk"
     }
 }
 

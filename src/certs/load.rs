@@ -30,6 +30,11 @@ pub struct TlsFiles<'a> {
     pub crl: Option<&'a Path>,
 }
 
+/// Whoever checks for a service may be in another group than it.
+fn whose_group(mode: u32) -> &'static str {
+    if mode & 0o37 == 0 { ", or do this as the user whom its group is for" } else { "" }
+}
+
 /// What those files hold, checked; everything that a TLS configuration is built from.
 #[derive(Clone)]
 pub struct Credentials {
@@ -49,7 +54,7 @@ pub struct Credentials {
 pub enum LoadError {
     #[error("{} cannot be read: {source}", absolute(path))]
     Read { path: PathBuf, source: std::io::Error },
-    #[error("{path} is open to others (mode {mode:04o}): chmod 600 {path}")]
+    #[error("{path} is open to others (mode {mode:04o}): chmod 600 {path}{}", whose_group(*mode))]
     Open { path: PathBuf, mode: u32 },
     #[error("{path} is larger than {PEM_BYTES_MAX} bytes: give a PEM file")]
     TooLarge { path: PathBuf },

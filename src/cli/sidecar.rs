@@ -71,7 +71,7 @@ pub(super) fn connection(layers: &Layers, cert: Option<&Path>, key: Option<&Path
             return Faults(faults);
         }
         let rule = "is not sound, so that it does not tell where its sidecar is. A sidecar that runs goes on with the last sound one; \
-                    `curl http://HOST:PORT/healthz?full=1` at its listen.http tells its status";
+                    `curl 'http://HOST:PORT/healthz?full=1'` at its listen.http tells its status";
         faults.push(Fault { field: layers.file().display().to_string(), rule: rule.to_owned() });
         Faults(faults)
     })?;

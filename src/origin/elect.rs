@@ -182,7 +182,10 @@ impl Election {
                 return self.act(next).await;
             }
             Ok(Err(e)) => format!("the election in the origin's etcd: {e}"),
-            Err(_) => format!("the election in the origin's etcd: no answer within {} ms", TRY_MAX.as_millis()),
+            Err(_) => {
+                let at = self.etcd.config().endpoints.join(", ");
+                format!("the election in the origin's etcd: no answer within {} ms at {at}", TRY_MAX.as_millis())
+            }
         };
         (self.connection, self.renewals, self.looked) = (None, None, None);
         self.log(&reason);

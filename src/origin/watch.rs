@@ -227,7 +227,9 @@ impl Tail {
                 self.halt(TailState::Lost { compacted }, turn);
             }
             Ended::Full => {
-                tracing::warn!(link = %self.link, "the spool is full: the watch waits for room");
+                let disk_full = self.spool.extent().borrow().disk_full;
+                let what = if disk_full { "the spool's disk takes no more" } else { "the spool is full" };
+                tracing::warn!(link = %self.link, "{what}: the watch waits for room");
                 self.publish(TailState::SpoolFull);
                 turn.next = Next::WaitForRoom;
             }

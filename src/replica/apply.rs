@@ -8,6 +8,7 @@ use super::commit::{Committed, InFlight, answer_of};
 use super::dedupe::Dedupe;
 use super::foreign::OwnRevisions;
 use super::journal::{Journal, JournalEntry, JournalError, Reading, bytes_of, read};
+use super::learned::EtcdLimits;
 use super::mark::Mark;
 use super::next::{self, Idle};
 use super::plan::{self, Begun, Plan, PlanError, RequestLimits, RunFacts, TxnTree, Waiting};
@@ -81,6 +82,7 @@ pub struct Applier {
     gate: Arc<Gate>,
     pub(super) etcd: Option<Etcd>,
     pub(super) limits: RequestLimits,
+    pub(super) etcd_limits: EtcdLimits,
     queue_bytes_max: usize,
     pub(super) ranges: Option<Ranges>,
     pub(super) journal: Arc<Journal>,
@@ -169,18 +171,13 @@ pub struct ApplierParts {
 
 impl Applier {
     pub fn new(parts: ApplierParts) -> Self {
-        let limits = RequestLimits {
-            ops_max: parts.limits.txn_ops_max,
-            bytes_max: parts.limits.request_bytes_max,
-            bytes_refused: None,
-            position_key_bytes: parts.link.position_key().len(),
-            position_value_bytes_max: position_bytes_max(None),
-        };
+        let etcd_limits = EtcdLimits::new(&parts.limits, &parts.link, &parts.etcd);
         Self {
             link: parts.link,
             gate: parts.etcd,
             etcd: None,
-            limits,
+            limits: etcd_limits.configured,
+            etcd_limits,
             queue_bytes_max: parts.limits.queue_bytes_max,
             ranges: parts.ranges,
             journal: parts.journal,
@@ -257,6 +254,7 @@ impl Applier {
                     None => return,
                 },
                 Some(command) = next_command(&mut self.operator) => Box::pin(self.operate(command)).await,
+                () = self.etcd_limits.changed() => self.forget_learned(),
                 Ok(()) = self.closed.changed() => self.proved = *self.closed.borrow_and_update(),
                 () = sleep_until(self.retry_at) => self.retry().await,
                 _ = looks.tick() => Box::pin(self.look_without_stream()).await,

@@ -71,7 +71,7 @@ impl Applier {
                     self.copying = None;
                     return self.refuse(kind, reason);
                 }
-                Err(StepError::Limits(error, refusal)) => match self.limits.learned(refusal) {
+                Err(StepError::Limits(error, refusal)) => match self.learned(refusal) {
                     Some(limits) => {
                         self.limits = limits;
                         continue;

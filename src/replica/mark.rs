@@ -174,7 +174,7 @@ impl Applier {
                 mended.deletes += chunk.deletes;
             }
             let Some(refusal) = learned else { return Ok(Ok(mended)) };
-            match self.limits.learned(refusal) {
+            match self.learned(refusal) {
                 Some(limits) => self.limits = limits,
                 None => return Ok(Err("the replica's etcd refuses even the smallest transaction".to_owned())),
             }

@@ -14,6 +14,7 @@ pub mod dedupe;
 pub mod foreign;
 mod hold;
 pub mod journal;
+mod learned;
 pub mod lookout;
 pub mod mark;
 pub mod next;

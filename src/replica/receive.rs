@@ -188,6 +188,10 @@ impl Receiver {
                 self.region
             )));
         };
+        if end.stop.is_cancelled() {
+            let why = "is stopped here, with its sidecar or by a reload of the configuration: the next hello tells";
+            return Err(Status::unavailable(format!("link {link} {why}")));
+        }
         if !peer.identity.bears(&end.config.peer) {
             let refused = Status::permission_denied(format!(
                 "link {link} takes {} only, and this certificate bears {}: correct [[receive]] peer, or use that region's certificate",

@@ -69,7 +69,7 @@ impl Applier {
         } else {
             return self.doubt(&error);
         };
-        match self.limits.learned(learned) {
+        match self.learned(learned) {
             Some(limits) => {
                 tracing::warn!(link = %self.link, %error, ops_max = limits.ops_max, bytes_max = limits.bytes_max,
                     "the replica's etcd takes less than configured; set [limits] txn_ops_max and request_bytes_max accordingly");

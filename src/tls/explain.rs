@@ -21,6 +21,9 @@ const ALERT_TEXT: &str = "received fatal alert: ";
 /// What rustls writes where a connection ended without a goodbye.
 const NO_GOODBYE: &str = "peer closed connection without sending TLS close_notify";
 
+/// How a `Status` with a cause begins where it is shown as a whole.
+const STATUS_TEXT: &str = "code: '";
+
 /// The deepest reason that can be said in words, else the chain of causes.
 pub fn explain(error: &(dyn Error + 'static)) -> String {
     let mut texts: Vec<String> = Vec::new();
@@ -34,6 +37,11 @@ pub fn explain(error: &(dyn Error + 'static)) -> String {
             Some(status) => status.message().to_owned(),
             None => cause.to_string(),
         };
+        if text.starts_with(STATUS_TEXT) && source(cause).is_some() {
+            // What only passes such a one on shows it so too.
+            next = source(cause);
+            continue;
+        }
         // A layer that repeats its cause adds nothing.
         if !texts.iter().any(|t| t.contains(&text)) {
             texts.push(text);
@@ -213,6 +221,22 @@ mod tests {
         assert_eq!(words, "the peer closed the connection in the middle of it");
         let reason = Outer("no such thing".into());
         assert_eq!(explain(&Status::from_error(Box::new(reason))), "transport error: no such thing");
+    }
+
+    #[derive(Debug, thiserror::Error)]
+    #[error(transparent)]
+    struct Passes(Status);
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("{0}")]
+    struct PassesOn(#[source] Passes);
+
+    #[test]
+    fn what_only_passes_a_cause_on_is_not_shown_in_the_way_of_a_debugger() {
+        let cut = io::Error::new(io::ErrorKind::ConnectionAborted, "the peer's certificate is refused");
+        let broken = Status::from_error(Box::new(Outer(Box::new(cut))));
+        let words = explain(&Outer(Box::new(PassesOn(Passes(broken)))));
+        assert_eq!(words, "transport error: the peer's certificate is refused");
     }
 
     #[test]

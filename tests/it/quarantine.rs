@@ -194,6 +194,34 @@ async fn a_quarantine_outlives_restarts_of_both_sidecars_and_a_lost_data_folder_
     pair.assert_equal().await;
 }
 
+/// The sidecar is configured with more than its etcd takes at first.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn once_the_replicas_etcd_takes_more_what_was_refused_is_retried_and_what_follows_is_applied() {
+    let replica = EtcdOptions { max_request_bytes: Some(REQUEST_BYTES), sync: false, ..EtcdOptions::replica() };
+    let mut pair = Box::pin(Pair::prepare(PairOptions { replica, ..over_app() })).await;
+    pair.replica_sidecar.options.receive[0].on_poison = Some("quarantine".to_owned());
+    pair.replica_sidecar.write_config();
+    pair.origin.put("/app/beside", "old").await;
+    pair.origin_sidecar.restart().await;
+    pair.replica_sidecar.restart().await;
+    pair.origin_sidecar.wait_for_state(LINK, "following").await;
+    let takes = |bytes: u64| move |entry: &Value| entry["limits"]["replica"]["request_bytes_max"] == bytes;
+    pair.replica_sidecar.wait_for(LINK, "the etcd's limit to be known", takes(REQUEST_BYTES)).await;
+    put_large(&pair).await;
+    let all = list(&pair.replica_sidecar, 1).await;
+    let reason = all[0]["reason"].as_str().unwrap();
+    assert!(reason.contains(&format!("the replica's etcd takes {REQUEST_BYTES}:")), "{reason}");
+
+    pair.replica.set_max_request_bytes(1_572_864);
+    pair.replica.restart().await;
+    pair.replica_sidecar.wait_for(LINK, "the etcd's new limit to be known", takes(1_572_864)).await;
+    let later = pair.origin.put("/app/later", &*too_large('t')).await;
+    let position = pair.wait_applied(later).await;
+    assert_eq!(position.skipped, [Seq(1)], "nothing else is in quarantine");
+    assert_done(&pair.replica_sidecar.admin(&["quarantine", "retry", LINK, "1"]));
+    pair.wait_equal().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_full_quarantine_holds_the_link_until_one_is_discarded() {
     let pair = Box::pin(narrow("quarantine")).await;

@@ -177,6 +177,8 @@ async fn a_link_that_is_changed_by_the_admin_call_goes_on_from_its_spool_and_its
         json!(["link extra (replica): changed (foreign_writes), and goes on from what it has on disk"])
     );
     carries(&pair, "/extra/after").await;
+    let refused = lines_with(&pair.replica_sidecar, &["a call is refused", "receives no link named"]);
+    assert_eq!(refused, 0, "it was there all the time: {}", pair.replica_sidecar.log());
     assert_eq!(pair.replica.position(&link_name(EXTRA)).await.expect("a position").epoch, before.epoch);
     let expects = |entry: &Value| entry["foreign_writes"]["expected"].as_str().is_some_and(|why| !why.is_empty());
     pair.replica_sidecar.wait_for(EXTRA, "others' writes to be expected", expects).await;
@@ -220,7 +222,7 @@ async fn a_configuration_that_is_not_sound_is_refused_whole_and_what_needs_a_res
     let told = reload(sidecar);
     let taken = [
         "log.level: info",
-        "limits.spool_bytes_max: taken by each link that they bind",
+        "limits.spool_bytes_max: taken by each link that is bound by it",
         "link config (origin): changed (limits.spool_bytes_max), and goes on from what it has on disk",
     ];
     let needs_restart = ["limits.revision_bytes_max", "etcd.allow_corrupting_versions"];

@@ -71,12 +71,17 @@ impl Load {
 }
 
 impl RequestLimits {
-    /// Smaller limits after a refusal: half of the operations, a tenth less bytes than were refused. `None`: they cannot shrink
-    /// any further, and another try is useless.
-    pub fn learned(self, refusal: LimitRefusal) -> Option<Self> {
+    /// Smaller limits after a refusal: half of the operations; the bytes that etcd says it takes (`told_bytes`), where those explain the
+    /// refusal, else a tenth less than were refused. `None`: they cannot shrink any further, and another try is useless.
+    pub fn learned(self, refusal: LimitRefusal, told_bytes: Option<usize>) -> Option<Self> {
         match refusal {
             LimitRefusal::TooManyOps => (self.ops_max >= 4).then_some(Self { ops_max: self.ops_max / 2, ..self }),
             LimitRefusal::TooLarge { sent_bytes } => {
+                let told =
+                    told_bytes.filter(|told| *told < sent_bytes.min(self.bytes_max) && *told > self.fixed_bytes());
+                if let Some(bytes_max) = told {
+                    return Some(Self { bytes_max, bytes_refused: Some(bytes_max + 1), ..self });
+                }
                 if sent_bytes > self.bytes_max && self.bytes_refused.is_some_and(|refused| sent_bytes < refused) {
                     return Some(Self { bytes_refused: Some(sent_bytes), ..self });
                 }

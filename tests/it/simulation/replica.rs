@@ -349,7 +349,7 @@ impl Replica {
             Trouble::TooManyOps => LimitRefusal::TooManyOps,
             Trouble::TooLarge => LimitRefusal::TooLarge { sent_bytes },
         };
-        match self.limits.learned(refusal) {
+        match self.limits.learned(refusal, None) {
             Some(limits) => self.limits = limits,
             None => self.refuse(Kind::TooLarge, "even the smallest transaction is refused".to_owned()),
         }
