@@ -4,6 +4,7 @@
 
 use crate::bed::pair::{LINK, Pair, PairOptions};
 use crate::bed::traffic::{Acknowledged, Traffic, TrafficOptions};
+use crate::bed::{PATIENCE, until};
 use crate::resume::{following, last, noise, spool_dir, spool_end, wait_spooled, write};
 use etcd_ferry::model::Revision;
 use serde_json::Value;
@@ -35,9 +36,19 @@ fn names_in(dir: &Path) -> Vec<String> {
     names
 }
 
+fn segments_in(dir: &Path) -> Vec<String> {
+    names_in(dir).into_iter().filter(|name| name.ends_with(".segment")).collect()
+}
+
+/// Waits until what the spool has taken is in so many files that one of them is in the middle: they are written a moment later.
+async fn wait_written(pair: &Pair) {
+    let dir = spool_dir(pair);
+    until("a file in the middle of the spool", PATIENCE, async || (segments_in(&dir).len() >= 3).then_some(())).await;
+}
+
 /// Overwrites a stretch in the middle of what the middle segment holds; zeros follow that.
 fn damage(dir: &Path) {
-    let segments: Vec<String> = names_in(dir).into_iter().filter(|name| name.ends_with(".segment")).collect();
+    let segments = segments_in(dir);
     assert!(segments.len() >= 3, "{segments:?}");
     let path = dir.join(&segments[segments.len() / 2]);
     let middle = fs::read(&path).unwrap().iter().rposition(|byte| *byte != 0).unwrap() / 2;
@@ -118,6 +129,7 @@ async fn a_damaged_spool_is_set_aside_and_what_it_lacks_is_watched_again() {
     pair.proxy.cut();
     let acknowledged = write(&pair.origin.access(), "/app/outage/", 500, 1_000).await;
     wait_spooled(&pair, last(&acknowledged)).await;
+    wait_written(&pair).await;
     pair.origin_sidecar.kill();
     damage(&spool_dir(&pair));
     pair.origin_sidecar.restart().await;
@@ -137,6 +149,7 @@ async fn a_damaged_spool_whose_lost_part_is_compacted_leads_to_an_anchor_and_nev
     pair.proxy.cut();
     let acknowledged = write(&pair.origin.access(), "/app/outage/", 500, 1_000).await;
     wait_spooled(&pair, last(&acknowledged)).await;
+    wait_written(&pair).await;
     pair.origin_sidecar.kill();
     damage(&spool_dir(&pair));
     pair.origin.compact(last(&acknowledged)).await;
@@ -154,6 +167,7 @@ async fn a_spool_that_is_damaged_under_the_running_sidecar_is_dropped_and_what_i
     pair.proxy.cut();
     let acknowledged = write(&pair.origin.access(), "/app/outage/", 500, 1_000).await;
     wait_spooled(&pair, last(&acknowledged)).await;
+    wait_written(&pair).await;
     damage(&spool_dir(&pair));
     pair.proxy.heal();
     let after = pair.wait_applied(last(&acknowledged)).await;
@@ -172,6 +186,7 @@ async fn a_spool_that_is_damaged_under_the_running_sidecar_after_a_compaction_le
     pair.proxy.cut();
     let acknowledged = write(&pair.origin.access(), "/app/outage/", 500, 1_000).await;
     wait_spooled(&pair, last(&acknowledged)).await;
+    wait_written(&pair).await;
     damage(&spool_dir(&pair));
     pair.origin.compact(last(&acknowledged)).await;
     pair.proxy.heal();
