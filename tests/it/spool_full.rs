@@ -77,12 +77,14 @@ async fn a_full_spool_goes_on_with_an_anchor_if_etcd_has_compacted_past_its_end(
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_full_disk_under_the_spool_is_told_and_waited_out_without_a_hole() {
+    // More than the disk and the memory before it take together.
+    const MANY: usize = 2 * WRITES;
     let (mut pair, before) = following(PairOptions::default()).await;
     pair.origin_sidecar.stop().await;
     let disk = Tmpfs::over(&pair.origin_sidecar.data_dir(), "2m");
     pair.origin_sidecar.restart().await;
     pair.proxy.cut();
-    let head = last(&write(&pair.origin.access(), "/app/outage/", WRITES, VALUE_BYTES).await);
+    let head = last(&write(&pair.origin.access(), "/app/outage/", MANY, VALUE_BYTES).await);
     let told = |entry: &Value| reason(entry).contains("disk") && entry["state"] == "spool_full";
     let entry = pair.origin_sidecar.wait_for(LINK, "the full disk to be told", told).await;
     assert!(spool_end(&entry).unwrap() < head.0, "{entry:#}");
@@ -95,7 +97,7 @@ async fn a_full_disk_under_the_spool_is_told_and_waited_out_without_a_hole() {
     pair.origin_sidecar.wait_for(LINK, "the spool to go on by itself", room).await;
     pair.proxy.heal();
     let after = pair.wait_applied(head).await;
-    assert_eq!((after.epoch, after.seq.0), (before.epoch, before.seq.0 + WRITES as u64));
+    assert_eq!((after.epoch, after.seq.0), (before.epoch, before.seq.0 + MANY as u64));
     pair.assert_equal().await;
     pair.origin_sidecar.stop().await;
 }
