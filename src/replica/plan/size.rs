@@ -179,3 +179,64 @@ fn varint_bytes(mut number: usize) -> usize {
     }
     bytes
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{NOTHING, etcd_defaults, everything, put, waiting};
+    use super::super::{Extent, PlanError, plan};
+    use super::*;
+
+    #[test]
+    fn a_refusal_halves_the_operations_or_takes_a_tenth_off_the_bytes_until_nothing_is_left_to_take() {
+        let limits = etcd_defaults();
+        assert_eq!(limits.learned(LimitRefusal::TooManyOps, Some(1)), Some(RequestLimits { ops_max: 64, ..limits }));
+        let sent = LimitRefusal::TooLarge { sent_bytes: 1_000_000 };
+        assert_eq!(
+            limits.learned(sent, None),
+            Some(RequestLimits { bytes_max: 900_000, bytes_refused: Some(1_000_000), ..limits })
+        );
+        let shrink = |limits: RequestLimits, refusal| {
+            std::iter::successors(Some(limits), move |l| l.learned(refusal, None)).take(1_000)
+        };
+        assert_eq!(shrink(limits, LimitRefusal::TooManyOps).last().unwrap().ops_max, 2);
+        let smallest = shrink(limits, LimitRefusal::TooLarge { sent_bytes: usize::MAX }).last().unwrap();
+        assert!(smallest.bytes_max > 700 && smallest.bytes_max < 1_200, "{smallest:?}");
+    }
+
+    #[test]
+    fn what_etcd_says_that_it_takes_is_learned_to_the_byte_where_it_explains_a_refusal() {
+        let limits = etcd_defaults();
+        let sent = |sent_bytes| LimitRefusal::TooLarge { sent_bytes };
+        let told = limits.learned(sent(80_000), Some(65_536)).unwrap();
+        assert_eq!(told, RequestLimits { bytes_max: 65_536, bytes_refused: Some(65_537), ..limits });
+        let small = waiting(vec![vec![put("/a".to_owned(), vec![0; 64_000])]]);
+        assert!(plan(&small, NOTHING, &everything(), &told).is_ok());
+        let large = waiting(vec![vec![put("/a".to_owned(), vec![0; 70_000])]]);
+        let error = plan(&large, NOTHING, &everything(), &told).unwrap_err();
+        assert!(matches!(error, PlanError::TooLarge { request_bytes_max: 65_536, .. }), "{error}");
+        // Another member is asked than the one that refused, or it was restarted since.
+        for unexplained in [80_000, 1_572_864, 10] {
+            assert_eq!(
+                limits.learned(sent(80_000), Some(unexplained)),
+                limits.learned(sent(80_000), None),
+                "{unexplained}"
+            );
+        }
+        assert_eq!(
+            told.learned(sent(60_000), Some(65_536)).unwrap().bytes_max,
+            54_000,
+            "it refuses what it says it takes"
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_made_smaller_is_tried_below_the_smallest_request_that_was_refused() {
+        let learned = etcd_defaults().learned(LimitRefusal::TooLarge { sent_bytes: 1_000_000 }, None).unwrap();
+        let large = waiting(vec![vec![put("/a".to_owned(), vec![0; 950_000])]]);
+        let settled = plan(&large, NOTHING, &everything(), &learned).unwrap().unwrap().settle(&[], &learned).unwrap();
+        assert_eq!(settled.extent, Extent::Whole);
+        let refused = learned.learned(LimitRefusal::TooLarge { sent_bytes: settled.request_bytes }, None).unwrap();
+        assert_eq!(refused.bytes_max, learned.bytes_max, "nothing that was known to fit became smaller");
+        assert!(matches!(plan(&large, NOTHING, &everything(), &refused), Err(PlanError::TooLarge { .. })));
+    }
+}
