@@ -8,7 +8,7 @@ use crate::bed::etcd::{Access, EtcdOptions, KeyMap};
 use crate::bed::pair::{LINK, ORIGIN_REGION, Pair, PairOptions, PairRecorder, link_name};
 use crate::bed::sidecar::{Ports, ReceiveLink, Sidecar, SidecarOptions, ferry, make_certificates, region_name};
 use crate::bed::traffic::{Acknowledged, Traffic, TrafficOptions, Write, commit, put_at_once};
-use crate::bed::{PATIENCE, until};
+use crate::bed::{LinkProxy, PATIENCE, until};
 use crate::resume::wait_spooled;
 use crate::verify::assert_verified;
 use etcd_client::DeleteOptions;
@@ -16,6 +16,7 @@ use etcd_ferry::failpoint::{self, During, POINTS, Point};
 use etcd_ferry::model::{Phase, Side};
 use std::collections::BTreeSet;
 use std::fmt;
+use std::net::SocketAddr;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -287,6 +288,8 @@ async fn forget_position(pair: &Pair) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn wherever_a_sidecar_ends_in_a_base_copy_the_copy_is_completed() {
     let mut pair = following().await;
+    let slowly = LinkProxy::start(pair.origin.address()).await.unwrap();
+    slowly.set_delay(Duration::from_millis(50));
     for trial in trials(Group::Copying) {
         eprintln!("{trial}");
         pair.origin_sidecar.kill();
@@ -295,25 +298,40 @@ async fn wherever_a_sidecar_ends_in_a_base_copy_the_copy_is_completed() {
         let recorder = pair.record().await;
         let mark = pair.origin.put("/app/mark", trial.to_string()).await;
         recorder.origin_seen(mark).await;
+        let compaction = trial.point.during == During::Compaction;
+        if compaction {
+            set_etcd(&mut pair.origin_sidecar, slowly.address());
+        }
         trial.arm(&mut pair);
         match trial.side {
             Side::Origin => pair.replica_sidecar.restart().await,
             Side::Replica => pair.origin_sidecar.restart().await,
         }
         let writes = Writes::small(&pair.origin.access());
-        let compacting = (trial.point.during == During::Compaction).then(|| compacted_always(pair.origin.access()));
+        let compacting = if compaction { Some(compacted_in_the_copy(&pair).await) } else { None };
         trial.ends(&mut pair).await;
         if let Some(compacting) = compacting {
             compacting.abort();
         }
+        set_etcd(&mut pair.origin_sidecar, pair.origin.address());
         trial.starts_again(&mut pair).await;
         pair.origin_sidecar.wait_for_state(LINK, "following").await;
         trial.judge(&pair, recorder, writes.stop().await).await;
     }
 }
 
-/// etcd is compacted to its head, again and again.
-fn compacted_always(access: Access) -> JoinHandle<()> {
+/// Its next start reaches its etcd at this address.
+fn set_etcd(sidecar: &mut Sidecar, address: SocketAddr) {
+    sidecar.options.etcd.url = format!("http://{address}");
+    sidecar.write_config();
+}
+
+/// Once the base copy has begun, etcd is compacted to its head, again and again: from one page to the next more than once, as its sidecar
+/// reaches it slowly.
+async fn compacted_in_the_copy(pair: &Pair) -> JoinHandle<()> {
+    let copying = async || pair.position().await.filter(|position| position.state == Phase::Copying);
+    until("the base copy to begin", PATIENCE, copying).await;
+    let access = pair.origin.access();
     tokio::spawn(async move {
         let mut client = access.client().await;
         let mut pace = tokio::time::interval(Duration::from_millis(5));

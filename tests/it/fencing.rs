@@ -70,7 +70,12 @@ async fn what_a_fenced_sender_left_in_a_journal_is_applied_though_its_origin_is_
     regions.origin_sidecars[0].pause();
     let elected = async || regions.try_position().await.filter(|position| position.term > before.term);
     until("another sidecar to say hello", TAKEOVER_LIMIT, elected).await;
+    // Nothing can be applied, and so nobody be fenced, before all of it is in the journal.
+    regions.replica[0].pause();
     line.heal();
+    let received = |entry: &Value| entry["durable_seq"].as_u64() >= Some(before.seq.0 + 100);
+    regions.replica_sidecars[0].wait_for(LINK, "all of it to be in the journal", received).await;
+    regions.replica[0].resume();
     let fenced = async || regions.replica_sidecars[0].log().contains("the sender is fenced").then_some(());
     until("the old sender to be fenced", PATIENCE, fenced).await;
     let since = Instant::now();
