@@ -76,7 +76,7 @@ deb: build
 # Licences, banned crates and sources (deny.toml); known advisories too, where their database can be reached. cargo-deny is installed if it is
 # missing, which takes some minutes.
 audit: install
-	@cargo deny --version >/dev/null 2>&1 || cargo install --locked cargo-deny
+	@cargo deny --version >/dev/null 2>&1 || cargo install --locked cargo-deny@0.20.2
 	cargo deny --locked check licenses bans sources
 	@if cargo deny --locked fetch db; then \
 	  echo cargo deny --locked check advisories; \
@@ -87,7 +87,7 @@ audit: install
 
 # What the program is made of, as CycloneDX JSON in target/sbom. cargo-cyclonedx is installed if it is missing.
 sbom: install
-	@cargo cyclonedx --version >/dev/null 2>&1 || cargo install --locked cargo-cyclonedx
+	@cargo cyclonedx --version >/dev/null 2>&1 || cargo install --locked cargo-cyclonedx@0.5.9
 	@mkdir -p $(TARGET)/sbom
 	cargo cyclonedx --format json --describe binaries
 	@mv etcd-ferry_bin.cdx.json $(TARGET)/sbom/etcd-ferry.cdx.json && echo "$(TARGET)/sbom/etcd-ferry.cdx.json"

@@ -186,8 +186,9 @@ impl Admin for Service {
     }
 
     async fn allow(&self, request: Request<AllowRequest>) -> Result<Response<AllowReply>, Status> {
-        let link = &request.get_ref().link;
-        let allowed = self.at_replica(&request, "Allow", link, |reply| ReplicaCommand::Allow { reply }).await?;
+        let AllowRequest { link, seq } = request.get_ref();
+        let seq = (*seq > 0).then_some(model::Seq(*seq));
+        let allowed = self.at_replica(&request, "Allow", link, |reply| ReplicaCommand::Allow { seq, reply }).await?;
         let model::HeldBack { seq, revision, deletes, keys, minute, allowed: _ } = allowed;
         Ok(Response::new(AllowReply { seq: seq.0, origin_revision: revision.0, deletes, keys, minute }))
     }

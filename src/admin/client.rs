@@ -130,9 +130,9 @@ pub async fn resync(connection: &Connection, link: &str, allow_deletes: bool) ->
     ask(connection, async |mut client| client.resync(request).await).await.map(|_| ())
 }
 
-/// Lets what is held back for its deletes through, once; to be asked of the sidecar at the link's replica.
-pub async fn allow(connection: &Connection, link: &str) -> Result<AllowReply, ClientError> {
-    let request = AllowRequest { link: link.to_owned() };
+/// Lets what is held back for its deletes through, once; to be asked of the sidecar at the link's replica. `seq`: only if it is this one.
+pub async fn allow(connection: &Connection, link: &str, seq: Option<u64>) -> Result<AllowReply, ClientError> {
+    let request = AllowRequest { link: link.to_owned(), seq: seq.unwrap_or_default() };
     ask(connection, async |mut client| client.allow(request).await).await
 }
 

@@ -161,6 +161,7 @@ pub(super) fn verification_message(verification: model::Verification) -> Verific
         expected_keys,
         differing_ranges,
         runs,
+        ended_at_ms,
         outcome,
         detail,
         running,
@@ -183,5 +184,6 @@ pub(super) fn verification_message(verification: model::Verification) -> Verific
         parts_done: progress.parts_done,
         parts_total: progress.parts_total,
         expected_keys,
+        ended_at: ended_at_ms as f64 / 1000.0,
     }
 }

@@ -65,8 +65,8 @@ pub enum ReplicaCommand {
     Retry { seq: Seq, reply: oneshot::Sender<Result<Mended, String>> },
     /// Forget it: its keys stay as they are.
     Discard { seq: Seq, reply: oneshot::Sender<Result<(), String>> },
-    /// Let what is held back for its deletes through, once.
-    Allow { reply: oneshot::Sender<Result<HeldBack, String>> },
+    /// Let what is held back for its deletes through, once; `seq`: only if it is this one.
+    Allow { seq: Option<Seq>, reply: oneshot::Sender<Result<HeldBack, String>> },
     /// Apply nothing until it is resumed. Answered with who paused it, be it before.
     Pause { by: String, reply: oneshot::Sender<Result<Paused, String>> },
     /// Apply again. Answered with who had paused it; `None`: nobody had.
@@ -94,7 +94,7 @@ impl Command for ReplicaCommand {
             ReplicaCommand::Show { reply, .. } => reply.is_closed(),
             ReplicaCommand::Retry { reply, .. } => reply.is_closed(),
             ReplicaCommand::Discard { reply, .. } => reply.is_closed(),
-            ReplicaCommand::Allow { reply } => reply.is_closed(),
+            ReplicaCommand::Allow { reply, .. } => reply.is_closed(),
             ReplicaCommand::Pause { reply, .. } => reply.is_closed(),
             ReplicaCommand::Resume { reply, .. } => reply.is_closed(),
         }

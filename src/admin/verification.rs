@@ -64,6 +64,8 @@ pub struct VerificationJson<'a> {
     differing_ranges: Vec<RangeJson<'a>>,
     detail: &'a str,
     runs: u64,
+    /// RFC 3339; `null`: none has ended since the sidecar started.
+    ended_at: Option<String>,
     running: Option<PartsJson>,
 }
 
@@ -93,6 +95,7 @@ impl<'a> VerificationJson<'a> {
             differing_ranges: verification.differing_ranges.iter().map(range).collect(),
             detail: &verification.detail,
             runs: verification.runs,
+            ended_at: moment(verification.ended_at),
             running: verification.running.then_some(PartsJson { parts_done, parts_total }),
         }
     }
@@ -110,8 +113,10 @@ pub fn verification_lines(verification: &Verification) -> Vec<String> {
     if verification.running {
         lines.push(progress(verification));
     }
+    let ended = moment(verification.ended_at);
+    let when = ended.as_deref().map_or_else(String::new, |at| format!(", {at}"));
     if verification.outcome == "failed" {
-        lines.push(format!("the last comparison failed: {}", verification.detail));
+        lines.push(format!("the last comparison failed{when}: {}", verification.detail));
     }
     if let Some(at) = moment(verification.verified_at) {
         let revision = verification.verified_revision;
@@ -124,6 +129,9 @@ pub fn verification_lines(verification: &Verification) -> Vec<String> {
             (false, "failed") => format!("both sides were last proved equal at origin revision {revision}, {at}"),
             (false, _) => format!("both sides were equal at origin revision {revision}, proved {at}"),
         });
+    }
+    if let (Some(at), "different" | "mended") = (ended, verification.outcome.as_str()) {
+        lines.push(format!("both sides were last compared {at}"));
     }
     lines.extend(differing_lines(verification));
     lines
@@ -192,6 +200,7 @@ mod tests {
             differing_keys: 3,
             differing_ranges: vec![range("/app/a", "/app/a", 1), range("/app/b", "/app/d", 2)],
             runs: 2,
+            ended_at: 1_790_000_100.0,
             outcome: "different".to_owned(),
             detail: "9 keys".to_owned(),
             ..Verification::default()
@@ -207,7 +216,7 @@ mod tests {
             "{ \"outcome\": \"different\", \"verified_revision\": 40, \"verified_at\": \"2026-09-21T14:13:20Z\", \
              \"differing_keys\": 3, \"expected_keys\": 0, \"differing_ranges\": [ { \"from\": \"/app/a\", \"to\": \"/app/a\", \"keys\": 1 }, \
              { \"from\": \"/app/b\", \"to\": \"/app/d\", \"keys\": 2 } ], \"detail\": \"9 keys\", \"runs\": 2, \
-             \"running\": null }"
+             \"ended_at\": \"2026-09-21T14:15:00Z\", \"running\": null }"
         );
     }
 
@@ -221,6 +230,7 @@ mod tests {
             [
                 "comparing both sides: 4 of 10 parts",
                 "both sides were last proved equal at origin revision 40, 2026-09-21T14:13:20Z, before they differed",
+                "both sides were last compared 2026-09-21T14:15:00Z",
                 "3 keys differ",
                 "differs: /app/a",
                 "differ: 2 keys from /app/b to /app/d",
@@ -228,16 +238,17 @@ mod tests {
         );
         verification.expected_keys = 2;
         let some = "3 keys differ, 2 of them as expected: revisions in quarantine changed them";
-        assert_eq!(verification_lines(&verification)[2], some);
+        assert_eq!(verification_lines(&verification)[3], some);
         verification.expected_keys = 3;
         assert_eq!(
-            verification_lines(&verification)[2],
+            verification_lines(&verification)[3],
             "3 keys differ, as expected: revisions in quarantine changed them"
         );
         let proved = Verification { outcome: "equal".to_owned(), differing_keys: 0, ..different() };
         let equal = "both sides were equal at origin revision 40, proved 2026-09-21T14:13:20Z";
         assert_eq!(verification_lines(&proved)[0], equal);
         verification.outcome = "failed".to_owned();
-        assert_eq!(verification_lines(&verification)[1], "the last comparison failed: 9 keys");
+        let failed = "the last comparison failed, 2026-09-21T14:15:00Z: 9 keys";
+        assert_eq!(verification_lines(&verification)[1], failed);
     }
 }

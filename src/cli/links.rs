@@ -44,9 +44,9 @@ pub(super) fn repair(named: &Named, allow_deletes: bool) -> Result<(), Failure> 
     ended(sidecar, link, &outcome)
 }
 
-pub(super) fn allow(named: &Named) -> Result<(), Failure> {
+pub(super) fn allow(named: &Named, seq: Option<u64>) -> Result<(), Failure> {
     let Named { link, sidecar } = named;
-    let allowed = sidecar.ask(async |connection| client::allow(&connection, link).await)?;
+    let allowed = sidecar.ask(async |connection| client::allow(&connection, link, seq).await)?;
     if sidecar.json {
         return say_json(&json!({
             "link": link, "seq": allowed.seq, "origin_revision": allowed.origin_revision, "deletes": allowed.deletes, "keys": allowed.keys,

@@ -131,10 +131,13 @@ enum Command {
         allow_deletes: bool,
     },
     /// Let the revision that is held back for its deletes through, once. Ask the sidecar at the link's replica
-    #[command(after_help = "Example: etcd-ferry allow config --config /etc/etcd-ferry/cn-hangzhou.toml")]
+    #[command(after_help = "Example: etcd-ferry allow config 42 --config /etc/etcd-ferry/cn-hangzhou.toml")]
     Allow {
         #[command(flatten)]
         named: Named,
+        /// Only if it is the one with this seq, as the status names it: then a call that is repeated lets nothing else through
+        #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+        seq: Option<u64>,
     },
     /// Have a link's replica apply nothing until it is resumed; what comes is kept. Ask the sidecar at the link's replica
     #[command(after_help = "Example: etcd-ferry pause config --config /etc/etcd-ferry/cn-hangzhou.toml")]
@@ -233,7 +236,7 @@ pub fn run() -> ExitCode {
         Command::Resync { named, allow_deletes } => links::resync(&named, allow_deletes),
         Command::Verify { named } => links::verify(&named),
         Command::Repair { named, allow_deletes } => links::repair(&named, allow_deletes),
-        Command::Allow { named } => links::allow(&named),
+        Command::Allow { named, seq } => links::allow(&named, seq),
         Command::Pause { named } => links::pause(&named),
         Command::Resume { named } => links::resume(&named),
         Command::Quarantine { command } => quarantine::run(command),

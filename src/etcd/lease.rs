@@ -63,9 +63,15 @@ impl Etcd {
         self.within(opening).await
     }
 
-    /// Ends a lease, and deletes the keys that live with it.
+    /// Ends a lease, and deletes the keys that live with it; one that has ended already is no error.
     pub async fn revoke(&self, lease: Lease) -> Result<(), EtcdError> {
         let mut client = self.client.lease_client();
-        self.within(client.revoke(lease.0)).await.map(|_| ())
+        let revoking = async {
+            match client.revoke(lease.0).await {
+                Err(ClientError::GRpcStatus(status)) if status.code() == Code::NotFound => Ok(()),
+                answer => answer.map(|_| ()),
+            }
+        };
+        self.within(revoking).await
     }
 }

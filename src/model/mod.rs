@@ -102,6 +102,14 @@ impl fmt::Display for Term {
     }
 }
 
+/// One epoch of a link, and the origin that it is read from. An epoch's number alone may be used again: by a link that was removed and made anew,
+/// after a replica was restored.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Run {
+    pub cluster: ClusterId,
+    pub epoch: Epoch,
+}
+
 /// A cluster's id, as in etcd's response header. Shown in hexadecimal, as etcdctl does.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ClusterId(pub u64);

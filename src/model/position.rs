@@ -3,7 +3,7 @@
 //! Pure: no clock, no I/O.
 //! Always true: what one version has written, every later one reads.
 
-use super::{ClusterId, Digest, Epoch, Revision, Seq, Term};
+use super::{ClusterId, Digest, Epoch, Revision, Run, Seq, Term};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
@@ -110,6 +110,11 @@ pub(super) fn is_zero(n: &u64) -> bool {
 }
 
 impl Position {
+    /// The run that the replica follows.
+    pub fn run(&self) -> Run {
+        Run { cluster: self.origin_cluster, epoch: self.epoch }
+    }
+
     /// The bytes kept in etcd: JSON, readable with etcdctl.
     pub fn to_json(&self) -> Vec<u8> {
         serde_json::to_vec(self).unwrap_or_default()

@@ -186,6 +186,8 @@ pub struct Verification {
     pub differing_ranges: Vec<DifferingRange>,
     /// Comparisons that have ended since the sidecar started.
     pub runs: u64,
+    /// When the last of them did, in milliseconds of Unix time by the origin's clock; 0: none yet.
+    pub ended_at_ms: u64,
     pub outcome: Outcome,
     /// Why the last one failed, or what it compared; no key.
     pub detail: String,
@@ -200,12 +202,12 @@ impl Verification {
     }
 
     /// A comparison ended without a result: what was known before it still holds, and what was mended differs no more.
-    pub fn failed(&mut self, reason: &str) {
+    pub fn failed(&mut self, reason: &str, at_ms: u64) {
         if self.outcome == Outcome::Mended {
             self.differing_keys = self.differing_now();
             self.differing_ranges.clear();
         }
-        self.outcome = Outcome::Failed;
+        (self.outcome, self.ended_at_ms) = (Outcome::Failed, at_ms);
         reason.clone_into(&mut self.detail);
     }
 
@@ -272,6 +274,7 @@ impl QuarantinedStatus {
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
     #[default]
+    #[serde(rename = "")]
     None,
     Equal,
     Different,
@@ -461,15 +464,13 @@ mod tests {
             ..Verification::default()
         };
         let mut differs = known.clone();
-        differs.failed("the stream ended");
-        assert_eq!(
-            differs,
-            Verification { outcome: Outcome::Failed, detail: "the stream ended".to_owned(), ..known.clone() }
-        );
+        differs.failed("the stream ended", 7);
+        let detail = "the stream ended".to_owned();
+        assert_eq!(differs, Verification { outcome: Outcome::Failed, detail, ended_at_ms: 7, ..known.clone() });
 
         let mut mended = Verification { outcome: Outcome::Mended, ..known };
         assert_eq!(mended.differing_now(), 1);
-        mended.failed("the stream ended");
+        mended.failed("the stream ended", 7);
         assert_eq!((mended.differing_keys, mended.differing_now(), mended.differing_ranges.len()), (1, 1, 0));
     }
 

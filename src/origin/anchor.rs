@@ -3,7 +3,6 @@
 //! Always true: the watch covers everything after the anchor before the first page is read.
 
 use super::decide::{not_opened, unkept};
-use super::lineage::Run;
 use super::reader::Reader;
 use super::session::{Session, SessionEnd};
 use super::ship::{Shipper, at_origin};
@@ -11,7 +10,7 @@ use super::tail::{Begins, Seen, TailState, seen_by};
 use crate::admin::next_command;
 use crate::etcd::{Columns, Etcd};
 use crate::failpoint;
-use crate::model::{CopyProgress, Epoch, KeyRange, LinkState, Position, Ranges, Revision};
+use crate::model::{CopyProgress, Epoch, KeyRange, LinkState, Position, Ranges, Revision, Run};
 use crate::wire::replicate::{CopyBegin, CopyEnd, Shipment, shipment};
 use bytes::Bytes;
 use std::time::Duration;

@@ -7,7 +7,6 @@ use super::candidacy::{self, Gap, Unfit};
 use super::elect;
 use super::hello::Greeted;
 use super::history;
-use super::lineage::Run;
 use super::probe::{Probed, probe};
 use super::resume::{self, CarriedCheck, OriginFacts, Received, ReplicaFacts, Resume, SpoolFacts, Tailed};
 use super::sequence::OriginWaymark;
@@ -65,7 +64,7 @@ impl Shipper {
             return Err(SessionEnd::OtherHistory(reason));
         }
         let left = match &position {
-            Some(position) => self.spool.lineage().await.is_of_another(run_of(position)),
+            Some(position) => self.spool.lineage().await.is_of_another(position.run()),
             None => false,
         };
         let usable = match &self.tail.borrow().state {
@@ -107,7 +106,7 @@ impl Shipper {
             tracing::debug!(link = %self.origin.send.link, ?decided, "resume");
             match self.act(decided, resume::watched_from(&replica, origin.carried), seen).await {
                 Ok(Some(way)) => {
-                    let run = position.as_ref().map(|position| run_of(position));
+                    let run = position.as_ref().map(|position| position.run());
                     if let (Some(run), Way::Follow { .. } | Way::Copy { cursor: Some(_), .. }) = (run, &way) {
                         self.spool.serves(run, Revision(0)).await.map_err(unkept)?;
                     }
@@ -129,7 +128,7 @@ impl Shipper {
         position: &Position,
         carried: (Revision, Digest),
     ) -> Result<bool, SessionEnd> {
-        let (run, reached) = (run_of(position), position.origin_revision.max(carried.0));
+        let (run, reached) = (position.run(), position.origin_revision.max(carried.0));
         let asked = self.spool.asked_after(run, reached).await;
         let shown = match asked {
             Some(last) if self.has_come_to(etcd, origin.head, last.0).await? => self.check_origin(etcd, last).await?,
@@ -137,7 +136,7 @@ impl Shipper {
             None => CarriedCheck::Open,
         };
         if let Some((revision, _)) = asked
-            && self.spool.lineage().await.is_restored(run, revision, shown, origin.carried)
+            && self.spool.lineage().await.is_restored(run, revision, shown)
         {
             return Err(SessionEnd::OtherHistory(resume::StopReason::SpooledDiffers { revision }.to_string()));
         }
@@ -356,11 +355,6 @@ impl Shipper {
 /// The link waits where the spool's lineage cannot be written down.
 pub(super) fn unkept(error: SpoolError) -> SessionEnd {
     SessionEnd::Wait(format!("the spool: {error}"))
-}
-
-/// The run that a replica with this position follows.
-fn run_of(position: &Position) -> Run {
-    Run { cluster: position.origin_cluster, epoch: position.epoch }
 }
 
 pub(super) fn not_opened(reason: &str) -> SessionEnd {

@@ -23,6 +23,7 @@ const TRY_MAX: Duration = Duration::from_millis(1_500);
 const STEPS_MAX: u32 = 5;
 /// How long the sidecar's end may wait for etcd to take its key away.
 const RESIGN_MAX: Duration = Duration::from_secs(1);
+const RESIGN_AGAIN: Duration = Duration::from_millis(50);
 
 /// Whether this sidecar ships the link.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -350,14 +351,30 @@ impl Election {
         }
     }
 
+    /// More than one try: a pod's member of etcd is stopped together with its sidecar, and another one takes what that one refuses.
     async fn resign(&mut self) {
-        let (Some(etcd), Some(lease)) = (&self.connection, self.lease) else { return };
-        match tokio::time::timeout(RESIGN_MAX, etcd.revoke(lease)).await {
-            Ok(Ok(())) => tracing::info!(link = %self.link, node = %self.node, "resigned"),
-            Ok(Err(_)) | Err(_) => {
+        let Some(lease) = self.lease else { return };
+        let resigning = async {
+            while let Err(error) = self.revoke(lease).await {
+                tracing::debug!(link = %self.link, %error, "etcd did not take the resignation; trying again");
+                self.connection = None;
+                tokio::time::sleep(RESIGN_AGAIN).await;
+            }
+        };
+        match tokio::time::timeout(RESIGN_MAX, resigning).await {
+            Ok(()) => tracing::info!(link = %self.link, node = %self.node, "resigned"),
+            Err(_) => {
                 tracing::warn!(link = %self.link, "etcd did not take the resignation: another sidecar waits for the lease to end");
             }
         }
+    }
+
+    async fn revoke(&mut self, lease: Lease) -> Result<(), EtcdError> {
+        let etcd = match &self.connection {
+            Some(etcd) => etcd.clone(),
+            None => self.connection.insert(self.etcd.connect().await?).clone(),
+        };
+        etcd.revoke(lease).await
     }
 }
 

@@ -40,7 +40,7 @@ pub(super) fn tell(ship: &Shipper, compared: &Compared, seconds: f64) -> Shipmen
     let at_ms = Clock::new().now_ms();
     ship.view.send_modify(|view| {
         let verification = &mut view.verification;
-        verification.outcome = outcome;
+        (verification.outcome, verification.ended_at_ms) = (outcome, at_ms);
         if outcome == Outcome::Equal {
             (verification.verified_revision, verification.verified_at_ms) = (revision, at_ms);
         }
@@ -73,7 +73,7 @@ pub(super) fn tell_failed(ship: &Shipper, failed: &dyn Display) {
     if ship.view.borrow().verification.detail != reason {
         tracing::warn!(%link, %reason, "both sides could not be compared, or what differs not be mended");
     }
-    ship.view.send_modify(|view| view.verification.failed(&reason));
+    ship.view.send_modify(|view| view.verification.failed(&reason, Clock::new().now_ms()));
 }
 
 fn detail_of(compared: &Compared, seconds: f64) -> String {

@@ -82,6 +82,8 @@ pub struct Shipper {
     pub(super) other_history: OtherHistoryMet,
     /// When both sides are compared next, unless somebody asks.
     pub(super) verify_due: Option<Instant>,
+    /// How many revisions were in quarantine when the last comparison began.
+    pub(super) quarantined_then: u64,
     pub(super) next_address: usize,
     pub(super) canary: Canary,
     /// What its times are since.
@@ -153,6 +155,7 @@ impl Shipper {
             unwritten: None,
             other_history: OtherHistoryMet::default(),
             verify_due: None,
+            quarantined_then: 0,
             next_address: 0,
             canary: Canary::default(),
             clock: Instant::now(),
@@ -166,6 +169,12 @@ impl Shipper {
     /// The next comparison is due an interval from now.
     pub(super) fn verified_now(&mut self) {
         self.verify_due = self.origin.send.verify_interval.map(|interval| Instant::now() + interval);
+    }
+
+    /// Of what the last comparison found to be expected, some is not any more: a revision has left the quarantine since it began.
+    pub(super) fn expected_no_more(&self) -> bool {
+        let view = self.view.borrow();
+        view.verification.expected_keys > 0 && view.quarantined < self.quarantined_then
     }
 
     /// Ships until `stop`.

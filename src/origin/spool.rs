@@ -6,11 +6,11 @@
 //! A record is: version u8, count u32; for each revision `arrived_ms` u64, the number of clusters it came from u8, their ids u64 (all
 //! little-endian); then a standalone frame with the revisions.
 
-use super::lineage::{Lineage, Run};
+use super::lineage::Lineage;
 use crate::config::Limits;
-use crate::model::{ClusterId, Digest, Epoch, Revision, Seq, Term, WholeRevision};
+use crate::model::{ClusterId, Digest, Epoch, Revision, Run, Seq, Term, WholeRevision};
 use crate::segment::feed::{Appended, Feed, FeedEntry, FeedError, FeedLimits, Held};
-use crate::segment::{self, Opened, SegmentError};
+use crate::segment::{self, Opened};
 use crate::wire::frame::{FrameLimits, decode_standalone, encode_standalone};
 use bytes::{Buf, Bytes};
 use std::path::{Path, PathBuf};
@@ -199,14 +199,8 @@ impl Spool {
         let (after, path) = (changed.to_json(), self.lineage_file.clone());
         let write = move || {
             if after != kept.written {
-                match segment::write_file(&path, &after).map_err(segment::failed("writing", &path)) {
-                    Ok(()) => kept.written = after,
-                    Err(error) if error.is_disk_full() => {
-                        forget(&path)?;
-                        kept.written.clear();
-                    }
-                    Err(error) => return Err(error.into()),
-                }
+                let is_there = segment::write_file_or_none(&path, &after)?;
+                kept.written = if is_there { after } else { Vec::new() };
             }
             kept.lineage = changed;
             Ok::<_, SpoolError>(changed)
@@ -238,14 +232,6 @@ impl Spool {
 
     pub async fn close(&self) -> Result<(), SpoolError> {
         self.feed.close().await
-    }
-}
-
-fn forget(lineage_file: &Path) -> Result<(), SegmentError> {
-    match std::fs::remove_file(lineage_file) {
-        Ok(()) => lineage_file.parent().map_or(Ok(()), segment::sync_dir),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(segment::failed("removing", lineage_file)(error)),
     }
 }
 

@@ -7,12 +7,11 @@ use super::LinkEvent;
 use super::candidacy::{self, Chore, Published, Tailing};
 use super::decide::WATCH_OPENS_MAX;
 use super::elect::{ElectView, Standing};
-use super::lineage::Run;
 use super::ship::Shipper;
 use super::tail::{Begins, TailState};
 use crate::admin::{LinkCommand, next_command};
 use crate::etcd::{Columns, Etcd, EtcdError};
-use crate::model::{KeyRange, LINKS_PREFIX, LinkState, Revision, Term};
+use crate::model::{KeyRange, LINKS_PREFIX, LinkState, Revision, Run, Term};
 use std::time::Duration;
 use tokio::time::{Instant, MissedTickBehavior};
 

@@ -3,6 +3,7 @@
 //! Edge: part of the shipper, which owns all of it.
 //! Always true: nothing is shipped but under a term that was won; that the history went back is said only of a term that was read again.
 
+use super::Clock;
 use super::canary::Canary;
 use super::candidacy::{self, Fencing};
 use super::elect::{self, Heard, Standing};
@@ -31,7 +32,8 @@ impl Shipper {
             tracing::info!(link = %self.origin.send.link, %term, "this sidecar ships the link no more");
             self.opened = None;
             // The session went with its term, and said nothing.
-            self.view.send_modify(|view| view.abandon_verification("another sidecar ships the link now: ask there"));
+            let reason = "another sidecar ships the link now: ask there";
+            self.view.send_modify(|view| view.abandon_verification(reason, Clock::new().now_ms()));
         }
     }
 

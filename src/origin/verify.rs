@@ -5,6 +5,7 @@
 //! Always true: a comparison that was asked for begins after it was asked for; one runs at a time; a repair holds what the origin is where the
 //! stream stands; nothing is mended unasked, nor where a link back exists.
 
+use super::Clock;
 use super::compare::{Answer, Ask, Comparison, Failed, Pace, Shipped};
 use super::found::{Compared, MendStop, Mending, Unmended};
 use super::mend::{RepairOf, RepairReading, WANTED_KEYS_MAX};
@@ -198,7 +199,7 @@ impl Session {
         Ok(promised)
     }
 
-    fn begin(&mut self, ship: &Shipper, wish: Wish, asked: bool, core_share: f64) {
+    fn begin(&mut self, ship: &mut Shipper, wish: Wish, asked: bool, core_share: f64) {
         let (asks, asked_of_us) = mpsc::channel(ASKS_MAX);
         let (answers, incoming) = mpsc::channel(ANSWERS_MAX);
         let (progress, shown) = watch::channel(PartsProgress::default());
@@ -219,6 +220,7 @@ impl Session {
         let mut tasks = JoinSet::new();
         tasks.spawn(comparison.run());
         let (asks, started) = (asked_of_us, Instant::now());
+        ship.quarantined_then = ship.view.borrow().quarantined;
         self.verifying.marking = None;
         self.verifying.reading.take_if(|reading| reading.wanted.is_none());
         self.verifying.running = Some(Running { asked, started, tasks, asks, answers, progress: shown });
@@ -226,7 +228,8 @@ impl Session {
         self.show_verification(ship);
     }
 
-    /// When the next comparison begins by itself. A repair that was cut short goes on, and one that the replica wants begins.
+    /// When the next comparison begins by itself: at once where the last one says "as expected" of what is not any more. A repair that was
+    /// cut short goes on, and one that the replica wants begins.
     pub(super) fn verification_due(&self, ship: &Shipper) -> Option<Instant> {
         if self.shipped.acked.paused {
             return None;
@@ -236,7 +239,9 @@ impl Session {
             return Some(repair());
         }
         let wanted = self.shipped.acked.repair_wanted.then(repair);
-        wanted.into_iter().chain(ship.verify_due).min()
+        let by_itself = ship.verify_due.is_some() && self.shipped.acked.following;
+        let again = (by_itself && ship.expected_no_more()).then(Instant::now);
+        wanted.into_iter().chain(again).chain(ship.verify_due).min()
     }
 
     /// What a comparison needs; a shipment that is to be sent next, if it is one. `Err`: only a base copy helps.
@@ -384,7 +389,7 @@ impl Session {
         (self.verifying.running, self.verifying.wanted_next, self.verifying.reading) = (None, None, None);
         self.verifying.wanted = None;
         let reason = format!("the stream to the replica ended: {reason}");
-        ship.view.send_modify(|view| view.abandon_verification(&reason));
+        ship.view.send_modify(|view| view.abandon_verification(&reason, Clock::new().now_ms()));
     }
 
     /// How far the one that runs is, for the view.

@@ -88,12 +88,12 @@ impl ShipView {
     }
 
     /// The comparison that ran ended without an outcome. One that was asked for has failed: whoever asked waits for it.
-    pub fn abandon_verification(&mut self, reason: &str) {
+    pub fn abandon_verification(&mut self, reason: &str, at_ms: u64) {
         self.verification.running = None;
         let asked = self.runs_promised.saturating_sub(self.verification.runs);
         if asked > 0 {
             self.verification.runs += asked;
-            self.verification.failed(reason);
+            self.verification.failed(reason, at_ms);
             self.count("verifications", asked);
         }
     }
@@ -110,17 +110,20 @@ mod tests {
         view.verification.runs = 3;
         view.verification.outcome = Outcome::Equal;
         view.verification.running = Some(PartsProgress::default());
-        view.abandon_verification("nobody asked");
-        assert_eq!((view.verification.running, view.verification.runs), (None, 3));
+        view.abandon_verification("nobody asked", 7_000);
+        assert_eq!((view.verification.running, view.verification.runs, view.verification.ended_at_ms), (None, 3, 0));
         assert_eq!(view.verification.outcome, Outcome::Equal);
 
         view.runs_promised = 5;
         view.verification.running = Some(PartsProgress::default());
-        view.abandon_verification("it was deposed");
-        assert_eq!((view.verification.running, view.verification.runs), (None, 5));
+        view.abandon_verification("it was deposed", 8_000);
+        assert_eq!(
+            (view.verification.running, view.verification.runs, view.verification.ended_at_ms),
+            (None, 5, 8_000)
+        );
         assert_eq!((view.verification.outcome, &view.verification.detail[..]), (Outcome::Failed, "it was deposed"));
         assert_eq!(view.counts["verifications"], 2);
-        view.abandon_verification("again");
-        assert_eq!((view.verification.runs, &view.verification.detail[..]), (5, "it was deposed"));
+        view.abandon_verification("again", 9_000);
+        assert_eq!((view.verification.runs, view.verification.ended_at_ms), (5, 8_000), "nobody waits");
     }
 }

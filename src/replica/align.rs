@@ -5,13 +5,15 @@
 //! started afresh.
 
 use super::next::Claim;
-use crate::model::{Digest, Epoch, Position, Revision, Seq};
+use crate::model::{ClusterId, Digest, Epoch, Position, Revision, Seq};
 use crate::wire::replicate::refusal::Kind;
 
 /// What the journal holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct JournalFacts {
     pub epoch: Epoch,
+    /// Whose revisions its epoch holds; `None`: it is not known.
+    pub origin: Option<ClusterId>,
     pub base: Seq,
     pub last: Seq,
     /// The digest of its entry with the position's seq, where it has one and it could be read.
@@ -27,7 +29,8 @@ impl JournalFacts {
         let (epoch, seq) = position.map_or((Epoch(0), Seq(0)), |p| (p.epoch, p.seq));
         let spans = self.epoch == epoch && self.base <= seq && seq <= self.last;
         let Some(position) = position else { return spans };
-        let same = self.at_position.is_none_or(|digest| digest == position.carried_digest);
+        let same = self.at_position.is_none_or(|digest| digest == position.carried_digest)
+            && self.origin.is_none_or(|origin| origin == position.origin_cluster);
         let follows = match self.after_position {
             Some(next) => next > position.origin_revision,
             None => seq == self.last || self.at_position.is_some(),
@@ -97,7 +100,8 @@ mod tests {
 
     fn journal() -> JournalFacts {
         let (at_position, after_position) = (Some(DIGEST), Some(Revision(101)));
-        JournalFacts { epoch: Epoch(3), base: Seq(30), last: Seq(45), at_position, after_position }
+        let origin = Some(ClusterId(1));
+        JournalFacts { epoch: Epoch(3), origin, base: Seq(30), last: Seq(45), at_position, after_position }
     }
 
     fn moved(alignment: Alignment) -> Option<Kind> {
@@ -163,6 +167,7 @@ mod tests {
         let afresh = Alignment::StartsAfresh { reset_journal: true, moved: None };
         let others = [
             JournalFacts { epoch: Epoch(2), ..journal() },
+            JournalFacts { origin: Some(ClusterId(2)), ..journal() },
             JournalFacts { base: Seq(41), ..journal() },
             JournalFacts { last: Seq(39), ..journal() },
             JournalFacts { at_position: Some(Digest([1; 16])), ..journal() },
@@ -173,6 +178,7 @@ mod tests {
             assert_eq!(aligned(Some(&position()), None, other), afresh, "{other:?}");
         }
         let sound = [
+            JournalFacts { origin: None, ..journal() },
             JournalFacts { at_position: None, ..journal() },
             JournalFacts { after_position: None, ..journal() },
             JournalFacts { last: Seq(40), at_position: None, after_position: None, ..journal() },
@@ -189,5 +195,9 @@ mod tests {
         assert_eq!(aligned(Some(&anchored), None, journal(Revision(101))), Alignment::GoesOn);
         let of_another_run = aligned(Some(&anchored), None, journal(Revision(50)));
         assert_eq!(of_another_run, Alignment::StartsAfresh { reset_journal: true, moved: None });
+        // Another origin's revisions may be larger.
+        let of_another_origin = JournalFacts { origin: Some(ClusterId(2)), ..journal(Revision(101)) };
+        let aligned = aligned(Some(&anchored), None, of_another_origin);
+        assert_eq!(aligned, Alignment::StartsAfresh { reset_journal: true, moved: None });
     }
 }

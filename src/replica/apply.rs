@@ -312,6 +312,13 @@ impl Applier {
             // What comes next depends on how this one ends.
             return;
         }
+        if self.in_flight.is_none() && self.held.as_ref().is_some_and(Held::is_stale) {
+            self.held = None;
+            Box::pin(self.retry()).await;
+            if !self.follows() {
+                return;
+            }
+        }
         if self.stays_paused() {
             return;
         }
@@ -407,7 +414,7 @@ impl Applier {
             ReplicaCommand::Show { seq, reply } => _ = reply.send(self.show(seq).await),
             ReplicaCommand::Retry { seq, reply } => self.begin_retry(seq, reply).await,
             ReplicaCommand::Discard { seq, reply } => _ = reply.send(self.discard(seq).await),
-            ReplicaCommand::Allow { reply } => _ = reply.send(self.allow().await),
+            ReplicaCommand::Allow { seq, reply } => _ = reply.send(self.allow(seq).await),
             ReplicaCommand::Pause { by, reply } => _ = reply.send(self.pause(&by).await),
             ReplicaCommand::Resume { by, reply } => _ = reply.send(self.resume(&by).await),
         }

@@ -7,6 +7,7 @@ use super::commit::Committed;
 use super::next;
 use super::pages::{Begin, Begun, Copying, Place, Refused, check, read_edge};
 use super::plan::{GuardCount, LimitRefusal, PlanError, PlanReaction, TxnTree, copy_chunks, copy_diff};
+use super::position::Held;
 use crate::etcd::{Columns, EtcdError};
 use crate::failpoint;
 use crate::model::{KeyRange, Phase, Position, Revision, Seq};
@@ -96,7 +97,7 @@ impl Applier {
     }
 
     async fn try_step(&mut self, step: &CopyStep) -> Result<(), StepError> {
-        if self.held.is_none() {
+        if self.held.as_ref().is_none_or(Held::is_stale) {
             self.reread().await?;
         }
         let place = match step {
@@ -167,11 +168,13 @@ impl Applier {
 
     /// The first position of an epoch, and the journal that goes with it.
     async fn open_with(&mut self, first: Position) -> Result<(), StepError> {
-        let epoch = first.epoch;
-        self.commit_step(first, self.forget_quarantine(), 0).await?;
+        let run = first.run();
+        let forgotten = self.forget_quarantine()?;
+        let bytes = self.limits.request_bytes(&forgotten);
+        self.commit_step(first, forgotten, bytes).await?;
         failpoint::reach("epoch-opened");
         self.quarantine_is_over();
-        if let Err(e) = self.journal.reset(epoch, Seq(0)).await {
+        if let Err(e) = self.journal.reset(run, Seq(0)).await {
             return Err(StepError::Etcd(EtcdError::Other(format!("the journal cannot be started afresh: {e}"))));
         }
         failpoint::reach("journal-reset");

@@ -115,13 +115,16 @@ impl Applier {
         self.held = None;
     }
 
-    /// What is held back goes through, once.
-    pub(super) async fn allow(&mut self) -> Result<HeldBack, String> {
+    /// What is held back goes through, once; `seq`: only if it is this one.
+    pub(super) async fn allow(&mut self, seq: Option<Seq>) -> Result<HeldBack, String> {
         let allowing = |position: Option<&Position>| {
             let held = position.and_then(|position| position.held_back);
             let (Some(position), Some(held)) = (position, held) else {
                 return Err("nothing is held back for its deletes".to_owned());
             };
+            if let Some(seq) = seq.filter(|seq| *seq != held.seq) {
+                return Err(format!("seq {seq} is not held back for its deletes; seq {} is", held.seq));
+            }
             let allowed = HeldBack { allowed: true, ..held };
             let next = Position { held_back: Some(allowed), ..position.clone() };
             Ok(Rewrite { next: (!held.allowed).then_some(next), record: None, outcome: allowed })
@@ -148,6 +151,6 @@ fn reason_of(held: &HeldBack, link: &str) -> String {
     };
     format!(
         "{what}, of {keys} that the replica holds: more than the share that {rule} allows, so nothing of it is applied; if they may go, run \
-         `etcd-ferry allow {link} --config F` at the replica's sidecar"
+         `etcd-ferry allow {link} {seq} --config F` at the replica's sidecar"
     )
 }

@@ -2,16 +2,17 @@
 //! Input: revisions with their seqs, in order. Output: the same revisions, from any one held on.
 //! Always true: it holds one epoch at a time, and within it every seq after the base.
 //!
-//! A record is a standalone frame, which carries the epoch and its first seq.
+//! A record is a standalone frame, which carries the epoch and its first seq. Of which origin that epoch is stands in a file beside: an epoch's
+//! number may be used again, with another one.
 
 use crate::config::Limits;
-use crate::model::{Digest, Epoch, Revision, Seq, Term, WholeRevision};
-use crate::segment::Opened;
+use crate::model::{ClusterId, Digest, Epoch, Revision, Run, Seq, Term, WholeRevision};
 use crate::segment::feed::{Appended, Feed, FeedEntry, FeedError, FeedLimits, Held};
+use crate::segment::{self, Opened};
 use crate::wire::frame::{FrameLimits, decode_standalone, encode_standalone};
 use bytes::Bytes;
 use std::future::Future;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,6 +20,8 @@ use tokio::sync::watch;
 
 /// What is not applied so soon after it was written is synced. While applying keeps up nothing is: the replica's etcd has synced it itself.
 const SYNC_AFTER: Duration = Duration::from_millis(50);
+/// Holds the journal's run, beside the segment files.
+const RUN_FILE: &str = "run.json";
 /// What an entry costs beside keys and values: the entry, and for each change its two handles.
 const ENTRY_BYTES: usize = 160;
 const CHANGE_BYTES: usize = 72;
@@ -71,10 +74,23 @@ impl JournalError {
     }
 }
 
+/// A run as it was written down, with a checksum of it; anything else says nothing.
+fn run_of(bytes: &[u8]) -> Option<Run> {
+    let (run, checksum): (Run, u32) = serde_json::from_slice(bytes).ok()?;
+    (checksum_of(run) == checksum).then_some(run)
+}
+
+fn checksum_of(run: Run) -> u32 {
+    crc32c::crc32c(&serde_json::to_vec(&run).unwrap_or_default())
+}
+
 /// See [`Feed`] for what each call promises.
 pub struct Journal {
     feed: Feed<JournalEntry>,
     extent: watch::Receiver<JournalExtent>,
+    /// As it was last written down; `None`: it is not known.
+    run: watch::Sender<Option<Run>>,
+    run_file: PathBuf,
 }
 
 impl Journal {
@@ -82,10 +98,20 @@ impl Journal {
     pub async fn open(dir: &Path, limits: &Limits) -> Result<(Self, Opened), JournalError> {
         let limits = FeedLimits::new(limits, limits.journal_bytes_max, SYNC_AFTER);
         let dir = dir.to_owned();
-        let opening = tokio::task::spawn_blocking(move || Feed::open(&dir, limits, &mut |_, _| {}));
-        let (feed, opened) = opening.await.map_err(|_| FeedError::Closed)??;
-        let extent = feed.extent();
-        Ok((Self { feed, extent }, opened))
+        let opening = tokio::task::spawn_blocking(move || {
+            let (feed, opened) = Feed::open(&dir, limits, &mut |_, _| {})?;
+            let run_file = dir.join(RUN_FILE);
+            let run = std::fs::read(&run_file).ok().and_then(|bytes| run_of(&bytes));
+            let extent = feed.extent();
+            Ok::<_, FeedError>((Self { feed, extent, run: watch::Sender::new(run), run_file }, opened))
+        });
+        Ok(opening.await.map_err(|_| FeedError::Closed)??)
+    }
+
+    /// The origin of what it holds; `None`: it is not known.
+    pub fn origin(&self) -> Option<ClusterId> {
+        let epoch = self.extent.borrow().epoch;
+        self.run.borrow().filter(|run| run.epoch == epoch).map(|run| run.cluster)
     }
 
     /// The first seq must follow the last one held.
@@ -106,9 +132,16 @@ impl Journal {
         self.feed.trim(seq.0);
     }
 
-    /// Drops everything; the next entry is that of `base` + 1 in `epoch`.
-    pub async fn reset(&self, epoch: Epoch, base: Seq) -> Result<(), JournalError> {
-        Ok(self.feed.reset(epoch.0, base.0).await?)
+    /// Drops everything; the next entry is that of `base` + 1 in `run`. What the file says of a run is never of entries that are of another:
+    /// it is written between what is dropped and the first that is appended.
+    pub async fn reset(&self, run: Run, base: Seq) -> Result<(), JournalError> {
+        self.feed.reset(run.epoch.0, base.0).await?;
+        self.run.send_replace(None);
+        let (path, bytes) = (self.run_file.clone(), serde_json::to_vec(&(run, checksum_of(run))).unwrap_or_default());
+        let writing = tokio::task::spawn_blocking(move || segment::write_file_or_none(&path, &bytes));
+        let is_there = writing.await.map_err(|_| FeedError::Closed)?.map_err(FeedError::from)?;
+        self.run.send_replace(is_there.then_some(run));
+        Ok(())
     }
 
     pub async fn room(&self) -> Result<(), JournalError> {
@@ -237,6 +270,10 @@ mod tests {
         JournalEntry { epoch: Epoch(epoch), seq: Seq(seq), revision, digest }
     }
 
+    fn run(epoch: u64) -> Run {
+        Run { cluster: ClusterId(7), epoch: Epoch(epoch) }
+    }
+
     async fn append_durably(journal: &Journal, entries: Vec<JournalEntry>) {
         let last = entries.last().map_or(0, FeedEntry::index);
         let appended = journal.append(entries).await;
@@ -249,7 +286,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let dir = folder.path().join("journal");
         let (journal, _) = Journal::open(&dir, &limits()).await.unwrap();
-        journal.reset(Epoch(3), Seq(0)).await.unwrap();
+        journal.reset(run(3), Seq(0)).await.unwrap();
         let entries: Vec<JournalEntry> = (1..=400).map(|seq| entry(3, seq)).collect();
         for some in entries.chunks(11) {
             append_durably(&journal, some.to_vec()).await;
@@ -273,7 +310,7 @@ mod tests {
         let dir = folder.path().join("journal");
         let (journal, _) = Journal::open(&dir, &limits()).await.unwrap();
         assert_eq!(journal.extent().borrow().epoch, Epoch(0));
-        journal.reset(Epoch(1), Seq(10)).await.unwrap();
+        journal.reset(run(1), Seq(10)).await.unwrap();
         append_durably(&journal, vec![entry(1, 11), entry(1, 12)]).await;
         for seq in [10, 12, 14] {
             let refused = journal.append(vec![entry(1, seq)]).await;
@@ -281,13 +318,38 @@ mod tests {
         }
         let refused = journal.append(vec![entry(2, 13)]).await;
         assert!(matches!(refused, Err(JournalError::OtherEpoch { entry: Epoch(2), journal: Epoch(1) })));
-        journal.reset(Epoch(2), Seq(0)).await.unwrap();
+        journal.reset(run(2), Seq(0)).await.unwrap();
         append_durably(&journal, vec![entry(2, 1)]).await;
         journal.close().await.unwrap();
         let (journal, _) = Journal::open(&dir, &limits()).await.unwrap();
         let extent = journal.extent().borrow().clone();
         assert_eq!((extent.epoch, extent.base, extent.end), (Epoch(2), Seq(0), Seq(1)));
         assert_eq!(journal.read_after(Seq(0), 1).await.unwrap(), [entry(2, 1)]);
+        journal.close().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn which_origin_its_epoch_is_of_is_known_after_a_restart_and_a_file_that_is_damaged_says_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("journal");
+        let (journal, _) = Journal::open(&dir, &limits()).await.unwrap();
+        assert_eq!(journal.origin(), None);
+        journal.reset(run(2), Seq(5)).await.unwrap();
+        assert_eq!(journal.origin(), Some(ClusterId(7)));
+        journal.close().await.unwrap();
+        let sound = std::fs::read(dir.join(RUN_FILE)).unwrap();
+        for at in 0..sound.len() {
+            let mut bent = sound.clone();
+            bent[at] ^= 1;
+            for written in [&sound[..at], &bent[..]] {
+                assert!(run_of(written).is_none(), "{}", written.escape_ascii());
+            }
+        }
+        let (journal, _) = Journal::open(&dir, &limits()).await.unwrap();
+        assert_eq!((journal.origin(), journal.extent().borrow().epoch), (Some(ClusterId(7)), Epoch(2)));
+        // A process that ends in the middle of a reset leaves the file of the epoch before.
+        journal.feed.reset(3, 0).await.unwrap();
+        assert_eq!(journal.origin(), None);
         journal.close().await.unwrap();
     }
 }

@@ -6,7 +6,7 @@
 use super::align::{self, Alignment, JournalFacts};
 use super::apply::Applier;
 use super::commit::Committed;
-use super::journal::Journal;
+use super::journal::{Journal, JournalEntry, JournalError};
 use super::next::{self, Claim, Claimed};
 use super::plan::TxnTree;
 use super::poison::Trial;
@@ -25,10 +25,12 @@ pub(super) const RACE_TRIES_MAX: u32 = 64;
 /// An idle link looks at its position so often: a replica that was restored shows nothing else of it, and a sidecar without a stream hears
 /// nothing of what another one does. One read each time.
 pub(super) const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// What is older is read again before anything is written on its strength.
+const HELD_MAX: Duration = LOOK_EVERY.saturating_mul(2);
 
 /// What a fenced sender left in the journal is applied by whoever took the link. While the position stands still for so long and nobody says
 /// hello, nobody does: then it is applied from here, as after a restart. Another ships within 10 s.
-const LEFT_TO_OTHERS: Duration = Duration::from_secs(30);
+pub(super) const LEFT_TO_OTHERS: Duration = Duration::from_secs(30);
 
 /// A hello, checked for name, version and ranges.
 #[derive(Debug)]
@@ -68,12 +70,18 @@ pub(super) type HelloReply = oneshot::Sender<Result<HelloAnswer, HelloRefused>>;
 pub(super) struct Held {
     pub position: Option<Position>,
     pub mod_revision: Revision,
-    at: Instant,
+    pub at: Instant,
 }
 
 impl Held {
     pub fn now(position: Option<Position>, mod_revision: Revision) -> Self {
         Self { position, mod_revision, at: Instant::now() }
+    }
+
+    /// True if it is older than a process gets that was awake. While it slept the replica may have been restored, and the position's key have
+    /// come to the same `mod_revision` again with another position.
+    pub fn is_stale(&self) -> bool {
+        self.at.elapsed() >= HELD_MAX
     }
 }
 
@@ -102,7 +110,7 @@ impl Applier {
         }
         self.planned = None;
         self.read_quarantine(position.as_ref()).await?;
-        self.align(position.as_ref()).await;
+        self.align(position.as_ref()).await.map_err(|e| EtcdError::Other(format!("the journal: {e}")))?;
         if let Some(position) = &position {
             self.knows(position);
         }
@@ -117,16 +125,17 @@ impl Applier {
     }
 
     /// After a fresh read: drops what is in already; where the position moved in a way that is not ours, the stream is closed.
-    async fn align(&mut self, position: Option<&Position>) {
-        let (epoch, seq) = position.map_or((Epoch(0), Seq(0)), |p| (p.epoch, p.seq));
-        let journal = journal_facts(&self.journal, epoch, seq).await;
+    async fn align(&mut self, position: Option<&Position>) -> Result<(), JournalError> {
+        let (run, seq) = position.map_or_else(Default::default, |p| (p.run(), p.seq));
+        let epoch = run.epoch;
+        let journal = journal_facts(&self.journal, epoch, seq).await?;
         let (reset_journal, moved) = match align::align(position, self.expected.as_ref(), self.claim, journal) {
             Alignment::GoesOn => {
                 while self.waiting.front().is_some_and(|(w, _)| w.seq <= seq) {
                     self.dequeue();
                 }
                 self.read_through = self.read_through.max(seq);
-                return;
+                return Ok(());
             }
             Alignment::Fenced { by, reset_journal } => {
                 self.fence(by);
@@ -135,7 +144,7 @@ impl Applier {
             Alignment::StartsAfresh { reset_journal, moved } => (reset_journal, moved),
         };
         self.start_afresh(seq);
-        if reset_journal && let Err(e) = self.journal.reset(epoch, seq).await {
+        if reset_journal && let Err(e) = self.journal.reset(run, seq).await {
             tracing::error!(link = %self.link, error = %e, "the journal cannot be started afresh");
         }
         if let Some((kind, reason)) = moved {
@@ -158,6 +167,7 @@ impl Applier {
                 view.refusal = Some((session, kind, reason));
             });
         }
+        Ok(())
     }
 
     /// Another sender has the link: this session's changes nothing any more, be it here or in the journal, which stays as it is: whoever
@@ -170,9 +180,14 @@ impl Applier {
             tracing::debug!(link = %self.link, %reason, "the sender is fenced; its stream has ended before");
         }
         (self.claim, self.copying, self.progress, self.stopped) = (None, None, None, true);
-        self.left_to_others = Some((Instant::now(), self.known().map_or(Seq(0), |position| position.seq)));
+        self.leave_to_others();
         let session = self.session;
         self.view.send_modify(|view| view.refusal = Some((session, Kind::Fenced, reason)));
+    }
+
+    /// The next hello goes on with what this session leaves in the journal, or another of the replica's sidecars does.
+    pub(super) fn leave_to_others(&mut self) {
+        self.left_to_others = Some((Instant::now(), self.known().map_or(Seq(0), |position| position.seq)));
     }
 
     /// Reads the position again where nothing else would show that it moved.
@@ -208,7 +223,7 @@ impl Applier {
 
     /// A stream that has ended copies nothing more. What it was stopped for is over once the journal has nothing of it that is not in, unless
     /// only an operator can cure it.
-    fn forget_ended_stream(&mut self) {
+    pub(super) fn forget_ended_stream(&mut self) {
         let position = self.held.as_ref().and_then(|h| h.position.as_ref());
         let (false, Some(position)) = (self.told.borrow().connected, position) else { return };
         let rest = self.journal.extent().borrow().end > position.seq;
@@ -216,7 +231,9 @@ impl Applier {
         self.left_to_others = self.left_to_others.map(|(since, at)| if at == seq { (since, at) } else { (now, seq) });
         let nobody_comes = self.left_to_others.is_some_and(|(since, _)| now - since >= LEFT_TO_OTHERS);
         if self.stopped && rest && nobody_comes {
-            tracing::info!(link = %self.link, %seq, "nobody goes on with what a fenced sender left in the journal: it is applied from here");
+            tracing::info!(link = %self.link, %seq, "nobody goes on with what the last stream left in the journal: it is applied from here");
+            // It is of the position's run, whatever the stream was to begin.
+            self.claim = None;
         }
         self.stopped &= self.view.borrow().stopped || rest && !nobody_comes;
         self.copying = None;
@@ -285,9 +302,9 @@ impl Applier {
         }
         if self.given_up {
             let position = self.held.as_ref().and_then(|h| h.position.as_ref());
-            let (epoch, seq) = position.map_or((Epoch(0), Seq(0)), |p| (p.epoch, p.seq));
+            let (run, seq) = position.map_or_else(Default::default, |p| (p.run(), p.seq));
             self.start_afresh(seq);
-            let reset = self.journal.reset(epoch, seq).await;
+            let reset = self.journal.reset(run, seq).await;
             reset.map_err(|e| HelloRefused(format!("the journal cannot be started afresh: {e}")))?;
             self.given_up = false;
         }
@@ -367,21 +384,34 @@ impl Applier {
     }
 }
 
-async fn journal_facts(journal: &Journal, epoch: Epoch, seq: Seq) -> JournalFacts {
-    let extent = journal.extent().borrow().clone();
+/// `Err`: the journal cannot be read just now, which says nothing of what it holds.
+async fn journal_facts(journal: &Journal, epoch: Epoch, seq: Seq) -> Result<JournalFacts, JournalError> {
+    let (extent, origin) = (journal.extent().borrow().clone(), journal.origin());
     let last = extent.last.map_or(extent.base, |(seq, _, _)| seq);
-    let mut facts =
-        JournalFacts { epoch: extent.epoch, base: extent.base, last, at_position: None, after_position: None };
+    let (base, at_position, after_position) = (extent.base, None, None);
+    let mut facts = JournalFacts { epoch: extent.epoch, origin, base, last, at_position, after_position };
     if extent.epoch != epoch {
-        return facts;
+        return Ok(facts);
     }
-    let first_after =
-        async |after| journal.read_after(after, 1).await.ok().and_then(|entries| entries.into_iter().next());
+    let lost = journal.usable().is_err();
+    let first_after = async |after| first_of(journal.read_after(after, 1).await, lost);
     if extent.base < seq && seq <= last {
-        facts.at_position = first_after(Seq(seq.0 - 1)).await.map(|entry| entry.digest);
+        facts.at_position = first_after(Seq(seq.0 - 1)).await?.map(|entry| entry.digest);
     }
     if extent.base <= seq && seq < last {
-        facts.after_position = first_after(seq).await.map(|entry| entry.revision.revision);
+        facts.after_position = first_after(seq).await?.map(|entry| entry.revision.revision);
     }
-    facts
+    Ok(facts)
+}
+
+/// The first entry that was read. `None`: there is none, or it cannot be had any more. `lost`: the journal's disk has failed for good.
+pub(super) fn first_of(
+    read: Result<Vec<JournalEntry>, JournalError>,
+    lost: bool,
+) -> Result<Option<JournalEntry>, JournalError> {
+    match read {
+        Ok(entries) => Ok(entries.into_iter().next()),
+        Err(error) if lost || error.is_damage() => Ok(None),
+        Err(error) => Err(error),
+    }
 }

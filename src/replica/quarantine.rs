@@ -8,11 +8,11 @@ use super::apply::Applier;
 use super::commit::{Committed, Rewrite};
 use super::mark::Mend;
 use super::next;
-use super::plan::{Node, Op, PlanError, TxnTree};
+use super::plan::{self, Node, Op, PlanError, TxnTree};
 use super::poison::{SeqState, Verdict};
 use crate::config::OnPoison;
 use crate::etcd::EtcdError;
-use crate::model::{Digest, GivenUp, Mended, Phase, Position, Quarantine, Record, SKIPPED_MAX, Seq};
+use crate::model::{Digest, GivenUp, Mended, Phase, Position, Quarantine, Record, Revision, SKIPPED_MAX, Seq};
 use crate::wire::replicate::KeysWanted;
 use crate::wire::replicate::refusal::Kind;
 use bytes::Bytes;
@@ -76,10 +76,9 @@ impl Applier {
     }
 
     /// A new epoch brings every key: nothing is skipped in it. Deletes the records.
-    pub(super) fn forget_quarantine(&self) -> TxnTree {
+    pub(super) fn forget_quarantine(&self) -> Result<TxnTree, PlanError> {
         let Quarantine { epoch, entries } = &*self.quarantine;
-        let delete = |(seq, _): &(Seq, _)| Node::Op(Op::Delete { key: self.link.quarantine_key(*epoch, *seq) });
-        TxnTree { guards: Vec::new(), success: entries.iter().map(delete).collect() }
+        plan::deletes(entries.iter().map(|(seq, _)| self.link.quarantine_key(*epoch, *seq)), &self.limits)
     }
 
     pub(super) fn quarantine_is_over(&mut self) {
@@ -108,7 +107,7 @@ impl Applier {
             }
             Verdict::Again { refusals } => {
                 self.note_state(seq, SeqState::Failed { refusals });
-                return self.wait(format!("{}: revision {revision} (seq {seq}) is refused", refusal.reason));
+                return self.wait_refused(revision, seq, &refusal);
             }
             Verdict::Poison { refusals } => refusals,
         };
@@ -120,10 +119,14 @@ impl Applier {
                 self.refuse(kind, refusal.reason);
             }
             // Whoever grants the right sees it go on.
-            (OnPoison::Stop, None) => {
-                self.wait(format!("{}: revision {revision} (seq {seq}) is refused", refusal.reason))
-            }
+            (OnPoison::Stop, None) => self.wait_refused(revision, seq, &refusal),
         }
+    }
+
+    /// It is tried again, after a look at what another of the replica's sidecars has done with the link: paused it, for one.
+    fn wait_refused(&mut self, revision: Revision, seq: Seq, refusal: &Refusal) {
+        self.wait(format!("{}: revision {revision} (seq {seq}) is refused", refusal.reason));
+        self.held = None;
     }
 
     fn note_state(&self, seq: Seq, state: SeqState) {
@@ -140,11 +143,14 @@ impl Applier {
         let (seq, whole) = (waiting.seq, waiting.revision);
         let Refusal { reason, surely } = refusal;
         if position.skipped.len() >= SKIPPED_MAX {
-            return self.hold(format!(
-                "{SKIPPED_MAX} revisions are in quarantine, and there is no place for revision {} ({reason}): retry or discard one \
+            self.hold(format!(
+                "{SKIPPED_MAX} revisions are in quarantine, and there is no place for revision {} ({reason}): mend the cause, or discard one \
                  (`etcd-ferry quarantine list {}`)",
                 whole.revision, self.link
             ));
+            // Another sidecar may have been told to discard one.
+            self.held = None;
+            return;
         }
         let why = GivenUp { reason: reason.clone(), refusals, at_ms: now_ms(), part: position.part };
         let record = Record::of(position.epoch, seq, &whole, digest, why);

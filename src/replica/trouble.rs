@@ -40,6 +40,9 @@ impl Applier {
     pub(super) fn refuse(&mut self, kind: Kind, reason: String) {
         self.stopped = true;
         let (session, stopped) = (self.session, stops(kind) || self.journal.usable().is_err());
+        if !stopped {
+            self.leave_to_others();
+        }
         self.view.send_modify(|view| {
             view.waiting.clone_from(&reason);
             view.stopped = stopped;
@@ -94,10 +97,10 @@ impl Applier {
             return;
         }
         let Some(position) = self.held.as_ref().and_then(|h| h.position.as_ref()) else { return };
-        let (epoch, seq) = (position.epoch, position.seq);
+        let (run, seq) = (position.run(), position.seq);
         tracing::error!(link = %self.link, %error, %seq, "the journal cannot be read any more; it is dropped, and what it held is fetched from the origin again");
         self.start_afresh(seq);
-        match self.journal.reset(epoch, seq).await {
+        match self.journal.reset(run, seq).await {
             Ok(()) => {
                 let reason = format!("the journal: {error}; what it held after seq {seq} is asked of the origin again");
                 self.refuse(Kind::PositionMoved, reason);

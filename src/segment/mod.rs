@@ -307,6 +307,23 @@ pub fn write_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 
+/// As [`write_file`]; on a full disk the file is removed instead, so that it says nothing that is not so any more. False: it was.
+pub fn write_file_or_none(path: &Path, bytes: &[u8]) -> Result<bool, SegmentError> {
+    match write_file(path, bytes).map_err(failed("writing", path)) {
+        Err(error) if error.is_disk_full() => remove_file(path).map(|()| false),
+        written => written.map(|()| true),
+    }
+}
+
+/// Removes a small file for good, if it is there.
+pub fn remove_file(path: &Path) -> Result<(), SegmentError> {
+    match fs::remove_file(path) {
+        Ok(()) => path.parent().map_or(Ok(()), sync_dir),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(failed("removing", path)(error)),
+    }
+}
+
 /// Makes everything from `bytes` on zeros again.
 fn cut_back(file: &File, bytes: u64, padded_bytes: u64) -> io::Result<()> {
     file.set_len(bytes)?;

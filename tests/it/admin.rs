@@ -183,7 +183,7 @@ async fn a_viewer_looks_and_is_told_which_role_everything_else_asks_for() {
     for error in [
         verification::verify(&viewer, "config", |_| {}).await.unwrap_err(),
         verification::repair(&viewer, "config", false, |_| {}).await.unwrap_err(),
-        client::allow(&viewer, "orders").await.unwrap_err(),
+        client::allow(&viewer, "orders", None).await.unwrap_err(),
     ] {
         assert!(error.to_string().contains("asks for the full role"), "{error}");
     }

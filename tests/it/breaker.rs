@@ -65,7 +65,10 @@ async fn a_revision_that_deletes_more_than_the_share_is_held_back_also_over_rest
     let recorder = pair.record().await;
     let (deleted, changes) = delete(&pair, "/app/0000").await;
     let after = pair.origin.put("/app/after", "1").await;
-    let words = [format!("revision {deleted} (seq 2) deletes 90 keys, of 190"), "etcd-ferry allow config".to_owned()];
+    let words = [
+        format!("revision {deleted} (seq 2) deletes 90 keys, of 190"),
+        "etcd-ferry allow config 2 --config".to_owned(),
+    ];
     held(&pair.replica_sidecar, &words).await;
     held(&pair.origin_sidecar, &words).await;
     for sidecar in [&pair.replica_sidecar, &pair.origin_sidecar] {
@@ -117,7 +120,12 @@ async fn a_revision_that_deletes_more_than_the_share_is_held_back_also_over_rest
     held(&pair.replica_sidecar, &[format!("revision {again} (seq 4) deletes 101 keys, of 101")]).await;
     assert_eq!(keys_at_replica(&pair).await, 101);
     assert_eq!(pair.position().await.unwrap().held_back.unwrap().revision, again);
-    let allowed = outcome_of(&pair.replica_sidecar.admin(&["allow", LINK, "--json"]));
+    // Nor does whoever repeats the first call let another revision through, where they say which one they mean.
+    let repeated = pair.replica_sidecar.admin(&["allow", LINK, "2"]);
+    let told = said(&repeated);
+    assert!(!repeated.status.success() && told.contains("seq 2 is not held back for its deletes; seq 4 is"), "{told}");
+    assert!(!pair.position().await.unwrap().held_back.unwrap().allowed);
+    let allowed = outcome_of(&pair.replica_sidecar.admin(&["allow", LINK, "4", "--json"]));
     assert_eq!((&allowed["origin_revision"], &allowed["minute"]), (&again.0.into(), &false.into()), "{allowed}");
     assert_eq!((&allowed["deletes"], &allowed["keys"]), (&101.into(), &101.into()), "{allowed}");
     let position = pair.wait_applied(again).await;

@@ -36,7 +36,7 @@ async fn make(admin: &mut AdminClient<Channel>, call: &str) -> Result<(), Status
         "ShowQuarantined" => admin.show_quarantined(one).await.map(drop),
         "RetryQuarantined" => admin.retry_quarantined(one).await.map(drop),
         "DiscardQuarantined" => admin.discard_quarantined(one).await.map(drop),
-        "Allow" => admin.allow(proto::AllowRequest { link }).await.map(drop),
+        "Allow" => admin.allow(proto::AllowRequest { link, seq: 0 }).await.map(drop),
         "Pause" => admin.pause(proto::PauseRequest { link }).await.map(drop),
         "Resume" => admin.resume(proto::ResumeRequest { link }).await.map(drop),
         "WatchStatus" => admin.watch_status(proto::WatchStatusRequest { interval_ms: 0 }).await.map(drop),

@@ -211,6 +211,45 @@ async fn a_journal_of_a_link_that_was_removed_is_not_applied_to_one_that_was_mad
     regions.recorded(recorder).await.check().unwrap();
 }
 
+/// Both clusters are built anew, and their sidecars keep their folders: the first epoch has the same number, and its revisions lower ones.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_journal_of_another_origin_is_not_applied_though_its_epoch_has_the_same_number_and_its_revisions_are_later() {
+    let options = RegionsOptions { sidecars: (1, 2), ..RegionsOptions::default() };
+    let mut regions = Box::pin(Regions::prepare(options)).await;
+    load(&regions.origin[0], &noise("/app/", 200, 10)).await;
+    regions.origin[0].put("/app/later", "1").await;
+    write(&regions.origin[0].access(), "/app/later/", 200, 10).await;
+    regions.peer_lines[0][1].cut();
+    regions.start_sidecars().await;
+    let old = write(&regions.origin[0].access(), "/app/old/", 20, 100).await;
+    let before = regions.wait_applied(last(&old)).await;
+    let late = &regions.replica_sidecars[0];
+    late.wait_for(LINK, "the first sidecar to hold it all", |entry| entry["seq"] == before.seq.0).await;
+    regions.replica_sidecars[0].stop().await;
+    regions.origin_sidecars[0].stop().await;
+    regions.origin[0].replace().await;
+    let mut replica = regions.replica[0].kv().await;
+    for prefix in ["/app/".to_owned(), format!("/etcd-ferry/v1/links/{LINK}/")] {
+        replica.delete(prefix, Some(DeleteOptions::new().with_prefix())).await.unwrap();
+    }
+    for change in old.iter().flat_map(|acknowledged| &acknowledged.changes) {
+        regions.origin[0].put(change.key().to_vec(), "new").await;
+    }
+    regions.peer_lines[0][1].heal();
+    regions.origin_sidecars[0].restart().await;
+    let anew = |position: &Position| position.state == Phase::Following && position.cursor.is_none();
+    let position = until("the link to follow anew", PATIENCE, async || regions.try_position().await.filter(anew)).await;
+    assert_eq!((position.epoch, position.seq.0), (before.epoch, 0), "the same number, another run");
+    assert!(position.origin_revision < old[0].revision, "the trap");
+    regions.replica_sidecars[0].restart().await;
+    let late = &regions.replica_sidecars[0];
+    late.wait_for(LINK, "the late sidecar to know the new run", |entry| entry["seq"] == 0).await;
+    regions.peer_lines[0][1].cut();
+    let revision = regions.origin[0].put("/app/last", "1").await;
+    assert_eq!(regions.wait_applied(revision).await.seq.0, 1);
+    regions.assert_equal().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_origin_whose_elections_went_back_with_it_stops_the_link_until_a_resync_opens_the_next_epoch() {
     let mut regions = Box::pin(Regions::start(RegionsOptions { sidecars: (1, 1), ..RegionsOptions::default() })).await;

@@ -165,3 +165,21 @@ async fn what_the_sidecar_that_receives_has_quarantined_is_shown_and_discarded_a
         sidecar.wait_for(LINK, "nothing in quarantine", none).await;
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_quarantine_that_is_relieved_at_the_idle_sidecar_lets_the_other_one_go_on() {
+    let configure = |sidecar: &mut Sidecar| {
+        sidecar.options.limits.insert("request_bytes_max".to_owned(), 64 << 10);
+        sidecar.options.receive[0].on_poison = Some("quarantine".to_owned());
+    };
+    let regions = Box::pin(beside_an_idle_one(&[], configure)).await;
+    let (receives, idle) = sidecars(&regions);
+    for number in 0..33 {
+        regions.origin[0].put(format!("/app/large/{number}"), vec![b's'; 80_000]).await;
+    }
+    let entry = receives.wait_for_state(LINK, "held").await;
+    assert!(entry["reason"].as_str().unwrap().contains("mend the cause, or discard one"), "{entry:#}");
+    done(idle, &["quarantine", "discard", LINK, "1"]);
+    let position = regions.wait_applied(regions.origin[0].put("/app/after", "1").await).await;
+    assert_eq!(position.skipped, (2..=33).map(Seq).collect::<Vec<_>>());
+}

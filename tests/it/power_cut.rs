@@ -9,7 +9,7 @@ use crate::bed::PATIENCE;
 use crate::bed::disk::{Disk, run};
 use bytes::Bytes;
 use etcd_ferry::config::Limits;
-use etcd_ferry::model::{Change, Digest, Epoch, Revision, Seq, WholeRevision};
+use etcd_ferry::model::{Change, ClusterId, Digest, Epoch, Revision, Run, Seq, WholeRevision};
 use etcd_ferry::origin::spool::{Spool, SpoolEntry};
 use etcd_ferry::replica::dedupe::Dedupe;
 use etcd_ferry::replica::journal::{Journal, JournalEntry};
@@ -35,6 +35,7 @@ const DEDUPE_NOTES: u64 = 20_000;
 const DEDUPE_SYNCED_WITHIN: Duration = Duration::from_secs(15);
 /// Of what the journal receives.
 const EPOCH: Epoch = Epoch(3);
+const RUN: Run = Run { cluster: ClusterId(7), epoch: EPOCH };
 
 #[test]
 fn a_power_cut_loses_no_segment_record_that_was_synced() {
@@ -72,16 +73,17 @@ async fn a_power_cut_brings_no_older_epoch_back_into_a_journal_that_was_reset() 
     let disk = Disk::new(32 << 20);
     let (journal, _) = Journal::open(&disk.mount.join("journal"), &limits(2 << 20, 1 << 30)).await.unwrap();
     let older = Epoch(EPOCH.0 - 1);
-    journal.reset(older, Seq(0)).await.unwrap();
+    journal.reset(Run { epoch: older, ..RUN }, Seq(0)).await.unwrap();
     let entry = JournalEntry { epoch: older, ..received(1, 1024) };
     assert_eq!(journal.append(vec![entry]).await.unwrap(), Appended::Taken);
     journal.durable().wait_for(|durable| durable.0 == 1).await.unwrap();
-    journal.reset(EPOCH, Seq(7)).await.unwrap();
+    journal.reset(RUN, Seq(7)).await.unwrap();
     let copy = disk.copy();
     journal.close().await.unwrap();
     let (kept, _) = Journal::open(&copy.mount.join("journal"), &limits(2 << 20, 1 << 30)).await.unwrap();
     let extent = kept.extent().borrow().clone();
     assert_eq!((extent.epoch, extent.base, extent.end, extent.last), (EPOCH, Seq(7), Seq(7), None));
+    assert_eq!(kept.origin(), Some(RUN.cluster));
     kept.close().await.unwrap();
 }
 
@@ -224,7 +226,7 @@ async fn write_spool(dir: &Path, bytes: usize) {
 
 async fn write_journal(dir: &Path, bytes: usize) {
     let (journal, _) = Journal::open(dir, &limits(2 << 20, 1 << 30)).await.unwrap();
-    journal.reset(EPOCH, Seq(0)).await.unwrap();
+    journal.reset(RUN, Seq(0)).await.unwrap();
     let mut durable = journal.durable();
     for seq in 1.. {
         durable.wait_for(|durable| durable.0 + ahead_max(bytes) >= seq).await.unwrap();

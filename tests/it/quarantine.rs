@@ -383,6 +383,8 @@ async fn what_was_discarded_differs_until_a_repair_mends_it() {
     let mut pair = Box::pin(narrow("quarantine")).await;
     put_large(&pair).await;
     pair.wait_applied(pair.origin.put("/app/after", "1").await).await;
+    let (_, outcome) = verify(&pair);
+    assert_eq!((&outcome["differing_keys"], &outcome["expected_keys"]), (&2.into(), &2.into()), "{outcome}");
     let discarded = outcome_of(&pair.replica_sidecar.admin(&["quarantine", "discard", LINK, "1", "--json"]));
     assert_eq!((&discarded["link"], &discarded["seq"]), (&LINK.into(), &1.into()), "{discarded}");
     let again = pair.replica_sidecar.admin(&["quarantine", "discard", LINK, "1"]);
@@ -390,6 +392,12 @@ async fn what_was_discarded_differs_until_a_repair_mends_it() {
     assert!(!again.status.success() && told.contains("seq 1 is not in quarantine; there is nothing"), "{told}");
     assert_eq!(pair.position().await.unwrap().skipped, []);
     list(&pair.replica_sidecar, 0).await;
+    // Nobody asks: what was expected while it was in quarantine is not any more.
+    let unexpected = |entry: &Value| {
+        let known = &entry["verification"];
+        known["differing_keys"] == 2 && known["expected_keys"] == 0 && known["outcome"] == "different"
+    };
+    pair.origin_sidecar.wait_for(LINK, "both sides to be compared again", unexpected).await;
     widen(&mut pair).await;
     let (_, outcome) = verify(&pair);
     assert_eq!((&outcome["differing_keys"], &outcome["expected_keys"]), (&2.into(), &0.into()), "{outcome}");

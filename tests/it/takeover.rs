@@ -7,7 +7,7 @@ use crate::bed::pair::{LINK, link_name};
 use crate::bed::regions::{Regions, RegionsOptions, RegionsRecorder, TAKEOVER_LIMIT};
 use crate::bed::sidecar::ferry;
 use crate::bed::traffic::Acknowledged;
-use crate::bed::{PATIENCE, until};
+use crate::bed::{LinkProxy, PATIENCE, until};
 use crate::resume::{last, spool_end, write};
 use crate::verify::outcome_of;
 use etcd_ferry::model::{Phase, Position, Revision};
@@ -139,6 +139,26 @@ async fn a_shipper_whose_spool_s_disk_fails_gives_way_to_one_whose_disk_is_well(
     };
     failing.wait_for(LINK, "the one that gave way to say what is wrong with it", tells).await;
     regions.judge(recorder, &acknowledged, &before).await;
+}
+
+/// As where a pod's member of etcd is stopped together with its sidecar.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_resignation_that_etcd_does_not_take_at_first_is_tried_again() {
+    let (mut regions, before) = following(RegionsOptions::default()).await;
+    let shipper = regions.shipper().await;
+    let (sidecar, lines) = (&mut regions.origin_sidecars[shipper], &regions.etcd_lines[shipper]);
+    let log = sidecar.log_path();
+    let says = |words: &str| std::fs::read_to_string(&log).is_ok_and(|log| log.contains(words));
+    lines.iter().for_each(LinkProxy::cut);
+    let healed = async {
+        let refused = async || says("etcd did not take the resignation; trying again").then_some(());
+        until("a try that fails", PATIENCE, refused).await;
+        lines.iter().for_each(LinkProxy::heal);
+    };
+    let ((_, status), ()) = tokio::join!(sidecar.stop(), healed);
+    assert!(status.success() && says("resigned"), "{status}");
+    regions.origin[0].put("/app/second", "1").await;
+    assert_eq!(regions.wait_taken_over(&before).await.epoch, before.epoch);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

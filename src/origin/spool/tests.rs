@@ -4,7 +4,7 @@
 //! Always true: no etcd is asked.
 
 use super::*;
-use crate::model::Change;
+use crate::model::{Change, ClusterId, Run};
 use crate::wire::digest;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};

@@ -5,7 +5,8 @@
 use super::*;
 use crate::config::EtcdConfig;
 use crate::model::{Change, ClusterId, WholeRevision};
-use crate::replica::position::HelloFacts;
+use crate::replica::position::{HelloFacts, LEFT_TO_OTHERS, first_of};
+use crate::segment::SegmentError;
 use crate::segment::feed::FeedEntry;
 use crate::wire::replicate::refusal::Kind;
 use std::io::ErrorKind;
@@ -165,4 +166,52 @@ async fn a_refusal_that_the_next_hello_cures_is_no_stop_and_one_that_needs_a_per
         applier.view.borrow().stopped
     };
     assert_eq!([refused(Kind::PositionMoved), refused(Kind::Gap), refused(Kind::Conflict)], [false, false, true]);
+}
+
+#[tokio::test]
+async fn what_a_refused_stream_left_in_the_journal_is_applied_once_nobody_comes_back_for_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut applier = applier(dir.path()).await;
+    let position = position(0);
+    applier.journal.reset(position.run(), position.seq).await.unwrap();
+    let changes = vec![Change::Delete { key: Bytes::from_static(b"k") }];
+    let revision = Arc::new(WholeRevision { revision: Revision(101), changes });
+    let (epoch, seq) = (position.epoch, position.seq.next());
+    applier.journal.append(vec![JournalEntry { epoch, seq, revision, digest: Digest::default() }]).await.unwrap();
+    (applier.held, applier.retry_at) = (Some(Held::now(Some(position), Revision(10))), None);
+    // It was to begin the next epoch.
+    applier.claim = Some((epoch.next(), Term(3)));
+    applier.refuse(Kind::PositionMoved, "another applier wrote the position".to_owned());
+    applier.forget_ended_stream();
+    assert!(!applier.follows(), "whoever says hello next goes on with it");
+    applier.left_to_others = applier.left_to_others.map(|(since, seq)| (since - LEFT_TO_OTHERS, seq));
+    applier.forget_ended_stream();
+    assert!(applier.follows() && applier.claim.is_none());
+}
+
+#[tokio::test]
+async fn what_was_known_of_the_position_before_a_sleep_is_read_again_before_anything_is_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut applier = applier(dir.path()).await;
+    for (slept, read_again) in [(LOOK_EVERY, false), (LOOK_EVERY * 2, true)] {
+        let held = Held::now(Some(position(0)), Revision(10));
+        (applier.held, applier.retry_at) = (Some(Held { at: held.at - slept, ..held }), None);
+        assert!(applier.follows());
+        applier.advance().await;
+        // No etcd is there.
+        assert_eq!((applier.held.is_none(), applier.retry_at.is_some()), (read_again, read_again), "{slept:?}");
+    }
+}
+
+#[test]
+fn a_read_of_the_journal_that_fails_for_want_of_a_descriptor_says_nothing_of_what_it_holds() {
+    let failed = |code| {
+        let (what, path, source) = ("reading", "journal".into(), std::io::Error::from_raw_os_error(code));
+        Err(JournalError::Feed(FeedError::Segment(SegmentError::Io { what, path, source })))
+    };
+    let (without_a_descriptor, of_the_disk) = (24, 5);
+    assert!(first_of(failed(without_a_descriptor), false).is_err());
+    assert_eq!(first_of(failed(without_a_descriptor), true).unwrap(), None, "its disk has failed for good");
+    assert_eq!(first_of(failed(of_the_disk), false).unwrap(), None);
+    assert_eq!(first_of(Ok(Vec::new()), false).unwrap(), None);
 }

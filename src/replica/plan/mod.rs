@@ -17,7 +17,7 @@ pub use copy::{
     CopyChunk, CopyDiff, CopyPolicy, GuardCase, GuardCount, GuardStop, copy_chunks, copy_diff, guard_verdict,
 };
 pub use request::{Answered, Condition, Request, answered};
-pub use runs::{DeleteRun, RUN_KEYS_MIN, RunFacts, Settled};
+pub use runs::{DeleteRun, RUN_KEYS_MIN, RunFacts, Settled, deletes};
 pub use size::{LimitRefusal, RequestLimits};
 
 use crate::model::limits::POSITION_REQUEST_BYTES;

@@ -9,6 +9,7 @@ use super::{Extent, Op, Plan, PlanError, RangeGuard, RequestLimits, TxnTree, as_
 use crate::model::{KeyRange, Ranges, Revision, Seq};
 use crate::wire::parts::after_key;
 use bytes::Bytes;
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 /// Fewer deletes are not worth a read of the replica.
@@ -107,6 +108,14 @@ impl Plan {
             tree,
         })
     }
+}
+
+/// What deletes these keys, each once, beside the position.
+pub fn deletes(keys: impl IntoIterator<Item = Bytes>, limits: &RequestLimits) -> Result<TxnTree, PlanError> {
+    let keys: BTreeSet<Bytes> = keys.into_iter().collect();
+    let ops: Vec<Op> = keys.into_iter().map(|key| Op::Delete { key }).collect();
+    let load = Load::of(&ops);
+    arrange(ops, Vec::new(), &load, limits)
 }
 
 /// Checks and nests operations that are known to fit.

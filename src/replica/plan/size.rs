@@ -102,7 +102,7 @@ impl RequestLimits {
     }
 
     /// The bytes of the whole request, never less than etcd counts.
-    pub(super) fn request_bytes(&self, tree: &TxnTree) -> usize {
+    pub fn request_bytes(&self, tree: &TxnTree) -> usize {
         let guards: usize = tree.guards.iter().map(guard_bytes).sum();
         let success: usize = tree.success.iter().map(node_bytes).sum();
         self.fixed_bytes() + guards + success

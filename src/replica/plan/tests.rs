@@ -58,6 +58,18 @@ fn apply(plan: Plan, model: &mut ModelEtcd, limits: &RequestLimits) -> Settled {
 }
 
 #[test]
+fn what_is_deleted_beside_a_position_is_nested_where_etcd_takes_few_operations() {
+    for ops_max in [16, 128] {
+        let limits = RequestLimits { ops_max, ..etcd_defaults() };
+        let content = content("/q/", 32);
+        let mut model = ModelEtcd::new(&limits, content.clone());
+        let tree = super::deletes(content.keys().cloned(), &limits).unwrap();
+        assert_eq!(model.apply(&tree), Ok(true), "at most {ops_max}");
+        assert!(model.content().is_empty());
+    }
+}
+
+#[test]
 fn what_waits_is_never_merged_across_a_mark() {
     for (count, mark) in (1..8_u64).flat_map(|count| (0..=count).map(move |mark| (count, mark))) {
         let all = waiting((0..count).map(|n| vec![put(format!("k{}", n % 3), format!("{n}"))]).collect());

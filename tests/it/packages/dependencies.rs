@@ -1,10 +1,12 @@
-//! Job: hold what is built in against deny.toml, as far as Cargo.lock alone tells: sources, banned crates, and exceptions that are outlived.
-//! Input: deny.toml, Cargo.toml, Cargo.lock. Output: passes or fails.
+//! Job: hold what is built in against deny.toml: licences, sources, banned crates, and exceptions that are outlived.
+//! Input: deny.toml, Cargo.toml, Cargo.lock, what cargo says of the crates. Output: passes or fails.
 //! Pure but for reading them.
-//! Always true: no tool and no network is needed; `make audit` looks at licences and advisories too, where it can.
+//! Always true: nothing is needed but cargo; `make audit` looks at advisories too, where it can.
 
 use super::text;
+use serde_json::Value;
 use std::collections::BTreeSet;
+use std::process::Command;
 
 /// A table of Cargo.lock's.
 struct Locked {
@@ -90,6 +92,52 @@ fn every_crate_but_our_own_is_of_one_registry_with_its_checksum_and_no_other_sou
     let deny = parsed("deny.toml");
     for unknown in ["unknown-registry", "unknown-git"] {
         assert_eq!(deny["sources"][unknown].as_str(), Some("deny"), "{unknown}");
+    }
+}
+
+/// Each crate that a build of this machine takes, those of tests among them, with its licence's SPDX expression.
+fn licensed() -> Vec<(String, String)> {
+    let asked =
+        ["metadata", "--locked", "--format-version=1", "--all-features", "--filter-platform=x86_64-unknown-linux-gnu"];
+    let output =
+        Command::new(env!("CARGO")).args(asked).current_dir(env!("CARGO_MANIFEST_DIR")).output().expect("cargo runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let said: Value = serde_json::from_slice(&output.stdout).expect("cargo metadata is JSON");
+    let nodes = said["resolve"]["nodes"].as_array().expect("nodes");
+    let taken: BTreeSet<&str> = nodes.iter().filter_map(|node| node["id"].as_str()).collect();
+    let all = said["packages"].as_array().expect("packages").iter();
+    let licensed = all.filter(|package| package["id"].as_str().is_some_and(|id| taken.contains(id)));
+    let word = |package: &Value, key: &str| package[key].as_str().unwrap_or_default().to_owned();
+    licensed.map(|package| (word(package, "name"), word(package, "license"))).collect()
+}
+
+/// True if what `allow` names is enough to take a crate under. An exception to a licence is not looked at: nothing needs one.
+fn is_let_in(licence: &str, allow: &[String]) -> bool {
+    let expression = spdx::Expression::parse_mode(licence, spdx::ParseMode::LAX);
+    expression.is_ok_and(|expression| {
+        expression.evaluate(|wanted| {
+            let id = wanted.license.id().filter(|_| wanted.addition.is_none());
+            id.is_some_and(|id| allow.iter().any(|name| name == id.name))
+        })
+    })
+}
+
+#[test]
+fn every_crate_is_under_a_licence_that_deny_toml_lets_in_and_none_is_let_in_for_nobody() {
+    let allow = words(&parsed("deny.toml")["licenses"], "allow", "");
+    let only = |name: &str| vec![name.to_owned()];
+    assert!(is_let_in("GPL-3.0 OR MIT", &only("MIT")) && is_let_in("Unlicense/MIT", &only("MIT")));
+    assert!(!is_let_in("GPL-3.0 AND MIT", &only("MIT")) && !is_let_in("GPL-3.0-only", &only("MIT")));
+    assert!(!is_let_in("", &only("MIT")) && !is_let_in("free for all", &only("MIT")));
+
+    let licensed = licensed();
+    assert!(licensed.len() >= 100, "{} crates", licensed.len());
+    let out: Vec<_> = licensed.iter().filter(|(_, licence)| !is_let_in(licence, &allow)).collect();
+    assert!(out.is_empty(), "{out:#?}");
+    for name in &allow {
+        let without: Vec<String> = allow.iter().filter(|other| *other != name).cloned().collect();
+        let needed = licensed.iter().any(|(_, licence)| !is_let_in(licence, &without));
+        assert!(needed, "no crate needs {name}");
     }
 }
 

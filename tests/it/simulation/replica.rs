@@ -156,8 +156,10 @@ impl Replica {
         let (epoch, seq) = position.map_or((Epoch(0), Seq(0)), |p| (p.epoch, p.seq));
         let base = Seq(self.journal.base());
         let last = self.journal.last.map_or(base, |(seq, _, _)| seq);
+        let epoch_held = Epoch(self.journal.tag);
+        // Whose it is stands in a file of the product's journal, which is not stepped here.
         let mut facts =
-            JournalFacts { epoch: Epoch(self.journal.tag), base, last, at_position: None, after_position: None };
+            JournalFacts { epoch: epoch_held, origin: None, base, last, at_position: None, after_position: None };
         let mut first_after = |after| self.journal.read_after(after, 1).unwrap_or_default().into_iter().next();
         if facts.epoch == epoch && base < seq && seq <= last {
             facts.at_position = first_after(seq.0 - 1).map(|entry| entry.digest);

@@ -6,8 +6,8 @@
 use super::disk::Disk;
 use super::etcd::{Etcd, Signal, Watch};
 use super::region::Context;
-use etcd_ferry::model::{Change, Digest, LinkName, Ranges, Revision};
-use etcd_ferry::origin::lineage::{Lineage, Run};
+use etcd_ferry::model::{Change, Digest, LinkName, Ranges, Revision, Run};
+use etcd_ferry::origin::lineage::Lineage;
 use etcd_ferry::origin::reopen::{self, Spooled};
 use etcd_ferry::origin::resume::{CarriedCheck, SpoolFacts, Tailed};
 use etcd_ferry::origin::sequence::{Event, OriginWaymark, SequenceError, Sequenced, Sequencer, WatchMessage};
@@ -128,17 +128,11 @@ impl Tail {
     }
 
     /// Whether a replica that follows `run`, has everything up to `reached`, and `carried` last, may be sent what the spool holds.
-    pub fn ships(
-        &mut self,
-        run: Run,
-        reached: Revision,
-        carried: ((Revision, Digest), CarriedCheck),
-        etcd: &Etcd,
-    ) -> Ships {
+    pub fn ships(&mut self, run: Run, reached: Revision, carried: (Revision, Digest), etcd: &Etcd) -> Ships {
         let asked = self.spool.last.filter(|_| self.lineage.asks_after(run, reached));
         if let Some(last) = asked {
             let shown = if last.0 <= etcd.head() { self.probe(last, etcd) } else { CarriedCheck::Other };
-            if self.lineage.is_restored(run, last.0, shown, carried.1) {
+            if self.lineage.is_restored(run, last.0, shown) {
                 return Ships::Restored(last.0);
             }
             match shown {
@@ -147,7 +141,7 @@ impl Tail {
                 CarriedCheck::Open | CarriedCheck::Compacted => {}
             }
         }
-        if self.spooled_at(carried.0.0, Some(Revision(0))).contradicts(carried.0.1) {
+        if self.spooled_at(carried.0, Some(Revision(0))).contradicts(carried.1) {
             return Ships::No;
         }
         self.lineage.judge(run, Revision(self.spool.base()));

@@ -9,8 +9,7 @@ use crate::simulation::names::name_of;
 use crate::simulation::region::Context;
 use crate::simulation::replica::{Hello, HelloRefused, Replica};
 use crate::simulation::tail::{Ships, TailState, seen_by, waymark_of};
-use etcd_ferry::model::{Digest, Epoch, Position, Revision};
-use etcd_ferry::origin::lineage::Run;
+use etcd_ferry::model::{Digest, Epoch, Revision};
 use etcd_ferry::origin::resume::{
     self, CarriedCheck, OriginFacts, Received, ReplicaFacts, Resume, SpoolFacts, StopReason, Tailed,
 };
@@ -125,7 +124,7 @@ impl Origin {
                 return Err(End::OtherHistory(reason));
             }
             let same_origin = answer.position.as_ref().is_some_and(|p| p.origin_cluster == origin.cluster);
-            let left = answer.position.as_ref().is_some_and(|position| self.tail.is_of_another(run_of(position)));
+            let left = answer.position.as_ref().is_some_and(|position| self.tail.is_of_another(position.run()));
             if left && matches!(self.tail.state, TailState::OtherHistory { .. }) && same_origin {
                 context.count("tail compared with what the link has left");
             }
@@ -144,7 +143,7 @@ impl Origin {
             let ships = position.map_or(Ships::No, |position| {
                 let carried = resume::carried(position, ahead.then_some(&received));
                 let reached = position.origin_revision.max(carried.0);
-                self.tail.ships(run_of(position), reached, (carried, origin.carried), etcd)
+                self.tail.ships(position.run(), reached, carried, etcd)
             });
             match ships {
                 Ships::Yes => {}
@@ -192,7 +191,7 @@ impl Origin {
                 let seen = seen_by(etcd, &self.link);
                 self.restart_tail(after, carried, Some(seen), etcd, context)?.map_err(failed)?;
                 if let Some(position) = &greeted.answer.position {
-                    self.tail.serves(run_of(position), Revision(0));
+                    self.tail.serves(position.run(), Revision(0));
                 }
                 self.open(greeted, stream).follow(after);
                 self.trim_as_known(context);
@@ -203,7 +202,7 @@ impl Origin {
                     let seen = seen_by(etcd, &self.link);
                     self.restart_tail(cursor.after, carried, Some(seen), etcd, context)?.map_err(failed)?;
                     if let Some(position) = &greeted.answer.position {
-                        self.tail.serves(run_of(position), Revision(0));
+                        self.tail.serves(position.run(), Revision(0));
                     }
                 }
                 self.copy(epoch, Some(cursor.cursor), greeted, stream, etcd, context)
@@ -216,9 +215,4 @@ impl Origin {
             }
         }
     }
-}
-
-/// The run that a replica with this position follows.
-fn run_of(position: &Position) -> Run {
-    Run { cluster: position.origin_cluster, epoch: position.epoch }
 }

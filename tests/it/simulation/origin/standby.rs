@@ -8,9 +8,8 @@ use super::{End, Origin};
 use crate::simulation::etcd::Etcd;
 use crate::simulation::region::Context;
 use crate::simulation::tail::TailState;
-use etcd_ferry::model::{Change, LinkName, Revision};
+use etcd_ferry::model::{Change, LinkName, Revision, Run};
 use etcd_ferry::origin::candidacy::{self, Chore, PUBLISH_INTERVAL, Published, Tailing};
-use etcd_ferry::origin::lineage::Run;
 
 /// As the shipper does. `Err`: another one was elected.
 pub(super) fn publish(link: &LinkName, now: Published, etcd: &mut Etcd, context: &mut Context) -> Result<(), End> {
