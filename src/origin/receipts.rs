@@ -110,6 +110,7 @@ impl Session {
             }
             view.reason.clone_from(&ack.waiting);
         });
+        ship.quarantined_most = ship.quarantined_most.max(ack.quarantined);
         self.learn_verified(ship, Revision(ack.verified_revision), ack.verified_at_ms);
         self.show(ship, ack.waiting.is_empty());
         self.show_canary(ship);

@@ -82,8 +82,8 @@ pub struct Shipper {
     pub(super) other_history: OtherHistoryMet,
     /// When both sides are compared next, unless somebody asks.
     pub(super) verify_due: Option<Instant>,
-    /// How many revisions were in quarantine when the last comparison began.
-    pub(super) quarantined_then: u64,
+    /// The most revisions that were in quarantine since the last comparison began, as the replica told.
+    pub(super) quarantined_most: u64,
     pub(super) next_address: usize,
     pub(super) canary: Canary,
     /// What its times are since.
@@ -155,7 +155,7 @@ impl Shipper {
             unwritten: None,
             other_history: OtherHistoryMet::default(),
             verify_due: None,
-            quarantined_then: 0,
+            quarantined_most: 0,
             next_address: 0,
             canary: Canary::default(),
             clock: Instant::now(),
@@ -174,7 +174,7 @@ impl Shipper {
     /// Of what the last comparison found to be expected, some is not any more: a revision has left the quarantine since it began.
     pub(super) fn expected_no_more(&self) -> bool {
         let view = self.view.borrow();
-        view.verification.expected_keys > 0 && view.quarantined < self.quarantined_then
+        view.verification.expected_keys > 0 && view.quarantined < self.quarantined_most
     }
 
     /// Ships until `stop`.

@@ -220,7 +220,7 @@ impl Session {
         let mut tasks = JoinSet::new();
         tasks.spawn(comparison.run());
         let (asks, started) = (asked_of_us, Instant::now());
-        ship.quarantined_then = ship.view.borrow().quarantined;
+        ship.quarantined_most = ship.view.borrow().quarantined;
         self.verifying.marking = None;
         self.verifying.reading.take_if(|reading| reading.wanted.is_none());
         self.verifying.running = Some(Running { asked, started, tasks, asks, answers, progress: shown });

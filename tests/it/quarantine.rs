@@ -385,6 +385,7 @@ async fn what_was_discarded_differs_until_a_repair_mends_it() {
     pair.wait_applied(pair.origin.put("/app/after", "1").await).await;
     let (_, outcome) = verify(&pair);
     assert_eq!((&outcome["differing_keys"], &outcome["expected_keys"]), (&2.into(), &2.into()), "{outcome}");
+    quarantined(&pair.origin_sidecar, 1).await;
     let discarded = outcome_of(&pair.replica_sidecar.admin(&["quarantine", "discard", LINK, "1", "--json"]));
     assert_eq!((&discarded["link"], &discarded["seq"]), (&LINK.into(), &1.into()), "{discarded}");
     let again = pair.replica_sidecar.admin(&["quarantine", "discard", LINK, "1"]);
