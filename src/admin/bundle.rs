@@ -14,7 +14,7 @@ use serde::Serialize;
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
@@ -24,7 +24,9 @@ const PIECE_BYTES: usize = 64 << 10;
 const BUNDLE_BYTES_MAX: usize = 64 << 20;
 /// A spool of 8 GiB has 128 files; of more than these, the largest are not looked for.
 const DATA_FILES_MAX: usize = 4_096;
-/// Each piece comes within it.
+/// Bundles that are told at once: each is in memory as a whole.
+pub(super) const BUNDLES_MAX: usize = 4;
+/// Each piece comes within it, and is taken within it.
 const SILENCE_MAX: Duration = TIMEOUT;
 
 /// One file of a bundle.
@@ -119,6 +121,7 @@ fn data(root: &Path) -> Data {
 /// Hands the files out piece by piece, until the caller is gone or the sidecar stops.
 pub(super) async fn tell(
     files: Vec<BundleFile>,
+    _place: OwnedSemaphorePermit,
     stop: CancellationToken,
     out: mpsc::Sender<Result<BundlePart, Status>>,
 ) {
@@ -130,7 +133,7 @@ pub(super) async fn tell(
             for piece in 0..pieces {
                 let from = piece * PIECE_BYTES;
                 let content = content.slice(from..content.len().min(from + PIECE_BYTES));
-                if out.send(Ok(BundlePart { file: name.clone(), content })).await.is_err() {
+                if out.send_timeout(Ok(BundlePart { file: name.clone(), content }), SILENCE_MAX).await.is_err() {
                     return;
                 }
             }
@@ -185,6 +188,8 @@ fn put_together(files: &mut Vec<BundleFile>, part: BundlePart, bytes: usize) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::Arc;
+    use tokio::sync::Semaphore;
 
     fn part(file: &str, content: &'static [u8]) -> BundlePart {
         BundlePart { file: file.to_owned(), content: Bytes::from_static(content) }
@@ -195,7 +200,10 @@ mod tests {
         let file = |name: &str, bytes: usize| BundleFile { name: name.to_owned(), content: vec![7; bytes] };
         let sent = vec![file("a.txt", PIECE_BYTES * 2 + 1), file("empty.txt", 0), file("b.txt", PIECE_BYTES)];
         let (out, mut pieces) = mpsc::channel(1);
-        let telling = tell(sent.clone(), CancellationToken::new(), out);
+        let places = Arc::new(Semaphore::new(1));
+        let place = places.clone().try_acquire_owned().unwrap();
+        let telling = tell(sent.clone(), place, CancellationToken::new(), out);
+        assert_eq!(places.available_permits(), 0, "until it is told");
         let mut files = Vec::new();
         let listening = async {
             while let Some(piece) = pieces.recv().await {
@@ -206,6 +214,7 @@ mod tests {
         };
         tokio::join!(telling, listening);
         assert!(files == sent);
+        assert_eq!(places.available_permits(), 1);
     }
 
     #[test]

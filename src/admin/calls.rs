@@ -36,6 +36,7 @@ pub(super) struct Service {
     calls: Mutex<JoinSet<()>>,
     /// Places for those who watch the status.
     watchers: Arc<Semaphore>,
+    bundles: Arc<Semaphore>,
     stop: CancellationToken,
 }
 
@@ -47,7 +48,8 @@ impl Service {
         stop: CancellationToken,
     ) -> Self {
         let watchers = Arc::new(Semaphore::new(watching::WATCHERS_MAX));
-        Self { directory, own, in_use, calls: Mutex::default(), watchers, stop }
+        let bundles = Arc::new(Semaphore::new(bundle::BUNDLES_MAX));
+        Self { directory, own, in_use, calls: Mutex::default(), watchers, bundles, stop }
     }
 
     /// On a thread of its own: it reads files.
@@ -139,9 +141,14 @@ impl Admin for Service {
     }
 
     async fn bundle(&self, request: Request<BundleRequest>) -> Result<Response<Self::BundleStream>, Status> {
-        let files = audited(&request, "Bundle", "", self.bundled()).await?;
+        let full = |_| Status::resource_exhausted("4 bundles are being told already: ask again in a moment");
+        let making = async {
+            let place = self.bundles.clone().try_acquire_owned().map_err(full)?;
+            Ok((self.bundled().await?, place))
+        };
+        let (files, place) = audited(&request, "Bundle", "", making).await?;
         let (out, pieces) = mpsc::channel(1);
-        self.go_on(bundle::tell(files, self.stop.clone(), out));
+        self.go_on(bundle::tell(files, place, self.stop.clone(), out));
         Ok(Response::new(ReceiverStream::new(pieces)))
     }
 
@@ -215,7 +222,7 @@ impl Admin for Service {
 
     async fn resync(&self, request: Request<ResyncRequest>) -> Result<Response<ResyncReply>, Status> {
         let ResyncRequest { link, allow_deletes } = request.get_ref();
-        let asked = commands(&self.directory.links(), link, |handle| handle.commands.clone());
+        let asked = commands(&self.directory.links(), (link, model::Side::Origin), |handle| handle.commands.clone());
         let build = |reply| LinkCommand::Resync { allow_deletes: *allow_deletes, reply };
         let call = if *allow_deletes { "Resync --allow-deletes" } else { "Resync" };
         audited(&request, call, link, async { command(&asked?.0, link, build).await }).await?;

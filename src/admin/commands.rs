@@ -8,7 +8,7 @@ use super::calls::Service;
 use super::messages::verification_message;
 use super::proto::{QuarantinedRequest, Verification};
 use super::{LinkCommand, LinkHandle, ReplicaCommand};
-use crate::model::{LinkStatus, Seq};
+use crate::model::{LinkStatus, Seq, Side};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::wrappers::ReceiverStream;
@@ -56,7 +56,7 @@ impl Service {
         link: &str,
         build: impl FnOnce(oneshot::Sender<Result<u64, String>>) -> LinkCommand,
     ) -> Result<Response<ReceiverStream<Result<Verification, Status>>>, Status> {
-        let asked = commands(&self.directory.links(), link, |handle| handle.commands.clone());
+        let asked = commands(&self.directory.links(), (link, Side::Origin), |handle| handle.commands.clone());
         let begun = async {
             let (commands, status) = asked?;
             Ok((command(&commands, link, build).await?, status))
@@ -77,7 +77,7 @@ impl Service {
         link: &str,
         build: impl FnOnce(oneshot::Sender<Result<T, String>>) -> ReplicaCommand,
     ) -> Result<T, Status> {
-        let asked = commands(&self.directory.links(), link, |handle| handle.replica_commands.clone());
+        let asked = commands(&self.directory.links(), (link, Side::Replica), |handle| handle.replica_commands.clone());
         audited(request, call, link, async { command(&asked?.0, link, build).await }).await
     }
 
@@ -96,13 +96,17 @@ impl Service {
 /// Where to send a command for this link, or why it cannot be sent from here.
 pub(super) fn commands<C>(
     links: &[LinkHandle],
-    name: &str,
+    (name, asked): (&str, Side),
     sender: impl Fn(&LinkHandle) -> Option<mpsc::Sender<C>>,
 ) -> Result<(mpsc::Sender<C>, Told), Status> {
     let named: Vec<&LinkHandle> = links.iter().filter(|handle| handle.link.as_str() == name).collect();
     let taken = |handle: &&LinkHandle| Some((sender(handle)?, handle.status.clone()));
     if let Some(commands) = named.iter().find_map(taken) {
         return Ok(commands);
+    }
+    if let Some(handle) = named.iter().find(|handle| handle.side == asked) {
+        let status = handle.snapshot();
+        return Err(Status::unavailable(format!("link {name} is {}: {}", status.state.as_str(), status.reason)));
     }
     if let Some(handle) = named.first() {
         let side = handle.side.as_str();

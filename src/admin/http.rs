@@ -290,9 +290,8 @@ mod tests {
         let following = link("config", LinkState::Following, "");
         let name = following.link.clone();
         let (sender, status) = watch::channel(following);
-        let (before, commands, replica_commands) = (None, None, None);
-        let refresh = refresh::channel().0;
-        let handle = LinkHandle { link: name, side: Side::Origin, status, refresh, before, commands, replica_commands };
+        let stop = CancellationToken::new();
+        let handle = LinkHandle::new((name, Side::Origin), status, refresh::channel().0, stop);
         let member = EtcdHealth {
             endpoint: "http://127.0.0.1:2379".to_owned(),
             ok: true,

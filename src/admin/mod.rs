@@ -38,6 +38,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
 
 /// Generated from proto/admin.proto.
 #[allow(clippy::all, clippy::pedantic)]
@@ -126,15 +127,31 @@ pub struct LinkHandle {
     pub commands: Option<mpsc::Sender<LinkCommand>>,
     /// `None`: this is the origin's side, or it takes none.
     pub replica_commands: Option<mpsc::Sender<ReplicaCommand>>,
+    /// Cancelled once the link is to end here: a reload has changed it or taken it away, or the sidecar ends.
+    pub stop: CancellationToken,
 }
 
 impl LinkHandle {
-    /// The link's latest status. A link whose task has ended is never shown as running.
+    /// Of a link that takes no commands, and that no earlier task had.
+    pub fn new(
+        (link, side): (LinkName, Side),
+        status: watch::Receiver<LinkStatus>,
+        refresh: mpsc::Sender<refresh::Asked>,
+        stop: CancellationToken,
+    ) -> Self {
+        Self { link, side, status, refresh, before: None, commands: None, replica_commands: None, stop }
+    }
+
+    /// The link's latest status. A link whose task has ended is never shown as running, and one that was to end not as one that failed.
     pub fn snapshot(&self) -> LinkStatus {
         let mut status = self.status.borrow().clone();
         if self.status.has_changed().is_err() && status.state != LinkState::Stopped {
-            status.state = LinkState::Stopped;
-            status.reason = "the link's task has ended: see the log, and start the sidecar again".to_owned();
+            (status.state, status.reason) = if self.stop.is_cancelled() {
+                (LinkState::Connecting, "it was stopped here, by a reload or with the sidecar".to_owned())
+            } else {
+                let reason = "the link's task has ended: see the log, and start the sidecar again";
+                (LinkState::Stopped, reason.to_owned())
+            };
         }
         if let Some(before) = &self.before {
             status.count_on(before);
@@ -231,15 +248,16 @@ mod tests {
         let mut following = LinkStatus::new(link.clone(), Side::Origin, String::new());
         following.state = LinkState::Following;
         let (sender, status) = watch::channel(following);
-        let (before, commands, replica_commands) = (None, None, None);
-        let refresh = refresh::channel().0;
-        let handle = LinkHandle { link, side: Side::Origin, status, refresh, before, commands, replica_commands };
+        let stop = CancellationToken::new();
+        let handle = LinkHandle::new((link, Side::Origin), status, refresh::channel().0, stop.clone());
         assert_eq!(handle.snapshot().state, LinkState::Following);
 
         drop(sender);
 
         assert_eq!(handle.snapshot().state, LinkState::Stopped);
         assert!(handle.snapshot().reason.contains("the link's task has ended"));
+        stop.cancel();
+        assert_eq!(handle.snapshot().state, LinkState::Connecting, "it was to end");
     }
 
     #[test]
@@ -251,12 +269,12 @@ mod tests {
         let mut now = before.clone();
         (now.bytes_raw, now.bytes_sent) = (1, 2);
         now.counts = [("revisions", 3), ("stalls", 0)].into();
+        (before.verification.runs, now.verification.runs) = (5, 1);
         let (_sender, status) = watch::channel(now);
-        let (commands, replica_commands) = (None, None);
-        let (before, refresh) = (Some(Arc::new(before)), refresh::channel().0);
-        let handle = LinkHandle { link, side: Side::Origin, status, refresh, before, commands, replica_commands };
+        let handle = LinkHandle::new((link, Side::Origin), status, refresh::channel().0, CancellationToken::new());
+        let handle = LinkHandle { before: Some(Arc::new(before)), ..handle };
         let seen = handle.snapshot();
-        assert_eq!((seen.bytes_raw, seen.bytes_sent), (101, 12));
+        assert_eq!((seen.bytes_raw, seen.bytes_sent, seen.verification.runs), (101, 12, 6));
         assert_eq!(seen.counts, [("revisions", 10), ("copies", 1), ("stalls", 0)].into());
     }
 }

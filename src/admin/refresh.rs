@@ -47,6 +47,7 @@ mod tests {
     use std::sync::Arc;
     use std::time::Instant;
     use tokio::sync::watch;
+    use tokio_util::sync::CancellationToken;
 
     fn directory(links: Vec<LinkHandle>) -> Directory {
         let nowhere = ([127, 0, 0, 1], 1).into();
@@ -67,8 +68,7 @@ mod tests {
         let link = LinkName::new(name).unwrap_or_else(|rule| panic!("{rule}"));
         let (sender, status) = watch::channel(LinkStatus::new(link.clone(), Side::Origin, String::new()));
         let (refresh, asked) = channel();
-        let (before, commands, replica_commands) = (None, None, None);
-        let handle = LinkHandle { link, side: Side::Origin, status, refresh, before, commands, replica_commands };
+        let handle = LinkHandle::new((link, Side::Origin), status, refresh, CancellationToken::new());
         (sender, asked, handle)
     }
 

@@ -31,7 +31,7 @@ type Runner = Pin<Box<dyn Future<Output = anyhow::Result<()>> + Send>>;
 
 /// When an origin's spool is opened: a large one takes minutes, and others are not to wait for it.
 #[derive(Debug, Clone, Copy)]
-enum When {
+pub enum When {
     /// What is added has little in it, and whoever adds it is told if it cannot be opened.
     Now,
     InItsTask,
@@ -140,11 +140,9 @@ impl Links {
 
     /// Opens a link of the configuration, once an earlier one of its name and side has ended; [`Self::start`] starts it. An error says why
     /// not, and is shown as the link's.
-    pub async fn open(&mut self, config: &Config, link: &LinkName, side: Side) -> anyhow::Result<()> {
+    pub async fn open(&mut self, config: &Config, link: &LinkName, side: Side, when: When) -> anyhow::Result<()> {
         let send = config.send.iter().find(|send| side == Side::Origin && send.link == *link);
         let receive = config.receive.iter().find(|receive| side == Side::Replica && receive.link == *link);
-        let runs = self.entries.iter().any(|entry| entry.is(link, side) && entry.task.is_some());
-        let when = if runs { When::InItsTask } else { When::Now };
         let opened = match (self.end(link, side).await, send, receive) {
             (Ok(()), Some(send), _) => self.open_origin(config, send, when).await,
             (Ok(()), None, Some(receive)) => self.open_replica(config, receive).await,
@@ -265,15 +263,9 @@ impl Links {
                 Box::pin(async move { origin.run(status, asked, incoming, until).await.context(context) })
             }
         };
-        let handle = LinkHandle {
-            before: self.before(&link, Side::Origin),
-            link,
-            side: Side::Origin,
-            status: watching,
-            refresh,
-            commands: Some(commands),
-            replica_commands: None,
-        };
+        let before = self.before(&link, Side::Origin);
+        let handle = LinkHandle::new((link, Side::Origin), watching, refresh, stop.clone());
+        let handle = LinkHandle { before, commands: Some(commands), ..handle };
         let (runner, task, replica) = (Some(runner), None, None);
         self.entries.push(Entry { handle, stop, runner, task, replica, from_start: false });
         Ok(())
@@ -301,15 +293,9 @@ impl Links {
             let (link, stop) = (link.clone(), stop.clone());
             async move { task.run(status, asked, stop).await.with_context(|| format!("link {link}")) }
         };
-        let handle = LinkHandle {
-            before: self.before(&link, Side::Replica),
-            link,
-            side: Side::Replica,
-            status: watching,
-            refresh,
-            commands: None,
-            replica_commands: Some(commands),
-        };
+        let before = self.before(&link, Side::Replica);
+        let handle = LinkHandle::new((link, Side::Replica), watching, refresh, stop.clone());
+        let handle = LinkHandle { before, replica_commands: Some(commands), ..handle };
         let (runner, task, replica): (Option<Runner>, _, _) = (Some(Box::pin(runner)), None, Some((end, reads)));
         self.entries.push(Entry { handle, stop, runner, task, replica, from_start: false });
         Ok(())
@@ -322,16 +308,10 @@ impl Links {
         let peer = sent.map(|send| &send.peer).or(received.map(|receive| &receive.peer));
         let mut status = LinkStatus::new(link.clone(), side, peer.cloned().unwrap_or_default());
         (status.state, status.reason) = (LinkState::Stopped, reason);
-        let handle = LinkHandle {
-            before: self.before(link, side),
-            link: link.clone(),
-            side,
-            status: watch::channel(status).1,
-            refresh: refresh::channel().0,
-            commands: None,
-            replica_commands: None,
-        };
         let stop = self.stop.child_token();
+        let (status, refresh) = (watch::channel(status).1, refresh::channel().0);
+        let handle = LinkHandle::new((link.clone(), side), status, refresh, stop.clone());
+        let handle = LinkHandle { before: self.before(link, side), ..handle };
         self.entries.push(Entry { handle, stop, runner: None, task: None, replica: None, from_start: false });
     }
 

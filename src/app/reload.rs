@@ -3,7 +3,7 @@
 //! Edge: what a change means is decided in config/change.rs.
 //! Always true: a configuration that is not sound as a whole changes nothing; what is not touched by a change goes on.
 
-use super::links::{Ended, Links};
+use super::links::{Ended, Links, When};
 use crate::admin::reload::Reloaded;
 use crate::config::change::{Change, LinkChange, What, compare};
 use crate::config::{Checked, Config, Fault, Faults, Layers};
@@ -90,10 +90,11 @@ impl Reloader {
                     Ok(format!("removed and stopped; its files stay in {}", self.dir(&link, side).display()))
                 }
                 What::Changed(keys) => self
-                    .begin(links, &link, side)
+                    // A large spool takes minutes, for which the other links would stand still.
+                    .begin(links, &link, side, When::InItsTask)
                     .await
                     .map(|()| format!("changed ({}), and {}", keys.join(", "), goes_on(side, keys))),
-                What::Added => self.begin(links, &link, side).await.map(|()| "added and started".to_owned()),
+                What::Added => self.begin(links, &link, side, When::Now).await.map(|()| "added and started".to_owned()),
             };
             match outcome {
                 Ok(what) => reloaded.taken.push(format!("{name}: {what}")),
@@ -108,8 +109,8 @@ impl Reloader {
         reloaded
     }
 
-    async fn begin(&self, links: &mut Links, link: &LinkName, side: Side) -> Result<(), String> {
-        links.open(&self.running, link, side).await.map_err(|error| with_sources(error.as_ref()))
+    async fn begin(&self, links: &mut Links, link: &LinkName, side: Side, when: When) -> Result<(), String> {
+        links.open(&self.running, link, side, when).await.map_err(|error| with_sources(error.as_ref()))
     }
 
     fn dir(&self, link: &LinkName, side: Side) -> PathBuf {

@@ -83,7 +83,11 @@ pub(super) fn run(configuration: &Configuration) -> Result<(), Failure> {
     }
     #[cfg(feature = "failpoints")]
     crate::failpoint::arm().map_err(Failure::Failed)?;
-    sidecar_runtime()?.block_on(app::run(config, layers, logs)).map_err(|e| Failure::Failed(with_sources(e.as_ref())))
+    let runtime = sidecar_runtime()?;
+    let ended = runtime.block_on(app::run(config, layers, logs));
+    // A name that is looked up and a disk that hangs are not waited for: `app::run` has given them their time.
+    runtime.shutdown_background();
+    ended.map_err(|e| Failure::Failed(with_sources(e.as_ref())))
 }
 
 /// Half the cores, for the other half is etcd's. Fewer threads also wake each other less: on two cores one thread takes a third less CPU for

@@ -443,6 +443,7 @@ impl LinkStatus {
     pub fn count_on(&mut self, before: &LinkStatus) {
         self.bytes_raw += before.bytes_raw;
         self.bytes_sent += before.bytes_sent;
+        self.verification.runs += before.verification.runs;
         for (count, value) in &before.counts {
             *self.counts.entry(count).or_default() += value;
         }

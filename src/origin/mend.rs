@@ -138,16 +138,18 @@ impl Comparison {
     }
 }
 
-/// What the keys are at a revision, from the first on, until they are `bytes_max` together.
+/// What the keys are at a revision, from the first on, as many as are `bytes_max` together at most; the first in any case.
 async fn read_keys(etcd: Etcd, keys: Vec<Bytes>, at: Revision, bytes_max: usize) -> Result<Vec<Change>, EtcdError> {
     let mut changes: Vec<Change> = Vec::with_capacity(keys.len());
     let mut bytes = 0;
     for some in keys.chunks(READS_AT_ONCE) {
         let read = futures::future::try_join_all(some.iter().map(|key| read_key(&etcd, key, at))).await?;
-        bytes += read.iter().map(Change::bytes).sum::<usize>();
-        changes.extend(read);
-        if bytes >= bytes_max {
-            break;
+        for change in read {
+            bytes += change.bytes();
+            if bytes > bytes_max && !changes.is_empty() {
+                return Ok(changes);
+            }
+            changes.push(change);
         }
     }
     Ok(changes)

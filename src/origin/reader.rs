@@ -76,7 +76,7 @@ impl Reader {
             pins_lost: 0,
             keys_limit: if keys_only { KEYS_ONLY_MAX } else { KEYS_FIRST.min(limits.page_keys_max) },
             keys_max: if keys_only { KEYS_ONLY_MAX } else { limits.page_keys_max },
-            bytes_max: limits.page_bytes_max,
+            bytes_max: limits.page_bytes_max.min(session.frame_bytes_max),
         }
     }
 

@@ -88,7 +88,8 @@ pub struct Session {
     /// The bytes of each frame that is not received yet, by its last seq; fewer than [`IN_FLIGHT_MAX`].
     pub(super) unreceived: VecDeque<(Seq, u64)>,
     replica_cluster: ClusterId,
-    frame_bytes_max: usize,
+    /// The lesser of both sides': each takes a revision, a page and a repair of so much.
+    pub(super) frame_bytes_max: usize,
     pub(super) waymark: OriginWaymark,
     pub(super) waymark_revision: Revision,
     pub(super) silence_max: Duration,

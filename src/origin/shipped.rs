@@ -32,6 +32,15 @@ pub struct Acked {
     pub held: bool,
     /// It is paused there.
     pub paused: bool,
+    /// It has said something on this stream.
+    pub heard: bool,
+}
+
+impl Acked {
+    /// Where nothing is applied no mark is reached, and nothing can be compared.
+    pub fn notes_marks(&self) -> bool {
+        !self.paused && !self.held
+    }
 }
 
 /// One stream's account.
@@ -48,6 +57,8 @@ pub struct Shipped {
     /// Frames that are not durable at the replica: their last seq and revision.
     in_flight: VecDeque<(Seq, Revision)>,
     received: (Seq, Revision),
+    /// What the hello said of that.
+    at_open: (Seq, Revision),
     pub acked: Acked,
     resets_in_row: u32,
 }
@@ -89,6 +100,7 @@ impl Shipped {
             progressed: Revision(0),
             in_flight: VecDeque::new(),
             received,
+            at_open: received,
             acked,
             resets_in_row: 0,
         }
@@ -103,7 +115,7 @@ impl Shipped {
     /// A base copy is over: seqs start afresh.
     pub fn open_epoch(&mut self, anchor: Revision) {
         self.seq = Seq(0);
-        self.received = (Seq(0), anchor);
+        (self.received, self.at_open) = ((Seq(0), anchor), (Seq(0), anchor));
         self.in_flight.clear();
         self.acked.applied = Seq(0);
         self.acked.durable = Seq(0);
@@ -182,7 +194,10 @@ impl Shipped {
         acked.following = ack.following && !copying;
         acked.repairing = ack.repairing && !copying;
         acked.repair_wanted = ack.repair_wanted && acked.following;
-        (acked.held, acked.paused) = (ack.held, ack.paused);
+        (acked.held, acked.paused, acked.heard) = (ack.held, ack.paused, true);
+        if durable >= self.at_open.0 {
+            acked.durable_revision = acked.durable_revision.max(self.at_open.1);
+        }
         acked.position_revision = acked.position_revision.max(Revision(ack.position_revision));
         let lag = acked.applied_revision > self.acked.applied_revision
             || acked.durable_revision > self.acked.durable_revision;
@@ -351,5 +366,26 @@ mod tests {
         assert_eq!(shipped.acked.position_revision, Revision(200));
         assert_eq!(shipped.reset(Seq(0)), Ok(1));
         assert_eq!(shipped.cursor, Revision(200));
+    }
+
+    #[test]
+    fn what_was_received_before_the_stream_is_safe_once_the_replica_says_so() {
+        let mut shipped = Shipped::open(None, (Seq(12), Revision(104)), Seq(10));
+        assert_eq!(shipped.durable_at_open(), Revision(0));
+        shipped.follow(Revision(104));
+        shipped.acknowledge(&ack(12, 11, 10, 100), false).unwrap();
+        assert_eq!(shipped.acked.durable_revision, Revision(100));
+        shipped.acknowledge(&ack(12, 12, 10, 100), false).unwrap();
+        assert_eq!(shipped.acked.durable_revision, Revision(104));
+    }
+
+    #[test]
+    fn a_link_that_is_held_or_paused_has_nothing_to_be_compared() {
+        let mut shipped = Shipped::open(None, (Seq(12), Revision(104)), Seq(12));
+        assert!(!shipped.acked.heard, "it has said nothing");
+        for (held, paused, expected) in [(false, false, true), (true, false, false), (false, true, false)] {
+            shipped.acknowledge(&Ack { held, paused, ..ack(12, 12, 12, 104) }, false).unwrap();
+            assert_eq!((shipped.acked.notes_marks(), shipped.acked.heard), (expected, true));
+        }
     }
 }

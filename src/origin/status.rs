@@ -81,6 +81,10 @@ impl Views<'_> {
         status.bytes_raw = ship.bytes_raw;
         status.bytes_sent = ship.bytes_sent;
         status.counts.clone_from(&ship.counts);
+        // Those that alerts look at are there from the beginning: a rise from nothing is none.
+        for name in ["damaged", "resets"] {
+            status.counts.entry(name).or_default();
+        }
         status.counts.insert("elections", self.elect.won);
         status.counts.insert("stalls", stalls);
         status.copy = ship.copy;

@@ -44,7 +44,7 @@ pub(super) struct Verifying {
     wanted_next: Option<Wish>,
     /// The next one that is due goes at full speed: it proves what a repair did.
     hurry: bool,
-    /// When the last one ended in this stream, and how many did.
+    /// When the last one ended in this stream, and how many that found something did.
     ended: Option<(Instant, u32)>,
     marks: u64,
     repairs: u64,
@@ -173,6 +173,11 @@ impl Session {
 
     /// The number of the comparison that will answer; it begins from now on.
     fn want(&mut self, ship: &mut Shipper, wish: Wish) -> Result<u64, String> {
+        if !self.shipped.acked.heard {
+            return Err(
+                "its stream is being opened, and the replica has said nothing yet: ask again in a moment".to_owned()
+            );
+        }
         if self.shipped.acked.paused {
             return Err("it is paused at the replica, which notes no mark meanwhile: resume it there, then ask again"
                 .to_owned());
@@ -231,7 +236,7 @@ impl Session {
     /// When the next comparison begins by itself: at once where the last one says "as expected" of what is not any more. A repair that was
     /// cut short goes on, and one that the replica wants begins.
     pub(super) fn verification_due(&self, ship: &Shipper) -> Option<Instant> {
-        if self.shipped.acked.paused {
+        if !self.shipped.acked.notes_marks() {
             return None;
         }
         let repair = || self.verifying.ended.map_or_else(Instant::now, |(at, times)| at + repair_pause(times));
@@ -309,7 +314,7 @@ impl Session {
 
     fn read_repair(&mut self, ship: &Shipper, keys: Vec<Bytes>, of: RepairOf) {
         let stood = (self.shipped.seq, self.shipped.cursor);
-        let bytes_max = ship.origin.limits.page_bytes_max;
+        let bytes_max = ship.origin.limits.page_bytes_max.min(self.frame_bytes_max);
         let reading = RepairReading::begin(self.etcd.clone(), keys, (self.standing(ship), bytes_max), stood, of);
         self.verifying.reading = Some(reading);
     }
@@ -355,7 +360,7 @@ impl Session {
     fn ended(&mut self, ship: &mut Shipper, outcome: Result<Compared, Failed>) -> Option<Shipment> {
         let running = self.verifying.running.take()?;
         let times = self.verifying.ended.map_or(0, |(_, times)| times);
-        self.verifying.ended = Some((Instant::now(), times.saturating_add(1)));
+        self.verifying.ended = Some((Instant::now(), times_after(times, &outcome)));
         ship.verified_now();
         let seconds = running.started.elapsed().as_secs_f64();
         let told = match outcome {
@@ -414,7 +419,15 @@ impl Session {
     }
 }
 
-/// After so many comparisons of this stream have ended.
+/// Of the comparisons that delay the next repair, one more, unless it found both sides equal.
+fn times_after(times: u32, outcome: &Result<Compared, Failed>) -> u32 {
+    match outcome {
+        Ok(compared) if compared.differing == 0 => times,
+        Ok(_) | Err(_) => times.saturating_add(1),
+    }
+}
+
+/// After so many comparisons of this stream have ended that found something, or failed.
 fn repair_pause(times: u32) -> Duration {
     REPAIR_PAUSE_FIRST.saturating_mul(1 << times.saturating_sub(1).min(16)).min(REPAIR_PAUSE_MAX)
 }
@@ -428,5 +441,13 @@ mod tests {
         let pauses: Vec<u64> =
             [1, 2, 3, 5, 6, 1_000, u32::MAX].into_iter().map(|n| repair_pause(n).as_secs()).collect();
         assert_eq!(pauses, [2, 4, 8, 32, 60, 60, 60]);
+    }
+
+    #[test]
+    fn comparisons_that_find_both_sides_equal_delay_no_repair() {
+        let equal = (0..10).fold(0, |times, _| times_after(times, &Ok(Compared::default())));
+        assert_eq!(repair_pause(times_after(equal, &Err(Failed::NoAnswer))), REPAIR_PAUSE_FIRST);
+        let differs = Compared { differing: 1, ..Compared::default() };
+        assert_eq!(times_after(equal, &Ok(differs)), 1);
     }
 }

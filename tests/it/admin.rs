@@ -68,7 +68,7 @@ fn handle(name: &str, side: Side, state: LinkState) -> (watch::Sender<LinkStatus
     first.counts.insert("repeated", 2);
     let (sender, status) = watch::channel(first);
     let refresh = etcd_ferry::admin::refresh::channel().0;
-    (sender, LinkHandle { link, side, status, refresh, before: None, commands: None, replica_commands: None })
+    (sender, LinkHandle::new((link, side), status, refresh, CancellationToken::new()))
 }
 
 /// What it tells of itself; its log is nobody's.

@@ -10,7 +10,7 @@ use crate::bed::{PATIENCE, until};
 use bytes::Bytes;
 use serde_json::{Value, json};
 use std::fs;
-use std::process::Output;
+use std::process::{Command, Output};
 
 const EXTRA: &str = "extra";
 
@@ -268,7 +268,7 @@ async fn a_link_that_cannot_be_opened_is_told_and_shown_and_comes_with_the_next_
     let mut pair = Box::pin(Pair::start(over("/registry/"))).await;
     pair.wait_applied(pair.origin.put("/registry/a", "x").await).await;
     add_extra(&mut pair);
-    let mut in_the_way = Vec::new();
+    let (mut in_the_way, mut asked) = (Vec::new(), ["verify", "pause"].into_iter().rev());
     for (sidecar, side) in [(&pair.replica_sidecar, "replica"), (&pair.origin_sidecar, "origin")] {
         let folder = sidecar.data_dir().join(side).join(EXTRA);
         fs::create_dir(folder.parent().expect("a parent")).ok();
@@ -280,6 +280,9 @@ async fn a_link_that_cannot_be_opened_is_told_and_shown_and_comes_with_the_next_
         let stopped = sidecar.wait_for_state(EXTRA, "stopped").await;
         let reason = stopped["reason"].as_str().expect("a reason");
         assert!(reason.contains("it could not be opened") && reason.contains("mend that, and reload"), "{reason}");
+        // Nobody is sent to the other region, where the link is asked at the right side.
+        let output = sidecar.admin(&[asked.next().unwrap(), EXTRA]);
+        assert!(words(&output).contains("link extra is stopped: it could not be opened"), "{}", words(&output));
         in_the_way.push(folder);
     }
     pair.wait_applied(pair.origin.put("/registry/b", "x").await).await;
@@ -289,4 +292,29 @@ async fn a_link_that_cannot_be_opened_is_told_and_shown_and_comes_with_the_next_
         assert_eq!(reload(sidecar)["taken"], json!([format!("link extra ({side}): added and started")]));
     }
     carries(&pair, "/extra/a").await;
+}
+
+/// A folder whose disk hangs: whoever opens a file of it waits.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_spool_that_cannot_be_opened_for_long_holds_up_neither_a_reload_nor_another_link_nor_the_end() {
+    let mut pair = Box::pin(Pair::prepare(over("/registry/"))).await;
+    add_extra(&mut pair);
+    for sidecar in [&mut pair.origin_sidecar, &mut pair.replica_sidecar] {
+        sidecar.write_config();
+        sidecar.restart().await;
+    }
+    carries(&pair, "/extra/a").await;
+    let spool = pair.origin_sidecar.data_dir().join("origin").join(EXTRA).join("spool");
+    let hangs = spool.join(format!("{:020}.segment", u64::MAX));
+    assert!(Command::new("mkfifo").arg(&hangs).status().unwrap().success());
+
+    pair.origin_sidecar.options.send[1].verify_interval_seconds = Some(3_600);
+    let told = reload(&pair.origin_sidecar);
+    assert_eq!((&told["failed"], told["taken"].as_array().map(Vec::len)), (&json!([]), Some(1)), "{told}");
+    pair.wait_applied(pair.origin.put("/registry/a", "x").await).await;
+    let entry = pair.origin_sidecar.wait_for_state(EXTRA, "connecting").await;
+    let verify = pair.origin_sidecar.admin(&["verify", LINK]);
+    assert!(verify.status.success(), "{}\n{entry:#}", words(&verify));
+    let (_, status) = pair.origin_sidecar.stop().await;
+    assert!(status.success(), "{status}");
 }
