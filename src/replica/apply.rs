@@ -312,7 +312,8 @@ impl Applier {
             // What comes next depends on how this one ends.
             return;
         }
-        if self.in_flight.is_none() && self.held.as_ref().is_some_and(Held::is_stale) {
+        let writes = !self.waiting.is_empty() || self.progress.is_some_and(|idle| idle.persist);
+        if writes && self.in_flight.is_none() && self.held.as_ref().is_some_and(Held::is_stale) {
             self.held = None;
             Box::pin(self.retry()).await;
             if !self.follows() {

@@ -78,8 +78,9 @@ impl Held {
         Self { position, mod_revision, at: Instant::now() }
     }
 
-    /// True if it is older than a process gets that was awake. While it slept the replica may have been restored, and the position's key have
-    /// come to the same `mod_revision` again with another position.
+    /// True if it is to be read again before anything is written on its strength. While this process slept the replica may have been restored,
+    /// and the position's key have come to the same `mod_revision` again with another position. And where nothing is written for so long though
+    /// something waits, another of the replica's sidecars may have been told what to do: to discard a revision, or to pause the link.
     pub fn is_stale(&self) -> bool {
         self.at.elapsed() >= HELD_MAX
     }

@@ -12,7 +12,7 @@ use super::plan::{self, Node, Op, PlanError, TxnTree};
 use super::poison::{SeqState, Verdict};
 use crate::config::OnPoison;
 use crate::etcd::EtcdError;
-use crate::model::{Digest, GivenUp, Mended, Phase, Position, Quarantine, Record, Revision, SKIPPED_MAX, Seq};
+use crate::model::{Digest, GivenUp, Mended, Phase, Position, Quarantine, Record, SKIPPED_MAX, Seq};
 use crate::wire::replicate::KeysWanted;
 use crate::wire::replicate::refusal::Kind;
 use bytes::Bytes;
@@ -107,7 +107,7 @@ impl Applier {
             }
             Verdict::Again { refusals } => {
                 self.note_state(seq, SeqState::Failed { refusals });
-                return self.wait_refused(revision, seq, &refusal);
+                return self.wait(format!("{}: revision {revision} (seq {seq}) is refused", refusal.reason));
             }
             Verdict::Poison { refusals } => refusals,
         };
@@ -119,14 +119,10 @@ impl Applier {
                 self.refuse(kind, refusal.reason);
             }
             // Whoever grants the right sees it go on.
-            (OnPoison::Stop, None) => self.wait_refused(revision, seq, &refusal),
+            (OnPoison::Stop, None) => {
+                self.wait(format!("{}: revision {revision} (seq {seq}) is refused", refusal.reason))
+            }
         }
-    }
-
-    /// It is tried again, after a look at what another of the replica's sidecars has done with the link: paused it, for one.
-    fn wait_refused(&mut self, revision: Revision, seq: Seq, refusal: &Refusal) {
-        self.wait(format!("{}: revision {revision} (seq {seq}) is refused", refusal.reason));
-        self.held = None;
     }
 
     fn note_state(&self, seq: Seq, state: SeqState) {
@@ -143,14 +139,11 @@ impl Applier {
         let (seq, whole) = (waiting.seq, waiting.revision);
         let Refusal { reason, surely } = refusal;
         if position.skipped.len() >= SKIPPED_MAX {
-            self.hold(format!(
+            return self.hold(format!(
                 "{SKIPPED_MAX} revisions are in quarantine, and there is no place for revision {} ({reason}): mend the cause, or discard one \
                  (`etcd-ferry quarantine list {}`)",
                 whole.revision, self.link
             ));
-            // Another sidecar may have been told to discard one.
-            self.held = None;
-            return;
         }
         let why = GivenUp { reason: reason.clone(), refusals, at_ms: now_ms(), part: position.part };
         let record = Record::of(position.epoch, seq, &whole, digest, why);

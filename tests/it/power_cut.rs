@@ -68,6 +68,19 @@ fn a_power_cut_loses_no_journaled_revision_that_was_durable() {
     SIZES.into_iter().for_each(|bytes| cut_twice("journal", bytes));
 }
 
+/// What else is in the folder, and syncs it, is not there.
+#[test]
+fn a_power_cut_brings_nothing_back_into_a_log_that_was_cleared() {
+    let disk = Disk::new(32 << 20);
+    let mut log = open_log(&disk.mount.join("log")).0;
+    log.append(1, &payload(1, 1_024)).unwrap();
+    log.sync().unwrap();
+    log.clear(3, 7).unwrap();
+    let copy = disk.copy();
+    let (kept, records) = open_log(&copy.mount.join("log"));
+    assert_eq!((kept.tag(), kept.base(), kept.last_index(), records.len()), (3, 7, 7, 0));
+}
+
 #[tokio::test]
 async fn a_power_cut_brings_no_older_epoch_back_into_a_journal_that_was_reset() {
     let disk = Disk::new(32 << 20);
