@@ -6,6 +6,7 @@ use crate::bed::contents::{load, noise};
 use crate::bed::pair::{LINK, link_name};
 use crate::bed::regions::{Regions, RegionsOptions, TAKEOVER_LIMIT};
 use crate::bed::sidecar::Sidecar;
+use crate::bed::traffic::Acknowledged;
 use crate::bed::{PATIENCE, until};
 use crate::resume::{last, spool_holds, write};
 use etcd_client::DeleteOptions;
@@ -175,26 +176,19 @@ async fn two_appliers_at_once_do_no_harm() {
     regions.judge(recorder, &acknowledged, &before).await;
 }
 
-/// The folder stays where a link was removed, and a link of that name begins with the first epoch again.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_journal_of_a_link_that_was_removed_is_not_applied_to_one_that_was_made_anew_with_its_name() {
-    let mut regions = Box::pin(Regions::start(RegionsOptions { sidecars: (1, 2), ..RegionsOptions::default() })).await;
-    // The first one receives, as long as it is there.
-    regions.peer_lines[0][1].cut();
+/// The replica's first sidecar has these in its journal, applied; then it and the origin's are stopped.
+async fn stopped_with_a_journal(regions: &mut Regions) -> (Vec<Acknowledged>, Position) {
     let old = write(&regions.origin[0].access(), "/app/old/", 20, 100).await;
     let before = regions.wait_applied(last(&old)).await;
     let late = &regions.replica_sidecars[0];
     late.wait_for(LINK, "the first sidecar to hold it all", |entry| entry["seq"] == before.seq.0).await;
     regions.replica_sidecars[0].stop().await;
     regions.origin_sidecars[0].stop().await;
-    for etcd in [&regions.origin[0], &regions.replica[0]] {
-        let options = DeleteOptions::new().with_prefix();
-        etcd.kv().await.delete(format!("/etcd-ferry/v1/links/{LINK}/"), Some(options)).await.unwrap();
-    }
-    for change in old.iter().flat_map(|acknowledged| &acknowledged.changes) {
-        regions.origin[0].put(change.key().to_vec(), "new").await;
-    }
-    let recorder = regions.record().await;
+    (old, before)
+}
+
+/// The link follows in an epoch of the same number, from its first seq on, by the replica's second sidecar; the first one comes late to it.
+async fn begun_anew(regions: &mut Regions, before: &Position) -> Position {
     regions.peer_lines[0][1].heal();
     regions.origin_sidecars[0].restart().await;
     let anew = |position: &Position| position.state == Phase::Following && position.cursor.is_none();
@@ -203,11 +197,34 @@ async fn a_journal_of_a_link_that_was_removed_is_not_applied_to_one_that_was_mad
     regions.replica_sidecars[0].restart().await;
     let late = &regions.replica_sidecars[0];
     late.wait_for(LINK, "the late sidecar to know the new run", |entry| entry["seq"] == 0).await;
-    // Now it receives, and what it says that it has received is what its journal holds.
+    position
+}
+
+/// What it says that it has received is what its journal holds.
+async fn applies_at_the_late_one(regions: &Regions) {
     regions.peer_lines[0][1].cut();
     let revision = regions.origin[0].put("/app/last", "1").await;
     assert_eq!(regions.wait_applied(revision).await.seq.0, 1);
     regions.assert_equal().await;
+}
+
+/// The folder stays where a link was removed, and a link of that name begins with the first epoch again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_journal_of_a_link_that_was_removed_is_not_applied_to_one_that_was_made_anew_with_its_name() {
+    let mut regions = Box::pin(Regions::start(RegionsOptions { sidecars: (1, 2), ..RegionsOptions::default() })).await;
+    // The first one receives, as long as it is there.
+    regions.peer_lines[0][1].cut();
+    let (old, before) = stopped_with_a_journal(&mut regions).await;
+    for etcd in [&regions.origin[0], &regions.replica[0]] {
+        let options = DeleteOptions::new().with_prefix();
+        etcd.kv().await.delete(format!("/etcd-ferry/v1/links/{LINK}/"), Some(options)).await.unwrap();
+    }
+    for change in old.iter().flat_map(|acknowledged| &acknowledged.changes) {
+        regions.origin[0].put(change.key().to_vec(), "new").await;
+    }
+    let recorder = regions.record().await;
+    begun_anew(&mut regions, &before).await;
+    applies_at_the_late_one(&regions).await;
     regions.recorded(recorder).await.check().unwrap();
 }
 
@@ -221,12 +238,7 @@ async fn a_journal_of_another_origin_is_not_applied_though_its_epoch_has_the_sam
     write(&regions.origin[0].access(), "/app/later/", 200, 10).await;
     regions.peer_lines[0][1].cut();
     regions.start_sidecars().await;
-    let old = write(&regions.origin[0].access(), "/app/old/", 20, 100).await;
-    let before = regions.wait_applied(last(&old)).await;
-    let late = &regions.replica_sidecars[0];
-    late.wait_for(LINK, "the first sidecar to hold it all", |entry| entry["seq"] == before.seq.0).await;
-    regions.replica_sidecars[0].stop().await;
-    regions.origin_sidecars[0].stop().await;
+    let (old, before) = stopped_with_a_journal(&mut regions).await;
     regions.origin[0].replace().await;
     let mut replica = regions.replica[0].kv().await;
     for prefix in ["/app/".to_owned(), format!("/etcd-ferry/v1/links/{LINK}/")] {
@@ -235,19 +247,9 @@ async fn a_journal_of_another_origin_is_not_applied_though_its_epoch_has_the_sam
     for change in old.iter().flat_map(|acknowledged| &acknowledged.changes) {
         regions.origin[0].put(change.key().to_vec(), "new").await;
     }
-    regions.peer_lines[0][1].heal();
-    regions.origin_sidecars[0].restart().await;
-    let anew = |position: &Position| position.state == Phase::Following && position.cursor.is_none();
-    let position = until("the link to follow anew", PATIENCE, async || regions.try_position().await.filter(anew)).await;
-    assert_eq!((position.epoch, position.seq.0), (before.epoch, 0), "the same number, another run");
+    let position = begun_anew(&mut regions, &before).await;
     assert!(position.origin_revision < old[0].revision, "the trap");
-    regions.replica_sidecars[0].restart().await;
-    let late = &regions.replica_sidecars[0];
-    late.wait_for(LINK, "the late sidecar to know the new run", |entry| entry["seq"] == 0).await;
-    regions.peer_lines[0][1].cut();
-    let revision = regions.origin[0].put("/app/last", "1").await;
-    assert_eq!(regions.wait_applied(revision).await.seq.0, 1);
-    regions.assert_equal().await;
+    applies_at_the_late_one(&regions).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

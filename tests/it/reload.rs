@@ -30,6 +30,17 @@ fn add_extra(pair: &mut Pair) {
     connect(origin, replica, EXTRA, &pair.proxy, &over("/extra/"));
 }
 
+/// Both links from the start.
+async fn with_extra() -> Pair {
+    let mut pair = Box::pin(Pair::prepare(over("/registry/"))).await;
+    add_extra(&mut pair);
+    for sidecar in [&mut pair.origin_sidecar, &mut pair.replica_sidecar] {
+        sidecar.write_config();
+        sidecar.restart().await;
+    }
+    pair
+}
+
 fn remove_extra(pair: &mut Pair) {
     pair.origin_sidecar.options.send.retain(|send| send.link != EXTRA);
     pair.replica_sidecar.options.receive.retain(|receive| receive.link != EXTRA);
@@ -140,12 +151,7 @@ async fn a_link_that_is_added_removed_and_added_again_by_sighup_carries_and_the_
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_link_that_is_changed_by_the_admin_call_goes_on_from_its_spool_and_its_journal() {
-    let mut pair = Box::pin(Pair::prepare(over("/registry/"))).await;
-    add_extra(&mut pair);
-    for sidecar in [&mut pair.origin_sidecar, &mut pair.replica_sidecar] {
-        sidecar.write_config();
-        sidecar.restart().await;
-    }
+    let mut pair = Box::pin(with_extra()).await;
     // The copy may have brought the first one.
     carries(&pair, "/extra/a").await;
     carries(&pair, "/extra/b").await;
@@ -297,12 +303,7 @@ async fn a_link_that_cannot_be_opened_is_told_and_shown_and_comes_with_the_next_
 /// A folder whose disk hangs: whoever opens a file of it waits.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_spool_that_cannot_be_opened_for_long_holds_up_neither_a_reload_nor_another_link_nor_the_end() {
-    let mut pair = Box::pin(Pair::prepare(over("/registry/"))).await;
-    add_extra(&mut pair);
-    for sidecar in [&mut pair.origin_sidecar, &mut pair.replica_sidecar] {
-        sidecar.write_config();
-        sidecar.restart().await;
-    }
+    let mut pair = Box::pin(with_extra()).await;
     carries(&pair, "/extra/a").await;
     let spool = pair.origin_sidecar.data_dir().join("origin").join(EXTRA).join("spool");
     let hangs = spool.join(format!("{:020}.segment", u64::MAX));
